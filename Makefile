@@ -1,0 +1,35 @@
+# Two commands for users: `make train` and `make test`. Everything else is for developers.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+ARGS   ?=
+
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: train test check unit soak bench docs clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,plot]'
+	touch $@
+
+train: $(STAMP)  ## train a small GPT on the Python standard library's source, ZeRO stage 2, two ranks
+	@$(BIN)/python examples/train_gpt.py $(ARGS)
+
+test: $(STAMP) check  ## everything: lint, types, architecture, unit and multi-process tests
+	$(BIN)/python -m pytest tests -m "not soak" --ignore=tests/unit --ignore=tests/architecture $(ARGS)
+
+check: $(STAMP)  ## lint, types, architecture, pure unit tests: under a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest tests/unit tests/architecture
+
+soak: $(STAMP)  ## the long tests
+	$(BIN)/python -m pytest tests -m soak
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""Pure integers: where each element of each tensor lives. No torch, no communication."""

@@ -1,0 +1,143 @@
+"""The one owner of sharding: named tensors laid end to end, padded once at the end, cut into equal shards.
+
+    tensors   |--- a ---|-- b --|-------- c --------|pad|
+    shards    |     shard 0     |     shard 1           |      num_shards = 2
+
+Nothing else in zeropipe computes padding or a shard's offset. All figures are elements, not bytes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a layout knows of one tensor. ``dtype`` is torch's name without the prefix, e.g. ``float32``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of elements of one tensor inside one shard."""
+
+    tensor: int  # index into FlatShards.tensors
+    start: int  # first element of the run, counted in the flattened tensor
+    shard: int
+    offset: int  # first element of the run, counted in the shard
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlatShards:
+    """Named tensors laid end to end, padded once at the end, cut into equal shards.
+
+    ``align``: each shard holds a multiple of this many elements.
+    """
+
+    tensors: tuple[TensorSpec, ...]  # in buffer order
+    num_shards: int
+    align: int = 1
+    offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)  # len(tensors) + 1
+
+    def __post_init__(self) -> None:
+        if self.num_shards < 1 or self.align < 1:
+            raise ValueError(
+                f"num_shards and align must be at least 1, found {self.num_shards} and {self.align}"
+            )
+        sizes = accumulate((t.numel for t in self.tensors), initial=0)
+        object.__setattr__(self, "offsets", tuple(sizes))
+
+    @property
+    def numel(self) -> int:
+        """Elements of all tensors, without padding."""
+        return self.offsets[-1]
+
+    @property
+    def shard_numel(self) -> int:
+        quantum = self.num_shards * self.align
+        return -(-self.numel // quantum) * self.align
+
+    @property
+    def padded_numel(self) -> int:
+        return self.shard_numel * self.num_shards
+
+    @property
+    def padding(self) -> int:
+        return self.padded_numel - self.numel
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First and one-past-last element of ``shard`` in the padded buffer."""
+        if not 0 <= shard < self.num_shards:
+            raise IndexError(f"shard {shard} of {self.num_shards}")
+        return shard * self.shard_numel, (shard + 1) * self.shard_numel
+
+    def tensor_range(self, tensor: int) -> tuple[int, int]:
+        """First and one-past-last element of ``tensor`` in the padded buffer."""
+        return self.offsets[tensor], self.offsets[tensor + 1]
+
+    def index(self, name: str) -> int:
+        for i, spec in enumerate(self.tensors):
+            if spec.name == name:
+                return i
+        raise KeyError(name)
+
+    def pieces(self, shard: int) -> tuple[Piece, ...]:
+        """The runs that fill ``shard``, in buffer order; padding and empty tensors have none."""
+        start, stop = self.shard_range(shard)
+        return tuple(self.cut(start, stop))
+
+    def tensor_pieces(self, tensor: int) -> tuple[Piece, ...]:
+        """The runs that ``tensor`` is cut into, in order; none for an empty tensor."""
+        return tuple(self.cut(*self.tensor_range(tensor)))
+
+    def cut(self, start: int, stop: int) -> Iterator[Piece]:
+        """The runs of the buffer's elements [start, stop), cut at tensor and at shard edges."""
+        stop = min(stop, self.numel)
+        if start >= stop:
+            return
+        size = self.shard_numel
+        tensor = bisect_right(self.offsets, start) - 1
+        at = start
+        while at < stop:
+            while self.offsets[tensor + 1] <= at:
+                tensor += 1
+            shard = at // size
+            end = min(stop, self.offsets[tensor + 1], (shard + 1) * size)
+            yield Piece(tensor, at - self.offsets[tensor], shard, at - shard * size, end - at)
+            at = end
+
+    def reshard(self, num_shards: int, align: int | None = None) -> FlatShards:
+        """The same tensors cut for another number of shards."""
+        return FlatShards(self.tensors, num_shards, self.align if align is None else align)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "num_shards": self.num_shards,
+            "align": self.align,
+            "tensors": [{"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in self.tensors],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> FlatShards:
+        specs = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in data["tensors"])
+        return cls(specs, data["num_shards"], data["align"])
+
+
+def flat_shards(
+    tensors: Iterable[tuple[str, tuple[int, ...], str]], num_shards: int, align: int = 1
+) -> FlatShards:
+    """Build a layout from (name, shape, dtype) triples in buffer order."""
+    return FlatShards(tuple(TensorSpec(n, tuple(s), d) for n, s, d in tensors), num_shards, align)
