@@ -19,6 +19,10 @@ class DesyncError(ZeropipeError, RuntimeError):
     """Ranks disagree on what to do next (config, layout, parameter order or control flow)."""
 
 
+class CommunicationError(ZeropipeError, RuntimeError):
+    """A collective did not complete: a peer died, left or took another path."""
+
+
 class UnavailableParameterError(ZeropipeError, RuntimeError):
     """A sharded parameter was used while this rank holds only its shard."""
 

@@ -1,0 +1,96 @@
+"""A thin, hashable object over a process group: who is in it, where this process stands, which backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from zeropipe.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks that communicate together.
+
+    ``pg`` is None for a group of one that was never started: every collective on it is the identity.
+    """
+
+    ranks: tuple[int, ...]  # global ranks, in group order
+    rank: int  # this process's index in ``ranks``
+    pg: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+    backends: tuple[tuple[str, str], ...] = ()  # (device type, backend name)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def backend(self) -> str:
+        """The backend's name as torch gives it, e.g. ``gloo``, ``nccl`` or ``cpu:gloo,cuda:nccl``."""
+        names = {name for _, name in self.backends}
+        return names.pop() if len(names) == 1 else ",".join(f"{d}:{n}" for d, n in self.backends)
+
+    def backend_for(self, tensor: torch.Tensor) -> str:
+        """The backend that carries ``tensor``.
+
+        Raises UsageError when the group has none for its device.
+        """
+        for device, name in self.backends:
+            if device == tensor.device.type:
+                return name
+        raise UsageError(
+            f"[rank {self.ranks[self.rank]}] a {tensor.device.type} tensor cannot be sent over {self.backend}. "
+            "Fix: start torch.distributed with a backend for that device, e.g. 'cpu:gloo,cuda:nccl'"
+        )
+
+
+SELF = Group(ranks=(0,), rank=0)
+
+
+def from_process_group(pg: dist.ProcessGroup) -> Group:
+    """Wrap a torch process group of which this process is a member."""
+    config = dist.get_backend_config(pg)
+    backends = (
+        tuple(tuple(pair.split(":", 1)) for pair in str(config).split(",")) if ":" in str(config) else ()
+    )
+    return Group(
+        ranks=tuple(dist.get_process_group_ranks(pg)),
+        rank=dist.get_rank(pg),
+        pg=pg,
+        backends=backends or (("cpu", str(config)), ("cuda", str(config))),  # type: ignore[arg-type]
+    )
+
+
+def world() -> Group:
+    """All ranks; a group of one when torch.distributed has not been started."""
+    if not dist.is_initialized():
+        return SELF
+    pg = dist.group.WORLD
+    assert pg is not None
+    return from_process_group(pg)
+
+
+def new_group(ranks: Sequence[int], timeout: timedelta | None = None) -> Group | None:
+    """Start a group. Every rank of the world must call this, in the same order; None for non-members."""
+    everyone = world()
+    if tuple(ranks) == everyone.ranks:
+        return everyone
+    pg = dist.new_group(list(ranks), timeout=timeout)
+    return from_process_group(pg) if everyone.ranks[everyone.rank] in ranks else None
+
+
+def new_groups(lists: Sequence[Sequence[int]]) -> Group:
+    """Start several disjoint groups and return the one that holds this rank.
+
+    Raises UsageError when no list names this rank.
+    """
+    mine: Group | None = None
+    for ranks in lists:
+        mine = new_group(ranks) or mine
+    if mine is None:
+        raise UsageError(f"rank {world().rank} is in none of the groups {list(map(list, lists))}")
+    return mine
