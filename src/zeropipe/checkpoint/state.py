@@ -1,0 +1,138 @@
+"""What an engine hands over to be saved and what it gets back: plain data, so that this package knows no engine.
+
+Each rank describes only what it holds. Replicas hold the same bytes; the writer decides which of them writes.
+
+    engine --LocalState--> save()          load(into=LocalState) --LoadedState--> engine
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from zeropipe.layout.flat import FlatShards
+
+FP32 = "fp32"  # key of the fp32 master shard in FlatState.tensors
+PARAM = "param"  # key of the shard of a parameter that has no master (frozen, stage 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """This rank's place in the process grid and the size of each axis."""
+
+    rank: int = 0  # index in the group that saves and loads together
+    world: int = 1
+    dp_rank: int = 0
+    dp_degree: int = 1
+    tp_rank: int = 0
+    tp_degree: int = 1
+    pp_rank: int = 0
+    pp_degree: int = 1
+
+    @property
+    def mp_rank(self) -> int:
+        """The number in ``mp_rank_XX``: tensor-parallel ranks of stage 0, then of stage 1, ..."""
+        return self.pp_rank * self.tp_degree + self.tp_rank
+
+
+@dataclass(frozen=True, slots=True)
+class FlatState:
+    """One flat layout as this rank holds it: its shard of the masters and of each optimizer moment.
+
+    Stage 0 is ``num_shards = 1`` on every rank, ZeRO-1/2 one of these per (param group, dtype), ZeRO-3 one per
+    parameter or unit; MiCS sets ``num_replicas``. Names in ``layout`` are those of the module's state dict
+    (the first name of a tied tensor). Frozen parameters of stage 3 have only the key ``PARAM``.
+    """
+
+    name: str  # the same on all ranks that hold a shard or a replica of it, unique among a rank's flats
+    layout: FlatShards
+    shard: int
+    tensors: dict[str, torch.Tensor]  # each 1D [layout.shard_numel]: FP32, "exp_avg", "exp_avg_sq", ...
+    scalars: dict[str, Any] = field(default_factory=dict)  # state with one value per flat: {"step": 10}
+    group_index: int = 0  # optimizer param group
+    replica: int = 0  # which of the ranks that hold this very shard
+    num_replicas: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The block of a global tensor that a tensor-parallel rank holds; absent means the whole tensor."""
+
+    global_shape: tuple[int, ...]
+    start: tuple[int, ...]  # first index of the block in each dim
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """The module's state dict on this rank: full tensors (of this tp and pp rank), tied names share a tensor.
+
+    Stage 3 leaves sharded parameters out (their values are in the flats) and keeps buffers and plain parameters.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    buffers: tuple[str, ...] = ()  # which of them are buffers
+    frozen: tuple[str, ...] = ()  # parameters without gradient, wherever they are held
+    tied: dict[str, str] = field(
+        default_factory=dict
+    )  # other name -> the name that the tensor is saved under
+    slices: dict[str, Slice] = field(default_factory=dict)  # tensor parallelism only
+    excluded: tuple[str, ...] = ()  # left out on purpose (exclude_frozen_parameters)
+    extra: dict[str, Any] = field(default_factory=dict)  # non-tensor entries (get_extra_state)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """Everything that is not a tensor of the model or the optimizer."""
+
+    global_steps: int = 0
+    global_samples: int = 0
+    skipped_steps: int = 0
+    micro_steps: int = 0
+    lr_scheduler: dict[str, Any] | None = None
+    loss_scaler: dict[str, Any] | None = None  # cur_scale, cur_iter, ...
+    per_rank: dict[str, Any] = field(default_factory=dict)  # RNG states, data position, error feedback
+    common: dict[str, Any] = field(default_factory=dict)  # the same on all ranks; plain values and tensors
+    client_state: dict[str, Any] = field(default_factory=dict)
+    ds_config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalState:
+    """All that one rank saves, or the tensors that a load fills in place."""
+
+    grid: Grid
+    stage: int
+    dtype: str  # working precision, torch's name without the prefix: float32, bfloat16, float16
+    model: ModelState
+    flats: tuple[FlatState, ...] = ()
+    param_groups: tuple[dict[str, Any], ...] = ()  # hyperparameters of each group, without tensors
+    optimizer_name: str = ""
+    train: TrainState = field(default_factory=TrainState)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFlat:
+    """``tensors`` holds the destination's own tensors where it gave them, new 1D CPU ones where it did not."""
+
+    tensors: dict[str, torch.Tensor]  # each 1D [shard_numel]
+    scalars: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedState:
+    """What a load found; tensors are already in place."""
+
+    path: str
+    tag: str
+    stage: int
+    flats: Mapping[
+        str, LoadedFlat
+    ]  # by the destination's flat name; empty if the optimizer was not asked for
+    param_groups: tuple[dict[str, Any], ...]
+    train: TrainState  # per_rank is {} where no saved rank corresponds to this one
+    missing: tuple[str, ...] = ()  # wanted and not there
+    unexpected: tuple[str, ...] = ()  # there and not wanted
+    notices: tuple[str, ...] = ()  # what was skipped or decided, for the log
