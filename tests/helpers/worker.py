@@ -125,7 +125,7 @@ def _run(rank: int, world: int, task: Task) -> Reply:
         return Reply("result", pickle.dumps(value), "", *_groups())
     except BaseException:
         text = f"the task's result ({type(value).__name__}) cannot be sent back:\n{traceback.format_exc()}"
-        return Reply("error", error=text, groups=_groups())
+        return Reply("error", b"", text, *_groups())
 
 
 def _groups() -> tuple[int, int]:
