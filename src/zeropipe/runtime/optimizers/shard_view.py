@@ -1,0 +1,106 @@
+"""What an optimizer that needs whole tensors must know about the 1-D shard that it is given to step on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from zeropipe.comm.group import SELF, Group
+from zeropipe.errors import UsageError, describe
+from zeropipe.layout.flat import FlatShards, Piece, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ShardView:
+    """One 1-D master: shard ``shard`` of ``layout``, whose other shards lie with the members of ``group``.
+
+    Member ``s`` of the group holds shard ``s``. True shapes are in ``layout.tensors[i].shape``.
+    """
+
+    layout: FlatShards
+    shard: int
+    group: Group
+
+    def __post_init__(self) -> None:
+        if self.group.size != self.layout.num_shards or self.group.rank != self.shard:
+            raise UsageError(
+                describe(
+                    "a shard view needs one group member per shard, in order",
+                    rank=self.group.ranks[self.group.rank],
+                    expected=f"shard {self.group.rank} of {self.group.size}",
+                    found=f"shard {self.shard} of {self.layout.num_shards}",
+                )
+            )
+
+    def pieces(self) -> tuple[Piece, ...]:
+        return self.layout.pieces(self.shard)
+
+
+@runtime_checkable
+class ShardAware(Protocol):
+    """An optimizer whose update of a tensor needs the whole tensor, and that can get it from shards.
+
+    ``bind_shards`` is called once, before the first step, with one view for each master among its parameters.
+    A bound master always steps, on every member: a missing gradient there counts as zeros, so that a
+    gradient that is None on one rank only can never leave the others waiting.
+    """
+
+    def bind_shards(self, views: Mapping[nn.Parameter, ShardView]) -> None: ...
+
+
+def whole(param: torch.Tensor) -> ShardView:
+    """The view of an ordinary, unsharded tensor: a layout of one, held by a group of one."""
+    spec = TensorSpec("", tuple(param.shape), str(param.dtype).removeprefix("torch."))
+    return ShardView(FlatShards((spec,), 1), 0, SELF)
+
+
+def check_bound(views: Mapping[nn.Parameter, ShardView]) -> None:
+    """Raises UsageError where a master is not the 1-D shard that its view describes."""
+    for param, view in views.items():
+        if tuple(param.shape) != (view.layout.shard_numel,):
+            raise UsageError(
+                describe(
+                    "a master does not have the shape of its shard",
+                    rank=view.group.ranks[view.group.rank],
+                    expected=(view.layout.shard_numel,),
+                    found=tuple(param.shape),
+                )
+            )
+
+
+def view_or_whole(
+    param: torch.Tensor, bound: Mapping[nn.Parameter, ShardView], cache: dict[torch.Tensor, ShardView]
+) -> ShardView:
+    """The bound view of ``param``, or that of a whole tensor (kept in ``cache``, as shapes do not change)."""
+    found = bound.get(param) if isinstance(param, nn.Parameter) else None
+    if found is not None:
+        return found
+    if param not in cache:
+        cache[param] = whole(param)
+    return cache[param]
+
+
+def gradient(param: torch.Tensor, bound: bool, name: str) -> torch.Tensor | None:  # 1-D, numel of param
+    """``param.grad`` as one flat run; None where an ordinary tensor has none and is to be skipped."""
+    grad = param.grad
+    if grad is None:
+        return torch.zeros_like(param, memory_format=torch.contiguous_format).view(-1) if bound else None
+    if grad.is_sparse:
+        raise UsageError(f"{name} does not take sparse gradients. Fix: build the embedding with sparse=False")
+    return grad.reshape(-1)
+
+
+def flat(param: torch.Tensor) -> torch.Tensor:  # 1-D, numel of param
+    """``param`` as one run of elements: a view of it where it is contiguous, else a copy to be put back."""
+    data = param.detach()
+    return data.view(-1) if data.is_contiguous() else data.reshape(-1)
+
+
+def put_back(param: torch.Tensor, run: torch.Tensor) -> None:
+    """Write ``run``, made by ``flat``, back into ``param`` where it is a copy."""
+    if not param.is_contiguous():
+        param.detach().copy_(run.view(param.shape))
