@@ -1,0 +1,73 @@
+"""The ``zeropipe`` command: a group whose subcommands are imported only when they are called."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from typing import Any, Final
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from zeropipe.errors import ZeropipeError
+
+# Name of the subcommand -> the module that holds its ``app``.
+SUBCOMMANDS: Final = {
+    "config": "zeropipe.cli.config",
+}
+
+
+class LazyGroup(TyperGroup):
+    """Imports a subcommand when it is asked for, so that checking a config never waits for torch."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(SUBCOMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        module = SUBCOMMANDS.get(cmd_name)
+        if module is None:
+            return None
+        command = get_command(importlib.import_module(module).app)
+        command.name = cmd_name  # a Typer app has no name of its own until a parent gives it one
+        return command
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ZeropipeError as error:
+            # Plain text: a message may hold square brackets, which rich would read as markup.
+            Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    help="Tools of zeropipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"zeropipe {importlib.metadata.version('zeropipe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Tools of zeropipe."""
+
+
+def main() -> None:
+    """Entry point of the ``zeropipe`` script."""
+    sys.exit(app())

@@ -1,0 +1,149 @@
+"""``zeropipe pipe plan``: what a pipeline schedule costs, seen before anything runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zeropipe.errors import ConfigError, ScheduleError, ZeropipeError, describe
+
+app = typer.Typer(help="Pipeline schedules: plan, compare, draw.", no_args_is_help=True)
+
+
+@app.callback()
+def _pipe() -> None:
+    """Keeps ``plan`` a named command."""
+
+
+@app.command()
+def plan(
+    schedule: Annotated[
+        str, typer.Option(help="A schedule's name, or a file that holds one as text.")
+    ] = "1f1b",
+    stages: Annotated[int, typer.Option(help="Pipeline ranks.")] = 4,
+    micro_batches: Annotated[int, typer.Option(help="Micro-batches of one optimizer step.")] = 8,
+    chunks: Annotated[
+        int | None, typer.Option(help="Stages on each rank; default: the schedule's own.")
+    ] = None,
+    costs: Annotated[
+        str,
+        typer.Option(
+            help="F,B,W or F,B,W,comm: time of a rank's whole share for one micro-batch (B: input gradient); "
+            "or a JSON file with the keys of a profile, by stage."
+        ),
+    ] = "1,1,1",
+    best: Annotated[
+        bool, typer.Option("--best", help="Rank every schedule and chunk count that fits --memory.")
+    ] = False,
+    memory: Annotated[
+        float | None, typer.Option(help="Limit for --best: activations of this many micro-batches a rank.")
+    ] = None,
+    activation_bytes: Annotated[
+        float | None, typer.Option(help="Bytes that a rank's whole share saves for one micro-batch.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write a timeline for a browser's trace viewer.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print the schedule itself, ready to edit.")] = False,
+) -> None:
+    """Simulate a schedule: its grid, bubble, and peak activations."""
+    try:
+        _plan(
+            schedule,
+            stages,
+            micro_batches,
+            chunks,
+            costs,
+            best,
+            memory,
+            activation_bytes,
+            {"png": png, "svg": svg, "trace": trace},
+            text,
+        )
+    except ZeropipeError as error:
+        typer.echo(f"zeropipe: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _plan(
+    name: str,
+    ranks: int,
+    micro_batches: int,
+    chunks: int | None,
+    costs_text: str,
+    best: bool,
+    memory: float | None,
+    activation_bytes: float | None,
+    files: dict[str, Path | None],
+    print_text: bool,
+) -> None:
+    from zeropipe.runtime.pipe import schedule as schedules
+    from zeropipe.runtime.pipe.grid_text import chrome_trace, text_grid
+    from zeropipe.runtime.pipe.simulate import Costs, simulate
+
+    measured = costs_text.endswith(".json")
+    costs = Costs.from_mapping(_read_json(Path(costs_text))) if measured else Costs.parse(costs_text)
+    if best:
+        if measured:
+            raise ConfigError(
+                describe("--best compares several cuts of the model", fix="give --costs as numbers")
+            )
+        plans = schedules.choose(ranks, micro_batches, float("inf") if memory is None else memory, costs)
+        if not plans:
+            raise ScheduleError(
+                describe(
+                    "no schedule fits the memory limit",
+                    expected=f"activations of at most {memory} micro-batches",
+                    fix="raise --memory, recompute activations, or use smaller micro-batches",
+                )
+            )
+        typer.echo("schedule         chunks   time     bubble   peak activations")
+        for one in plans:
+            v = one.schedule.num_stages // ranks
+            typer.echo(
+                f"{one.schedule.name:<16} {v:>6} {one.makespan:>8.4g} {one.bubble:>9.4f}   {one.peak:.4g}"
+            )
+        return
+    wanted = Path(name).read_text() if Path(name).suffix and Path(name).is_file() else name
+    made = schedules.make_schedule(wanted, ranks, micro_batches, chunks)
+    v = max(1, made.num_stages // made.num_ranks)
+    result = simulate(made, costs if measured else schedules.split_costs(costs, v))
+    if print_text:
+        typer.echo(str(made), nl=False)
+        return
+    steps = [e.end - e.start for e in result.events if e.end > e.start]
+    title = (
+        f"{made.name}: {made.num_ranks} ranks, {made.micro_batches} micro-batches, {v} stage(s) a rank; "
+        f"bubble {result.bubble:.4f}, peak activations {result.peak:.4g}"
+    )
+    typer.echo(text_grid(result.events, made.num_ranks, unit=min(steps)))
+    typer.echo(
+        f"\ntime {result.makespan:.6g}   bubble {result.bubble:.4f} (idle over ideal)   peak {result.peak:.4g}"
+    )
+    for rank, peak in enumerate(result.peaks):
+        bytes_text = "" if activation_bytes is None else f", {peak * activation_bytes / 2**20:,.1f} MiB"
+        owned = ",".join(map(str, made.stages_of(rank)))
+        typer.echo(f"rank {rank}: stages {owned}; peak activations {peak:.4g} micro-batches{bytes_text}")
+    for kind, path in files.items():
+        if path is None:
+            continue
+        if kind == "trace":
+            path.write_text(chrome_trace(result.events, made.num_ranks))
+        else:
+            from zeropipe.runtime.pipe.picture import draw
+
+            draw(result.events, made.num_ranks, path, title)
+        typer.echo(f"wrote {path}")
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(describe(f"cannot read the cost profile {path}", found=str(error))) from error
+    if not isinstance(data, dict):
+        raise ConfigError(describe(f"the cost profile {path} is not an object", found=type(data).__name__))
+    return data

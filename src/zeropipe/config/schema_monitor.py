@@ -1,0 +1,57 @@
+"""The sections about watching a run: where scalars are written, and what is timed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from zeropipe.config.fields import NoEffect, Section, key
+
+_COMMS = NoEffect("use zeropipe.comm.record()")
+
+
+class TensorBoard(Section):
+    """Write scalars for TensorBoard (extra: zeropipe[tensorboard])."""
+
+    enabled: bool = key(False, "Turn it on.")
+    output_path: str = key("", "Folder; empty: runs/.")
+    job_name: str = key("DeepSpeedJobName", "Folder of this run inside output_path.")
+
+
+class Wandb(Section):
+    """Send scalars to Weights & Biases (extra: zeropipe[wandb])."""
+
+    enabled: bool = key(False, "Turn it on.")
+    group: str | None = key(None, "Group of runs.")
+    team: str | None = key(None, "Team that owns the project.")
+    project: str = key("deepspeed", "Project.")
+
+
+class CsvMonitor(Section):
+    """Write one CSV file per scalar."""
+
+    enabled: bool = key(False, "Turn it on.")
+    output_path: str = key("", "Folder; empty: csv_monitor/.")
+    job_name: str = key("DeepSpeedJobName", "Folder of this run inside output_path.")
+
+
+class CommsLogger(Section):
+    """A log of every collective."""
+
+    enabled: Annotated[bool, _COMMS] = key(False, "Turn it on.")
+    prof_all: bool = key(True, "Log all operations.")
+    prof_ops: list[Any] = key([], "Operations to log when prof_all is false.")
+    verbose: bool = key(False, "Print each one.")
+    debug: bool = key(False, "Print the caller too.")
+
+
+class ThroughputTimer(Section):
+    """Samples per second and TFLOP/s."""
+
+    enabled: bool = key(True, "Measure throughput when steps_per_print asks for it.")
+    synchronized: bool = key(True, "Synchronize the device around each measurement.")
+
+
+class Timers(Section):
+    """Timers of the engine."""
+
+    throughput: ThroughputTimer = key(ThroughputTimer(), "Samples per second and TFLOP/s.")
