@@ -108,9 +108,10 @@ def _plan(
             )
         return
     wanted = Path(name).read_text() if Path(name).suffix and Path(name).is_file() else name
-    made = schedules.make_schedule(wanted, ranks, micro_batches, chunks)
-    v = max(1, made.num_stages // made.num_ranks)
-    result = simulate(made, costs if measured else schedules.split_costs(costs, v))
+    v = chunks or schedules.default_chunks(wanted)
+    share = costs if measured else schedules.split_costs(costs, v)
+    made = schedules.make_schedule(wanted, ranks, micro_batches, chunks, share.steps())
+    result = simulate(made, share)
     if print_text:
         typer.echo(str(made), nl=False)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from zeropipe.config.fields import Count, Lowercase, NoEffect, Section, key
+from zeropipe.config.fields import Count, Lowercase, NoEffect, Section, key, not_empty
 
 
 class Optimizer(Section):
@@ -38,7 +38,8 @@ class ActivationCheckpointing(Section):
     contiguous_memory_optimization: Annotated[bool, NoEffect("torch's allocator keeps them")] = key(
         False, "Copy saved activations into one buffer."
     )
-    number_checkpoints: Annotated[Count | None, NoEffect("no buffer is allocated ahead")] = key(
+    # Any: configurations in use have false here.
+    number_checkpoints: Annotated[Any, NoEffect("no buffer is allocated ahead", in_use=not_empty)] = key(
         None, "Checkpointed layers, for the one buffer."
     )
     synchronize_checkpoint_boundary: Annotated[bool, NoEffect("streams order the work")] = key(

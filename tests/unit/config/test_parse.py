@@ -190,6 +190,7 @@ def test_keys_without_effect_are_said_once_and_only_when_they_ask_for_something(
             "zero_optimization": {"stage": 2, "elastic_checkpoint": False},
             "amp": {"enabled": False},
             "curriculum_learning": {"enabled": "auto"},
+            "activation_checkpointing": {"number_checkpoints": False},
         }
     )
     assert silent.notices == ()
