@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping
 
@@ -18,7 +19,7 @@ def agree(items: Mapping[str, str], group: Group) -> None:
     """
     if group.size == 1:
         return
-    text = "\0".join(f"{key}\1{value}" for key, value in items.items())
+    text = json.dumps(list(items.items()))
     digests = all_gather_object(hashlib.sha256(text.encode()).hexdigest(), group, label="agree")
     if len(set(digests)) == 1:
         return
