@@ -1,0 +1,78 @@
+"""Cuts a row of weights into contiguous parts whose heaviest is as light as it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+
+def cut_balanced(weights: Sequence[int], parts: int) -> tuple[int, ...]:
+    """Bounds of ``parts`` non-empty runs of ``weights``: part i is ``[bounds[i], bounds[i + 1])``.
+
+    The heaviest part is minimal; among the cuts that reach that minimum, the sum of squares is, so that the other
+    parts are even too. Raises ValueError if there are fewer weights than parts, or a negative weight.
+    """
+    count = len(weights)
+    if not 1 <= parts <= count:
+        raise ValueError(f"cannot cut {count} weights into {parts} non-empty parts")
+    if min(weights) < 0:
+        raise ValueError(f"weights must not be negative, found {min(weights)}")
+    sums = list(accumulate(weights, initial=0))
+    limit = _lightest_maximum(weights, parts)
+
+    # best[k][i]: least sum of squares for the first i weights in k parts, none heavier than the limit.
+    unreachable = None
+    best: list[list[int | None]] = [[unreachable] * (count + 1) for _ in range(parts + 1)]
+    origin = [[0] * (count + 1) for _ in range(parts + 1)]
+    best[0][0] = 0
+    for k in range(1, parts + 1):
+        for i in range(k, count - (parts - k) + 1):
+            for j in range(i - 1, k - 2, -1):
+                weight = sums[i] - sums[j]
+                if weight > limit:
+                    break
+                before = best[k - 1][j]
+                if before is None:
+                    continue
+                total = before + weight * weight
+                known = best[k][i]
+                if known is None or total < known:
+                    best[k][i], origin[k][i] = total, j
+    bounds = [count]
+    for k in range(parts, 0, -1):
+        bounds.append(origin[k][bounds[-1]])
+    return tuple(reversed(bounds))
+
+
+def cut_evenly(count: int, parts: int) -> tuple[int, ...]:
+    """Bounds of ``parts`` runs of ``count`` items whose lengths differ by at most one, the longer ones first."""
+    if not 1 <= parts <= count:
+        raise ValueError(f"cannot cut {count} items into {parts} non-empty parts")
+    size, more = divmod(count, parts)
+    return tuple(i * size + min(i, more) for i in range(parts + 1))
+
+
+def _lightest_maximum(weights: Sequence[int], parts: int) -> int:
+    """The least possible weight of the heaviest part, by bisection; a greedy filling tests each guess."""
+    low, high = max(weights), sum(weights)
+    while low < high:
+        guess = (low + high) // 2
+        if _fits(weights, parts, guess):
+            high = guess
+        else:
+            low = guess + 1
+    return low
+
+
+def _fits(weights: Sequence[int], parts: int, limit: int) -> bool:
+    """Whether ``parts`` parts of at most ``limit`` hold all weights.
+
+    Fewer parts than asked also do: a part of two weights or more splits without growing, and there are enough
+    weights for all parts.
+    """
+    used, load = 1, 0
+    for weight in weights:
+        if load + weight > limit:
+            used, load = used + 1, 0
+        load += weight
+    return used <= parts

@@ -1,0 +1,87 @@
+"""Draws a run of the pipeline; the same drawing for a simulated run and a measured one, to lay side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from zeropipe.errors import UsageError, describe
+from zeropipe.runtime.pipe.grid_text import NAMES
+from zeropipe.runtime.pipe.instructions import COMPUTE, Op
+from zeropipe.runtime.pipe.simulate import Event
+
+# Two tints for each kind of step: a rank's first stage is light, its last one dark.
+_TINTS = {
+    Op.FORWARD: ((0.68, 0.80, 0.94), (0.36, 0.56, 0.82)),
+    Op.BACKWARD: ((0.99, 0.80, 0.55), (0.93, 0.58, 0.22)),
+    Op.BACKWARD_INPUT: ((0.98, 0.74, 0.72), (0.87, 0.45, 0.44)),
+    Op.BACKWARD_WEIGHT: ((0.76, 0.90, 0.72), (0.46, 0.70, 0.42)),
+}
+_INCH_PER_STEP = 0.24
+_WIDTH = 14.0  # inches; a longer run goes on in the next row
+_MOST_ROWS = 6
+_INCH_PER_LABEL = 0.115  # a micro-batch number of one digit at the smallest size that can be read
+
+
+def draw(
+    events: Sequence[Event], ranks: int, path: str | Path, title: str = "", unit: str = "unit cost"
+) -> None:
+    """Write the run as a picture; the ending of ``path`` chooses PNG, SVG or PDF. Needs matplotlib.
+
+    Numbers in the cells are micro-batches, left out where they would not fit. A long run is wrapped like text.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch, Rectangle
+    except ImportError as error:
+        raise UsageError(
+            describe("drawing a picture needs matplotlib", fix="pip install 'zeropipe[plot]', or use --trace")
+        ) from error
+    computed = [e for e in events if e.step.op in COMPUTE]
+    if not computed:
+        raise UsageError(describe("nothing to draw: no compute step was recorded"))
+    begin = min(e.start for e in computed)
+    length = max(e.end for e in computed) - begin
+    shortest = min((e.end - e.start for e in computed if e.end > e.start), default=1.0)
+    whole = min(_WIDTH * _MOST_ROWS, max(7.0, length / shortest * _INCH_PER_STEP))
+    rows = math.ceil(whole / _WIDTH)
+    # Rows break between steps where all steps are multiples of the shortest.
+    width, span = whole / rows, math.ceil(length / rows / shortest - 1e-9) * shortest
+    figure = Figure(figsize=(width + 0.7, rows * (0.34 * ranks + 0.45) + 0.85), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    stages = {r: sorted({e.step.stage for e in computed if e.rank == r}) for r in range(ranks)}
+    inch = width / span
+    for row, axes in enumerate(figure.subplots(rows, 1, squeeze=False)[:, 0]):
+        first, last = row * span, (row + 1) * span
+        for event in computed:
+            start, end = event.start - begin, event.end - begin
+            if end <= first or start >= last:
+                continue
+            place = stages[event.rank].index(event.step.stage) / max(1, len(stages[event.rank]) - 1)
+            light, dark = _TINTS[event.step.op]
+            tint = tuple(a + (b - a) * place for a, b in zip(light, dark, strict=True))
+            box = Rectangle((start, event.rank - 0.45), end - start, 0.9, fc=tint, ec="white", lw=0.6)
+            axes.add_patch(box)
+            label = str(event.step.micro_batch)
+            middle = (start + end) / 2
+            fits = (end - start) * inch >= _INCH_PER_LABEL * (0.4 + 0.6 * len(label))
+            if fits and first <= middle <= last:
+                axes.text(middle, event.rank, label, ha="center", va="center", fontsize=7.5)
+        axes.set_xlim(first, last)
+        axes.set_ylim(ranks - 0.5, -0.5)
+        axes.set_yticks(range(ranks), [f"rank {r}" for r in range(ranks)])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(left=False)
+    axes.set_xlabel(f"time ({unit})")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    kinds = [op for op in _TINTS if any(e.step.op is op for e in computed)]
+    figure.legend(
+        handles=[Patch(facecolor=_TINTS[op][0], label=NAMES[op]) for op in kinds],
+        loc="outside lower right",
+        ncols=len(kinds),
+        frameon=False,
+        fontsize=8,
+    )
+    figure.savefig(path)

@@ -1,0 +1,167 @@
+"""The schedules by name: what each needs, what it promises, and the choice of the best one for a memory limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from zeropipe.errors import ScheduleError, describe
+from zeropipe.runtime.pipe.check import check
+from zeropipe.runtime.pipe.instructions import Schedule
+from zeropipe.runtime.pipe.schedules.classic import gpipe, inference, interleaved_1f1b, one_f_one_b
+from zeropipe.runtime.pipe.schedules.list_scheduler import UNIT, StepCosts
+from zeropipe.runtime.pipe.schedules.placement import Placement
+from zeropipe.runtime.pipe.schedules.zero_bubble import dualpipe_v, interleaved_zb, zb_h1, zbv
+from zeropipe.runtime.pipe.simulate import Costs, Simulation, simulate
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One named schedule."""
+
+    name: str
+    make: Callable[..., Schedule]  # (ranks, micro-batches, chunks)
+    chunks: tuple[int, int]  # fewest and most chunks a rank
+    default_chunks: int
+    placement: Placement
+    peak: Callable[
+        [int, int, int], float
+    ]  # bound on activations a rank, in micro-batches through all its chunks
+    trains: bool = True
+    played: bool = False  # the list scheduler makes it, so `make` also takes costs
+
+
+ANY = 1 << 30
+KINDS: tuple[Kind, ...] = (
+    Kind("gpipe", gpipe, (1, ANY), 1, Placement.LOOP, lambda p, m, v: m),
+    Kind("1f1b", one_f_one_b, (1, 1), 1, Placement.LOOP, lambda p, m, v: min(p, m)),
+    Kind(
+        "interleaved",
+        interleaved_1f1b,
+        (1, ANY),
+        2,
+        Placement.LOOP,
+        lambda p, m, v: min(m, (2 * (p - 1) + (v - 1) * p + 1) / v),
+    ),
+    Kind("zb-h1", zb_h1, (1, 1), 1, Placement.LOOP, lambda p, m, v: min(p, m)),
+    Kind(
+        "interleaved-zb", interleaved_zb, (1, ANY), 2, Placement.LOOP, lambda p, m, v: min(p, m), played=True
+    ),
+    Kind("zbv", zbv, (2, 2), 2, Placement.VEE, lambda p, m, v: min(p, m), played=True),
+    Kind("dualpipev", dualpipe_v, (2, 2), 2, Placement.VEE, lambda p, m, v: min(p + 0.5, m)),
+    Kind("inference", inference, (1, ANY), 1, Placement.LOOP, lambda p, m, v: 1, trains=False),
+)
+
+_ALIASES = {
+    "one_f_one_b": "1f1b",
+    "interleaved-1f1b": "interleaved",
+    "zbh1": "zb-h1",
+    "zb_h1": "zb-h1",
+    "interleaved-zero-bubble": "interleaved-zb",
+    "zb-v": "zbv",
+    "dualpipe-v": "dualpipev",
+}
+
+
+def find_kind(name: str) -> Kind:
+    """The schedule called ``name``; case and the choice of ``-`` or ``_`` do not matter."""
+    plain = name.strip().lower().replace("_", "-")
+    plain = _ALIASES.get(plain, _ALIASES.get(name.strip().lower(), plain))
+    for kind in KINDS:
+        if kind.name == plain:
+            return kind
+    names = [kind.name for kind in KINDS]
+    near = get_close_matches(plain, names, n=1)
+    raise ScheduleError(
+        describe(
+            "unknown pipeline schedule",
+            expected=f"one of {', '.join(names)}",
+            found=repr(name),
+            fix=f"did you mean {near[0]!r}?" if near else "choose one of these, or give a schedule as text",
+        )
+    )
+
+
+def default_chunks(name: str) -> int:
+    """Stages on each rank where the user does not say; for a schedule given as text, what it says."""
+    if _is_text(name):
+        made = Schedule.parse(name)
+        return max(1, made.num_stages // made.num_ranks)
+    return find_kind(name).default_chunks
+
+
+def _is_text(name: str) -> bool:
+    return "\n" in name or "," in name
+
+
+def make_schedule(
+    name: str, ranks: int, micro_batches: int, chunks: int | None = None, costs: StepCosts = UNIT
+) -> Schedule:
+    """The schedule ``name`` for ``ranks`` pipeline ranks, each running ``chunks`` stages.
+
+    ``chunks`` None takes the schedule's own default. ``costs`` (of one chunk) shape the schedules that are played
+    out. A text that names instructions is parsed and checked instead.
+    """
+    if _is_text(name):
+        return check(Schedule.parse(name))
+    kind = find_kind(name)
+    chunks = kind.default_chunks if chunks is None else chunks
+    low, high = kind.chunks
+    if not low <= chunks <= high:
+        wanted = str(low) if low == high else f"at least {low}"
+        raise ScheduleError(
+            describe(
+                f"schedule {kind.name!r} cannot run with this many chunks",
+                expected=wanted,
+                found=chunks,
+                fix=f"set chunks to {wanted}, or take 'interleaved' or 'interleaved-zb'",
+            )
+        )
+    if ranks < 1 or micro_batches < 1:
+        raise ScheduleError(
+            describe(
+                "a schedule needs at least one rank and one micro-batch",
+                found=f"{ranks} ranks, {micro_batches} micro-batches",
+            )
+        )
+    if not kind.played or costs == UNIT:
+        return kind.make(ranks, micro_batches, chunks)
+    # Playing with the true costs is a greedy choice too, so now and then the plain schedule is the better one.
+    both = [kind.make(ranks, micro_batches, chunks, costs=c) for c in (costs, UNIT)]
+    given = Costs.of_steps(costs)
+    return min(both, key=lambda made: simulate(made, given).makespan)
+
+
+def choose(
+    ranks: int,
+    micro_batches: int,
+    memory: float,
+    costs: Costs | None = None,
+    chunks: Iterable[int] = (1, 2, 3, 4),
+) -> list[Simulation]:
+    """Every training schedule whose peak fits ``memory`` (activations in micro-batches), the quickest first.
+
+    Costs are those of a rank's whole share of the model for one micro-batch; a chunk costs its part of that. Ties
+    go to the smaller peak and then to fewer chunks, because a chunk more is a transfer more.
+    """
+    found: list[tuple[tuple[float, float, int], Simulation]] = []
+    counts = tuple(chunks)
+    for kind in KINDS:
+        for v in counts:
+            if not kind.trains or not kind.chunks[0] <= v <= kind.chunks[1]:
+                continue
+            share = split_costs(costs or Costs(), v)
+            plan = simulate(make_schedule(kind.name, ranks, micro_batches, v, share.steps()), share)
+            if plan.peak <= memory + 1e-9:
+                found.append(((round(plan.makespan, 9), plan.peak, v), plan))
+    return [plan for _, plan in sorted(found, key=lambda one: one[0])]
+
+
+def split_costs(costs: Costs, chunks: int) -> Costs:
+    """The costs of one chunk, given those of a rank's whole share."""
+    share = [
+        tuple(x / chunks for x in values)
+        for values in (costs.forward, costs.backward_input, costs.backward_weight)
+    ]
+    return Costs(share[0], share[1], share[2], costs.transfer, costs.unshard, costs.reduce, costs.activation)
