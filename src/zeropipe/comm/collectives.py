@@ -61,8 +61,20 @@ class Work:
             finish()
 
     def done(self) -> bool:
-        """Whether ``wait`` would return at once."""
+        """Whether everything has arrived, so that ``wait`` has only local work left."""
         return all(handle.is_completed() for handle in self._handles)
+
+    def then(self, finish: Callable[[], None]) -> Work:
+        """This work, followed by ``finish`` when it is waited for."""
+        before = self._finish
+
+        def both() -> None:
+            if before is not None:
+                before()
+            finish()
+
+        self._finish = both
+        return self
 
 
 def all_reduce(

@@ -1,0 +1,146 @@
+"""``initialize`` and ``add_config_arguments``: from what a user has to an engine."""
+
+from __future__ import annotations
+
+import logging
+from argparse import ArgumentParser
+from typing import Any
+
+import torch
+
+from zeropipe.comm.agree import agree
+from zeropipe.comm.startup import init_distributed
+from zeropipe.config.batch import solve_batch
+from zeropipe.config.checks import check_world
+from zeropipe.config.parse import parse_config
+from zeropipe.errors import ConfigError
+from zeropipe.runtime import assembly
+from zeropipe.runtime.accumulation import Clock
+from zeropipe.runtime.engine import DeepSpeedEngine, Parts
+from zeropipe.runtime.zero.optimizer import StepOptions, ZeroOptimizer
+
+_log = logging.getLogger("zeropipe")
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int | None = None,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[DeepSpeedEngine, ZeroOptimizer | None, Any, Any]:
+    """Make an engine of ``model``; collective over all ranks.
+
+    Args:
+        args: a namespace; ``deepspeed_config`` names the config file, ``local_rank`` the device.
+        model: trained in place; it is moved to this rank's device and cast to the config's precision.
+        optimizer: a torch optimizer (used in place: its param-group dicts stay the same objects), a callable
+            that takes the parameters, or None to take the config's.
+        model_parameters: parameters or param-group dicts (any iterable) for an optimizer built here; default
+            all of the model's.
+        training_data: a dataset; returned as a loader of this rank's share.
+        lr_scheduler: a schedule, a callable that takes the torch optimizer, or None to take the config's.
+        mpu: an object with ``get_data_parallel_group()`` for runs with model parallelism.
+        dist_init_required: False leaves ``torch.distributed`` alone.
+        collate_fn: for the loader.
+        config, config_params: dict, path, JSON or base64 text (two names for one thing).
+        mesh_param: a 2-D device mesh with an axis ``data_parallel``.
+
+    Returns:
+        ``(engine, engine.optimizer, dataloader, lr_scheduler)``; those that do not apply are None.
+
+    Raises:
+        ConfigError: a wrong config; UnsupportedOptimizerError: an optimizer that cannot step on shards;
+        DesyncError: ranks differ in config or model.
+    """
+    if model is None:
+        raise ConfigError("initialize: model is missing. Fix: pass model=your torch.nn.Module")
+    parsed = parse_config(_find_config(args, config, config_params))
+    init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    group = assembly.data_parallel_group(mpu, mesh_param)
+    if group.ranks[group.rank] == 0:
+        for notice in parsed.notices:
+            _log.log(notice.level, notice.text)
+    check_world(parsed, group.size)
+    batch = solve_batch(
+        parsed.train_batch_size,
+        parsed.train_micro_batch_size_per_gpu,
+        parsed.gradient_accumulation_steps,
+        group.size,
+    )
+    agree(assembly.digest(model, parsed, group), group)
+    device = assembly.pick_device(args)
+    assembly.place_module(model, device, parsed)
+    clock = Clock(batch)
+    base = assembly.make_optimizer(optimizer, model_parameters, model, parsed, device)
+    wrapped = None
+    if base is not None:
+        options = StepOptions(
+            clip=parsed.gradient_clipping,
+            scaler=assembly.scaler_of(parsed),
+            skip_nonfinite=parsed.bf16.enabled and parsed.bf16.check_grad_overflow,
+        )
+        wrapped = ZeroOptimizer(
+            base,
+            {param: name for name, param in model.named_parameters()},
+            group,
+            assembly.policy_of(parsed),
+            options,
+            is_boundary=lambda: clock.is_boundary,
+            micro_step=lambda: clock.micro_steps,
+        )
+    assembly.synchronize_module(model, group)
+    schedule = assembly.make_scheduler(lr_scheduler, base, parsed)
+    loader = None
+    if training_data is not None:
+        from zeropipe.runtime.dataloader import build_dataloader
+
+        loader = build_dataloader(
+            training_data,
+            batch.micro_batch_size,
+            data_parallel_rank=group.rank,
+            data_parallel_size=group.size,
+            collate_fn=collate_fn,
+            drop_last=parsed.dataloader_drop_last,
+        )
+    engine = DeepSpeedEngine(Parts(model, parsed, clock, group, device, wrapped, schedule, loader, mpu))
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add ``--deepspeed`` and ``--deepspeed_config FILE`` to ``parser``, as scripts expect them."""
+    group = parser.add_argument_group("zeropipe", "configuration of the training engine")
+    group.add_argument(
+        "--deepspeed", default=False, action="store_true", help="use the engine (for the script)"
+    )
+    group.add_argument("--deepspeed_config", default=None, type=str, help="the engine's JSON configuration")
+    return parser
+
+
+def _find_config(args: Any, config: Any, config_params: Any) -> Any:
+    """The one configuration given; raises ConfigError for none or for several."""
+    from_args = getattr(args, "deepspeed_config", None)
+    given = {
+        name: value
+        for name, value in (
+            ("config", config),
+            ("config_params", config_params),
+            ("args.deepspeed_config", from_args),
+        )
+        if value is not None
+    }
+    if len(given) > 1 and any(value is not config for value in given.values()):
+        raise ConfigError(
+            f"initialize: configuration given twice, as {' and '.join(given)}. Fix: give one of them"
+        )
+    if not given:
+        raise ConfigError("initialize: no configuration. Fix: pass config= a dict or the path of a JSON file")
+    return next(iter(given.values()))

@@ -1,0 +1,162 @@
+"""Turns a parsed config into the objects that an engine is wired from: policy, scaler, optimizer, schedule."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from zeropipe.comm.collectives import broadcast
+from zeropipe.comm.group import Group, from_process_group, world
+from zeropipe.config.schema import Config
+from zeropipe.errors import ConfigError, describe
+from zeropipe.runtime import lr_schedules
+from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
+from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
+from zeropipe.runtime.zero.param import zero_param
+from zeropipe.runtime.zero.policy import AUTO_BUCKET_NUMEL, Policy
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Params = Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]
+
+
+def data_parallel_group(mpu: Any, mesh: Any) -> Group:
+    """The ranks that hold replicas of this rank's part of the model: from ``mpu``, a device mesh, or all."""
+    if mpu is not None:
+        return from_process_group(mpu.get_data_parallel_group())
+    if mesh is not None and hasattr(mesh, "get_group"):
+        name = "data_parallel" if "data_parallel" in (mesh.mesh_dim_names or ()) else 0
+        return from_process_group(mesh.get_group(name))
+    return world()
+
+
+def pick_device(args: Any = None) -> torch.device:
+    """This rank's GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = getattr(args, "device_rank", None)
+    local = getattr(args, "local_rank", None) if local is None else local
+    if local is None or local < 0:
+        local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    return torch.device("cuda", local)
+
+
+def policy_of(config: Config) -> Policy:
+    zero = config.zero_optimization
+    chosen = "reduce_bucket_size" in zero.model_fields_set
+    wire = config.communication_data_type
+    accumulate = config.data_types.grad_accum_dtype
+    return Policy(
+        stage=zero.stage,
+        bucket_numel=zero.reduce_bucket_size if chosen else AUTO_BUCKET_NUMEL,
+        overlap_comm=zero.overlap_comm,
+        accumulate_dtype=None if accumulate is None else DTYPES[accumulate],
+        reduce_dtype=None if wire is None else DTYPES[wire],
+        offload_optimizer=zero.offload_optimizer.device != "none",
+    )
+
+
+def scaler_of(config: Config) -> LossScaler | DynamicLossScaler | None:
+    """The loss scaler of an fp16 run; None at other precisions."""
+    fp16 = config.fp16
+    if not fp16.enabled:
+        return None
+    return get_loss_scaler(
+        torch.float16,
+        static_loss_scale=fp16.loss_scale,
+        dynamic_scaling=fp16.loss_scale == 0,
+        dynamic_loss_args={
+            "init_scale": 2.0**fp16.initial_scale_power,
+            "scale_window": fp16.loss_scale_window,
+            "min_scale": fp16.min_loss_scale,
+            "delayed_shift": fp16.hysteresis,
+            "consecutive_hysteresis": fp16.consecutive_hysteresis,
+            "on_min_scale": fp16.on_min_scale,
+        },
+    )
+
+
+def place_module(module: torch.nn.Module, device: torch.device, config: Config) -> None:
+    """Move the module to ``device`` in the config's precision; parameters that are shards stay as they are."""
+    dtype = DTYPES[config.precision]
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        if getattr(tensor, "ds_id", None) is not None:
+            return tensor
+        cast = dtype != torch.float32 and tensor.is_floating_point()
+        return tensor.to(device, dtype) if cast else tensor.to(device)
+
+    module._apply(place)
+
+
+def synchronize_module(module: torch.nn.Module, group: Group) -> None:
+    """Give every rank rank 0's value of what no partition has broadcast: buffers and untrained parameters."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        trained = isinstance(tensor, torch.nn.Parameter) and zero_param(tensor) is not None
+        if trained or getattr(tensor, "ds_id", None) is not None or tensor.numel() == 0:
+            continue
+        data = tensor.detach()
+        whole = data.contiguous()
+        broadcast(whole, 0, group, label="initial values")
+        if whole.data_ptr() != data.data_ptr():
+            data.copy_(whole)
+
+
+def make_optimizer(
+    given: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None,
+    params: Params | None,
+    module: torch.nn.Module,
+    config: Config,
+    device: torch.device,
+) -> torch.optim.Optimizer | None:
+    """The torch optimizer: the given one in place, one from a callable, one from the config, or None.
+
+    Raises ConfigError or UnsupportedOptimizerError when it cannot be built, or cannot step on shards.
+    """
+    if given is None and config.optimizer.type is None:
+        return None
+    wanted = list(module.parameters()) if params is None else list(params)
+    if isinstance(given, torch.optim.Optimizer):
+        optimizer = given
+    elif callable(given):
+        optimizer = given(wanted)
+    elif given is None:
+        step_on = (
+            torch.device("cpu") if config.zero_optimization.offload_optimizer.device != "none" else device
+        )
+        if not wanted:
+            return None
+        optimizer = build_optimizer(str(config.optimizer.type), config.optimizer.params, wanted, step_on)
+    else:
+        raise ConfigError(
+            describe(
+                "initialize: optimizer",
+                expected="a torch.optim.Optimizer or a callable that takes the parameters",
+                found=type(given).__name__,
+                fix="pass one of these, or name an optimizer in the config",
+            )
+        )
+    require_shardable(optimizer, config.zero_optimization.stage, config.zero_allow_untested_optimizer)
+    return optimizer
+
+
+def make_scheduler(given: Any, optimizer: torch.optim.Optimizer | None, config: Config) -> Any:
+    """The schedule: the given one, one from a callable of the torch optimizer, one from the config, or None."""
+    if optimizer is None:
+        return None
+    if given is not None:
+        return given(optimizer) if callable(given) and not hasattr(given, "step") else given
+    if config.scheduler.type is None:
+        return None
+    return lr_schedules.build(config.scheduler.type, optimizer, config.scheduler.params)
+
+
+def digest(module: torch.nn.Module, config: Config, group: Group) -> dict[str, str]:
+    """What all ranks must agree on before the first step, most telling first."""
+    items = {f"config key {key}": str(value) for key, value in config.settings().items()}
+    for index, (name, param) in enumerate(module.named_parameters()):
+        shape = tuple(getattr(param, "ds_shape", param.shape))
+        items[f"parameter {index}"] = f"{name} {shape} {param.dtype} requires_grad={param.requires_grad}"
+    return items

@@ -1,0 +1,230 @@
+"""A data loader that knows its place: it advances epochs by itself and resumes on exactly the next sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
+
+from zeropipe.errors import CheckpointError, UsageError, describe
+
+
+class _From(Sampler[int]):
+    """This rank's samples of an epoch, from the ``start``-th on: what was consumed is not even loaded."""
+
+    def __init__(self, inner: DistributedSampler[Any]) -> None:
+        self.inner = inner
+        self.start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(list(self.inner)[self.start :])
+
+    def __len__(self) -> int:
+        return max(0, len(self.inner) - self.start)
+
+
+class ZeroDataLoader:
+    """Batches for one data-parallel rank, in an order that depends on seed and epoch only.
+
+    Iterating yields the rest of the current epoch, and an epoch that was yielded to its end is followed by the
+    next one, newly shuffled. Breaking off and iterating again starts the epoch over. ``state_dict`` counts every
+    batch that was yielded as consumed. Iterating never draws from torch's global random state.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        num_workers: int,
+        drop_last: bool,
+        seed: int,
+        shuffle: bool,
+        pin_memory: bool,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+        self._size = data_parallel_size
+        self._drop_last = drop_last
+        self._consumed = 0  # of this epoch: samples of this rank, or batches where the dataset has no order
+        self._resume = False  # the next iteration goes on from _consumed
+        self._iterable = isinstance(dataset, IterableDataset)
+        self._generator = torch.Generator()  # else each iteration would draw a seed from the global state
+        self._sampler: _From | None = None
+        if not self._iterable:
+            self._sampler = _From(
+                DistributedSampler(
+                    dataset, data_parallel_size, data_parallel_rank, shuffle, seed=seed, drop_last=drop_last
+                )
+            )
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=self._sampler,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            drop_last=drop_last,
+            generator=self._generator,
+            pin_memory=pin_memory,
+        )
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this rank. Raises TypeError for an iterable dataset without a length."""
+        if self._sampler is None:
+            return len(self._loader)
+        samples = len(self._sampler.inner)
+        return samples // self.batch_size if self._drop_last else -(-samples // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of ``epoch``; the current one's position is kept where it is that one already."""
+        if epoch != self.epoch:
+            self.epoch, self._consumed, self._resume = epoch, 0, False
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._resume:
+            self._consumed = 0
+        self._resume = False
+        self._generator.manual_seed(self.seed + self.epoch)
+        return self._stream() if self._sampler is None else self._map(self._sampler)
+
+    def _map(self, sampler: _From) -> Iterator[Any]:
+        sampler.inner.set_epoch(self.epoch)
+        sampler.start = self._consumed
+        left = len(self._loader)
+        if left == 0:
+            self._next_epoch()
+        for batch in self._loader:
+            left -= 1
+            self._consumed += self.batch_size
+            if left == 0:
+                self._next_epoch()  # before the last yield: a loop may never ask for one more
+            yield batch
+
+    def _stream(self) -> Iterator[Any]:
+        skip = self._consumed
+        setter = getattr(self.dataset, "set_epoch", None)
+        if setter is not None:
+            setter(self.epoch)
+        for index, batch in enumerate(self._loader):
+            if index < skip:
+                continue
+            self._consumed = index + 1
+            yield batch
+        self._next_epoch()
+
+    def _next_epoch(self) -> None:
+        self.epoch, self._consumed = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and position, the same on every data-parallel rank."""
+        place = "batches" if self._iterable else "samples"
+        return {
+            "epoch": self.epoch,
+            "seed": self.seed,
+            place: self._consumed * (1 if self._iterable else self._size),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken: the next iteration yields exactly the samples that were left.
+
+        The number of ranks and the batch size may have changed: the position is in samples of all ranks, and
+        where it is not a multiple of the ranks it is rounded down. An iterable dataset is read from its start
+        and the consumed batches dropped. Raises CheckpointError where ``state`` is of another kind of dataset.
+        """
+        place = "batches" if self._iterable else "samples"
+        if place not in state or "epoch" not in state:
+            raise CheckpointError(
+                describe(
+                    "the data position was saved for another kind of dataset",
+                    expected=f"keys epoch, {place}",
+                    found=f"keys {', '.join(map(str, state))}",
+                    fix="resume with the dataset that was trained on, or do not load its position",
+                )
+            )
+        self.epoch = int(state["epoch"])
+        self.seed = int(state.get("seed", self.seed))
+        if self._sampler is not None:
+            self._sampler.inner.seed = self.seed
+        self._consumed = int(state[place]) // (1 if self._iterable else self._size)
+        self._resume = True
+
+
+def build_dataloader(
+    dataset: Dataset[Any],
+    batch_size: int,
+    data_parallel_rank: int = 0,
+    data_parallel_size: int = 1,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    num_workers: int = 0,
+    drop_last: bool = False,
+    seed: int = 0,
+    shuffle: bool = True,
+    pin_memory: bool = False,
+) -> ZeroDataLoader:
+    """A loader of micro-batches for one data-parallel rank.
+
+    A map-style dataset is shuffled by seed and epoch and dealt out with torch's DistributedSampler, which repeats
+    a few samples so that every rank has as many (``drop_last``: leaves a few out, and the last short batch).
+    An IterableDataset is iterated as it is: dividing it among ranks is its own affair; its ``set_epoch(epoch)``
+    is called where it has one. ``seed`` must be the same on every rank.
+
+    Raises UsageError for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise UsageError(describe("batch_size of the data loader", expected="at least 1", found=batch_size))
+    return ZeroDataLoader(
+        dataset,
+        batch_size,
+        data_parallel_rank,
+        data_parallel_size,
+        collate_fn,
+        num_workers,
+        drop_last,
+        seed,
+        shuffle,
+        pin_memory,
+    )
+
+
+class RepeatingLoader:
+    """``loader`` again and again without an end; saving and loading of its position pass through.
+
+    Raises UsageError when the loader is empty, rather than turn for ever.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self._iterator: Iterator[Any] | None = None
+
+    def __iter__(self) -> RepeatingLoader:
+        return self
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.loader))
+
+    def __next__(self) -> Any:
+        if self._iterator is not None:
+            try:
+                return next(self._iterator)
+            except StopIteration:
+                pass
+        self._iterator = iter(self.loader)
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            raise UsageError(
+                describe("a loader that is repeated yields nothing", fix="give it a dataset with samples")
+            ) from None
+
+    def state_dict(self) -> dict[str, Any]:
+        return cast(dict[str, Any], cast(Any, self.loader).state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        cast(Any, self.loader).load_state_dict(state)
+        self._iterator = None

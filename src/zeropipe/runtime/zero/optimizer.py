@@ -1,0 +1,282 @@
+"""The one optimizer of all ZeRO stages: it owns the partitions and turns reduced gradients into a step.
+
+    backward -> Reducer (grads.py) -> shard of gradients -> norm, overflow, clip -> torch's step on the master
+             -> Partition.publish: the new values on every rank
+
+It wraps the very torch optimizer that the user gave, whose param-group dicts stay the same objects; only
+their ``params`` lists now hold the masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from zeropipe.comm.collectives import all_reduce
+from zeropipe.comm.group import SELF, Group
+from zeropipe.errors import UsageError
+from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
+from zeropipe.runtime.optimizers.registry import classify
+from zeropipe.runtime.optimizers.shard_view import ShardAware, ShardView
+from zeropipe.runtime.zero.grads import GradStore, Reducer
+from zeropipe.runtime.zero.partition import Partition
+from zeropipe.runtime.zero.policy import Policy
+from zeropipe.runtime.zero.untouched import untouched
+from zeropipe.runtime.zero.watch import Watch
+from zeropipe.tensor.norms import clip_coefficient, squared_norm
+from zeropipe.tensor.overflow import NonFinite
+
+
+class Scaler(Protocol):
+    """What a loss scaler must offer; the classes are in ``runtime/fp16``."""
+
+    @property
+    def loss_scale(self) -> float: ...
+    def update_scale(self, overflow: bool, diagnosis: object = None) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """How gradients become a step. ``clip``: largest global norm, 0 for none."""
+
+    clip: float = 0.0
+    scaler: Scaler | None = None
+    skip_nonfinite: bool = False  # without a scaler: a step with inf or NaN is skipped
+
+
+class ZeroOptimizer(DeepSpeedOptimizer):
+    """A torch optimizer on shards.
+
+    ``names``: dotted name of every parameter of the module. ``is_boundary`` and ``micro_step``: the engine's
+    clock. Raises UsageError for a parameter that is not in ``names``.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: Mapping[torch.nn.Parameter, str],
+        group: Group,
+        policy: Policy,
+        options: StepOptions,
+        is_boundary: Callable[[], bool],
+        micro_step: Callable[[], int],
+    ) -> None:
+        self.optimizer = optimizer
+        self.policy = policy
+        self.options = options
+        self.overflow = False
+        self.last_nonfinite: NonFinite | None = None
+        self.partitions: list[Partition] = []
+        self._names = names
+        self._group = group
+        self._grad_norm: float | None = None
+        self._given = [list(param_group["params"]) for param_group in optimizer.param_groups]
+        self._dormant: list[tuple[int, torch.nn.Parameter]] = []  # frozen: (param group, parameter)
+        watch = Watch(group, micro_step) if options.scaler is not None else None
+        self.reducer = Reducer(policy, is_boundary, watch)
+        self._flat = policy.shards_optimizer or classify(optimizer) != "whole"
+        for index, params in enumerate(self._given):
+            self._adopt(index, params)
+
+    # What clients read as they would on the torch optimizer.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss, 1.0 where there is no scaling."""
+        return 1.0 if self.options.scaler is None else self.options.scaler.loss_scale
+
+    cur_scale = loss_scale
+
+    @property
+    def loss_scaler(self) -> Scaler | None:
+        return self.options.scaler
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global L2 norm of the last step's gradients before clipping; None before the first."""
+        return self._grad_norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, reduced ones too; ``.grad`` is None afterwards."""
+        self.reducer.clear()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As on a torch optimizer; the new parameters must belong to the module."""
+        self.optimizer.add_param_group(param_group)
+        index = len(self.optimizer.param_groups) - 1
+        self._given.append(list(self.optimizer.param_groups[index]["params"]))
+        self._adopt(index, self._given[index])
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One whole update: reduce what is not reduced, decide overflow for all ranks, clip, step, publish.
+
+        Returns what ``closure`` returned. Raises LossScaleError at the minimum loss scale.
+        """
+        result = None if closure is None else closure()
+        self.reducer.finish_window()
+        norm, unused = self._survey()
+        self.overflow = not norm < float("inf")  # true for inf and for NaN
+        self._grad_norm = norm
+        scaler = self.options.scaler
+        if self.overflow and (scaler is not None or self.options.skip_nonfinite):
+            self.last_nonfinite = None if self.reducer.watch is None else self.reducer.watch.find()
+            self.reducer.clear()
+            if scaler is not None:
+                scaler.update_scale(True, self.last_nonfinite)
+            return result
+        self.overflow = False
+        if self.options.clip > 0:
+            clip = float(clip_coefficient(norm, self.options.clip))
+        else:
+            clip = 1.0
+        self._update(clip / self.loss_scale, unused)
+        self.reducer.clear()
+        if scaler is not None:
+            scaler.update_scale(False)
+        return result
+
+    def wake(self) -> None:
+        """Take in parameters that were frozen and now require gradients; the same ones on every rank."""
+        if not any(param.requires_grad for _, param in self._dormant):
+            return
+        dormant, self._dormant = self._dormant, []
+        for index in range(len(self._given)):
+            self._adopt(index, [param for i, param in dormant if i == index])
+
+    def destroy(self) -> None:
+        """Remove every hook and give the torch optimizer back its own parameters, without state."""
+        self.reducer.remove_hooks()
+        self.reducer.clear()
+        for partition in self.partitions:
+            partition.release()
+        for param_group, params in zip(self.optimizer.param_groups, self._given, strict=True):
+            param_group["params"] = params
+        self.optimizer.state.clear()
+        self.partitions.clear()
+        self.reducer.stores.clear()
+        self._dormant.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state: references, not copies; ``load_state_dict`` takes it at the same layout."""
+        return {
+            "zero_stage": self.policy.stage,
+            "layouts": [partition.layout.to_json() for partition in self.partitions],
+            "loss_scaler": None if self.options.scaler is None else self.options.scaler.state_dict(),
+            "overflow": self.overflow,
+            "fp32_masters": [partition.master.detach() for partition in self.partitions],
+            "base_optimizer_state": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], load_optimizer_states: bool = True) -> None:
+        """Raises UsageError when ``state`` was made with other layouts."""
+        mine = [partition.layout.to_json() for partition in self.partitions]
+        if state["layouts"] != mine:
+            raise UsageError(
+                "this optimizer state belongs to other parameters, or to another number of ranks. "
+                "Fix: use engine.load_checkpoint, which reads any layout"
+            )
+        if load_optimizer_states:
+            self.optimizer.load_state_dict(state["base_optimizer_state"])
+        for partition, master in zip(self.partitions, state["fp32_masters"], strict=True):
+            partition.master.detach().copy_(master)
+            partition.publish()
+        if self.options.scaler is not None and state["loss_scaler"] is not None:
+            self.options.scaler.load_state_dict(state["loss_scaler"])
+
+    def store_of(self, partition: Partition) -> GradStore:
+        return self.reducer.stores[self.partitions.index(partition)]
+
+    def _adopt(self, index: int, params: list[torch.nn.Parameter]) -> None:
+        """Make partitions of the parameters of param group ``index``, one per dtype; frozen ones wait."""
+        param_group = self.optimizer.param_groups[index]
+        masters = [p for p in param_group["params"] if not any(p is q for q in params)]
+        by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+        for param in params:
+            if param not in self._names:
+                raise UsageError(
+                    f"the optimizer's param group {index} holds a parameter of shape {tuple(param.shape)} that the "
+                    "model does not have. Fix: build the optimizer from this model's parameters()"
+                )
+            if param.requires_grad:
+                by_dtype.setdefault(param.dtype, []).append(param)
+            else:
+                self._dormant.append((index, param))
+        for members in by_dtype.values():
+            names = [self._names[param] for param in members]
+            partition = Partition(names, members, index, self._group, self.policy, self, self._flat)
+            partition.adopt_state()
+            self.partitions.append(partition)
+            self.reducer.add(partition)
+            masters += partition.stepped
+            if isinstance(self.optimizer, ShardAware):
+                group = self._group if partition.sharded else SELF
+                self.optimizer.bind_shards(
+                    {partition.master: ShardView(partition.layout, partition.shard, group)}
+                )
+        param_group["params"] = masters
+
+    def _survey(self) -> tuple[float, list[tuple[Partition, list[int]]]]:
+        """The unscaled global gradient norm, and the parameters that no rank used: one small collective,
+        two when some rank left a parameter out."""
+        stores = self.reducer.stores
+        device = stores[0].shard.device if stores else torch.device("cpu")
+        figures = torch.zeros(2, dtype=torch.float64, device=device)
+        for store in stores:
+            counted_once = store.partition.sharded or self._group.rank == 0
+            if counted_once:
+                figures[0] += squared_norm(store.shard)
+            figures[1] += len(store.partition.params) - len(store.seen)
+        all_reduce(figures, self._group, label="gradient norm")
+        squares, missing = figures.tolist()
+        unused = self._unused_everywhere(device) if missing else []
+        return squares**0.5 / self.loss_scale, unused
+
+    def _unused_everywhere(self, device: torch.device) -> list[tuple[Partition, list[int]]]:
+        stores = self.reducer.stores
+        flags = [index in store.seen for store in stores for index in range(len(store.partition.params))]
+        used = torch.tensor(flags, dtype=torch.int32, device=device)
+        all_reduce(used, self._group, op="max", label="used parameters")
+        counts = [len(store.partition.params) for store in stores]
+        found = []
+        for store, marks in zip(stores, used.split(counts), strict=True):
+            indices = [index for index, mark in enumerate(marks.tolist()) if not mark]
+            if indices:
+                found.append((store.partition, indices))
+        return found
+
+    def _update(self, factor: float, unused: list[tuple[Partition, list[int]]]) -> None:
+        """Step on ``factor`` times the reduced gradients."""
+        idle = {id(partition) for partition, indices in unused if len(indices) == len(partition.params)}
+        for partition, store in zip(self.partitions, self.reducer.stores, strict=True):
+            if id(partition) not in idle:
+                partition.load_gradient(store.shard, factor)
+        rest = [(partition, indices) for partition, indices in unused if id(partition) not in idle]
+        for partition, indices in rest:
+            partition.drop_gradients(indices)
+        with untouched(self.optimizer, rest if self._flat else ()):
+            self.optimizer.step()
+        for partition in self.partitions:
+            partition.drop_gradients()
+            if id(partition) not in idle:
+                partition.publish()

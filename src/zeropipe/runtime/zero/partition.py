@@ -1,0 +1,228 @@
+"""A partition: parameters of one param group and dtype, laid flat, with the fp32 master shard of this rank.
+
+    values   |---------- shard 0 ----------|---------- shard 1 ----------|   parameters are views into it
+    master                                 |####### fp32, rank 1 ########|   the one tensor that is stepped
+
+In fp32 the master *is* this rank's slice of the values, so nothing is stored twice; in 16 bits it is a tensor
+of its own, and the values are rounded from it after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zeropipe.comm.collectives import all_gather, broadcast
+from zeropipe.comm.group import Group
+from zeropipe.layout.flat import FlatShards, flat_shards
+from zeropipe.runtime.zero.param import ZeroParam
+from zeropipe.runtime.zero.policy import Policy
+
+if TYPE_CHECKING:
+    from zeropipe.runtime.zero.optimizer import ZeroOptimizer
+
+# Elements of one cache line of fp32. torch's fused CPU steps handle the last numel % 16 elements in a scalar loop
+# whose rounding differs by an ulp; a whole number of lines leaves no such rest, so that where the shards are cut
+# (stage, number of ranks, threads) never shows in the numbers.
+ALIGN = 16
+
+
+class Partition:
+    """Owns the values and the master of its parameters; see the picture above.
+
+    ``names``: dotted names, as in ``module.named_parameters()``. ``group_index``: index of the param group.
+    ``flat``: the optimizer steps on the master as one 1-D tensor; otherwise (unsharded partitions only) on its
+    views, one per parameter in the parameter's own shape.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        params: Sequence[torch.nn.Parameter],
+        group_index: int,
+        group: Group,
+        policy: Policy,
+        owner: ZeroOptimizer,
+        flat: bool = True,
+    ) -> None:
+        self.owner = owner
+        self.names = tuple(names)
+        self.params = tuple(params)
+        self.group_index = group_index
+        self.group = group
+        self.sharded = policy.shards_optimizer
+        self.dtype = params[0].dtype
+        specs = (
+            (n, tuple(p.shape), str(p.dtype).removeprefix("torch."))
+            for n, p in zip(names, params, strict=True)
+        )
+        self.layout: FlatShards = flat_shards(specs, group.size if self.sharded else 1, ALIGN)
+        self.shard = group.rank if self.sharded else 0
+        self.values = _flatten(self.params, self.layout)  # 1D, padded_numel
+        start, stop = self.layout.shard_range(self.shard)
+        self.own_values = self.values[start:stop]  # 1D, shard_numel; a view
+        for index, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
+            param._zero = ZeroParam(name, self, index)  # type: ignore[attr-defined]
+        broadcast(self.values, 0, group, label="initial values")
+        self.master = torch.nn.Parameter(self._make_master(policy))  # 1D, shard_numel, fp32
+        assert flat or not self.sharded
+        self.stepped = [self.master] if flat else self._views()  # what the torch optimizer holds
+
+    @property
+    def master_is_values(self) -> bool:
+        return self.master.data_ptr() == self.own_values.data_ptr() and self.own_values.numel() > 0
+
+    def _make_master(self, policy: Policy) -> torch.Tensor:
+        offloaded = policy.offload_optimizer and self.values.device.type != "cpu"
+        if self.dtype == torch.float32 and not offloaded:
+            return self.own_values
+        host = torch.empty(self.own_values.shape, dtype=torch.float32, pin_memory=True) if offloaded else None
+        return self.own_values.float() if host is None else host.copy_(self.own_values)
+
+    def _views(self) -> list[torch.nn.Parameter]:
+        if self.master_is_values:
+            return list(self.params)
+        views = [self.master.detach()[slice(*self.layout.tensor_range(i))] for i in range(len(self.params))]
+        return [torch.nn.Parameter(v.view(p.shape)) for v, p in zip(views, self.params, strict=True)]
+
+    def adopt_state(self) -> None:
+        """Take over state that the optimizer already has for the parameters (it was stepped before)."""
+        optimizer = self.owner.optimizer
+        old = [optimizer.state.pop(param, {}) for param in self.params]
+        if not any(old):
+            return
+        if len(self.stepped) > 1 or self.stepped[0] is not self.master:
+            for tensor, state in zip(self.stepped, old, strict=True):
+                optimizer.state[tensor] = state
+            return
+        merged: dict[str, Any] = {}
+        for index, (param, state) in enumerate(zip(self.params, old, strict=True)):
+            for key, value in state.items():
+                if torch.is_tensor(value) and value.shape == param.shape and param.dim() > 0:
+                    shard = merged.setdefault(key, torch.zeros_like(self.master))
+                    self.scatter(shard, index, value)
+                else:
+                    merged.setdefault(key, value)
+        optimizer.state[self.master] = merged
+
+    def load_gradient(self, shard: torch.Tensor, factor: float) -> None:
+        """Set the master's gradient to ``factor`` times ``shard`` (1D, shard_numel); may scale it in place."""
+        if shard.dtype == self.master.dtype and shard.device == self.master.device:
+            grad = shard if factor == 1.0 else shard.mul_(factor)
+        else:
+            grad = shard.to(torch.float32, copy=True)
+            if factor != 1.0:
+                grad.mul_(factor)
+            grad = grad.to(self.master.device)
+        if self.stepped[0] is self.master:
+            self.master.grad = grad
+            return
+        for index, tensor in enumerate(self.stepped):
+            tensor.grad = grad[slice(*self.layout.tensor_range(index))].view(tensor.shape)
+
+    def drop_gradients(self, indices: Sequence[int] | None = None) -> None:
+        """Take the gradients off what is stepped: all of it, or (where not flat) of some parameters."""
+        if self.stepped[0] is self.master:
+            if indices is None:
+                self.master.grad = None
+            return
+        for index in range(len(self.stepped)) if indices is None else indices:
+            self.stepped[index].grad = None
+
+    def values_of(self, index: int) -> torch.Tensor:
+        """The parameter's value in the flat buffer: 1D, a view."""
+        start, stop = self.layout.tensor_range(index)
+        return self.values[start:stop]
+
+    def publish(self) -> None:
+        """Round the stepped master into the values and give every rank the whole of them."""
+        if self.layout.numel == 0:
+            return
+        if not self.master_is_values:
+            self.own_values.copy_(self.master.detach(), non_blocking=True)
+        if self.sharded and self.group.size > 1:
+            all_gather(self.values, self.own_values, self.group, label="parameters")
+
+    def write_value(self, index: int, value: torch.Tensor) -> None:
+        """Set parameter ``index`` to ``value`` (its shape, the same on every rank): master and values."""
+        self.scatter(self.master.detach(), index, value)
+        self.values_of(index).copy_(value.detach().reshape(-1))
+
+    def state_keys(self) -> set[str]:
+        """The optimizer's state that is laid out like the master; empty before the first step."""
+        state = self.owner.optimizer.state
+        keys = [
+            {k for k, v in state.get(t, {}).items() if torch.is_tensor(v) and v.shape == t.shape}
+            for t in self.stepped
+        ]
+        return set.union(*keys) if keys else set()
+
+    def state_shard(self, key: str) -> torch.Tensor | None:
+        """Optimizer state ``key`` as 1D, shard_numel; a copy where the optimizer steps on views."""
+        if key not in self.state_keys():
+            return None
+        state = self.owner.optimizer.state
+        if self.stepped[0] is self.master:
+            return state[self.master][key]
+        whole = torch.zeros_like(self.master)
+        for index, tensor in enumerate(self.stepped):
+            if key in state.get(tensor, {}):
+                self.scatter(whole, index, state[tensor][key])
+        return whole
+
+    def refresh_master(self) -> None:
+        """Take the master anew from the values, after somebody wrote those (a loaded state dict, an edit)."""
+        if not self.master_is_values:
+            self.master.detach().copy_(self.own_values)
+
+    def full(self, shard: torch.Tensor, index: int) -> torch.Tensor:
+        """Parameter ``index``'s elements of a shard-sized tensor (master, gradient or state), from all ranks.
+
+        Collective over the group when the partition is sharded. Returns a new tensor of the parameter's shape.
+        """
+        spec = self.layout.tensors[index]
+        whole = torch.zeros(spec.numel, dtype=shard.dtype, device=shard.device)
+        for piece in self.layout.tensor_pieces(index):
+            view = whole[piece.start : piece.start + piece.numel]
+            if piece.shard == self.shard:
+                view.copy_(shard[piece.offset : piece.offset + piece.numel])
+            if self.sharded:
+                broadcast(view, piece.shard, self.group, label=spec.name)
+        return whole.view(spec.shape)
+
+    def scatter(self, shard: torch.Tensor, index: int, value: torch.Tensor) -> None:
+        """Write this rank's piece of ``value`` (the parameter's shape) into a shard-sized tensor."""
+        flat = value.detach().reshape(-1)
+        for piece in self.layout.tensor_pieces(index):
+            if piece.shard == self.shard:
+                shard[piece.offset : piece.offset + piece.numel].copy_(
+                    flat[piece.start : piece.start + piece.numel]
+                )
+
+    def local(self, shard: torch.Tensor, index: int) -> torch.Tensor:
+        """This rank's elements of parameter ``index`` in a shard-sized tensor: a 1D view, empty if it has none."""
+        for piece in self.layout.tensor_pieces(index):
+            if piece.shard == self.shard:
+                return shard[piece.offset : piece.offset + piece.numel]
+        return shard[:0]
+
+    def release(self) -> None:
+        """Give the parameters storage of their own again and forget them."""
+        for param in self.params:
+            param.data = param.data.clone()
+            if getattr(param, "_zero", None) is not None and param._zero.partition is self:  # type: ignore[attr-defined]
+                del param._zero  # type: ignore[attr-defined]
+
+
+def _flatten(params: Sequence[torch.nn.Parameter], layout: FlatShards) -> torch.Tensor:
+    """Move the parameters into one buffer, one at a time, so that at most one exists twice."""
+    first = params[0]
+    flat = torch.zeros(layout.padded_numel, dtype=first.dtype, device=first.device)
+    for index, param in enumerate(params):
+        start, stop = layout.tensor_range(index)
+        view = flat[start:stop].view(param.shape)
+        view.copy_(param.detach())
+        param.data = view
+    return flat
