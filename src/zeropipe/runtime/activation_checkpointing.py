@@ -70,14 +70,17 @@ class Checkpointer:
     def checkpoint(
         self, function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any
     ) -> Any:
-        on_cpu = self.settings is not None and bool(self.settings.checkpoint_in_cpu)
-        if use_reentrant:
-            with self._saving(on_cpu):
-                return torch_checkpoint.checkpoint(function, *args, use_reentrant=True, **kwargs)
-        with self._saving(on_cpu):
-            return torch_checkpoint.checkpoint(
-                function, *args, use_reentrant=False, context_fn=self._contexts, **kwargs
-            )
+        states = self.tracker.get_states()
+        recomputing = False
+
+        def replayed(*inner: Any, **named: Any) -> Any:
+            nonlocal recomputing
+            with self.tracker.replaying(states) if recomputing else nullcontext():
+                recomputing = True
+                return function(*inner, **named)
+
+        with self._saving():
+            return torch_checkpoint.checkpoint(replayed, *args, use_reentrant=use_reentrant, **kwargs)
 
     def model_rank(self) -> int:
         """This rank's place among the model-parallel ones, as the configured ``mpu`` says; 0 without one."""
@@ -87,11 +90,10 @@ class Checkpointer:
                 return int(getattr(mpu, name)())
         return 0
 
-    def _saving(self, on_cpu: bool) -> AbstractContextManager[Any]:
-        return save_on_cpu(pin_memory=torch.cuda.is_available()) if on_cpu else nullcontext()
-
-    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), self.tracker.replaying(self.tracker.get_states())
+    def _saving(self) -> AbstractContextManager[Any]:
+        if self.settings is None or not self.settings.checkpoint_in_cpu:
+            return nullcontext()
+        return save_on_cpu(pin_memory=torch.cuda.is_available())
 
 
 # The one holder of state at module level: the interface that users know is made of module functions, which
@@ -163,7 +165,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     Gradients and draws are the same as without it: the default random states and the tracker's named ones are
     replayed. With ``checkpoint_in_cpu`` the saved inputs wait in CPU memory (pinned where there is CUDA).
-    ``use_reentrant=True`` takes torch's older way, which replays only the default random states.
+    ``use_reentrant=True`` takes torch's older way, with the same result.
     """
     return CHECKPOINTER.checkpoint(function, *args, **kwargs)
 
