@@ -201,7 +201,7 @@ class DynamicLossScaler(LossScalerBase):
             self.cur_scale *= self.scale_factor
 
     def _minimum_text(self, diagnosis: object) -> str:
-        found = "inf or NaN in them" if diagnosis is None else str(diagnosis)
+        found = "inf or NaN (no gradient named)" if diagnosis is None else str(diagnosis)
         return describe(
             f"the loss scale is at its minimum ({self.min_scale:g}) and gradients still overflow "
             f"(iteration {self.cur_iter})",
@@ -209,7 +209,7 @@ class DynamicLossScaler(LossScalerBase):
             found=found,
             fix="look at the named layer and its batch, lower the learning rate or clip; or train in bf16 "
             '("bf16": {"enabled": true}), which needs no loss scale; or allow a smaller one '
-            '("fp16": {"min_loss_scale": ...}); or go on without such steps (on_min_scale "skip" or "warn")',
+            '("fp16": {"min_loss_scale": ...}); or skip such steps ("on_min_scale": "skip" or "warn")',
         )
 
     def state_dict(self) -> dict[str, Any]:
