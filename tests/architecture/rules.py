@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,8 +25,8 @@ class File:
     """A source file. ``path`` is relative to the package, e.g. ``comm/group.py``."""
 
     path: str
-    text: str
-    tree: ast.Module
+    text: str = field(repr=False)
+    tree: ast.Module = field(repr=False)
 
     @classmethod
     def parse(cls, path: str, text: str) -> File:
@@ -270,7 +270,7 @@ def _targets(node: ast.AST) -> list[ast.expr]:
 
 # ---- one owner of padding ----
 
-_WORLD = re.compile(r"(^|[._])(world|world_size|num_shards|dp|dp_size|num_ranks|size)$")
+_WORLD = re.compile(r"(^|\.)(world|world_size|num_shards|dp|dp_size|num_ranks|size)$")
 
 
 def computes_padding(file: File) -> Iterator[Violation]:
