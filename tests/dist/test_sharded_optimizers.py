@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
+from tests.helpers.data import global_batches, gpt_batch, token_batch
+from tests.helpers.models import NastyModel, TinyGPT, build
+from tests.helpers.referee import assert_bitwise, assert_within_referee, train_plain
+from tests.helpers.train import config, train
 from tests.unit.runtime.optimizers.shards import flatten, layout_of, like, nasty, run_whole
 from zeropipe.comm.group import world
 from zeropipe.comm.record import record
 from zeropipe.runtime.optimizers import Lamb, Muon, ShardView
 
 FP64_ORDER = 1e-13  # the order of a norm's sums over pieces
+nasty_model = partial(build, NastyModel)
+gpt_model = partial(build, TinyGPT)
 
 
 def make(kind):
@@ -54,3 +62,33 @@ def test_ranks_equal_one_process(pool, kind, size):
     else:
         torch.testing.assert_close(full, expected, rtol=FP64_ORDER, atol=FP64_ORDER)
         assert all(events == [("all_reduce", 2 * 8 * len(start))] * len(grads) for _, events in results)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_muon_by_config_is_the_same_bits_at_every_stage(pool, world_size):
+    section = {"type": "Muon", "params": {"lr": 0.02, "adam_lr": 0.003, "weight_decay": 0.1}}
+    runs = [
+        pool(world_size).run(train, nasty_model, token_batch, config(stage, world_size, optimizer=section), 3)
+        for stage in (0, 1, 2)
+    ]
+    for result in (result for run in runs for result in run):
+        assert_bitwise(result["weights"], runs[0][0]["weights"])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_lamb_by_config_is_within_the_referee(pool, stage):
+    section = {"type": "Lamb", "params": {"lr": 0.01, "weight_decay": 0.1}}
+    ours = pool(2).run(train, gpt_model, gpt_batch, config(stage, 2, optimizer=section), 3)
+    plain = [
+        train_plain(gpt_model, batches_of_two, lamb, 3, **extra).weights for extra in ({"dtype": None}, {})
+    ]
+    for result in ours:
+        assert_within_referee(result["weights"], *plain)
+
+
+def lamb(params):
+    return Lamb(params, lr=0.01, weight_decay=0.1)
+
+
+def batches_of_two(step):
+    return global_batches(gpt_batch, step, 2)

@@ -85,14 +85,16 @@ class Lamb(Optimizer):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copied or unpickled optimizer is unbound: a process group cannot be copied.
+        # A copied or unpickled optimizer is unbound, as a process group cannot be copied; load_state_dict passes
+        # here too, and stays bound.
         super().__setstate__(state)
-        self._views, self._whole = {}, {}
+        for name in ("_views", "_whole"):
+            self.__dict__.setdefault(name, {})
 
     def bind_shards(self, views: Mapping[nn.Parameter, ShardView]) -> None:
-        """Step on these 1-D masters as shards from now on; see ShardAware."""
+        """Step on these 1-D masters as shards from now on, too; see ShardAware."""
         check_bound(views)
-        self._views = dict(views)
+        self._views.update(views)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -112,7 +114,7 @@ class Lamb(Optimizer):
 
     def _direction(self, param: torch.Tensor, group: dict[str, Any]) -> _Slot | None:
         view = view_or_whole(param, self._views, self._whole)
-        grad = gradient(param, param in self._views, "Lamb")
+        grad = gradient(param, "Lamb")
         if grad is None:
             return None
         value = flat(param)

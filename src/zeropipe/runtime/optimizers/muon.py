@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError, describe
+from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.optimizers.checks import check_betas, check_not_negative
 from zeropipe.runtime.optimizers.muon_exchange import exchange_round
 from zeropipe.runtime.optimizers.muon_kernel import NS_COEFFICIENTS, MatrixSlot
@@ -24,6 +25,9 @@ from zeropipe.runtime.optimizers.shard_view import (
     put_back,
     view_or_whole,
 )
+
+_Rounds = tuple[tuple[CutMatrix, ...], ...]
+_Plan = tuple[tuple[tuple[FlatShards, ...], tuple[tuple[int, ...], ...]], _Rounds]  # what it is for, and it
 
 
 class Muon(Optimizer):
@@ -67,7 +71,7 @@ class Muon(Optimizer):
             raise ValueError(f"ns_coefficients are three numbers, found {ns_coefficients}")
         self._views: dict[nn.Parameter, ShardView] = {}
         self._whole: dict[torch.Tensor, ShardView] = {}
-        self._plans: dict[Group, tuple[tuple[CutMatrix, ...], ...]] = {}
+        self._plans: dict[Group, _Plan] = {}
         super().__init__(
             params,
             {
@@ -86,15 +90,16 @@ class Muon(Optimizer):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copied or unpickled optimizer is unbound: a process group cannot be copied.
+        # A copied or unpickled optimizer is unbound, as a process group cannot be copied; load_state_dict passes
+        # here too, and stays bound.
         super().__setstate__(state)
-        self._views, self._whole, self._plans = {}, {}, {}
+        for name in ("_views", "_whole", "_plans"):
+            self.__dict__.setdefault(name, {})
 
     def bind_shards(self, views: Mapping[nn.Parameter, ShardView]) -> None:
-        """Step on these 1-D masters as shards from now on; see ShardAware."""
+        """Step on these 1-D masters as shards from now on, too; see ShardAware."""
         check_bound(views)
-        self._views = dict(views)
-        self._plans = {}
+        self._views.update(views)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -121,7 +126,7 @@ class Muon(Optimizer):
 
     def _slot(self, param: torch.Tensor, group: dict[str, Any]) -> MatrixSlot | None:
         view = view_or_whole(param, self._views, self._whole)
-        grad = gradient(param, param in self._views, "Muon")
+        grad = gradient(param, "Muon")
         if grad is None:
             return None
         tensors = view.layout.tensors
@@ -177,16 +182,22 @@ class Muon(Optimizer):
         if members.size == 1:
             _step_own(slots)
             return
-        if members not in self._plans:
-            layouts = [slot.view.layout for slot in slots]
-            self._plans[members] = plan_rounds(layouts, [sorted(slot.matrices) for slot in slots])
-        rounds = self._plans[members]
+        rounds = self._rounds(slots, members)
         waiting = exchange_round(slots, rounds[0], members) if rounds else None
         _step_own(slots)  # while the first round's pieces travel
         if waiting is not None:
             waiting()
         for cuts in rounds[1:]:
             exchange_round(slots, cuts, members)()
+
+    def _rounds(self, slots: list[MatrixSlot], members: Group) -> _Rounds:
+        """The plan for ``slots``, kept as long as the same masters take part."""
+        layouts = tuple(slot.view.layout for slot in slots)
+        matrices = tuple(tuple(sorted(slot.matrices)) for slot in slots)
+        known = self._plans.get(members)
+        if known is None or known[0] != (layouts, matrices):
+            known = self._plans[members] = ((layouts, matrices), plan_rounds(layouts, matrices))
+        return known[1]
 
 
 def _step_own(slots: Sequence[MatrixSlot]) -> None:

@@ -44,9 +44,9 @@ class ShardView:
 class ShardAware(Protocol):
     """An optimizer whose update of a tensor needs the whole tensor, and that can get it from shards.
 
-    ``bind_shards`` is called once, before the first step, with one view for each master among its parameters.
-    A bound master always steps, on every member: a missing gradient there counts as zeros, so that a
-    gradient that is None on one rank only can never leave the others waiting.
+    ``bind_shards`` is called before the first step that meets a master, with its view; later calls add to
+    earlier ones. The caller sees to it that a master's gradient is None on all members of the group or on none:
+    None means that the master is not stepped, so no member may wait for it.
     """
 
     def bind_shards(self, views: Mapping[nn.Parameter, ShardView]) -> None: ...
@@ -84,11 +84,11 @@ def view_or_whole(
     return cache[param]
 
 
-def gradient(param: torch.Tensor, bound: bool, name: str) -> torch.Tensor | None:  # 1-D, numel of param
-    """``param.grad`` as one flat run; None where an ordinary tensor has none and is to be skipped."""
+def gradient(param: torch.Tensor, name: str) -> torch.Tensor | None:  # 1-D, numel of param
+    """``param.grad`` as one flat run; None where there is none."""
     grad = param.grad
     if grad is None:
-        return torch.zeros_like(param, memory_format=torch.contiguous_format).view(-1) if bound else None
+        return None
     if grad.is_sparse:
         raise UsageError(f"{name} does not take sparse gradients. Fix: build the embedding with sparse=False")
     return grad.reshape(-1)

@@ -77,7 +77,7 @@ def run_sharded(
     grads: list[list[list[torch.Tensor]]],  # [step][group][tensor]
     size: int,
     align: int = 1,
-    missing: tuple[int, int] | None = None,  # (rank, group) whose gradient is None
+    idle: tuple[int, int] | None = None,  # (step, group) without a gradient anywhere
 ) -> tuple[list[list[torch.Tensor]], Wire]:
     """Step ``make``'s optimizer on every shard; the tensors after the last step, and the wire's log."""
     wire = Wire(size)
@@ -97,14 +97,13 @@ def run_sharded(
             optimizer = make(
                 [{"params": [m], **extra} for m, (_, extra) in zip(masters, groups, strict=True)]
             )
-            optimizer.bind_shards(
-                {m: ShardView(layout, rank, group) for m, layout in zip(masters, layouts, strict=True)}
-            )
-            for step in grads:
+            for master, layout in zip(masters, layouts, strict=True):
+                optimizer.bind_shards({master: ShardView(layout, rank, group)})
+            for number, step in enumerate(grads):
                 for index, (master, layout) in enumerate(zip(masters, layouts, strict=True)):
                     full = flatten(step[index], layout)
                     master.grad = full[slice(*layout.shard_range(rank))].clone()
-                    if missing == (rank, index):
+                    if idle == (number, index):
                         master.grad = None
                 optimizer.step()
             for full, layout, master in zip(fulls, layouts, masters, strict=True):
@@ -130,14 +129,15 @@ def run_whole(
     make: Callable[[list], torch.optim.Optimizer],
     groups: list[tuple[list[torch.Tensor], dict]],
     grads: list[list[list[torch.Tensor]]],
+    idle: tuple[int, int] | None = None,
 ) -> list[list[torch.Tensor]]:
     """The same steps on ordinary parameters."""
     params = [[nn.Parameter(t.clone()) for t in tensors] for tensors, _ in groups]
     optimizer = make([{"params": mine, **extra} for mine, (_, extra) in zip(params, groups, strict=True)])
-    for step in grads:
-        for mine, given in zip(params, step, strict=True):
+    for number, step in enumerate(grads):
+        for index, (mine, given) in enumerate(zip(params, step, strict=True)):
             for p, g in zip(mine, given, strict=True):
-                p.grad = g.clone()
+                p.grad = None if idle == (number, index) else g.clone()
         optimizer.step()
     return [[p.detach() for p in mine] for mine in params]
 

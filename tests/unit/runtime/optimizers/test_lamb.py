@@ -90,11 +90,14 @@ def test_fp32_error_is_no_larger_on_shards(monkeypatch):
     assert error <= max(2 * plain, FP32_ORDER)
 
 
-def test_a_rank_without_gradient_does_not_hang(monkeypatch):
-    gen = torch.Generator().manual_seed(1)
-    start = nasty(gen)
-    grads = [[like(start, gen)]]
-    run_sharded(monkeypatch, lambda g: Lamb(g), [(start, {})], grads, 3, missing=(1, 0))
+def test_masters_without_gradient_are_not_stepped(monkeypatch):
+    gen = torch.Generator().manual_seed(2)
+    groups = [(nasty(gen, torch.float64), {}), (nasty(gen, torch.float64), {})]
+    grads = [[like(tensors, gen) for tensors, _ in groups] for _ in range(3)]
+    sharded, _ = run_sharded(monkeypatch, Lamb, groups, grads, 3, idle=(1, 0))
+    whole = run_whole(Lamb, groups, grads, idle=(1, 0))
+    for a, b in zip(sharded[0] + sharded[1], whole[0] + whole[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=FP64_ORDER, atol=FP64_ORDER)
 
 
 def test_bf16_parameters_get_wide_norms():

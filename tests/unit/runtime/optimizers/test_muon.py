@@ -60,11 +60,13 @@ def test_small_rounds_give_the_same_bits(monkeypatch):
     assert_bitwise(sharded, run_whole(make, groups, grads))
 
 
-def test_a_rank_without_gradient_does_not_hang(monkeypatch):
+def test_masters_without_gradient_are_not_stepped(monkeypatch):
     gen = torch.Generator().manual_seed(2)
-    groups = [(nasty(gen), {})]
-    grads = [[like(groups[0][0], gen)]]
-    run_sharded(monkeypatch, make, groups, grads, 3, missing=(1, 0))
+    groups = [(nasty(gen), {}), (nasty(gen), {})]
+    grads = [[like(tensors, gen) for tensors, _ in groups] for _ in range(3)]
+    sharded, _ = run_sharded(monkeypatch, make, groups, grads, 3, idle=(1, 0))
+    whole = run_whole(make, groups, grads, idle=(1, 0))
+    assert_bitwise(sharded, whole)
 
 
 def test_it_agrees_with_torch_muon():
