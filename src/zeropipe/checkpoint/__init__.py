@@ -1,0 +1,1 @@
+"""Checkpoints of any size that load at any other: writing, reading, checking and reshaping them."""

@@ -1,0 +1,184 @@
+"""The file layer: everything written is synced and checksummed, nothing read is executed.
+
+A checkpoint is a folder of files; a folder becomes visible by a rename, after all that it holds is on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from zeropipe.checkpoint import naming
+from zeropipe.checkpoint.stand_ins import STAND_INS
+from zeropipe.errors import CheckpointError, describe
+
+_CHUNK = 8 << 20  # bytes read at once when checking a file
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What a file must be: its size in bytes and its checksum, ``crc32:`` and eight hex digits."""
+
+    name: str
+    bytes: int
+    checksum: str
+
+
+class _ChecksumWriter:
+    """Passes bytes on to a file and keeps their CRC: one pass over the data, none when reading it back."""
+
+    def __init__(self, file: _Whole) -> None:
+        self._file = file
+        self.crc = 0
+        self.bytes = 0
+
+    def write(self, data: Any) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        written = self._file.write(data)
+        self.bytes += written
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def checksum_text(crc: int) -> str:
+    return f"crc32:{crc & 0xFFFFFFFF:08x}"
+
+
+def write_torch(path: Path, obj: Any) -> FileRecord:
+    """``torch.save`` in a new file, synced to the disk."""
+    return _write(path, lambda writer: torch.save(obj, writer, pickle_module=naming))
+
+
+def write_text(path: Path, text: str) -> FileRecord:
+    return _write(path, lambda writer: writer.write(text.encode()))
+
+
+def _write(path: Path, fill: Callable[[Any], object]) -> FileRecord:
+    # Unbuffered: torch's writer hands over whole tensors, which Python's buffer would only copy.
+    with open(path, "wb", buffering=0) as file:
+        writer = _ChecksumWriter(_Whole(file))
+        fill(writer)
+        os.fsync(file.fileno())
+    return FileRecord(path.name, writer.bytes, checksum_text(writer.crc))
+
+
+class _Whole:
+    """A raw file whose ``write`` writes all: a raw write may stop early, at 2 GiB or when the disk is filling."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done:])
+        return done
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give ``path`` new contents at once: a reader sees the old or the new text, never a part."""
+    temporary = path.with_name(f".{path.name}.incomplete")
+    write_text(temporary, text)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and new names inside ``path`` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_file(folder: Path, record: FileRecord) -> None:
+    """Raises CheckpointError, naming the file, when it is not byte for byte what was written."""
+    path = folder / record.name
+    try:
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise CheckpointError(
+                describe(
+                    f"{path} is truncated or was written by something else",
+                    expected=f"{record.bytes} bytes",
+                    found=size,
+                    fix="use an earlier checkpoint, or copy this one again from where it is whole",
+                )
+            )
+        crc = 0
+        with open(path, "rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK):
+                crc = zlib.crc32(chunk, crc)
+    except OSError as error:
+        raise CheckpointError(missing_text(path, error)) from error
+    if checksum_text(crc) != record.checksum:
+        raise CheckpointError(
+            describe(
+                f"{path} is damaged: its bytes are not those that were written",
+                expected=record.checksum,
+                found=checksum_text(crc),
+                fix="use an earlier checkpoint, or copy this one again from where it is whole",
+            )
+        )
+
+
+def missing_text(path: Path, error: OSError) -> str:
+    return describe(
+        f"{path} cannot be read: {error.strerror or error}",
+        fix="check that the whole checkpoint folder is visible from this machine",
+    )
+
+
+def load_torch(path: Path, *, trust: bool = False) -> Any:
+    """Open a ``torch.save`` file without running code from it; tensors stay on the disk until they are read.
+
+    ``trust=True`` unpickles anything, so it runs code of whoever wrote the file. Raises CheckpointError for a
+    file that is missing, damaged, or holds other objects than tensors, plain values and the few harmless
+    classes that DeepSpeed's files name (which become stand-ins without behaviour).
+    """
+    try:
+        if trust:
+            return torch.load(path, map_location="cpu", mmap=_is_zip(path), weights_only=False)
+        with torch.serialization.safe_globals(STAND_INS):
+            return torch.load(path, map_location="cpu", mmap=_is_zip(path), weights_only=True)
+    except OSError as error:
+        raise CheckpointError(missing_text(path, error)) from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_refusal(path, str(error))) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            describe(
+                f"{path} is not a file that torch.save wrote, or is damaged: {str(error).splitlines()[0]}",
+                fix="use an earlier checkpoint; `zeropipe ckpt verify` lists what is whole",
+            )
+        ) from error
+
+
+def _refusal(path: Path, reason: str) -> str:
+    found = next((line.strip() for line in reason.splitlines() if "GLOBAL" in line), reason.splitlines()[0])
+    return describe(
+        f"{path} was not opened: it holds something other than tensors and plain values, which could run code",
+        expected="what zeropipe or DeepSpeed writes",
+        found=found,
+        fix="if you trust whoever wrote the file, say so with trust=True (`--trust` on the command line)",
+    )
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether the file is in torch's zip format, the only one that can be mapped into memory."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"

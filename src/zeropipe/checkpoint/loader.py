@@ -1,0 +1,177 @@
+"""Loads: all ranks choose the same checkpoint, share the work of checking it, and each reads what it needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from zeropipe.checkpoint import tags
+from zeropipe.checkpoint.files import check_file
+from zeropipe.checkpoint.legacy import open_peer
+from zeropipe.checkpoint.manifest import Manifest, read_manifest
+from zeropipe.checkpoint.reader import Reader
+from zeropipe.checkpoint.source import OurSource, Source
+from zeropipe.checkpoint.state import LoadedState, LocalState
+from zeropipe.comm.collectives import all_gather_object, broadcast_object
+from zeropipe.comm.group import SELF, Group
+from zeropipe.errors import CheckpointError, describe
+
+
+def open_source(
+    folder: str | os.PathLike[str],
+    tag: str | None = None,
+    *,
+    trust: bool = False,
+    order: Sequence[Sequence[str]] = (),
+) -> Source:
+    """Open a checkpoint of ours or DeepSpeed's for reading, in one process.
+
+    ``folder`` may be a tag's folder itself. ``order``: names of the optimizer's parameters by group, which
+    DeepSpeed's stage 0 files do not tell. Raises CheckpointError when there is none, or it cannot be read.
+    """
+    root = Path(folder)
+    if tag is None and tags.is_checkpoint(root):
+        return open_folder(root, root.name, trust=trust, order=order)
+    choice = tags.choose(root, tag)
+    errors = list(choice.notices)
+    for candidate in choice.candidates:
+        try:
+            return open_folder(candidate.path, candidate.tag, trust=trust, order=order)
+        except CheckpointError as error:
+            if choice.strict:
+                raise
+            errors.append(str(error))
+    raise CheckpointError("; ".join(errors))
+
+
+def open_folder(path: Path, tag: str, *, trust: bool = False, order: Sequence[Sequence[str]] = ()) -> Source:
+    manifest = read_manifest(path)
+    if manifest is not None:
+        return OurSource(path, manifest, trust=trust)
+    return open_peer(path, tag, trust=trust, order=order)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    tag: str | None,
+    into: LocalState,
+    group: Group = SELF,
+    *,
+    optimizer: bool = True,
+    moments: bool = True,
+    verify: bool = True,
+    trust: bool = False,
+) -> tuple[LoadedState, Source] | None:
+    """Fill ``into`` in place from the checkpoint; None where there is none (the reason is logged by the caller).
+
+    Collective. Without a tag a damaged or incomplete checkpoint is passed over for the next newest one, and
+    the notices say so. ``verify``: check the checksum of every file first, each file on one rank.
+    Raises CheckpointError on every rank alike, naming file and rank, before anything is changed.
+    """
+    root = Path(folder)
+    choice = broadcast_object(tags.choose(root, tag) if group.rank == 0 else None, 0, group, label="tag")
+    notices = list(choice.notices)
+    for candidate in choice.candidates:
+        source, reader, error = _try(candidate, into, group, trust=trust, verify=verify)
+        errors = [e for e in all_gather_object(error, group, label="checkpoint checked") if e]
+        if errors:
+            if choice.strict:
+                raise CheckpointError(errors[0])
+            notices.append(f"skipped {candidate.path}: {errors[0]}")
+            continue
+        assert source is not None
+        assert reader is not None
+        return _fill(source, reader, into, group, notices, optimizer, moments), source
+    if choice.candidates:
+        raise CheckpointError(f"no checkpoint in {root} can be loaded: " + "; ".join(notices))
+    return None
+
+
+def nothing_there(folder: str | os.PathLike[str], tag: str | None) -> str:
+    """The log line for a load that found nothing."""
+    return "; ".join(tags.choose(Path(folder), tag).notices)
+
+
+def _try(
+    candidate: tags.Candidate, into: LocalState, group: Group, *, trust: bool, verify: bool
+) -> tuple[Source | None, Reader | None, str]:
+    """Open and check one candidate on this rank; the text of what is wrong with it, or ""."""
+    rank = group.ranks[group.rank]
+    try:
+        manifest = read_manifest(candidate.path)
+        if manifest is not None:
+            _check_share(candidate.path, manifest, group, verify)
+        order = [list(g.get("param_names") or ()) for g in into.param_groups]
+        source = open_folder(candidate.path, candidate.tag, trust=trust, order=order)
+        reader = Reader(source, into)
+        reader.check_shapes()
+        source.train_state(into.grid.rank)  # opens the files that hold it, so that refusals come now
+        return source, reader, ""
+    except CheckpointError as error:
+        return None, None, f"[rank {rank}] {error}"
+    except Exception as error:
+        what = f"{candidate.path} cannot be read: {type(error).__name__}: {error}"
+        return None, None, describe(what, rank=rank, fix="`zeropipe ckpt verify` says which file is at fault")
+
+
+def _check_share(path: Path, manifest: Manifest, group: Group, verify: bool) -> None:
+    """Sizes of all files on every rank; the bytes of each file on one, the largest spread first."""
+    for record in manifest.files:
+        try:
+            size = (path / record.name).stat().st_size
+        except OSError as error:
+            raise CheckpointError(
+                describe(
+                    f"{path / record.name} is missing or cannot be read: {error.strerror}",
+                    fix="check that the whole checkpoint folder is visible from this machine",
+                )
+            ) from error
+        if size != record.bytes:
+            raise CheckpointError(
+                describe(f"{path / record.name} is truncated", expected=f"{record.bytes} bytes", found=size)
+            )
+    if verify:
+        load = [0] * group.size
+        for record in sorted(manifest.files, key=lambda r: (-r.bytes, r.name)):
+            owner = load.index(min(load))
+            load[owner] += record.bytes
+            if owner == group.rank:
+                check_file(path, record)
+
+
+def _fill(
+    source: Source,
+    reader: Reader,
+    into: LocalState,
+    group: Group,
+    notices: list[str],
+    optimizer: bool,
+    moments: bool,
+) -> LoadedState:
+    error = ""
+    filled = None
+    try:
+        filled = reader.fill(optimizer=optimizer, moments=moments)
+    except Exception as reason:
+        error = describe(
+            f"reading {source.folder} failed half way: {type(reason).__name__}: {reason}",
+            rank=group.ranks[group.rank],
+            fix="the engine's state is mixed now: load another checkpoint before training on",
+        )
+    errors = [e for e in all_gather_object(error, group, label="checkpoint read") if e]
+    if errors:
+        raise CheckpointError(errors[0])
+    assert filled is not None
+    left_out = getattr(source, "left_out", "")
+    return LoadedState(
+        path=str(source.folder),
+        tag=source.tag,
+        stage=source.stage,
+        flats=filled.flats,
+        param_groups=tuple(source.param_groups),
+        train=source.train_state(into.grid.rank),
+        missing=filled.missing,
+        unexpected=filled.unexpected,
+        notices=tuple(notices) + filled.notices + ((left_out,) if left_out else ()),
+    )

@@ -1,0 +1,247 @@
+"""The manifest: what a checkpoint holds and where, as JSON beside the tensors, so that no reader ever guesses.
+
+It is written last inside the folder and carries its own checksum; a folder without a whole manifest is not a
+complete checkpoint of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zeropipe.checkpoint.files import FileRecord, checksum_text, missing_text
+from zeropipe.checkpoint.state import Slice
+from zeropipe.errors import CheckpointError, describe
+from zeropipe.layout.flat import FlatShards
+
+MANIFEST_NAME = "zeropipe_manifest.json"
+FORMAT = 1
+_BLANK = checksum_text(0)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of the module as one model-parallel rank holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str  # "param", "frozen" or "buffer"
+    file: str
+    mp_rank: int = 0
+    slice: Slice | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = {
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "kind": self.kind,
+            "file": self.file,
+            "mp_rank": self.mp_rank,
+        }
+        if self.slice is not None:
+            data["slice"] = {"shape": list(self.slice.global_shape), "start": list(self.slice.start)}
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TensorEntry:
+        part = data.get("slice")
+        return cls(
+            data["name"],
+            tuple(data["shape"]),
+            data["dtype"],
+            data["kind"],
+            data["file"],
+            data["mp_rank"],
+            None if part is None else Slice(tuple(part["shape"]), tuple(part["start"])),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FlatEntry:
+    """One flat layout: what is stored for it and in which file each shard is."""
+
+    name: str
+    mp_rank: int
+    group_index: int
+    layout: FlatShards
+    keys: dict[str, str]  # "fp32", "exp_avg", ... -> dtype
+    scalars: dict[str, Any]  # plain values
+    files: tuple[str, ...]  # by shard; "" where nobody has reported it yet
+    slices: dict[str, Slice] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "mp_rank": self.mp_rank,
+            "group_index": self.group_index,
+            "keys": self.keys,
+            "scalars": self.scalars,
+            "files": list(self.files),
+            "slices": {n: [list(s.global_shape), list(s.start)] for n, s in self.slices.items()},
+            "layout": self.layout.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> FlatEntry:
+        return cls(
+            data["name"],
+            data["mp_rank"],
+            data["group_index"],
+            FlatShards.from_json(data["layout"]),
+            data["keys"],
+            data["scalars"],
+            tuple(data["files"]),
+            {n: Slice(tuple(shape), tuple(start)) for n, (shape, start) in data["slices"].items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """``degrees``: sizes of the axes, ``{"dp": 2, "tp": 1, "pp": 1}``. ``versions``: of the writers."""
+
+    tag: str
+    stage: int
+    dtype: str
+    optimizer: str
+    world: int
+    degrees: dict[str, int]
+    global_steps: int
+    versions: dict[str, str]
+    files: tuple[FileRecord, ...]
+    module: tuple[TensorEntry, ...]
+    flats: tuple[FlatEntry, ...]
+    tied: dict[str, str]
+    excluded: tuple[str, ...]
+    rank_files: tuple[str, ...]  # by rank: where its RNG and data position are
+
+    def to_text(self) -> str:
+        body = {
+            "format": FORMAT,
+            "tag": self.tag,
+            "stage": self.stage,
+            "dtype": self.dtype,
+            "optimizer": self.optimizer,
+            "world": self.world,
+            "degrees": self.degrees,
+            "global_steps": self.global_steps,
+            "versions": self.versions,
+            "files": {r.name: {"bytes": r.bytes, "checksum": r.checksum} for r in self.files},
+            "rank_files": list(self.rank_files),
+            "tied": self.tied,
+            "excluded": list(self.excluded),
+            "module": [t.to_json() for t in self.module],
+            "flats": [f.to_json() for f in self.flats],
+            "checksum": _BLANK,
+        }
+        text = json.dumps(body, indent=1)
+        return text.replace(_own(_BLANK), _own(checksum_text(zlib.crc32(text.encode()))))
+
+    @classmethod
+    def from_text(cls, text: str, path: Path) -> Manifest:
+        """Raises CheckpointError when the text is not, to the byte, what ``to_text`` gave, or is newer than us."""
+        try:
+            data = json.loads(text)
+            found = data["checksum"]
+            blank = text.replace(_own(found), _own(_BLANK))
+            if checksum_text(zlib.crc32(blank.encode())) != found:
+                raise ValueError("its checksum does not match")
+            if data["format"] > FORMAT:
+                raise CheckpointError(
+                    describe(
+                        f"{path} was written by a newer zeropipe ({data['versions'].get('zeropipe')})",
+                        expected=f"format {FORMAT} or older",
+                        found=data["format"],
+                        fix="update zeropipe",
+                    )
+                )
+            return cls(
+                data["tag"],
+                data["stage"],
+                data["dtype"],
+                data["optimizer"],
+                data["world"],
+                data["degrees"],
+                data["global_steps"],
+                data["versions"],
+                tuple(FileRecord(n, r["bytes"], r["checksum"]) for n, r in data["files"].items()),
+                tuple(map(TensorEntry.from_json, data["module"])),
+                tuple(map(FlatEntry.from_json, data["flats"])),
+                data["tied"],
+                tuple(data["excluded"]),
+                tuple(data["rank_files"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                describe(
+                    f"{path} is damaged: {error}",
+                    fix="use an earlier checkpoint, or copy this one again from where it is whole",
+                )
+            ) from error
+
+
+def _own(checksum: str) -> str:
+    return f'"checksum": "{checksum}"\n}}'
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The folder's manifest, None where it has none. Raises CheckpointError when it is damaged."""
+    path = folder / MANIFEST_NAME
+    try:
+        return Manifest.from_text(path.read_text(encoding="utf-8"), path)
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            describe(f"{path} is damaged: {error}", fix="use an earlier checkpoint")
+        ) from error
+    except OSError as error:
+        raise CheckpointError(missing_text(path, error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank contributes to the manifest."""
+
+    rank: int
+    files: tuple[FileRecord, ...]
+    module: tuple[TensorEntry, ...]
+    flats: tuple[FlatEntry, ...]
+    tied: dict[str, str]
+    excluded: tuple[str, ...]
+    rank_file: str
+
+
+def join_flats(parts: Iterable[FlatEntry]) -> tuple[FlatEntry, ...]:
+    """One entry per flat out of those that each rank gave for its own shard.
+
+    Raises CheckpointError when a shard is in no file.
+    """
+    joined: dict[tuple[int, str], FlatEntry] = {}
+    for entry in parts:
+        key = (entry.mp_rank, entry.name)
+        before = joined.get(key)
+        if before is None:
+            joined[key] = entry
+            continue
+        files = tuple(a or b for a, b in zip(before.files, entry.files, strict=True))
+        joined[key] = FlatEntry(
+            before.name, before.mp_rank, before.group_index, before.layout, before.keys, before.scalars, files,
+            before.slices,
+        )  # fmt: skip
+    for entry in joined.values():
+        if "" in entry.files:
+            raise CheckpointError(
+                describe(
+                    f"no rank has written shard {entry.files.index('')} of {entry.name}",
+                    expected=f"{entry.layout.num_shards} shards",
+                    found=len([f for f in entry.files if f]),
+                    fix="every rank must call save_checkpoint",
+                )
+            )
+    return tuple(joined.values())

@@ -1,0 +1,160 @@
+"""The keys that DeepSpeed's own loader and tools look for, filled from our state.
+
+Measured on files that DeepSpeed 0.19.8 wrote. Values that DeepSpeed keeps per parameter group are given per
+flat, in the order of the groups.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from zeropipe.checkpoint import constants as k
+from zeropipe.checkpoint.stand_ins import FragmentAddress, LossScalerValues
+from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LocalState
+
+PEER_VERSION = (
+    "0.19.8"  # the format that these keys follow; DeepSpeed's tools want to see one of its versions
+)
+
+
+def model_keys(local: LocalState, module: Any, lr_scheduler: Any) -> dict[str, Any]:
+    """Top level of a model file. ``module``: the state dict that it holds."""
+    grid, train, model = local.grid, local.train, local.model
+    trained = [f for f in local.flats if FP32 in f.tensors]
+    groups = 1 + max((f.group_index for f in trained), default=-1)
+    shapes: list[OrderedDict[str, torch.Size]] = [OrderedDict() for _ in range(groups)]
+    for flat in trained:
+        for spec in flat.layout.tensors:
+            shapes[flat.group_index][spec.name] = torch.Size(spec.shape)
+    frozen_shapes, frozen_parts = _frozen(local)
+    return {
+        "module": module,
+        k.BUFFER_NAMES: list(model.buffers),
+        "optimizer": None,
+        k.PARAM_SHAPES: shapes if local.stage else None,
+        k.FROZEN_PARAM_SHAPES: frozen_shapes,
+        k.FROZEN_PARAM_FRAGMENTS: frozen_parts,
+        "shared_params": dict(model.tied),
+        "lr_scheduler": lr_scheduler,
+        "data_sampler": None,
+        "random_ltd": None,
+        "sparse_tensor_module_names": [],
+        "skipped_steps": train.skipped_steps,
+        "global_steps": train.global_steps,
+        "global_samples": train.global_samples,
+        "dp_world_size": grid.dp_degree,
+        "mp_world_size": grid.tp_degree * grid.pp_degree,
+        k.CHECKPOINT_PARALLEL_DIMS: {
+            k.CHECKPOINT_PP_DEGREE: grid.pp_degree,
+            k.CHECKPOINT_TP_DEGREE: grid.tp_degree,
+        },
+        "ds_config": train.ds_config,
+        k.DS_VERSION: PEER_VERSION,
+    }
+
+
+def _frozen(local: LocalState) -> tuple[Any, Any]:
+    """Shapes and this rank's values of frozen parameters, for stages where DeepSpeed writes them apart."""
+    if local.stage < 2:
+        return None, None
+    shapes: OrderedDict[str, torch.Size] = OrderedDict()
+    parts: OrderedDict[str, torch.Tensor] = OrderedDict()
+    for name in local.model.frozen:
+        tensor = local.model.tensors.get(name)
+        if tensor is not None:
+            shapes[name], parts[name] = torch.Size(tensor.shape), tensor.detach()
+    for flat in local.flats:
+        if PARAM not in flat.tensors or FP32 in flat.tensors:
+            continue
+        for piece in flat.layout.pieces(flat.shard):
+            spec = flat.layout.tensors[piece.tensor]
+            shapes[spec.name] = torch.Size(spec.shape)
+            parts[spec.name] = flat.tensors[PARAM][piece.offset : piece.offset + piece.numel]
+    return shapes, parts
+
+
+def optimizer_keys(local: LocalState) -> dict[str, Any]:
+    """Top level of an optimizer file of stages 1 to 3."""
+    flats = sorted((f for f in local.flats if FP32 in f.tensors), key=lambda f: f.group_index)
+    base = {"state": {i: _state(f) for i, f in enumerate(flats)}, "param_groups": _groups(local, flats)}
+    state: dict[str, Any] = {
+        "overflow": False,
+        k.ZERO_STAGE: local.stage,
+        k.DS_VERSION: PEER_VERSION,
+        "dynamic_loss_scale": bool((local.train.loss_scaler or {}).get("dynamic")),
+    }
+    if local.train.loss_scaler is not None:
+        scaler = LossScalerValues()
+        scaler.__setstate__(dict(local.train.loss_scaler))
+        state[k.LOSS_SCALER] = scaler
+    if local.stage >= 3:
+        state |= {
+            k.PARTITION_COUNT: local.grid.dp_degree,
+            k.FP32_FLAT_GROUPS: [f.tensors[FP32] for f in flats],
+            k.OPTIMIZER_STATE_DICT: base,
+        }
+    else:
+        state |= {
+            k.CLIP_GRAD: 0.0,
+            k.BASE_OPTIMIZER_STATE: base,
+            k.SINGLE_PARTITION_OF_FP32_GROUPS: [f.tensors[FP32] for f in flats],
+            k.GROUP_PADDINGS: [_padding(f) for f in flats],
+            k.PARTITION_COUNT: [f.layout.num_shards for f in flats],
+            k.PARAM_SLICE_MAPPINGS: [_fragments(f) for f in flats],
+        }
+    return {k.OPTIMIZER_STATE_DICT: state, "ds_config": local.train.ds_config, k.DS_VERSION: PEER_VERSION}
+
+
+def whole_optimizer(local: LocalState) -> dict[str, Any]:
+    """Stage 0: ``torch.optim``'s own state dict, one entry per parameter, as views of the flats."""
+    by_name: dict[str, tuple[FlatState, int]] = {}
+    for flat in local.flats:
+        for index, spec in enumerate(flat.layout.tensors):
+            by_name[spec.name] = (flat, index)
+    state: dict[int, Any] = {}
+    groups: list[dict[str, Any]] = []
+    for number, group in enumerate(local.param_groups):
+        names = group.get("param_names") or [
+            t.name for f in local.flats if f.group_index == number for t in f.layout.tensors
+        ]
+        numbers: list[int] = []
+        for name in names:
+            numbers.append(sum(len(g["params"]) for g in groups) + len(numbers))
+            if name in by_name:
+                state[numbers[-1]] = _tensor_state(*by_name[name])
+        groups.append({key: v for key, v in group.items() if key != "param_names"} | {"params": numbers})
+    return {"state": state, "param_groups": groups}
+
+
+def _tensor_state(flat: FlatState, index: int) -> dict[str, Any]:
+    start, stop = flat.layout.tensor_range(index)
+    shape = flat.layout.tensors[index].shape
+    views = {key: t[start:stop].view(shape) for key, t in flat.tensors.items() if key not in (FP32, PARAM)}
+    return dict(flat.scalars) | views
+
+
+def _state(flat: FlatState) -> dict[str, Any]:
+    moments = {key: t for key, t in flat.tensors.items() if key not in (FP32, PARAM)}
+    return dict(flat.scalars) | moments
+
+
+def _groups(local: LocalState, flats: list[FlatState]) -> list[dict[str, Any]]:
+    return [
+        {key: v for key, v in group.items() if key != "param_names"}
+        | {"params": [i for i, f in enumerate(flats) if f.group_index == number]}
+        for number, group in enumerate(local.param_groups)
+    ]
+
+
+def _padding(flat: FlatState) -> int:
+    return flat.layout.shard_numel - sum(p.numel for p in flat.layout.pieces(flat.shard))
+
+
+def _fragments(flat: FlatState) -> OrderedDict[str, FragmentAddress]:
+    return OrderedDict(
+        (flat.layout.tensors[p.tensor].name, FragmentAddress(p.numel, p.offset))
+        for p in flat.layout.pieces(flat.shard)
+    )

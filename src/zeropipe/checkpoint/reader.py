@@ -1,0 +1,299 @@
+"""Fills the tensors that a rank wants from a source of any layout, reading only the bytes that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
+from zeropipe.checkpoint.source import Source, read_full, value_key
+from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LoadedFlat, LocalState, Slice
+from zeropipe.errors import CheckpointError, describe
+from zeropipe.layout.copy_plan import copy_plan
+from zeropipe.layout.flat import FlatShards, TensorSpec
+
+
+@dataclass(slots=True)
+class _Report:
+    missing: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    flats: dict[str, LoadedFlat]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    notices: tuple[str, ...]
+
+
+class Reader:
+    """Reads one source for one rank. ``slices``: this rank's blocks of tensor-parallel tensors."""
+
+    def __init__(self, source: Source, into: LocalState) -> None:
+        self._source = source
+        self._into = into
+        self._slices = into.model.slices
+        self._flats: dict[str, list[FlatEntry]] = {}
+        self._module: dict[str, list[TensorEntry]] = {}
+        for flat in source.flats:
+            for spec in flat.layout.tensors:
+                self._flats.setdefault(spec.name, []).append(flat)
+        for entry in source.module:
+            self._module.setdefault(entry.name, []).append(entry)
+        self._report = _Report()
+
+    def fill(self, *, optimizer: bool, moments: bool = True) -> Filled:
+        """Write into the destination's tensors in place.
+
+        ``optimizer``: fill the flats at all; ``moments=False`` fills only the masters. Shapes are checked
+        before the first byte is written. Raises CheckpointError for a tensor of another shape.
+        """
+        self.check_shapes()
+        for name, tensor in self._into.model.tensors.items():
+            self._fill_tensor(name, tensor)
+        flats = {}
+        for flat in self._into.flats:
+            if optimizer or PARAM in flat.tensors:
+                flats[flat.name] = self._fill_flat(flat, moments)
+        wanted = {*self._into.model.tensors, *self._into.model.tied, *self._into.model.excluded}
+        wanted |= {t.name for f in self._into.flats for t in f.layout.tensors}
+        there = {*self._flats, *self._module}
+        first_names = {self._source.tied.get(name, name) for name in wanted}
+        unexpected = tuple(sorted(there - wanted - first_names - set(self._source.tied)))
+        return Filled(flats, tuple(self._report.missing), unexpected, tuple(self._report.notices))
+
+    # Single tensors of the module.
+
+    def _fill_tensor(self, name: str, out: torch.Tensor) -> None:
+        """The module's value if it has the right dtype, else the master's, else the module's cast."""
+        entry = self._module_entry(name)
+        flat = self._value_flat(name)
+        own = str(out.dtype).removeprefix("torch.")
+        if entry is not None and (entry.dtype == own or flat is None):
+            out.copy_(self._source.module_tensor(entry))
+        elif flat is not None:
+            self._copy_value(flat, self._first_name(name, self._flats), out)
+        elif (whole := self._regrid(name, None)) is not None:
+            out.copy_(whole.view(out.shape))
+        else:
+            self._report.missing.append(name)
+
+    def _copy_value(self, flat: FlatEntry, name: str, out: torch.Tensor) -> None:
+        key = value_key(flat)
+        assert key is not None
+        index = flat.layout.index(name)
+        if out.is_contiguous() and out.device.type == "cpu":
+            view = out.detach().view(-1)
+            for piece in flat.layout.tensor_pieces(index):
+                shard = self._source.flat_tensor(flat, piece.shard, key)
+                view[piece.start : piece.start + piece.numel] = shard[
+                    piece.offset : piece.offset + piece.numel
+                ]
+        else:
+            out.copy_(read_full(self._source, flat, name, key))
+
+    def _module_entry(self, name: str) -> TensorEntry | None:
+        mine = self._slices.get(name)
+        entries = self._module.get(self._first_name(name, self._module), ())
+        return next((e for e in entries if e.slice == mine and self._held(e)), None)
+
+    def _held(self, entry: TensorEntry) -> bool:
+        """Whether the file holds the value; stage 3 files of DeepSpeed name parameters without it."""
+        return entry.file != ""
+
+    def _value_flat(self, name: str) -> FlatEntry | None:
+        mine = self._slices.get(name)
+        name = self._first_name(name, self._flats)
+        for entry in self._flats.get(name, ()):
+            if entry.slices.get(name) == mine and value_key(entry) is not None:
+                return entry
+        return None
+
+    def _first_name(self, name: str, index: Mapping[str, Any]) -> str:
+        """The name under which the source keeps a tied tensor."""
+        if name in index:
+            return name
+        first = self._source.tied.get(name)
+        if first is not None:
+            return first
+        aliases = [alias for alias, first in self._source.tied.items() if first == name and alias in index]
+        ours = [alias for alias, first in self._into.model.tied.items() if first == name and alias in index]
+        return (aliases + ours + [name])[0]
+
+    # Flats.
+
+    def _fill_flat(self, flat: FlatState, moments: bool) -> LoadedFlat:
+        names = [spec.name for spec in flat.layout.tensors]
+        sources = self._sources_of(names)
+        tensors = dict(flat.tensors)
+        if moments:
+            for entry in sources:
+                for key, dtype in entry.keys.items():
+                    if key not in (FP32, PARAM) and key not in tensors:
+                        tensors[key] = torch.zeros(flat.layout.shard_numel, dtype=getattr(torch, dtype))
+        reached: set[str] = set()
+        for key, out in tensors.items():
+            if not moments and key not in (FP32, PARAM):
+                continue
+            filled = self._fill_key(flat, key, out, sources)
+            reached |= filled
+            lost = [n for n in names if n not in filled]
+            if key in (FP32, PARAM):
+                lost = [n for n in lost if not self._from_module(flat, n, out)]
+                self._report.missing += [n for n in lost if n not in self._report.missing]
+            elif lost and filled:
+                self._report.notices.append(
+                    f"{key} of {len(lost)} parameter(s) is not in the checkpoint and starts at zero: {lost[0]}"
+                )
+        return LoadedFlat(tensors, self._scalars(flat, sources) if moments else {})
+
+    def _sources_of(self, names: Iterable[str]) -> list[FlatEntry]:
+        found: dict[int, FlatEntry] = {}
+        for name in names:
+            for entry in self._flats.get(self._first_name(name, self._flats), ()):
+                found[id(entry)] = entry
+        return list(found.values())
+
+    def _fill_key(self, flat: FlatState, key: str, out: torch.Tensor, sources: list[FlatEntry]) -> set[str]:
+        """Copy one kind of tensor; the names that it was found for."""
+        filled: set[str] = set()
+        for entry in sources:
+            source_key = value_key(entry) if key in (FP32, PARAM) else key
+            if source_key is None or source_key not in entry.keys:
+                continue
+            wanted = self._renamed(flat.layout, entry, filled)
+            plan = copy_plan(entry.layout, wanted, [flat.shard])
+            for copy in plan.copies:
+                shard = self._source.flat_tensor(entry, copy.src_shard, source_key)
+                out[copy.dst_offset : copy.dst_offset + copy.numel].copy_(
+                    shard[copy.src_offset : copy.src_offset + copy.numel]
+                )
+            here = {spec.name for spec in entry.layout.tensors}
+            filled |= {
+                own.name
+                for own, asked in zip(flat.layout.tensors, wanted.tensors, strict=True)
+                if asked.name in here
+            }
+        filled |= self._fill_regridded(flat, key, out, filled)
+        return filled
+
+    def _renamed(self, layout: FlatShards, entry: FlatEntry, done: set[str]) -> FlatShards:
+        """The destination in the source's names; what must not be copied from this entry matches nothing."""
+        specs = []
+        for spec in layout.tensors:
+            name = self._first_name(spec.name, self._flats)
+            same_block = entry.slices.get(name) == self._slices.get(spec.name)
+            specs.append(
+                TensorSpec(name if same_block and spec.name not in done else f"\0{spec.name}", spec.shape, "")
+            )
+        return FlatShards(tuple(specs), layout.num_shards, layout.align)
+
+    def _fill_regridded(self, flat: FlatState, key: str, out: torch.Tensor, done: set[str]) -> set[str]:
+        """Tensors that the source cuts into other tensor-parallel blocks: whole first, then this rank's block."""
+        filled: set[str] = set()
+        for piece in flat.layout.pieces(flat.shard):
+            name = flat.layout.tensors[piece.tensor].name
+            if name in done:
+                continue
+            block = self._regrid(name, key)
+            if block is None:
+                continue
+            run = block.reshape(-1)[piece.start : piece.start + piece.numel]
+            out[piece.offset : piece.offset + piece.numel].copy_(run)
+            filled.add(name)
+        return filled
+
+    def _regrid(self, name: str, key: str | None) -> torch.Tensor | None:
+        """This rank's block of a tensor that is cut differently there; None where the source lacks it."""
+        mine = self._slices.get(name)
+        blocks: list[tuple[Slice | None, torch.Tensor]] = []
+        if key is None:
+            for held in self._module.get(name, ()):
+                blocks.append((held.slice, self._source.module_tensor(held)))
+        for entry in self._flats.get(name, ()) if not blocks else ():
+            kept = value_key(entry) if key in (None, FP32, PARAM) else key
+            if kept in entry.keys and kept is not None:
+                blocks.append((entry.slices.get(name), read_full(self._source, entry, name, kept)))
+        if not blocks or (blocks[0][0] is None and mine is None):
+            return None
+        if blocks[0][0] is None:
+            whole = blocks[0][1]
+        else:
+            whole = torch.empty(blocks[0][0].global_shape, dtype=blocks[0][1].dtype)
+            for part, values in blocks:
+                assert part is not None
+                whole[_region(part, tuple(values.shape))] = values
+        return whole if mine is None else whole[_region(mine, self._local_shape(name))]
+
+    def _local_shape(self, name: str) -> tuple[int, ...]:
+        if name in self._into.model.tensors:
+            return tuple(self._into.model.tensors[name].shape)
+        return next(t.shape for f in self._into.flats for t in f.layout.tensors if t.name == name)
+
+    def _from_module(self, flat: FlatState, name: str, out: torch.Tensor) -> bool:
+        """Masters that the source does not have (saved without an optimizer, or frozen) from its module."""
+        entry = self._module_entry(name)
+        if entry is None:
+            return False
+        values = self._source.module_tensor(entry).reshape(-1)
+        for piece in flat.layout.pieces(flat.shard):
+            if flat.layout.tensors[piece.tensor].name == name:
+                out[piece.offset : piece.offset + piece.numel].copy_(
+                    values[piece.start : piece.start + piece.numel]
+                )
+        return True
+
+    def _scalars(self, flat: FlatState, sources: list[FlatEntry]) -> dict[str, object]:
+        """One value per flat; sources that disagree (unfrozen at different times) give the largest."""
+        merged: dict[str, object] = {}
+        for entry in sources:
+            for key, value in self._source.flat_scalars(entry).items():
+                if key in merged and not _equal(merged[key], value):
+                    self._report.notices.append(
+                        f"{key} differs among the parameters of {flat.name}; the largest is used"
+                    )
+                    merged[key] = max(merged[key], value)  # type: ignore[type-var]
+                else:
+                    merged.setdefault(key, value)
+        return merged
+
+    def check_shapes(self) -> None:
+        """Raises CheckpointError for a tensor of another shape; nothing has been written by then."""
+        wanted: dict[str, tuple[int, ...]] = {n: tuple(t.shape) for n, t in self._into.model.tensors.items()}
+        for flat in self._into.flats:
+            wanted |= {t.name: t.shape for t in flat.layout.tensors}
+        for name, shape in wanted.items():
+            if name in self._slices:
+                continue
+            for found in self._shapes_there(name):
+                # A scalar may have been stored as one element; anything else must match.
+                if found != shape and not (found in ((), (1,)) and shape in ((), (1,))):
+                    raise CheckpointError(
+                        describe(
+                            f"{name} in {self._source.folder} does not fit the model",
+                            expected=shape,
+                            found=found,
+                            fix="load into the model that was saved; nothing has been changed",
+                        )
+                    )
+
+    def _shapes_there(self, name: str) -> list[tuple[int, ...]]:
+        shapes = [e.shape for e in self._module.get(name, ()) if e.slice is None]
+        for entry in self._flats.get(name, ()):
+            if name not in entry.slices:
+                shapes.append(entry.layout.tensors[entry.layout.index(name)].shape)
+        return shapes
+
+
+def _region(part: Slice, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(part.start, shape, strict=True))
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return bool(torch.equal(torch.as_tensor(a), torch.as_tensor(b)))
+    return a == b

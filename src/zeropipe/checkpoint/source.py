@@ -1,0 +1,176 @@
+"""A checkpoint opened for reading: layouts first, tensors on demand, whoever wrote it.
+
+``Source`` is what every reader works on (load, export, diff, convert). Ours is described by the manifest;
+``legacy.py`` describes DeepSpeed's files in the same terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from zeropipe.checkpoint.files import load_torch
+from zeropipe.checkpoint.manifest import FlatEntry, Manifest, TensorEntry
+from zeropipe.checkpoint.state import FP32, PARAM, TrainState
+from zeropipe.checkpoint.writer import CODE_FILE, OURS
+from zeropipe.errors import CheckpointError, describe
+
+
+class Files:
+    """Opened files of one folder; tensors in them are mapped, not read."""
+
+    def __init__(self, folder: Path, trust: bool = False) -> None:
+        self.folder = folder
+        self.trust = trust
+        self._open: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = load_torch(self.folder / name, trust=self.trust)
+        return self._open[name]
+
+    def close(self, name: str) -> None:
+        self._open.pop(name, None)
+
+
+class Source(Protocol):
+    """What any checkpoint can tell."""
+
+    folder: Path
+    tag: str
+    stage: int
+    dtype: str
+    optimizer: str
+    world: int
+    degrees: dict[str, int]
+    module: tuple[TensorEntry, ...]
+    flats: tuple[FlatEntry, ...]
+    tied: Mapping[str, str]
+
+    @property
+    def param_groups(self) -> tuple[dict[str, Any], ...]:
+        """Hyperparameters of each param group."""
+        ...
+
+    def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
+        """1D; holds at least the shard's pieces (the padding may be absent)."""
+        ...
+
+    def flat_scalars(self, entry: FlatEntry) -> dict[str, Any]: ...
+
+    def module_tensor(self, entry: TensorEntry) -> torch.Tensor: ...
+
+    def train_state(self, rank: int) -> TrainState:
+        """``per_rank`` is {} where there was no such rank."""
+        ...
+
+
+class OurSource:
+    """A folder with a manifest."""
+
+    def __init__(self, folder: Path, manifest: Manifest, *, trust: bool = False) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.files = Files(folder, trust)
+        self.tag = manifest.tag
+        self.stage = manifest.stage
+        self.dtype = manifest.dtype
+        self.optimizer = manifest.optimizer
+        self.world = manifest.world
+        self.degrees = manifest.degrees
+        self.module = manifest.module
+        self.flats = manifest.flats
+        self.tied: Mapping[str, str] = manifest.tied
+
+    @property
+    def param_groups(self) -> tuple[dict[str, Any], ...]:
+        return tuple(self._lead()[OURS].get("param_groups") or ())
+
+    def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
+        tensor = self._flat(entry, shard)["tensors"][key]
+        if tensor.numel() < sum(p.numel for p in entry.layout.pieces(shard)):
+            raise CheckpointError(
+                describe(
+                    f"{self.folder / entry.files[shard]}: {key} of {entry.name} is too short for its layout",
+                    expected=entry.layout.shard_numel,
+                    found=tensor.numel(),
+                )
+            )
+        return tensor
+
+    def flat_scalars(self, entry: FlatEntry) -> dict[str, Any]:
+        return dict(self._flat(entry, 0)["scalars"])
+
+    def module_tensor(self, entry: TensorEntry) -> torch.Tensor:
+        return self.files[entry.file]["module"][entry.name]
+
+    def train_state(self, rank: int) -> TrainState:
+        lead = self._lead()
+        ours = lead[OURS]
+        code = self.files[CODE_FILE] if self._has(CODE_FILE) and self.files.trust else {}
+        per_rank = {}
+        if rank < len(self.manifest.rank_files):
+            per_rank = self.files[self.manifest.rank_files[rank]][OURS]["per_rank"]
+        return TrainState(
+            global_steps=lead["global_steps"],
+            global_samples=lead["global_samples"],
+            skipped_steps=lead["skipped_steps"],
+            micro_steps=ours["micro_steps"],
+            lr_scheduler=code.get("lr_scheduler", lead["lr_scheduler"]),
+            loss_scaler=ours.get("loss_scaler"),
+            per_rank=per_rank,
+            common=ours.get("common") or {},
+            client_state=ours["client_state"] | code.get("client_state", {}),
+            ds_config=lead["ds_config"],
+        )
+
+    @property
+    def left_out(self) -> str:
+        """Why parts of the client state are not read, "" where all of it is."""
+        if not self._has(CODE_FILE) or self.files.trust:
+            return ""
+        return f"{CODE_FILE} holds objects that only running their code can restore; it was not opened"
+
+    def _flat(self, entry: FlatEntry, shard: int) -> Any:
+        return self.files[entry.files[shard]][OURS]["flats"][entry.name]
+
+    def _has(self, name: str) -> bool:
+        return any(record.name == name for record in self.manifest.files)
+
+    def _lead(self) -> Any:
+        """The model file of model-parallel rank 0, as its first data-parallel rank wrote it."""
+        names = sorted(r.name for r in self.manifest.files if r.name.endswith("_model_states.pt"))
+        firsts = [n for n in names if "mp_rank_00_" in n and (n[0] == "m" or n.startswith("zero_pp_rank_0_"))]
+        return self.files[firsts[0]]
+
+
+def pieces_of(source: Source, name: str, mp_rank: int | None = None) -> Iterator[FlatEntry]:
+    """The flats that hold (a part of) the tensor ``name``."""
+    for entry in source.flats:
+        if (mp_rank is None or entry.mp_rank == mp_rank) and any(
+            t.name == name for t in entry.layout.tensors
+        ):
+            yield entry
+
+
+def value_key(entry: FlatEntry) -> str | None:
+    """The key under which a flat keeps the values of its parameters, None where it keeps only moments."""
+    return next((key for key in (FP32, PARAM) if key in entry.keys), None)
+
+
+def read_full(source: Source, entry: FlatEntry, name: str, key: str) -> torch.Tensor:
+    """One tensor of a flat put together from its shards; a new tensor of the tensor's shape."""
+    index = entry.layout.index(name)
+    spec = entry.layout.tensors[index]
+    whole: torch.Tensor | None = None
+    for piece in entry.layout.tensor_pieces(index):
+        shard = source.flat_tensor(entry, piece.shard, key)
+        if whole is None:
+            whole = torch.empty(spec.numel, dtype=shard.dtype)
+        whole[piece.start : piece.start + piece.numel] = shard[piece.offset : piece.offset + piece.numel]
+    if whole is None:  # an empty tensor has no pieces
+        whole = torch.empty(0, dtype=getattr(torch, entry.keys[key]))
+    return whole.view(spec.shape)

@@ -1,0 +1,52 @@
+"""Harmless stand-ins for the three classes that DeepSpeed's files name, so that those load without running code.
+
+They carry the saved values and do nothing. ``STAND_INS`` is given to torch's weights-only unpickler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class LossScalerValues:
+    """``deepspeed.runtime.fp16.loss_scaler.LossScaler`` and ``DynamicLossScaler``: their fields, by name."""
+
+    def __init__(self, *args: Any) -> None:
+        if args:
+            self.cur_scale = args[0]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def values(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+class StageValue(int):
+    """``deepspeed.runtime.zero.config.ZeroStageEnum``: an int."""
+
+
+class FragmentAddress(tuple[Any, ...]):
+    """``deepspeed.utils.tensor_fragment.fragment_address``: a pair (numel, start)."""
+
+    __slots__ = ()
+
+    def __new__(cls, *fields: Any) -> FragmentAddress:
+        return super().__new__(cls, fields)
+
+    @property
+    def numel(self) -> int:
+        return int(self[0])
+
+    @property
+    def start(self) -> int:
+        return int(self[1])
+
+
+STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (LossScalerValues, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (LossScalerValues, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (StageValue, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
+]

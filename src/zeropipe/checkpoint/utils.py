@@ -1,0 +1,56 @@
+"""File names of a checkpoint, as users know them, and small helpers around ``torch.save``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from zeropipe.checkpoint.constants import (
+    LAYER_FILE_PREFIX,
+    MODEL_FILE_PREFIX,
+    MODEL_FILE_SUFFIX,
+    OPTIM_FILE_SUFFIX,
+    ZERO_FILE_PREFIX,
+)
+
+
+def get_model_ckpt_name_for_rank(base_folder: str, mp_rank_str: str) -> str:
+    """``mp_rank_XX_model_states.pt``; ``mp_rank_str`` is the two-digit number."""
+    return os.path.join(base_folder, MODEL_FILE_PREFIX + mp_rank_str + MODEL_FILE_SUFFIX)
+
+
+def get_zero_ckpt_name_for_rank(base_folder: str, dp_rank: int, mp_rank: int) -> str:
+    """``zero_pp_rank_D_mp_rank_XX_optim_states.pt``."""
+    name = f"{ZERO_FILE_PREFIX}{dp_rank}_{MODEL_FILE_PREFIX}{mp_rank:02d}{OPTIM_FILE_SUFFIX}"
+    return os.path.join(base_folder, name)
+
+
+def get_layer_ckpt_name_for_rank(base_folder: str, layer_id: str | int, tp_rank: int) -> str:
+    """``layer_NN-model_TT-model_states.pt``; ``layer_id`` is a number, or a prefix such as ``layer_03``."""
+    prefix = f"{LAYER_FILE_PREFIX}{layer_id:02d}" if isinstance(layer_id, int) else str(layer_id)
+    return os.path.join(base_folder, f"{prefix}-model_{tp_rank:02d}{MODEL_FILE_SUFFIX}")
+
+
+def get_zero3_model_ckpt_name_for_rank(base_folder: str, dp_rank: int, mp_rank: int) -> str:
+    """``zero_pp_rank_D_mp_rank_XX_model_states.pt``, stage 3 only."""
+    name = f"{ZERO_FILE_PREFIX}{dp_rank}_{MODEL_FILE_PREFIX}{mp_rank:02d}{MODEL_FILE_SUFFIX}"
+    return os.path.join(base_folder, name)
+
+
+def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
+    """A copy of ``item`` whose tensors own exactly their elements, on ``device``.
+
+    ``torch.save`` of a view into a flat buffer would write the whole buffer. Containers keep their types.
+    """
+    if isinstance(item, torch.Tensor):
+        return item.detach().clone(memory_format=torch.contiguous_format).to(device)
+    if isinstance(item, (list, tuple)):
+        values = [clone_tensors_for_torch_save(v, device) for v in item]
+        if hasattr(item, "_fields"):
+            return type(item)(*values)
+        return type(item)(values)
+    if isinstance(item, dict):
+        return type(item)({k: clone_tensors_for_torch_save(v, device) for k, v in item.items()})  # type: ignore[call-arg]
+    return item

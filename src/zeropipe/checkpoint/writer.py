@@ -1,0 +1,180 @@
+"""Decides which files a rank writes and what is in each: DeepSpeed's names and keys, ours beside them.
+
+Tensors that stand under two names (ours and DeepSpeed's) share their storage, so they are written once.
+``zeropipe`` is our key in each file; what the manifest points at is there.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeropipe.checkpoint.files import FileRecord, write_torch
+from zeropipe.checkpoint.manifest import FlatEntry, Part, TensorEntry
+from zeropipe.checkpoint.naming import is_plain
+from zeropipe.checkpoint.peer_keys import model_keys, optimizer_keys, whole_optimizer
+from zeropipe.checkpoint.snapshot import HostBuffers, snapshot
+from zeropipe.checkpoint.state import FlatState, LocalState
+from zeropipe.checkpoint.utils import (
+    get_model_ckpt_name_for_rank,
+    get_zero3_model_ckpt_name_for_rank,
+    get_zero_ckpt_name_for_rank,
+)
+
+OURS = "zeropipe"
+CODE_FILE = "zeropipe_client_states.pt"  # what only unpickling with code can read back
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """The files of one rank, ready to be written, and what they add to the manifest."""
+
+    trees: dict[str, Any]  # file name -> what torch.save gets
+    part: Part  # without file records
+
+
+def collect(local: LocalState, *, copy: bool, buffers: HostBuffers | None = None) -> Outgoing:
+    """Lay out this rank's files. With ``copy`` nothing in them shares memory with the training state."""
+    grid = local.grid
+    trees: dict[str, Any] = {}
+    module: list[TensorEntry] = []
+    flats: list[FlatEntry] = []
+    code: dict[str, Any] = {}
+    in_model_file = local.stage == 0
+    mine = [f for f in local.flats if _writes(f, grid.dp_rank, in_model_file)]
+    model_name = model_file(local)
+    optim_name = optimizer_file(local)
+
+    if grid.dp_rank == 0 or local.stage >= 3:
+        tree = _model_tree(local, code if grid.dp_rank == 0 else {}, lead=grid.dp_rank == 0)
+        if in_model_file and mine:
+            tree["optimizer"] = whole_optimizer(local)
+            tree[OURS]["flats"] = _flat_trees(mine)
+            flats += [_entry(f, local, model_name) for f in mine]
+        trees[model_name] = tree
+        if grid.dp_rank == 0:
+            module += _module_entries(local, model_name)
+    rank_file = optim_name
+    rank_state = {"per_rank": local.train.per_rank}
+    if in_model_file or not mine:
+        rank_file = f"zeropipe_rank_{grid.rank:05d}_states.pt"
+        trees[rank_file] = {OURS: rank_state}
+    else:
+        trees[optim_name] = optimizer_keys(local) | {OURS: rank_state | {"flats": _flat_trees(mine)}}
+        flats += [_entry(f, local, optim_name) for f in mine]
+    if code and grid.rank == 0:
+        trees[CODE_FILE] = code
+    part = Part(grid.rank, (), tuple(module), tuple(flats), local.model.tied, local.model.excluded, rank_file)
+    return Outgoing(snapshot(trees, copy=copy, buffers=buffers), part)
+
+
+def write(folder: Path, outgoing: Outgoing) -> Part:
+    """Write and sync the files. Raises OSError as it comes."""
+    records: list[FileRecord] = []
+    for name, tree in outgoing.trees.items():
+        records.append(write_torch(folder / name, tree))
+    return replace(outgoing.part, files=tuple(records))
+
+
+def model_file(local: LocalState) -> str:
+    mp_rank = local.grid.mp_rank
+    if local.stage >= 3:
+        return get_zero3_model_ckpt_name_for_rank("", local.grid.dp_rank, mp_rank)
+    return get_model_ckpt_name_for_rank("", f"{mp_rank:02d}")
+
+
+def optimizer_file(local: LocalState) -> str:
+    name = get_zero_ckpt_name_for_rank("", local.grid.dp_rank, local.grid.mp_rank)
+    return f"bf16_{name}" if local.dtype == "bfloat16" else name
+
+
+def split_code(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(entries that load without running code, the others)."""
+    plain = {key: value for key, value in values.items() if is_plain(value)}
+    return plain, {key: value for key, value in values.items() if key not in plain}
+
+
+def _writes(flat: FlatState, dp_rank: int, in_model_file: bool) -> bool:
+    """Replicas take turns, shard by shard, so that they write disjoint parts."""
+    if in_model_file:
+        return dp_rank == 0
+    return flat.replica == flat.shard % flat.num_replicas
+
+
+def _model_tree(local: LocalState, code: dict[str, Any], lead: bool) -> dict[str, Any]:
+    """The model file; only the first data-parallel rank's (``lead``) holds values."""
+    train = local.train
+    safe, unsafe = split_code(train.client_state)
+    common, odd = split_code(
+        {"lr_scheduler": train.lr_scheduler, "loss_scaler": train.loss_scaler}
+        | {"param_groups": list(local.param_groups), "common": train.common}
+    )
+    if unsafe or odd:
+        code.update({"client_state": unsafe} | odd)
+    module: OrderedDict[str, Any] = OrderedDict()
+    if lead:
+        module.update(local.model.tensors)
+        for other, name in local.model.tied.items():
+            if name in local.model.tensors:
+                module[other] = local.model.tensors[name]
+        module.update({k: v for k, v in local.model.extra.items() if is_plain(v)})
+    tree = model_keys(local, module, common.get("lr_scheduler"))
+    for key, value in safe.items():
+        tree.setdefault(key, value)
+    tree[OURS] = {
+        "client_state": safe,
+        "micro_steps": train.micro_steps,
+        "optimizer": local.optimizer_name,
+        **common,
+    }
+    return tree
+
+
+def _flat_trees(flats: list[FlatState]) -> dict[str, Any]:
+    return {f.name: {"tensors": dict(f.tensors), "scalars": dict(f.scalars)} for f in flats}
+
+
+def _entry(flat: FlatState, local: LocalState, file: str) -> FlatEntry:
+    files = tuple(file if s == flat.shard else "" for s in range(flat.layout.num_shards))
+    names = {t.name for t in flat.layout.tensors}
+    return FlatEntry(
+        flat.name,
+        local.grid.mp_rank,
+        flat.group_index,
+        flat.layout,
+        {key: _dtype(tensor) for key, tensor in flat.tensors.items()},
+        {key: _figure(value) for key, value in flat.scalars.items() if _figure(value) is not None},
+        files,
+        {name: part for name, part in local.model.slices.items() if name in names},
+    )
+
+
+def _module_entries(local: LocalState, file: str) -> list[TensorEntry]:
+    model = local.model
+    kinds = dict.fromkeys(model.frozen, "frozen") | dict.fromkeys(model.buffers, "buffer")
+    return [
+        TensorEntry(
+            name,
+            tuple(tensor.shape),
+            _dtype(tensor),
+            kinds.get(name, "param"),
+            file,
+            local.grid.mp_rank,
+            model.slices.get(name),
+        )
+        for name, tensor in model.tensors.items()
+    ]
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _figure(value: Any) -> int | float | None:
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else None
+    return value if isinstance(value, (int, float)) else None
