@@ -4,6 +4,7 @@ Names are looked up when they are first used, so that ``import zeropipe`` stays 
 """
 
 from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -11,23 +12,42 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from zeropipe.comm.startup import init_distributed
     from zeropipe.entry import add_config_arguments, initialize
+    from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
     from zeropipe.runtime.engine import DeepSpeedEngine
 
-_NAMES = {
-    "initialize": "zeropipe.entry",
-    "add_config_arguments": "zeropipe.entry",
-    "init_distributed": "zeropipe.comm.startup",
-    "DeepSpeedEngine": "zeropipe.runtime.engine",
-}
-_MODULES = {
-    "comm": "zeropipe.comm",
-    "zero": "zeropipe.runtime.zero",
-    "pipe": "zeropipe.runtime.pipe",
-    "checkpointing": "zeropipe.checkpointing",
-    "utils": "zeropipe.utils",
-}
+_NAMES = MappingProxyType(
+    {
+        "initialize": "zeropipe.entry",
+        "add_config_arguments": "zeropipe.entry",
+        "init_distributed": "zeropipe.comm.startup",
+        "DeepSpeedEngine": "zeropipe.runtime.engine",
+        "DeepSpeedOptimizer": "zeropipe.runtime.base_optimizer",
+        "PipelineEngine": "zeropipe.runtime.pipe.engine",
+        "PipelineModule": "zeropipe.runtime.pipe.module",
+        "add_tuning_arguments": "zeropipe.runtime.lr_schedules",
+        "logger": "zeropipe.utils.logging",
+    }
+)
+# Attributes that are modules: users write zeropipe.zero.Init or zeropipe.runtime.lr_schedules without importing.
+_MODULES = MappingProxyType(
+    {
+        "zero": "zeropipe.runtime.zero",
+        "pipe": "zeropipe.runtime.pipe",
+        **{
+            name: f"zeropipe.{name}"
+            for name in ("checkpoint", "checkpointing", "comm", "errors", "runtime", "utils")
+        },
+    }
+)
 
-__all__ = ["DeepSpeedEngine", "__version__", "add_config_arguments", "init_distributed", "initialize"]
+__all__ = [
+    "DeepSpeedEngine",
+    "DeepSpeedOptimizer",
+    "__version__",
+    "add_config_arguments",
+    "init_distributed",
+    "initialize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import logging
 from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from zeropipe.comm.agree import agree
+from zeropipe.comm.group import Group, world
 from zeropipe.comm.startup import init_distributed
 from zeropipe.config.batch import solve_batch
 from zeropipe.config.checks import check_world
 from zeropipe.config.parse import parse_config
-from zeropipe.errors import ConfigError
+from zeropipe.errors import ConfigError, describe
 from zeropipe.runtime import assembly
 from zeropipe.runtime.accumulation import Clock
 from zeropipe.runtime.engine import DeepSpeedEngine, Parts
 from zeropipe.runtime.zero.optimizer import StepOptions, ZeroOptimizer
 
 _log = logging.getLogger("zeropipe")
+_OUTCOME = "the outcome of initialize"
 
 
 def initialize(
@@ -61,26 +65,35 @@ def initialize(
         ConfigError: a wrong config; UnsupportedOptimizerError: an optimizer that cannot step on shards;
         DesyncError: ranks differ in config or model.
     """
-    if model is None:
-        raise ConfigError("initialize: model is missing. Fix: pass model=your torch.nn.Module")
-    parsed = parse_config(_find_config(args, config, config_params))
+    if not isinstance(model, torch.nn.Module):
+        found = "nothing" if model is None else type(model).__name__
+        raise ConfigError(
+            describe(
+                "initialize: model", expected="a torch.nn.Module", found=found, fix="pass model=your module"
+            )
+        )
+    with _shared_fate(group=None):
+        parsed = parse_config(_find_config(args, config, config_params))
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     group = assembly.data_parallel_group(mpu, mesh_param)
     if group.ranks[group.rank] == 0:
         for notice in parsed.notices:
             _log.log(notice.level, notice.text)
-    check_world(parsed, group.size)
-    batch = solve_batch(
-        parsed.train_batch_size,
-        parsed.train_micro_batch_size_per_gpu,
-        parsed.gradient_accumulation_steps,
-        group.size,
-    )
-    agree(assembly.digest(model, parsed, group), group)
-    device = assembly.pick_device(args)
-    assembly.place_module(model, device, parsed)
-    clock = Clock(batch)
-    base = assembly.make_optimizer(optimizer, model_parameters, model, parsed, device)
+    with _shared_fate(group):
+        check_world(parsed, group.size)
+        batch = solve_batch(
+            parsed.train_batch_size,
+            parsed.train_micro_batch_size_per_gpu,
+            parsed.gradient_accumulation_steps,
+            group.size,
+        )
+        clock = Clock(batch)
+        device = assembly.pick_device(args)
+        assembly.place_module(model, device, parsed)
+        base = assembly.make_optimizer(optimizer, model_parameters, model, parsed, device)
+        schedule = assembly.make_scheduler(lr_scheduler, base, parsed)
+        items = assembly.digest(model, base, parsed)
+    agree({_OUTCOME: "prepared", **items}, group)
     wrapped = None
     if base is not None:
         options = StepOptions(
@@ -98,21 +111,24 @@ def initialize(
             micro_step=lambda: clock.micro_steps,
         )
     assembly.synchronize_module(model, group)
-    schedule = assembly.make_scheduler(lr_scheduler, base, parsed)
-    loader = None
+    engine = DeepSpeedEngine(Parts(model, parsed, clock, group, device, wrapped, schedule, mpu, collate_fn))
     if training_data is not None:
-        from zeropipe.runtime.dataloader import build_dataloader
-
-        loader = build_dataloader(
-            training_data,
-            batch.micro_batch_size,
-            data_parallel_rank=group.rank,
-            data_parallel_size=group.size,
-            collate_fn=collate_fn,
-            drop_last=parsed.dataloader_drop_last,
-        )
-    engine = DeepSpeedEngine(Parts(model, parsed, clock, group, device, wrapped, schedule, loader, mpu))
+        engine.training_dataloader = engine.deepspeed_io(training_data)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+@contextmanager
+def _shared_fate(group: Group | None) -> Iterator[None]:
+    """A rank that fails alone in here tells the others, which would wait for it in their next collective.
+
+    ``group`` None: the world, if it has been started.
+    """
+    try:
+        yield
+    except Exception as error:
+        with suppress(Exception):
+            agree({_OUTCOME: f"{type(error).__name__}: {error}"}, group or world())
+        raise
 
 
 def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:

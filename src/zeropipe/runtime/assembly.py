@@ -11,7 +11,7 @@ import torch
 from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group, from_process_group, world
 from zeropipe.config.schema import Config
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError, UsageError, describe
 from zeropipe.runtime import lr_schedules
 from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
@@ -86,7 +86,14 @@ def place_module(module: torch.nn.Module, device: torch.device, config: Config) 
         if getattr(tensor, "ds_id", None) is not None:
             return tensor
         cast = dtype != torch.float32 and tensor.is_floating_point()
-        return tensor.to(device, dtype) if cast else tensor.to(device)
+        placed = tensor.to(device, dtype) if cast else tensor.to(device)
+        if placed is not tensor and isinstance(tensor, torch.nn.Parameter) and zero_param(tensor) is not None:
+            raise UsageError(
+                f"initialize: another engine trains this module in {tensor.dtype} on {tensor.device}, and this one "
+                f"would make it {placed.dtype} on {placed.device}. Fix: use the same precision, or destroy() that "
+                "engine first"
+            )
+        return placed
 
     module._apply(place)
 
@@ -138,6 +145,16 @@ def make_optimizer(
                 fix="pass one of these, or name an optimizer in the config",
             )
         )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            describe(
+                "initialize: optimizer returned, when it was called, no optimizer",
+                expected="a torch.optim.Optimizer",
+                found=type(optimizer).__name__,
+                fix="return one from the callable",
+            )
+        )
+    check_params(optimizer, module)
     require_shardable(optimizer, config.zero_optimization.stage, config.zero_allow_untested_optimizer)
     return optimizer
 
@@ -147,16 +164,52 @@ def make_scheduler(given: Any, optimizer: torch.optim.Optimizer | None, config: 
     if optimizer is None:
         return None
     if given is not None:
-        return given(optimizer) if callable(given) and not hasattr(given, "step") else given
+        is_factory = isinstance(given, type) or (callable(given) and not hasattr(given, "step"))
+        return given(optimizer) if is_factory else given
     if config.scheduler.type is None:
         return None
     return lr_schedules.build(config.scheduler.type, optimizer, config.scheduler.params)
 
 
-def digest(module: torch.nn.Module, config: Config, group: Group) -> dict[str, str]:
+def digest(
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: Config
+) -> dict[str, str]:
     """What all ranks must agree on before the first step, most telling first."""
     items = {f"config key {key}": str(value) for key, value in config.settings().items()}
+    names = {}
     for index, (name, param) in enumerate(module.named_parameters()):
+        names[param] = name
         shape = tuple(getattr(param, "ds_shape", param.shape))
         items[f"parameter {index}"] = f"{name} {shape} {param.dtype} requires_grad={param.requires_grad}"
+    for index, (name, buffer) in enumerate(module.named_buffers()):
+        items[f"buffer {index}"] = f"{name} {tuple(buffer.shape)} {buffer.dtype}"
+    if optimizer is not None:
+        items["optimizer"] = type(optimizer).__name__
+        for index, group in enumerate(optimizer.param_groups):
+            plain = {k: v for k, v in group.items() if isinstance(v, int | float | str | tuple)}
+            held = ", ".join(names[param] for param in group["params"])
+            items[f"param group {index}"] = f"{plain} {held}"
     return items
+
+
+def check_params(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> None:
+    """Raise UsageError unless every parameter is the module's, of a dtype that trains, and no other engine's."""
+    names = {param: name for name, param in module.named_parameters()}
+    for index, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            where = f"param group {index} of the optimizer"
+            if param not in names:
+                raise UsageError(
+                    f"{where} holds a parameter of shape {tuple(param.shape)} that the model does not have. "
+                    "Fix: build the optimizer from this model's parameters()"
+                )
+            if zero_param(param) is not None:
+                raise UsageError(
+                    f"{where} holds '{names[param]}', which another engine trains. Fix: call destroy() on that "
+                    "engine first, or give each engine parameters of its own"
+                )
+            if param.requires_grad and not param.is_floating_point():
+                raise UsageError(
+                    f"{where} holds '{names[param]}' of {param.dtype}; expected a floating-point dtype. "
+                    "Fix: leave it out, or store it as two real tensors if it is complex"
+                )

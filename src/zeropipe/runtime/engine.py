@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from zeropipe.comm.group import Group
 from zeropipe.config.batch import BatchSizes
@@ -22,7 +23,11 @@ from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UsageError, describe
 from zeropipe.runtime.accumulation import Clock
 from zeropipe.runtime.assembly import DTYPES
+from zeropipe.runtime.dataloader import ZeroDataLoader, build_dataloader
 from zeropipe.runtime.engine_facts import EngineFacts
+from zeropipe.runtime.engine_memory import MemoryRow, memory_report
+from zeropipe.runtime.engine_report import Reporter, Status
+from zeropipe.runtime.engine_weights import EngineWeights
 from zeropipe.runtime.plain_backward import Gate
 from zeropipe.runtime.zero.optimizer import ZeroOptimizer
 
@@ -38,11 +43,11 @@ class Parts:
     device: torch.device
     optimizer: ZeroOptimizer | None = None
     lr_scheduler: Any = None
-    dataloader: Any = None
     mpu: Any = None
+    collate_fn: Any = None
 
 
-class DeepSpeedEngine(EngineFacts, torch.nn.Module):
+class DeepSpeedEngine(EngineFacts, EngineWeights, torch.nn.Module):
     """A module that trains in parallel; everything it does not define itself is the module's.
 
     Attributes users read: ``module`` (the object passed in), ``optimizer``, ``lr_scheduler`` (assignable; None
@@ -54,13 +59,16 @@ class DeepSpeedEngine(EngineFacts, torch.nn.Module):
         self.module = parts.module
         self.optimizer = parts.optimizer
         self.lr_scheduler = parts.lr_scheduler
-        self.training_dataloader = parts.dataloader
+        self.training_dataloader: Any = None
         self.device = parts.device
         self.clock = parts.clock
         self.mpu = parts.mpu
+        self.collate_fn = parts.collate_fn
         self._config = parts.config
         self._group = parts.group
         self._gate = Gate(self._plain_factor)
+        self._passes = 0  # of the reducer, when the current micro-step began
+        self._report = Reporter(parts.config, parts.clock, parts.device, first=self._first_rank)
         self.train(parts.module.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -76,18 +84,18 @@ class DeepSpeedEngine(EngineFacts, torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward; whatever it returns is passed through."""
-        if self.optimizer is not None:
-            self.optimizer.wake()
-        with self._autocast():
-            if self._config.fp16.auto_cast:
-                args, kwargs = _to_half(args), _to_half(kwargs)
-            output = self.module(*args, **kwargs)
-        return self._gate.wrap(output) if self.training and self.optimizer is not None else output
+        if self.optimizer is None:
+            with self._autocast():
+                return self.module(*self._cast(args), **self._cast(kwargs))
+        self.optimizer.wake()
+        with self._report.phase("forward"), self._autocast():
+            args, kwargs = self._gate.enter(self._cast(args)), self._gate.enter(self._cast(kwargs))
+            return self._gate.leave(self.module(*args, **kwargs))
 
     def backward(
-        self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **ignored: Any
+        self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
     ) -> torch.Tensor:
-        """Run backward on ``loss`` (0-d), scaled by the loss scale and by 1 / accumulation steps.
+        """Run backward on ``loss`` (one element), scaled by the loss scale and by 1 / accumulation steps.
 
         ``scale_wrt_gas=False``: the caller has divided by the accumulation steps already. Gradients are reduced
         here if a step follows. Returns ``loss`` as it was given. Raises UsageError without an optimizer.
@@ -99,11 +107,13 @@ class DeepSpeedEngine(EngineFacts, torch.nn.Module):
         factor = optimizer.loss_scale
         if scale_wrt_gas:
             factor /= self.gradient_accumulation_steps()
+        self._report.loss(loss)
         self._gate.closed = True
         try:
-            with optimizer.reducer.one_pass():
-                scaled = loss if factor == 1.0 else loss.float() * factor
-                scaled.backward(retain_graph=retain_graph)
+            with self._report.phase("backward"), optimizer.reducer.one_pass():
+                # In fp32 at least: the scaled loss of an fp16 model would overflow by itself.
+                wide = loss if loss.dtype in (torch.float32, torch.float64) else loss.float()
+                (loss if factor == 1.0 else wide * factor).backward(retain_graph=retain_graph)
         finally:
             self._gate.closed = False
         return loss
@@ -114,15 +124,26 @@ class DeepSpeedEngine(EngineFacts, torch.nn.Module):
         An overflow skips the step on every rank, and the schedule with it.
         """
         optimizer = self._need_optimizer("step")
-        if not self.clock.is_boundary:
-            optimizer.reducer.finish_pass()
+        with self._report.phase("step"):
+            self._end_pass(optimizer)
+            if not self.clock.is_boundary:
+                self.clock.tick()
+                return
+            optimizer.step()
             self.clock.tick()
-            return
-        optimizer.step()
-        self.clock.tick()
-        self.clock.stepped(applied=not optimizer.overflow)
-        if self.lr_scheduler is not None and not optimizer.overflow:
-            self.lr_scheduler.step(**(lr_kwargs or {}))
+            self.clock.stepped(applied=not optimizer.overflow)
+            if self.lr_scheduler is not None and not optimizer.overflow:
+                self.lr_scheduler.step(**(lr_kwargs or {}))
+        self._report.stepped(self._status)
+
+    def _end_pass(self, optimizer: ZeroOptimizer) -> None:
+        """Every rank reduces in every micro-step, also one whose plain backward reached no parameter."""
+        reducer = optimizer.reducer
+        reducer.finish_pass()
+        if reducer.passes == self._passes:
+            with reducer.one_pass():
+                pass
+        self._passes = reducer.passes
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget every gradient of the window, reduced ones too."""
@@ -165,6 +186,38 @@ class DeepSpeedEngine(EngineFacts, torch.nn.Module):
 
     # The rest of its life.
 
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = False,
+        data_sampler: Any = None,
+        collate_fn: Any = None,
+        num_local_io_workers: int | None = None,
+    ) -> ZeroDataLoader:
+        """A loader of this rank's micro-batches of ``dataset``; shuffled where ``route`` is ``train``."""
+        if data_sampler is not None:
+            raise UsageError(
+                "deepspeed_io: data_sampler is not taken, because the loader deals samples out to ranks and keeps "
+                "its position. Fix: use torch.utils.data.DataLoader with your sampler instead"
+            )
+        return build_dataloader(
+            dataset,
+            batch_size or self.train_micro_batch_size_per_gpu(),
+            data_parallel_rank=self._group.rank,
+            data_parallel_size=self._group.size,
+            collate_fn=collate_fn or self.collate_fn,
+            num_workers=num_local_io_workers or 0,
+            drop_last=self._config.dataloader_drop_last,
+            shuffle=route == "train",
+            pin_memory=pin_memory,
+        )
+
+    def memory_report(self) -> tuple[MemoryRow, ...]:
+        """Live bytes on this rank against the stage's formula: parameters, gradients, optimizer state."""
+        return memory_report(self.module, self.optimizer)
+
     def compile(
         self, backend: str = "inductor", compile_kwargs: dict[str, Any] | None = None, **_: Any
     ) -> None:
@@ -175,9 +228,14 @@ class DeepSpeedEngine(EngineFacts, torch.nn.Module):
         """Remove every hook and buffer; the module works on as a plain module. May be called again."""
         if self.optimizer is not None:
             self.optimizer.destroy()
+        self._report.close()
         self.optimizer = None
         self.lr_scheduler = None
         self.training_dataloader = None
+
+    @property
+    def _first_rank(self) -> bool:
+        return self._group.ranks[self._group.rank] == 0
 
     def _autocast(self) -> AbstractContextManager[Any]:
         autocast = self._config.torch_autocast
@@ -186,8 +244,17 @@ class DeepSpeedEngine(EngineFacts, torch.nn.Module):
         dtype = None if autocast.dtype is None else DTYPES[autocast.dtype]
         return torch.autocast(self.device.type, dtype=dtype)
 
+    def _cast(self, inputs: Any) -> Any:
+        """``inputs`` in fp16 where ``fp16.auto_cast`` asks for it."""
+        if not self._config.fp16.enabled or not self._config.fp16.auto_cast:
+            return inputs
+        return tree_map_only(torch.Tensor, lambda t: t.half() if t.is_floating_point() else t, inputs)
+
     def _plain_factor(self) -> float:
         return self.loss_scale / self.gradient_accumulation_steps()
+
+    def _status(self) -> Status:
+        return Status(self.get_lr(), self.loss_scale, self.get_global_grad_norm(), self.memory_report)
 
     def _need_optimizer(self, call: str) -> ZeroOptimizer:
         if self.optimizer is None:
@@ -196,9 +263,3 @@ class DeepSpeedEngine(EngineFacts, torch.nn.Module):
                 "the config; for inference call engine(batch) alone"
             )
         return self.optimizer
-
-
-def _to_half(value: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(
-        torch.Tensor, lambda t: t.half() if t.is_floating_point() else t, value
-    )

@@ -10,9 +10,32 @@ from zeropipe.utils.logging import logger as logger
 
 if TYPE_CHECKING:
     from zeropipe.runtime.dataloader import RepeatingLoader as RepeatingLoader
+    from zeropipe.runtime.zero.access import safe_get_full_fp32_param as safe_get_full_fp32_param
+    from zeropipe.runtime.zero.access import safe_get_full_grad as safe_get_full_grad
+    from zeropipe.runtime.zero.access import safe_get_full_optimizer_state as safe_get_full_optimizer_state
+    from zeropipe.runtime.zero.access import safe_get_local_fp32_param as safe_get_local_fp32_param
+    from zeropipe.runtime.zero.access import safe_get_local_grad as safe_get_local_grad
+    from zeropipe.runtime.zero.access import safe_get_local_optimizer_state as safe_get_local_optimizer_state
+    from zeropipe.runtime.zero.access import safe_set_full_fp32_param as safe_set_full_fp32_param
+    from zeropipe.runtime.zero.access import safe_set_full_grad as safe_set_full_grad
+    from zeropipe.runtime.zero.access import safe_set_full_optimizer_state as safe_set_full_optimizer_state
+    from zeropipe.runtime.zero.access import safe_set_local_fp32_param as safe_set_local_fp32_param
+    from zeropipe.runtime.zero.access import safe_set_local_grad as safe_set_local_grad
+    from zeropipe.runtime.zero.access import safe_set_local_optimizer_state as safe_set_local_optimizer_state
 
 # public name -> module that defines it: by path, as most of them live above this one in the layers.
-_LAZY = MappingProxyType({"RepeatingLoader": "zeropipe.runtime.dataloader"})
+_ACCESS = "zeropipe.runtime.zero.access"
+_LAZY = MappingProxyType(
+    {
+        "RepeatingLoader": "zeropipe.runtime.dataloader",
+        **{
+            f"safe_{verb}_{extent}_{what}": _ACCESS
+            for verb in ("get", "set")
+            for extent in ("full", "local")
+            for what in ("fp32_param", "grad", "optimizer_state")
+        },
+    }
+)
 
 
 def __getattr__(name: str) -> Any:

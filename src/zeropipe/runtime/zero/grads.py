@@ -51,6 +51,11 @@ class GradStore:
         self._held: dict[int, torch.Tensor] = {}  # sharded: gradients that wait for their bucket
         self._written: set[int] = set()  # sharded: buckets (by start) that the window has written
 
+    @property
+    def held(self) -> Iterator[torch.Tensor]:
+        """sharded: whole gradients that wait for their bucket."""
+        yield from self._held.values()
+
     def view(self, index: int) -> torch.Tensor:
         """keeps_whole: parameter ``index``'s gradient in the buffer, in its shape."""
         start, stop = self.partition.layout.tensor_range(index)

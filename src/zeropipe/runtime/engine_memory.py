@@ -1,0 +1,121 @@
+"""What one rank holds, measured from the live tensors and beside it what the stage's formula allows.
+
+The formula is the one of the table "memory and traffic" in ``docs/architecture.md`` (P parameters, N ranks),
+with the layout's padding included, so that a ratio other than 1 is memory that nobody planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from zeropipe.runtime.zero.optimizer import ZeroOptimizer
+from zeropipe.runtime.zero.partition import Partition
+
+ADAM_MOMENTS = 2  # state that an Adam-like optimizer keeps per element, before it has made any
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRow:
+    """``kind``: ``parameters``, ``gradients`` or ``optimizer state`` (masters that are copies, and moments)."""
+
+    kind: str
+    bytes: int  # live on this rank; the storage that views share counts once
+    formula: int  # what the stage promises, padding included
+
+    @property
+    def ratio(self) -> float:
+        """Live over promised bytes; 1.0 where both are 0."""
+        if self.formula == 0:
+            return 1.0 if self.bytes == 0 else float("inf")
+        return self.bytes / self.formula
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.bytes:,} B (formula {self.formula:,} B, ratio {self.ratio:.4f})"
+
+
+def memory_report(module: torch.nn.Module, optimizer: ZeroOptimizer | None) -> tuple[MemoryRow, ...]:
+    """The three rows for an engine's module and optimizer; before the first step there are no moments yet."""
+    params = list(module.parameters())
+    counted: set[int] = set()
+    if optimizer is None:
+        whole = sum(param.numel() * param.element_size() for param in params)
+        return (
+            MemoryRow("parameters", _bytes(params, counted), whole),
+            MemoryRow("gradients", 0, 0),
+            MemoryRow("optimizer state", 0, 0),
+        )
+    partitions = optimizer.partitions
+    trained = {id(param) for partition in partitions for param in partition.params}
+    held = [_parameter_tensors(partition) for partition in partitions]
+    live_params = _bytes([*params, *(tensor for tensors in held for tensor in tensors)], counted)
+    live_grads = _bytes(_gradient_tensors(optimizer, params), counted)
+    live_state = _bytes(_state_tensors(optimizer), counted)
+    others = sum(p.numel() * p.element_size() for p in params if id(p) not in trained)
+    policy = optimizer.policy
+    form_params, form_grads, form_state = others, 0, 0
+    for partition in partitions:
+        size, layout = partition.dtype.itemsize, partition.layout
+        accumulated = (policy.accumulate_dtype or partition.dtype).itemsize
+        master = partition.master.element_size()
+        copied = partition.dtype != partition.master.dtype or partition.master.device != params[0].device
+        if policy.shards_parameters:
+            form_params += 0 if copied else layout.shard_numel * size
+        else:
+            form_params += layout.padded_numel * size
+        form_grads += (layout.shard_numel if policy.shards_gradients else layout.padded_numel) * accumulated
+        form_state += layout.shard_numel * (master * moments(optimizer, partition) + master * copied)
+    return (
+        MemoryRow("parameters", live_params, form_params),
+        MemoryRow("gradients", live_grads, form_grads),
+        MemoryRow("optimizer state", live_state, form_state),
+    )
+
+
+def moments(optimizer: ZeroOptimizer, partition: Partition) -> int:
+    """How many values of optimizer state there are per element: those that are there, 2 for Adam before."""
+    if not optimizer.optimizer.state:
+        return ADAM_MOMENTS if "betas" in optimizer.defaults else 0
+    return len(partition.state_keys())
+
+
+def _parameter_tensors(partition: Partition) -> list[torch.Tensor]:
+    values = getattr(partition, "values", None)
+    if not isinstance(values, torch.Tensor):
+        return []
+    # Where the values are stored and the master is a part of them, it is no state of its own.
+    return [values, partition.master.detach()] if partition.master_is_values else [values]
+
+
+def _gradient_tensors(
+    optimizer: ZeroOptimizer, params: Iterable[torch.nn.Parameter]
+) -> Iterator[torch.Tensor]:
+    for store in optimizer.reducer.stores:
+        yield store.buffer
+        yield from store.held
+    for param in params:
+        if param.grad is not None:
+            yield param.grad
+
+
+def _state_tensors(optimizer: ZeroOptimizer) -> Iterator[torch.Tensor]:
+    for partition in optimizer.partitions:
+        yield partition.master.detach()
+    for state in optimizer.optimizer.state.values():
+        yield from (value for value in state.values() if torch.is_tensor(value) and value.dim() > 0)
+
+
+def _bytes(tensors: Iterable[torch.Tensor], counted: set[int]) -> int:
+    """Bytes of the storages behind ``tensors`` that are not in ``counted`` yet, and are added to it."""
+    total = 0
+    for tensor in tensors:
+        if tensor.layout != torch.strided:
+            total += tensor._values().numel() * tensor.element_size()
+            continue
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
