@@ -33,8 +33,9 @@ def with_sharding(
 ) -> Schedule:
     """Add UNSHARD, RESHARD, REDUCE_TIED and REDUCE_GRAD to a schedule of compute steps.
 
-    ``tied_stages``: stages that share parameters with others. Their gradients are summed over the pipe axis and
-    then reduced at the end of the line, in stage order on all ranks, so that no rank waits in the middle.
+    ``tied_stages``: stages that share parameters with stages of other ranks. At the end of the line one REDUCE_TIED
+    sums all tied gradients of the rank over the pipe axis (one for all, so that every rank can take the ties in one
+    order), and only then are those stages reduced.
     """
     lines = []
     for rank, line in enumerate(schedule.ranks):
@@ -50,9 +51,11 @@ def with_sharding(
             if not schedule.has_backward:
                 continue
             if stage in tied_stages:
-                end += [Instruction(stage, Op.REDUCE_TIED), Instruction(stage, Op.REDUCE_GRAD)]
+                end.append(Instruction(stage, Op.REDUCE_GRAD))
             else:
                 after.setdefault(uses[-1], []).append(Instruction(stage, Op.REDUCE_GRAD))
+        if end:
+            end.insert(0, Instruction(end[0].stage, Op.REDUCE_TIED))
         steps: list[Instruction] = []
         for i, step in enumerate(line):
             steps += before.get(i, ())

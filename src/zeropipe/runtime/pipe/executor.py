@@ -1,0 +1,157 @@
+"""Runs one rank's line of a schedule: each instruction has one method, and no schedule is known by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from zeropipe.runtime.pipe.instructions import COMPUTE, Instruction, Op, Schedule
+from zeropipe.runtime.pipe.p2p import Mailbox
+from zeropipe.runtime.pipe.simulate import Event
+from zeropipe.runtime.pipe.stage import Stage
+from zeropipe.runtime.pipe.transfers import Message, made_by, needed_by, queues
+from zeropipe.runtime.pipe.wire import flatten, rebuild
+
+
+class Host(Protocol):
+    """What an executor asks of whoever owns data, loss, shards and gradients."""
+
+    def first_input(self, micro_batch: int) -> Any:
+        """The input of the model."""
+
+    def loss(self, micro_batch: int, output: Any) -> torch.Tensor | None:
+        """What the last stage's output costs, scaled for backward; None where nothing is to be trained."""
+
+    def unshard(self, stage: int) -> None:
+        """Gather the parameters of ``stage``."""
+
+    def reshard(self, stage: int) -> None:
+        """Release them."""
+
+    def reduce_grad(self, stage: int) -> None:
+        """The gradients of ``stage`` are complete: reduce them over the data axis."""
+
+    def reduce_tied(self, stage: int) -> None:
+        """The tied gradients of ``stage`` are complete: sum them over the pipe axis."""
+
+
+class Executor:
+    """Runs this rank's line of ``schedule``, which has its transfers and stage instructions already.
+
+    ``events`` holds what the latest run did, in seconds of this process's clock.
+    """
+
+    def __init__(
+        self, schedule: Schedule, rank: int, stages: Mapping[int, Stage], mailbox: Mailbox, host: Host
+    ) -> None:
+        self.schedule, self._rank = schedule, rank
+        self._stages, self._mailbox, self._host = stages, mailbox, host
+        self._queues = queues(schedule)
+        self._train = schedule.has_backward
+        self._here: dict[Message, Any] = {}  # values between two stages of this rank
+        self._seeds: dict[
+            int, torch.Tensor
+        ] = {}  # by micro-batch: the gradient of the loss with respect to itself
+        self.events: list[Event] = []
+        self._methods: dict[Op, Callable[[Instruction], None]] = {
+            Op.FORWARD: self._forward,
+            Op.BACKWARD: self._backward,
+            Op.BACKWARD_INPUT: self._backward,
+            Op.BACKWARD_WEIGHT: self._backward_weight,
+            Op.SEND_F: self._nothing,
+            Op.SEND_B: self._nothing,
+            Op.RECV_F: self._open,
+            Op.RECV_B: self._open,
+            Op.UNSHARD: lambda step: host.unshard(step.stage),
+            Op.RESHARD: lambda step: host.reshard(step.stage),
+            Op.REDUCE_GRAD: lambda step: host.reduce_grad(step.stage),
+            Op.REDUCE_TIED: lambda step: host.reduce_tied(step.stage),
+        }
+
+    def run(self) -> None:
+        """Do every instruction in order. Whatever fails is told to the other ranks before it is raised."""
+        self.events = []
+        self._mailbox.begin(self._queues)
+        try:
+            for step in self.schedule.ranks[self._rank]:
+                start = time.perf_counter()
+                self._methods[step.op](step)
+                if step.op in COMPUTE:
+                    self.events.append(Event(self._rank, step, start, time.perf_counter()))
+            self._mailbox.finish()
+        except BaseException:
+            self._mailbox.say_failed()
+            for stage in self._stages.values():
+                stage.drop()
+            self._here.clear()
+            self._seeds.clear()
+            raise
+
+    def _forward(self, step: Instruction) -> None:
+        assert step.micro_batch is not None
+        stage = self._stages[step.stage]
+        need = needed_by(step, self.schedule.num_stages)
+        if need is None:
+            output = stage.forward(
+                step.micro_batch, self._host.first_input(step.micro_batch), None, self._train
+            )
+        else:
+            tree, tensors, wanted = self._take(need)
+            output = stage.forward(step.micro_batch, rebuild(tree, tensors), wanted, self._train)
+        made = made_by(step, self.schedule.num_stages)
+        if made is None:
+            loss = self._host.loss(step.micro_batch, output)
+            if self._train and loss is not None:
+                stage.hold_output(step.micro_batch, [loss])
+                self._seeds[step.micro_batch] = torch.ones_like(loss)
+            return
+        tree, tensors = flatten(output, f"the output of stage {step.stage}")
+        if self._train:
+            stage.hold_output(step.micro_batch, tensors)
+        self._give(made, tree, tensors)
+
+    def _backward(self, step: Instruction) -> None:
+        assert step.micro_batch is not None
+        stage = self._stages[step.stage]
+        need = needed_by(step, self.schedule.num_stages)
+        grads = [self._seeds.pop(step.micro_batch)] if need is None else self._take(need)[1]
+        whole = step.op is Op.BACKWARD
+        backward = stage.backward if whole else stage.backward_input
+        found = backward(step.micro_batch, grads)
+        made = made_by(step, self.schedule.num_stages)
+        if made is not None:
+            tree, tensors = flatten(found, "gradients")
+            self._give(made, tree, tensors)
+
+    def _backward_weight(self, step: Instruction) -> None:
+        assert step.micro_batch is not None
+        self._stages[step.stage].backward_weight(step.micro_batch)
+
+    def _take(self, message: Message) -> tuple[str, list[torch.Tensor], list[bool]]:
+        """What the neighbouring stage made: containers, tensors, and which of them want a gradient."""
+        source = self.schedule.stage_rank[message.source]
+        if source == self._rank:
+            return self._here.pop(message)
+        form, tensors = self._mailbox.receive(message, source)
+        return form.tree, tensors, [t.needs_grad for t in form.tensors]
+
+    def _give(self, message: Message, tree: str, tensors: list[torch.Tensor]) -> None:
+        target = self.schedule.stage_rank[message.target]
+        if target == self._rank:
+            self._here[message] = tree, [t.detach() for t in tensors], [t.requires_grad for t in tensors]
+        else:
+            self._mailbox.send(message, target, tree, tensors)
+
+    def _open(self, step: Instruction) -> None:
+        message = needed_by(
+            Instruction(step.stage, Op.FORWARD if step.op is Op.RECV_F else Op.BACKWARD, step.micro_batch),
+            self.schedule.num_stages,
+        )
+        assert message is not None
+        self._mailbox.open(message, self.schedule.stage_rank[message.source])
+
+    def _nothing(self, step: Instruction) -> None:
+        """A value is sent by the step that makes it; SEND marks the place for readers and the simulator."""

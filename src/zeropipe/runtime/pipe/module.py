@@ -1,0 +1,256 @@
+"""A model as a list of layers, of which each rank builds those of its own stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from zeropipe.comm.group import world
+from zeropipe.errors import ConfigError, UsageError, describe
+from zeropipe.runtime.pipe.grid import PipelineParallelGrid
+from zeropipe.runtime.pipe.layers import Layers
+from zeropipe.runtime.pipe.partition import Bounds, partition
+from zeropipe.runtime.pipe.schedule import find_kind
+from zeropipe.runtime.pipe.specs import LayerSpec
+from zeropipe.runtime.pipe.tied import Tie, TiePlan, share_values
+from zeropipe.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
+from zeropipe.runtime.pipe.weigh import LayerScales
+
+LayerLike = LayerSpec | nn.Module | Callable[..., Any]
+
+
+class PipelineModule(nn.Module):
+    """Layers, one after the other, cut into the stages of a pipeline; collective over the world.
+
+    Args:
+        layers: modules, callables or `LayerSpec`, each taking what the one before returns (a tuple counts as one
+            argument). Specs are built only where they run.
+        num_stages: pipeline ranks. ``topology`` gives them together with the other axes instead.
+        loss_fn: ``loss_fn(output, labels)`` on the last stage; None if the last layer returns the loss.
+        seed_layers, base_seed: build layer i under the seed ``base_seed + i``, so that weights do not depend on the
+            cut; ``seed_fn(seed)`` replaces ``torch.manual_seed``.
+        partition_method: ``uniform``, ``parameters``, ``type:REGEX``, ``memory``, ``profile``, or bounds.
+        activation_checkpoint_interval: recompute every so many layers in backward; 0 for none.
+        activation_checkpoint_func: ``func(run, input)``; default torch's, with the random state replayed.
+        checkpointable_layers: names of the classes to recompute; default every module with parameters.
+        dynamic_shape: shapes may change from one micro-batch to the next.
+        schedule, num_chunks: the schedule by name, where it decides which layers a rank holds (several stages a
+            rank); the configuration may still choose another one that cuts the model alike.
+        sample_input: what the first layer takes, for ``memory`` and ``profile``.
+
+    Raises:
+        ConfigError: fewer layers than stages, a topology that does not fit, or an unknown method.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerLike],
+        num_stages: int | None = None,
+        topology: ProcessTopology | None = None,
+        loss_fn: Callable[..., Any] | None = None,
+        seed_layers: bool = False,
+        seed_fn: Callable[[int], Any] | None = None,
+        base_seed: int = 1234,
+        partition_method: str | Sequence[int] = "parameters",
+        activation_checkpoint_interval: int = 0,
+        activation_checkpoint_func: Callable[..., Any] | None = None,
+        checkpointable_layers: Sequence[str] | None = None,
+        dynamic_shape: bool = False,
+        schedule: str | None = None,
+        num_chunks: int | None = None,
+        sample_input: Any = None,
+    ) -> None:
+        super().__init__()
+        self._grid = PipelineParallelGrid(_topology(num_stages, topology))
+        kind = find_kind(schedule or "1f1b")
+        self.schedule = schedule
+        self.num_chunks = kind.default_chunks if num_chunks is None else num_chunks
+        self.placement = kind.placement
+        self.num_stages = self._grid.pipe_parallel_size  # pipeline ranks, as users of this name count
+        self.loss_fn = loss_fn
+        self.dynamic_shape = dynamic_shape
+        self.seed_layers, self.base_seed = seed_layers, base_seed
+        self.activation_checkpoint_interval = activation_checkpoint_interval
+        self.activation_checkpoint_func = activation_checkpoint_func or _recompute
+        self.checkpointable_layers = None if checkpointable_layers is None else list(checkpointable_layers)
+        self._scales = LayerScales(layers, sample_input)
+        self.bounds: Bounds = partition(
+            partition_method, len(layers), self.total_stages, partial(self._scales.facts, partition_method)
+        )
+        self._layers = Layers(layers, partial(self._seed, seed_fn))
+        self.tied_modules = nn.ModuleDict()
+        self._tie_plans = self._layers.plans(self.stage_of, self.rank_of)
+        local = set(self.local_layers())
+        for index in range(len(layers)):
+            if index in local:
+                self._layers.build(index, self)
+            else:
+                self._layers.forget_values(index)
+        self.ties: list[Tie] = self._layers.ties(self)
+        share_values(self.ties)
+
+    # Which layers are where.
+
+    @property
+    def total_stages(self) -> int:
+        """Stages of the model: pipeline ranks x chunks."""
+        return self.num_stages * self.num_chunks
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stages of this rank, in model order."""
+        ranks = range(self.num_chunks)
+        return tuple(sorted(self.placement.stage(self._grid.stage_id, c, self.num_stages) for c in ranks))
+
+    @property
+    def num_layers(self) -> int:
+        return self.bounds[-1]
+
+    def stage_of(self, layer: int) -> int:
+        """The stage that runs ``layer``."""
+        return next(s for s, (first, last) in enumerate(pairwise(self.bounds)) if first <= layer < last)
+
+    def rank_of(self, layer: int) -> int:
+        """The pipeline rank that runs ``layer``."""
+        return self.placement.rank(self.stage_of(layer), self.num_stages)
+
+    def layers_of(self, stage: int) -> range:
+        return range(self.bounds[stage], self.bounds[stage + 1])
+
+    def local_layers(self) -> Iterator[int]:
+        """The numbers of the layers that this rank runs, ascending."""
+        for stage in self.stages:
+            yield from self.layers_of(stage)
+
+    def topology(self) -> ProcessTopology:
+        return self._grid.topology()
+
+    def mpu(self) -> PipelineParallelGrid:
+        return self._grid
+
+    @property
+    def grid(self) -> PipelineParallelGrid:
+        return self._grid
+
+    def layer_list(self) -> list[Any]:
+        """The layers as they were given."""
+        return self._layers.given
+
+    def layer_module(self, layer: int) -> nn.Module | None:
+        """The module of ``layer`` on this rank; None elsewhere and for plain functions."""
+        return self._layers.module(layer)
+
+    def tie_plans(self) -> list[tuple[TiePlan, str, int]]:
+        """Every shared weight as (plan, attribute path, layer), the same on every rank."""
+        return self._tie_plans
+
+    @property
+    def recomputes(self) -> bool:
+        return self.activation_checkpoint_interval > 0
+
+    # Running.
+
+    def forward(self, inputs: Any) -> Any:
+        """Run all layers; only where this rank has them all."""
+        if self.num_stages > 1:
+            raise UsageError(
+                describe(
+                    "a PipelineModule on several ranks cannot be called",
+                    rank=self._grid.global_rank,
+                    fix="use engine.train_batch(data_iter) or engine.eval_batch(data_iter); "
+                    "module.to_sequential() gives the whole model on every rank",
+                )
+            )
+        for stage in range(self.total_stages):
+            inputs = self.run_stage(stage, inputs)
+        return inputs
+
+    def run_stage(self, stage: int, value: Any) -> Any:
+        """Run the layers of ``stage``, which must be this rank's, on ``value``."""
+        numbers = list(self.layers_of(stage))
+        step = self.activation_checkpoint_interval or len(numbers)
+        for first in range(0, len(numbers), step):
+            part = numbers[first : first + step]
+            run = partial(self._run_layers, part)
+            recompute = self.recomputes and torch.is_grad_enabled() and self._may_recompute(part)
+            value = self.activation_checkpoint_func(run, value) if recompute else run(value)
+        return value
+
+    def _run_layers(self, numbers: Sequence[int], value: Any) -> Any:
+        for index in numbers:
+            value = self._layers.call(index, value)
+        return value
+
+    def _may_recompute(self, numbers: Sequence[int]) -> bool:
+        modules = [self._layers.module(index) for index in numbers]
+        if self.checkpointable_layers is not None:
+            return all(type(m).__name__ in self.checkpointable_layers for m in modules)
+        return any(m is not None and any(True for _ in m.parameters()) for m in modules)
+
+    def _seed(self, seed_fn: Callable[[int], Any] | None, index: int) -> None:
+        if self.seed_layers:
+            (seed_fn or torch.manual_seed)(self.base_seed + index)
+
+    # To and from plain models.
+
+    @classmethod
+    def from_sequential(cls, model: nn.Sequential, **kwargs: Any) -> PipelineModule:
+        """A pipeline of the children of ``model``; parameters that they share become tied weights."""
+        return cls(list(model.children()), **kwargs)
+
+    def to_sequential(self) -> nn.Module:
+        """The whole model on every rank, a plain `nn.Sequential` with the current weights; collective.
+
+        Tied weights are one parameter again.
+        """
+        from zeropipe.runtime.pipe.sequential import gather_sequential
+
+        return gather_sequential(self)
+
+    def allreduce_tied_weight_gradients(self) -> None:
+        """Sum the tied weights' ``.grad`` over the pipe axis; the engine does this by itself."""
+        from zeropipe.runtime.pipe.tied import sum_gradients
+
+        def gradient(param: nn.Parameter) -> torch.Tensor:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            return param.grad
+
+        sum_gradients(self.ties, gradient)
+
+
+def _recompute(run: Callable[[Any], Any], value: Any) -> Any:
+    return checkpoint(run, value, use_reentrant=False)
+
+
+def _topology(num_stages: int | None, topology: ProcessTopology | None) -> ProcessTopology:
+    if topology is not None:
+        if num_stages is not None and num_stages != max(topology.get_dim("pipe"), 1):
+            raise ConfigError(
+                describe(
+                    "num_stages and topology disagree",
+                    expected=f"num_stages={topology.get_dim('pipe')}",
+                    found=num_stages,
+                    fix="give one of the two",
+                )
+            )
+        return topology
+    if num_stages is None:
+        raise ConfigError(describe("PipelineModule needs num_stages or topology", fix="pass num_stages=2"))
+    size = world().size
+    if num_stages < 1 or size % num_stages:
+        raise ConfigError(
+            describe(
+                "num_stages does not divide the world",
+                expected=f"a divisor of {size} processes",
+                found=num_stages,
+                fix="start another number of processes, or choose another num_stages",
+            )
+        )
+    return PipeDataParallelTopology(num_stages, size // num_stages)

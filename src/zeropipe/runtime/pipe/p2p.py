@@ -1,0 +1,212 @@
+"""Moves values between pipeline ranks in the order that the schedule's queues fix.
+
+Each pair of ranks has one queue in each direction. In the usual case (shapes never change) a message is one
+transfer, whose receive is opened ahead of its use; the first message of an edge, or every one where shapes may
+change, is preceded by its form. A rank that fails says so in every queue that it feeds, so that nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from zeropipe.comm.collectives import Work, recv, send
+from zeropipe.comm.group import Group
+from zeropipe.errors import CommunicationError, UsageError, describe
+from zeropipe.runtime.pipe.instructions import Op
+from zeropipe.runtime.pipe.transfers import Message
+from zeropipe.runtime.pipe.wire import FAILED, Form, farewell, form_of, pack, views
+
+_FORM_TAG, _VALUE_TAG = 6151, 6152  # apart from a user's own messages and from the collectives' tags
+_SIZES = 2  # int64: bytes of the form, bytes of the value; a negative form says the sender has failed
+
+Edge = tuple[int, int, Op]  # source stage, target stage, forward or backward
+
+
+class Links:
+    """The ways between the ranks of one pipeline.
+
+    ``pipe``: all of them, the member's index being its pipeline rank. ``pairs``: a group of two for each direction,
+    by (source, target) rank, where the backend matches messages by order alone (NCCL); empty where tags do (gloo).
+    """
+
+    def __init__(self, pipe: Group, pairs: Mapping[tuple[int, int], Group] | None = None) -> None:
+        self.pipe = pipe
+        self._pairs = dict(pairs or {})
+
+    def send(self, tensor: torch.Tensor, target: int, tag: int, label: str) -> Work:
+        group = self._pairs.get((self.pipe.rank, target), self.pipe)
+        return send(tensor, self._place(group, target), group, tag=tag, label=label, async_op=True)
+
+    def recv(self, tensor: torch.Tensor, source: int, tag: int, label: str) -> Work:
+        group = self._pairs.get((source, self.pipe.rank), self.pipe)
+        return recv(tensor, self._place(group, source), group, tag=tag, label=label, async_op=True)
+
+    def _place(self, group: Group, rank: int) -> int:
+        return group.ranks.index(self.pipe.ranks[rank])
+
+
+def edge_of(message: Message) -> Edge:
+    return message.source, message.target, message.op
+
+
+def label_of(message: Message) -> str:
+    """``0>1 F3``: from stage 0 to stage 1, the activation of micro-batch 3."""
+    return f"{message.source}>{message.target} {message.op.value}{message.micro_batch}"
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """One message of a queue, from expected to arrived."""
+
+    message: Message
+    work: Work | None = None
+    buffer: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Queue:
+    """The messages from one other rank in one step, in the order in which they are sent."""
+
+    source: int
+    expected: deque[Message]
+    opened: deque[_Incoming] = field(default_factory=deque)
+    arrived: dict[Message, tuple[Form, torch.Tensor]] = field(default_factory=dict)
+
+
+class Mailbox:
+    """This rank's end of all its queues. ``dynamic``: shapes may change from one message of an edge to the next."""
+
+    def __init__(self, links: Links, device: torch.device, dynamic: bool) -> None:
+        self._links, self.device, self._dynamic = links, device, dynamic
+        self._rank = links.pipe.rank
+        self._sent: dict[Edge, Form] = {}  # the form that the other side knows
+        self._known: dict[Edge, Form] = {}
+        self._queues: dict[int, _Queue] = {}
+        self._targets: dict[int, deque[Message]] = {}
+        self._out: deque[tuple[Work, torch.Tensor]] = deque()
+
+    def begin(self, queues: Mapping[tuple[int, int], Sequence[Message]]) -> None:
+        """Start a step in which the messages of ``queues`` travel."""
+        self._queues = {s: _Queue(s, deque(q)) for (s, t), q in queues.items() if t == self._rank}
+        self._targets = {t: deque(q) for (s, t), q in queues.items() if s == self._rank}
+
+    def finish(self) -> None:
+        """Wait until everything that was sent has left."""
+        while self._out:
+            self._out.popleft()[0].wait()
+
+    def forget_forms(self) -> None:
+        """Tell and be told all forms anew: the batches of a new kind of step have other shapes."""
+        self._sent.clear()
+        self._known.clear()
+
+    def send(self, message: Message, target: int, tree: str, tensors: Sequence[torch.Tensor]) -> None:
+        """Start sending; ``tensors`` are copied, so they may be freed or changed."""
+        while self._out and self._out[0][0].done():
+            self._out.popleft()[0].wait()
+        form = form_of(tree, tensors)
+        edge = edge_of(message)
+        told = self._sent.get(edge)
+        if told != form and told is not None and not self._dynamic:
+            raise UsageError(
+                describe(
+                    f"stage {message.source} sends micro-batch {message.micro_batch} to stage {message.target} "
+                    "in another form than before",
+                    expected=told,
+                    found=form
+                    if str(form) != str(told)
+                    else f"{form} (other containers, values or gradients)",
+                    fix="build PipelineModule with dynamic_shape=True, or give equal micro-batches (drop_last=True)",
+                )
+            )
+        label = label_of(message)
+        if told is None or self._dynamic:
+            data = torch.frombuffer(bytearray(form.to_bytes()), dtype=torch.uint8).to(self.device)
+            sizes = torch.tensor([data.numel(), form.nbytes], dtype=torch.int64, device=self.device)
+            for part in (sizes, data):
+                self._out.append((self._links.send(part, target, _FORM_TAG, f"form {label}"), part))
+            self._sent[edge] = form
+        buffer = pack(form, tensors, self.device)
+        self._out.append((self._links.send(buffer, target, _VALUE_TAG, label), buffer))
+        expected = self._targets[target].popleft()
+        assert expected == message, f"sent {message}, the schedule has {expected}"
+
+    def open(self, message: Message, source: int) -> None:
+        """Let ``message`` come in behind what is computed now, if its size is known and its turn has come."""
+        queue = self._queues[source]
+        while queue.expected and message in queue.expected and self._open_next(queue):
+            pass
+
+    def receive(self, message: Message, source: int) -> tuple[Form, list[torch.Tensor]]:
+        """Wait for ``message``; its tensors are views of a buffer of their own."""
+        queue = self._queues[source]
+        while message not in queue.arrived:
+            if not queue.opened and not self._open_next(queue):
+                self._receive_with_form(queue)
+                continue
+            incoming = queue.opened.popleft()
+            assert incoming.work is not None
+            assert incoming.buffer is not None
+            incoming.work.wait()
+            self._accept(queue, incoming.message, self._known[edge_of(incoming.message)], incoming.buffer)
+        form, buffer = queue.arrived.pop(message)
+        return form, views(form, buffer)
+
+    def say_failed(self) -> None:
+        """Answer every message that others still expect from here, so that they stop instead of waiting."""
+        for target, messages in self._targets.items():
+            if not messages:
+                continue
+            told = self._sent.get(edge_of(messages[0]))
+            if told is None or self._dynamic:
+                part, tag = torch.tensor([-1, self._rank], device=self.device), _FORM_TAG
+            else:
+                part, tag = farewell(told.nbytes, self.device), _VALUE_TAG
+            with contextlib.suppress(Exception):  # the peer may be gone already
+                self._out.append((self._links.send(part, target, tag, "failed"), part))
+
+    def _open_next(self, queue: _Queue) -> bool:
+        """Open the receive of the next message; False where its form must come first."""
+        form = self._known.get(edge_of(queue.expected[0]))
+        if form is None or self._dynamic:
+            return False
+        message = queue.expected.popleft()
+        buffer = torch.empty(form.nbytes, dtype=torch.uint8, device=self.device)
+        work = self._links.recv(buffer, queue.source, _VALUE_TAG, label_of(message))
+        queue.opened.append(_Incoming(message, work, buffer))
+        return True
+
+    def _receive_with_form(self, queue: _Queue) -> None:
+        message = queue.expected.popleft()
+        sizes = torch.empty(_SIZES, dtype=torch.int64, device=self.device)
+        self._links.recv(sizes, queue.source, _FORM_TAG, "form").wait()
+        form_bytes, value_bytes = sizes.tolist()
+        if form_bytes < 0:
+            raise self._peer_failed(queue.source, message)
+        data = torch.empty(form_bytes, dtype=torch.uint8, device=self.device)
+        self._links.recv(data, queue.source, _FORM_TAG, "form").wait()
+        form = Form.from_bytes(bytes(data.tolist()))
+        buffer = torch.empty(value_bytes, dtype=torch.uint8, device=self.device)
+        self._links.recv(buffer, queue.source, _VALUE_TAG, label_of(message)).wait()
+        self._known[edge_of(message)] = form
+        self._accept(queue, message, form, buffer)
+
+    def _accept(self, queue: _Queue, message: Message, form: Form, buffer: torch.Tensor) -> None:
+        # On a GPU reading the first byte would stop the stream; there a failed peer shows as a dead process.
+        if buffer.device.type == "cpu" and int(buffer[0]) == FAILED:
+            raise self._peer_failed(queue.source, message)
+        queue.arrived[message] = form, buffer
+
+    def _peer_failed(self, source: int, message: Message) -> CommunicationError:
+        return CommunicationError(
+            describe(
+                f"pipeline rank {source} failed before it sent {message.send}",
+                rank=self._rank,
+                fix="read the traceback of the rank that failed first",
+            )
+        )
