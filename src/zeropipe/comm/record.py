@@ -23,6 +23,9 @@ class Seam:
 
     def __init__(self) -> None:
         self._listeners: list[Callable[[Event], None]] = []
+        self.abandoned: list[
+            object
+        ] = []  # works given up on; they keep their buffers while the process lasts
 
     def pass_through(self, op: str, group_size: int, nbytes: int, label: str, async_op: bool) -> None:
         if self._listeners:

@@ -1,0 +1,195 @@
+"""How a collective is done point to point: on gloo this beats the native algorithms several times over.
+
+Everybody sends the others what they own or need, and the owner of an element sums it in rank order, so that the
+result has the same bits however the tensor was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zeropipe.comm.group import Group
+from zeropipe.errors import CommunicationError, DesyncError, UsageError, describe
+
+# Point-to-point messages match in order per tag, so each purpose has its own. A channel (0, 1, ...) is a stream of
+# collectives that needs no order among those of other channels.
+_TAG = 7919  # keeps our exchanges apart from a user's own send and recv on the same group
+_TAGS_PER_CHANNEL = 3
+SECOND_HOP = 1  # is sent when the first hop is waited for, so it must not queue behind later first hops
+_GREETING = 2  # says which collective the sender is about to do
+_GREETING_BYTES = 192
+
+Cut = tuple[int, torch.Tensor]  # (owner: index in the group, view of the elements that it owns)
+
+
+class Work:
+    """A collective in flight. ``wait`` returns when its result may be read; it may be called again."""
+
+    def __init__(
+        self, what: str, handles: Sequence[Any] = (), finish: Callable[[], None] | None = None
+    ) -> None:
+        self._what = what
+        self._handles = list(handles)
+        self._finish = finish
+
+    def wait(self) -> None:
+        """Raises CommunicationError when a peer is gone or the group's timeout has passed."""
+        try:
+            while self._handles:
+                self._handles[-1].wait()
+                self._handles.pop()
+        except RuntimeError as error:
+            raise CommunicationError(
+                f"{self._what} did not complete: {str(error).splitlines()[0]}. Fix: another rank has most likely "
+                "failed first; read its traceback"
+            ) from error
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            finish()
+
+    def done(self) -> bool:
+        """Whether everything has arrived, so that ``wait`` has only local work left."""
+        return all(handle.is_completed() for handle in self._handles)
+
+    def then(self, finish: Callable[[], None]) -> Work:
+        """This work, followed by ``finish`` when it is waited for."""
+        before = self._finish
+
+        def both() -> None:
+            if before is not None:
+                before()
+            finish()
+
+        self._finish = both
+        return self
+
+
+def then(first: Work, start: Callable[[], Work], what: str) -> Work:
+    """A work that, when waited for, waits for ``first``, starts the second and waits for that."""
+
+    def finish() -> None:
+        first.wait()
+        start().wait()
+
+    return Work(what, (), finish)
+
+
+def peers(group: Group) -> list[int]:
+    """The other members, starting after this one, so that no member is everybody's first."""
+    return [(group.rank + step) % group.size for step in range(1, group.size)]
+
+
+def tag_of(channel: int, purpose: int = 0) -> int:
+    return _TAG + _TAGS_PER_CHANNEL * channel + purpose
+
+
+def send_to(tensor: torch.Tensor, dst: int, group: Group, tag: int = _TAG) -> Any:
+    return dist.isend(tensor, group.ranks[dst], group.pg, tag) if tensor.numel() else None
+
+
+def receive_from(tensor: torch.Tensor, src: int, group: Group, tag: int = _TAG) -> Any:
+    return dist.irecv(tensor, group.ranks[src], group.pg, tag) if tensor.numel() else None
+
+
+def greet(label: str, group: Group, channel: int) -> Callable[[], None]:
+    """Tell every member what is about to be done; the result waits for their words and compares."""
+    words = label.encode()[-_GREETING_BYTES:].ljust(_GREETING_BYTES)
+    mine = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+    tag = tag_of(channel, _GREETING)
+    heard = {peer: torch.empty_like(mine) for peer in peers(group)}
+    handles = [send_to(mine, peer, group, tag) for peer in peers(group)]
+    handles += [receive_from(buffer, peer, group, tag) for peer, buffer in heard.items()]
+
+    def compare() -> None:
+        for handle in handles:
+            handle.wait()
+        for peer, buffer in heard.items():
+            if not torch.equal(buffer, mine):
+                theirs = bytes(buffer.tolist()).decode(errors="replace").strip()
+                raise DesyncError(
+                    describe(
+                        f"this rank gathers '{label}' while rank {group.ranks[peer]} gathers '{theirs}'",
+                        rank=group.ranks[group.rank],
+                        expected="the same modules in the same order on every rank",
+                        found=f"'{label}' here and '{theirs}' there",
+                        fix="make control flow equal on all ranks, or mark the module around both with "
+                        "set_z3_leaf_modules so that it is gathered whole",
+                    )
+                )
+
+    return compare
+
+
+def gather_exchange(cuts: Sequence[Cut], group: Group, what: str, channel: int = 0, hop: int = 0) -> Work:
+    """Send the own cut to all, receive every other cut into its place."""
+    tag = tag_of(channel, hop)
+    own = dict(cuts).get(group.rank)
+    handles = [send_to(own, peer, group, tag) for peer in peers(group)] if own is not None else []
+    handles += [receive_from(view, owner, group, tag) for owner, view in cuts if owner != group.rank]
+    return Work(what, [h for h in handles if h is not None])
+
+
+def reduce_exchange(
+    cuts: Sequence[Cut], output: torch.Tensor | None, group: Group, op: str, what: str, channel: int = 0
+) -> Work:
+    """Send each cut to its owner; the owner reduces what it received in rank order."""
+    tag = tag_of(channel)
+    views = dict(cuts)
+    handles = [send_to(views[peer], peer, group, tag) for peer in peers(group) if peer in views]
+    own = views.get(group.rank)
+    if own is None or own.numel() == 0:
+        return Work(what, [h for h in handles if h is not None])
+    if output is None or output.numel() != own.numel():
+        raise UsageError(f"{what}: the output must hold this rank's {own.numel()} elements")
+    received = {peer: torch.empty_like(own) for peer in peers(group)}
+    handles += [receive_from(buffer, peer, group, tag) for peer, buffer in received.items()]
+    received[group.rank] = own
+    parts = [received[member] for member in range(group.size)]
+    return Work(what, [h for h in handles if h is not None], lambda: reduce_in_order(parts, output, op))
+
+
+def one_hop(flat: torch.Tensor, group: Group, op: str, what: str) -> Work:
+    mine = flat.clone()
+    received = {peer: torch.empty_like(flat) for peer in peers(group)}
+    handles = [send_to(mine, peer, group) for peer in peers(group)]
+    handles += [receive_from(buffer, peer, group) for peer, buffer in received.items()]
+    received[group.rank] = mine
+    parts = [received[member] for member in range(group.size)]
+    return Work(what, [h for h in handles if h is not None], lambda: reduce_in_order(parts, flat, op))
+
+
+def reduce_in_order(parts: Sequence[torch.Tensor], output: torch.Tensor, op: str) -> None:
+    """Reduce ``parts`` in member order into ``output``, which may be one of them.
+
+    16-bit sums run in fp32 and round once, so that neither the number of ranks nor the range of fp16 shows.
+    """
+    if op in ("max", "min"):
+        reduce = torch.maximum if op == "max" else torch.minimum
+        total = reduce(parts[0], parts[1])
+        for part in parts[2:]:
+            reduce(total, part, out=total)
+        output.copy_(total)
+        return
+    wide = torch.float32 if output.dtype in (torch.float16, torch.bfloat16) else output.dtype
+    if wide != output.dtype:
+        total = parts[0].to(wide)
+        for part in parts[1:]:
+            total += part
+    elif len(parts) == 2:
+        total = torch.add(parts[0], parts[1], out=output)
+    else:
+        scratch = parts[0] if parts[0].data_ptr() != output.data_ptr() else None
+        if all(part.data_ptr() != output.data_ptr() for part in parts[1:]):
+            total = output if scratch is None else output.copy_(scratch)
+        else:
+            total = parts[0]  # a received buffer: ours to overwrite
+        for part in parts[1:]:
+            total += part
+    if op == "avg":
+        total /= len(parts)
+    if total.data_ptr() != output.data_ptr():
+        output.copy_(total)
