@@ -6,6 +6,7 @@ of the last one, which costs a table but almost no arithmetic.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,13 +110,22 @@ class GPT(nn.Module):
         return logits if y is None else F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """For the optimizer: weight decay for tables and matrices, none for scales."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    return [
+        {"params": matrices},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
 @torch.no_grad()
-def generate(model: nn.Module, prompt: bytes, count: int, context: int, device: torch.device) -> bytes:
+def generate(model: nn.Module, prompt: bytes, count: int, device: torch.device) -> bytes:
     """`count` bytes after `prompt`, drawn at temperature 0.7 from a generator of its own (same on every rank)."""
     generator = torch.Generator().manual_seed(0)
     text = list(prompt)
     for _ in range(count):
-        x = torch.tensor([text[-context:]], device=device)
+        x = torch.tensor([text[-GPTConfig.context :]], device=device)
         chances = F.softmax(model(x)[0, -1].cpu() / 0.7, dim=-1)
         text.append(int(torch.multinomial(chances, 1, generator=generator)))
     return bytes(text)

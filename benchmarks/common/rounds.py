@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ def play(plan: Plan) -> list[Row]:
     console = Console(stderr=True)
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
     failed: dict[tuple[str, str], str] = {}
+    if any(contender.startswith("deepspeed") for contender in plan.contenders):
+        # Its first start compiles an operation, by all ranks at once: let one process do it, off the clock.
+        console.print("preparing deepspeed", highlight=False)
+        _run(replace(plan, ranks=1, size="tiny", warm_up=0, steps=1), "deepspeed_0", "fp32")
     for number in range(plan.rounds):
         for dtype in plan.dtypes:
             for contender in plan.contenders:

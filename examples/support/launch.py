@@ -24,7 +24,7 @@ def start_ranks(script: str, arguments: Sequence[str], ranks: int) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     # A session of its own: Ctrl-C reaches only this process, which then ends the ranks.
     process = subprocess.Popen(
-        [*command, script, *arguments],
+        [*command, "--", script, *arguments],
         env=environment,
         start_new_session=True,
         preexec_fn=die_with_parent,

@@ -17,14 +17,14 @@ def open_run(run: Path, settings: dict[str, Any], fresh: bool) -> TextIO:
     when the run is finished, when it was made with other settings, or when it is being trained right now.
     """
     if run.exists() and any(run.iterdir()) and not (run / SETTINGS).exists():
-        sys.exit(f"{run} holds files that are not a run of this example. Give another folder with --run.")
+        sys.exit(f"{run} holds files that are not a run of this example. Give another folder with --folder.")
     run.mkdir(parents=True, exist_ok=True)
     lock = (run / LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(
-            f"Another process is training in {run}. Wait for it, stop it, or use another folder with --run."
+            f"Another process is training in {run}. Wait for it, stop it, or use another folder with --folder."
         )
     if fresh:
         for item in run.iterdir():
@@ -51,7 +51,7 @@ def _check(run: Path, settings: dict[str, Any]) -> None:
         sys.exit(
             f"The run in {run} was started with other settings:\n"
             + "\n".join(changed)
-            + "\nGo on with its settings, start anew with --fresh, or use another folder with --run."
+            + "\nGo on with its settings, start anew with --fresh, or use another folder with --folder."
         )
     if (run / REPORT).exists():
         print((run / REPORT).read_text())

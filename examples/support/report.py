@@ -1,5 +1,6 @@
 """What the example shows: one progress bar while training, two tables, a text and a picture at the end."""
 
+import hashlib
 import resource
 import sys
 import time
@@ -8,9 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
 History = list[
     dict[str, float]
@@ -43,16 +46,16 @@ class Board:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def row(self, row: dict[str, float], tokens: int) -> None:
+    def add(self, row: dict[str, float], tokens: int) -> None:
         """Add one step's row to the history and show it; `tokens` counts all ranks."""
         self.history.append(row)
         self.tokens += tokens
         if not self.active:
             return
-        held_out = next((r["held_out"] for r in reversed(self.history) if "held_out" in r), float("nan"))
+        held_out = next((f"{r['held_out']:.3f}" for r in reversed(self.history) if "held_out" in r), "-")
         recent = [r["loss"] for r in self.history[-20:]]
         line = (
-            f"loss {sum(recent) / len(recent):.3f} | held-out {held_out:.3f} bits/byte | "
+            f"loss {sum(recent) / len(recent):.3f} | held-out {held_out} bits/byte | "
             f"{self.tokens / (time.perf_counter() - self.began):,.0f} tokens/s | {peak_memory() / 2**20:,.0f} MiB"
         )
         self.bar.update(self.task, description=line, completed=len(self.history))
@@ -85,6 +88,46 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     return result
 
 
+def summary(
+    memory: Sequence[Sequence[Any]],
+    state: dict[str, Any],
+    sample: bytes,
+    weights: dict[str, Tensor],
+    curve: str,
+) -> str:
+    """Everything that a finished run shows, as text; `memory` has every rank's `engine.memory_report()`."""
+    last = state["history"][-1]
+    parts = [
+        _memory_table(memory),
+        table("Communication of one step, on each rank", ("", "for", "calls", "bytes"), state["traffic"]),
+        "A sample:",
+        sample.decode("utf-8", errors="replace"),
+        "",
+        f"Step {last['step']}: {last['held_out']:.3f} bits per byte on held-out text.",
+        curve,
+        f"Weights (SHA-256): {digest(weights)}",
+    ]
+    return as_text(parts)
+
+
+def _memory_table(ranks: Sequence[Sequence[Any]]) -> Table:
+    columns = ("", *(f"rank {rank}" for rank in range(len(ranks))), "formula", "ratio")
+    rows = []
+    for kinds in zip(*ranks, strict=True):  # one kind of bytes, on each rank
+        worst = max(row.ratio for row in kinds)
+        rows.append((kinds[0].kind, *(row.bytes for row in kinds), kinds[0].formula, f"{worst:.3f}"))
+    return table("Bytes per rank", columns, rows)
+
+
+def digest(weights: dict[str, Tensor]) -> str:
+    """The same for two runs only if every bit of every weight is the same."""
+    total = hashlib.sha256()
+    for name, tensor in weights.items():
+        total.update(name.encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:32]
+
+
 def as_text(parts: Iterable[object]) -> str:
     """What rich would print, as a string of at most 110 columns."""
     console = Console(width=110)
@@ -94,7 +137,7 @@ def as_text(parts: Iterable[object]) -> str:
     return capture.get()
 
 
-def loss_curve(history: History, path: Path, title: str) -> str:
+def loss_curve(history: History, path: Path) -> str:
     """Save the picture and say where it is, or what to install for it."""
     try:
         from matplotlib.figure import Figure
@@ -111,7 +154,6 @@ def loss_curve(history: History, path: Path, title: str) -> str:
     axes.set(
         xlabel="step",
         ylabel="bits per byte",
-        title=title,
         ylim=(0, min(8.5, max(r["loss"] for r in history))),
     )
     axes.grid(alpha=0.3)
