@@ -89,9 +89,7 @@ class Saver:
 
     def raise_pending(self) -> None:
         """Raise what a background writer of this rank has failed with; cheap, for every step."""
-        if (self._error is not None and self._thread is None) or (
-            not self._busy() and self._error is not None
-        ):
+        if self._error is not None and not self._busy():
             error, self._error = self._error, None
             self._unconfirmed = None
             raise error

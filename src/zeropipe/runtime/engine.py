@@ -24,6 +24,7 @@ from zeropipe.errors import ConfigError, UsageError, describe
 from zeropipe.runtime.accumulation import Clock
 from zeropipe.runtime.assembly import DTYPES
 from zeropipe.runtime.dataloader import ZeroDataLoader, build_dataloader
+from zeropipe.runtime.engine_checkpoint import EngineCheckpoint
 from zeropipe.runtime.engine_facts import EngineFacts
 from zeropipe.runtime.engine_memory import MemoryRow, memory_report
 from zeropipe.runtime.engine_report import Reporter, Status
@@ -47,7 +48,7 @@ class Parts:
     collate_fn: Any = None
 
 
-class DeepSpeedEngine(EngineFacts, EngineWeights, torch.nn.Module):
+class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineWeights, torch.nn.Module):
     """A module that trains in parallel; everything it does not define itself is the module's.
 
     Attributes users read: ``module`` (the object passed in), ``optimizer``, ``lr_scheduler`` (assignable; None
@@ -124,6 +125,7 @@ class DeepSpeedEngine(EngineFacts, EngineWeights, torch.nn.Module):
         An overflow skips the step on every rank, and the schedule with it.
         """
         optimizer = self._need_optimizer("step")
+        self.raise_failed_save()
         with self._report.phase("step"):
             self._end_pass(optimizer)
             if not self.clock.is_boundary:
@@ -232,6 +234,7 @@ class DeepSpeedEngine(EngineFacts, EngineWeights, torch.nn.Module):
         self.optimizer = None
         self.lr_scheduler = None
         self.training_dataloader = None
+        self.wait_for_checkpoint()
 
     @property
     def _first_rank(self) -> bool:

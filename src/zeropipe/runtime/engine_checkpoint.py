@@ -1,0 +1,206 @@
+"""``save_checkpoint`` and ``load_checkpoint`` of the engine: which parts go out and come back, in which order."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from zeropipe.checkpoint.loader import load, nothing_there
+from zeropipe.checkpoint.saver import Saver
+from zeropipe.checkpoint.source import Source, pieces_of, read_full, value_key
+from zeropipe.checkpoint.state import LoadedState
+from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
+from zeropipe.comm.group import Group, world
+from zeropipe.errors import CheckpointError, describe
+from zeropipe.runtime import engine_state as translate
+
+if TYPE_CHECKING:
+    from zeropipe.runtime.engine import DeepSpeedEngine
+
+_log = logging.getLogger("zeropipe")
+
+
+class EngineCheckpoint:
+    """The checkpoint half of an engine's interface."""
+
+    _saver: Saver | None = None
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | int | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        *,
+        async_save: bool | None = None,
+    ) -> bool:
+        """Write the checkpoint ``save_dir/tag`` (default tag ``global_step{N}``). Every rank must call it.
+
+        ``client_state``: anything; what is not plain values and tensors comes back only with ``trust=True``.
+        ``async_save`` (default: the config's ``checkpoint.async_save``): return after the copy to host memory;
+        the next save or ``destroy`` waits for the files, and an error of the writer is raised then.
+
+        Returns True. Raises CheckpointError on every rank alike when any rank cannot write; earlier checkpoints
+        are intact then.
+        """
+        engine = cast("DeepSpeedEngine", self)
+        asynchronous = engine._config.checkpoint.async_save if async_save is None else async_save
+        local = translate.local_state(engine, client_state, exclude_frozen=exclude_frozen_parameters)
+        name = f"global_step{engine.clock.global_steps}" if tag is None else str(tag)
+        self._get_saver().save(save_dir, name, local, save_latest=save_latest, async_save=asynchronous)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | int | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+        *,
+        verify: bool = True,
+        trust: bool = False,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Restore what was saved at any stage and number of ranks; every rank must call it.
+
+        Args:
+            load_dir: the folder that was saved to; one that DeepSpeed wrote works too.
+            tag: default the one in ``latest``, or the newest complete checkpoint where that is damaged.
+            load_module_strict: missing or unexpected parameters are an error.
+            load_optimizer_states: False leaves moments, loss scale and data position as they are.
+            load_lr_scheduler_states: False leaves the schedule.
+            load_module_only: only the weights; the clock too stays as it is.
+            custom_load_fn: called as ``fn(src=state_dict, dst=module)`` in place of the weights' own loading.
+            verify: check every file's checksum first, each on one rank.
+            trust: also unpickle objects, which runs code of whoever wrote the file.
+
+        Returns:
+            ``(path, client_state)``, or ``(None, None)`` with a logged line where there is no checkpoint.
+
+        Raises:
+            CheckpointError: on every rank alike; damaged or foreign files, other shapes, missing parameters.
+        """
+        engine = cast("DeepSpeedEngine", self)
+        if self._saver is not None:
+            self._saver.wait()
+        group = self._checkpoint_group()
+        name = None if tag is None else str(tag)
+        with_optimizer = load_optimizer_states and not load_module_only
+        into = translate.local_state(engine, with_rng=False)
+        if custom_load_fn is not None:
+            into = replace(into, model=replace(into.model, tensors={}))
+        found = load(
+            load_dir,
+            name,
+            into,
+            group,
+            optimizer=engine.optimizer is not None and custom_load_fn is None,
+            moments=with_optimizer,
+            verify=verify,
+            trust=trust,
+        )
+        if found is None:
+            self._say(nothing_there(load_dir, name))
+            return None, None
+        loaded, source = found
+        for notice in loaded.notices:
+            self._say(notice)
+        if custom_load_fn is not None:
+            custom_load_fn(src=_whole_module(source), dst=engine.module)
+            if engine.optimizer is not None:
+                translate.masters_from_values(engine.optimizer)
+        else:
+            self._check_names(loaded, load_module_strict)
+        self._adopt(engine, loaded, with_optimizer, load_lr_scheduler_states and not load_module_only)
+        if not load_module_only:
+            translate.adopt_clock(engine, loaded)
+        return loaded.path, clone_tensors_for_torch_save(loaded.train.client_state)
+
+    def wait_for_checkpoint(self) -> None:
+        """Return when an asynchronous save has written this rank's files. Raises its CheckpointError."""
+        if self._saver is not None:
+            self._saver.wait()
+
+    def raise_failed_save(self) -> None:
+        """Raise what an asynchronous save of this rank has failed with; costs nothing otherwise."""
+        if self._saver is not None:
+            self._saver.raise_pending()
+
+    def _adopt(self, engine: DeepSpeedEngine, loaded: LoadedState, optimizer: bool, schedule: bool) -> None:
+        train = loaded.train
+        inner = engine.optimizer
+        if inner is not None:
+            inner.zero_grad()
+        if optimizer and inner is not None and loaded.flats:
+            translate.adopt_flats(inner, loaded.flats)
+            reason = translate.adopt_groups(inner, loaded.param_groups)
+            if reason:
+                self._say(reason)
+            if inner.loss_scaler is not None and train.loss_scaler is not None:
+                inner.loss_scaler.load_state_dict(clone_tensors_for_torch_save(train.loss_scaler))
+        if schedule and train.lr_scheduler is not None and hasattr(engine.lr_scheduler, "load_state_dict"):
+            engine.lr_scheduler.load_state_dict(clone_tensors_for_torch_save(train.lr_scheduler))
+        if not optimizer:
+            return
+        data = train.common.get("data")
+        if data is not None and hasattr(engine.training_dataloader, "load_state_dict"):
+            engine.training_dataloader.load_state_dict(data)
+        if "rng" in train.per_rank:
+            translate.set_rng_state(train.per_rank["rng"], engine.device)
+
+    def _check_names(self, loaded: LoadedState, strict: bool) -> None:
+        lost = list(loaded.missing)
+        if not (lost or loaded.unexpected):
+            return
+        text = describe(
+            f"{loaded.path} does not hold this model: "
+            f"missing {_listed(lost)}; not in the model {_listed(loaded.unexpected)}",
+            fix="load into the model that was saved, or pass load_module_strict=False",
+        )
+        if strict:
+            raise CheckpointError(text)
+        self._say(text)
+
+    def _checkpoint_group(self) -> Group:
+        """The ranks that save and load together."""
+        engine = cast("DeepSpeedEngine", self)
+        return engine._group if engine.mpu is None else world()
+
+    def _get_saver(self) -> Saver:
+        if self._saver is None:
+            self._saver = Saver(self._checkpoint_group())
+        return self._saver
+
+    def _say(self, text: str) -> None:
+        engine = cast("DeepSpeedEngine", self)
+        if text and engine._group.ranks[engine._group.rank] == 0:
+            _log.warning(text)
+
+
+def _listed(names: Any, limit: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) + more) if names else "nothing"
+
+
+def _whole_module(source: Source) -> dict[str, torch.Tensor]:
+    """The module's state dict, full tensors, as it was saved; tied names share a tensor."""
+    state = {entry.name: source.module_tensor(entry).clone() for entry in source.module}
+    for flat in source.flats:
+        key = value_key(flat)
+        for spec in flat.layout.tensors:
+            if key is not None and spec.name not in state:
+                holder = next(pieces_of(source, spec.name))
+                state[spec.name] = read_full(source, holder, spec.name, key)
+    for other, name in source.tied.items():
+        if name in state:
+            state[other] = state[name]
+    return state

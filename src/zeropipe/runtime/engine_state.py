@@ -1,0 +1,282 @@
+"""Translates between an engine and the plain data that checkpoints are made of; it reads and writes no files."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zeropipe.checkpoint.state import (
+    FP32,
+    PARAM,
+    FlatState,
+    Grid,
+    LoadedFlat,
+    LoadedState,
+    LocalState,
+    ModelState,
+    TrainState,
+)
+from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
+from zeropipe.comm.group import world
+from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.runtime.zero.param import shards_of, zero_param
+
+if TYPE_CHECKING:
+    from zeropipe.runtime.engine import DeepSpeedEngine
+    from zeropipe.runtime.zero.optimizer import ZeroOptimizer
+    from zeropipe.runtime.zero.partition import Partition
+
+
+def local_state(
+    engine: DeepSpeedEngine,
+    client_state: Mapping[str, Any] | None = None,
+    *,
+    exclude_frozen: bool = False,
+    with_rng: bool = True,
+) -> LocalState:
+    """What this rank holds, by reference: nothing is copied."""
+    optimizer = engine.optimizer
+    stage = engine.zero_optimization_stage() if optimizer is not None else 0
+    flats = [flat for flat, _ in optimizer_flats(optimizer)] if optimizer is not None else []
+    flats += frozen_flats(engine, exclude_frozen)
+    groups: list[dict[str, Any]] = []
+    if optimizer is not None:
+        for index, group in enumerate(optimizer.param_groups):
+            names = [n for p in optimizer.partitions if p.group_index == index for n in p.names]
+            groups.append({k: v for k, v in group.items() if k != "params"} | {"param_names": names})
+    return LocalState(
+        grid=grid_of(engine),
+        stage=3 if any(f.layout.num_shards > 1 and PARAM in f.tensors for f in flats) else stage,
+        dtype={"fp16": "float16", "bf16": "bfloat16"}.get(engine._config.precision, "float32"),
+        model=model_state(engine.module, exclude_frozen),
+        flats=tuple(flats),
+        param_groups=tuple(groups),
+        optimizer_name=engine.get_type() or "",
+        train=_train_state(engine, dict(client_state or {}), with_rng),
+    )
+
+
+def grid_of(engine: DeepSpeedEngine) -> Grid:
+    """This rank's place; model parallelism is what ``mpu`` says it is."""
+    group, everyone, mpu = engine._group, world(), engine.mpu
+
+    def ask(*names: str, default: int) -> int:
+        found = next((getattr(mpu, name) for name in names if hasattr(mpu, name)), None)
+        return default if found is None else int(found())
+
+    pp = ask("get_pipe_parallel_world_size", "get_pipeline_model_parallel_world_size", default=1)
+    pp_rank = ask("get_pipe_parallel_rank", "get_pipeline_model_parallel_rank", default=0)
+    tp_names = ("get_tensor_model_parallel_world_size", "get_slice_parallel_world_size")
+    tp_ranks = ("get_tensor_model_parallel_rank", "get_slice_parallel_rank")
+    tp = ask(*tp_names, default=ask("get_model_parallel_world_size", default=1) // pp)
+    tp_rank = ask(*tp_ranks, default=ask("get_model_parallel_rank", default=0) % max(tp, 1))
+    if mpu is None:
+        return Grid(group.rank, group.size, group.rank, group.size)
+    return Grid(everyone.rank, everyone.size, group.rank, group.size, tp_rank, tp, pp_rank, pp)
+
+
+def model_state(module: torch.nn.Module, exclude_frozen: bool = False) -> ModelState:
+    """The module's own values; parameters that are sharded are left to the flats."""
+    params = dict(module.named_parameters())
+    first = {id(p): name for name, p in params.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    extra: dict[str, Any] = {}
+    buffers: list[str] = []
+    excluded: list[str] = []
+    frozen = [name for name, p in params.items() if not p.requires_grad]
+    with torch.no_grad():
+        state = module.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            extra[name] = value
+            continue
+        # A tied parameter is saved under the first of its names, which is the one that the optimizer knows.
+        known = first.setdefault(id(value), name)
+        if known != name and known in state:
+            tied[name] = known
+            continue
+        if not isinstance(value, torch.nn.Parameter):
+            buffers.append(name)
+        elif not value.requires_grad and exclude_frozen:
+            excluded.append(name)
+            continue
+        elif shards_of(value) is not None:
+            continue
+        tensors[name] = value.detach()
+    return ModelState(tensors, tuple(buffers), tuple(frozen), tied, {}, tuple(excluded), extra)
+
+
+def optimizer_flats(optimizer: ZeroOptimizer) -> Iterator[tuple[FlatState, Any]]:
+    """Each flat with the tensor that the torch optimizer keeps its state under."""
+    seen: dict[str, int] = {}
+    for partition in optimizer.partitions:
+        base = f"group{partition.group_index}.{str(partition.dtype).removeprefix('torch.')}"
+        number = seen[base] = seen.get(base, -1) + 1
+        name = f"{base}.{number}" if number else base
+        if partition.stepped[0] is partition.master:
+            yield _flat(name, partition, optimizer), partition.master
+            continue
+        for spec, tensor in zip(partition.layout.tensors, partition.stepped, strict=True):
+            tensors, scalars = _split(optimizer.state.get(tensor, {}), tuple(tensor.shape))
+            tensors = {FP32: tensor.detach().reshape(-1)} | tensors
+            layout = FlatShards((spec,), 1)
+            yield FlatState(spec.name, layout, 0, tensors, scalars, partition.group_index), tensor
+
+
+def _flat(name: str, partition: Partition, optimizer: ZeroOptimizer) -> FlatState:
+    tensors, scalars = _split(optimizer.state.get(partition.master, {}), (partition.layout.shard_numel,))
+    replicas = 1 if partition.sharded else partition.group.size
+    return FlatState(
+        name,
+        partition.layout,
+        partition.shard,
+        {FP32: partition.master.detach()} | tensors,
+        scalars,
+        partition.group_index,
+        partition.group.rank if replicas > 1 else 0,
+        replicas,
+    )
+
+
+def _split(
+    state: Mapping[str, Any], shape: tuple[int, ...]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(state with one value per element, as 1D tensors; the rest)."""
+    tensors = {
+        key: value.reshape(-1)
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and tuple(value.shape) == shape and key != "step"
+    }
+    return tensors, {key: value for key, value in state.items() if key not in tensors}
+
+
+def frozen_flats(engine: DeepSpeedEngine, exclude_frozen: bool = False) -> list[FlatState]:
+    """Sharded parameters that no optimizer holds: one flat each."""
+    flats = []
+    held = {id(p) for part in engine.optimizer.partitions for p in part.params} if engine.optimizer else set()
+    for name, param in engine.module.named_parameters():
+        shards = shards_of(param)
+        if shards is None or id(param) in held or (exclude_frozen and not param.requires_grad):
+            continue
+        spec = TensorSpec(name, tuple(shards.shape), str(shards.dtype).removeprefix("torch."))
+        layout = FlatShards((spec,), shards.layout.num_shards, shards.layout.align)
+        flats.append(FlatState(name, layout, shards.group.rank, {PARAM: shards.source.detach()}))
+    return flats
+
+
+def _train_state(engine: DeepSpeedEngine, client_state: dict[str, Any], with_rng: bool) -> TrainState:
+    scaler = None if engine.optimizer is None else engine.optimizer.loss_scaler
+    schedule = engine.lr_scheduler
+    loader = engine.training_dataloader
+    clock = engine.clock
+    return TrainState(
+        clock.global_steps,
+        clock.global_samples,
+        clock.skipped_steps,
+        clock.micro_steps,
+        lr_scheduler=schedule.state_dict() if hasattr(schedule, "state_dict") else None,
+        loss_scaler=None if scaler is None else dict(scaler.state_dict()),
+        per_rank={"rng": rng_state(engine.device)} if with_rng else {},
+        common={"data": loader.state_dict() if hasattr(loader, "state_dict") else None},
+        client_state=client_state,
+        ds_config=_plain_config(engine.config),
+    )
+
+
+def _plain_config(config: Any) -> Any:
+    """The configuration without what JSON has no word for."""
+    if isinstance(config, Mapping):
+        return {str(key): _plain_config(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [_plain_config(value) for value in config]
+    return config if config is None or isinstance(config, (bool, int, float, str)) else str(config)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """Python's, NumPy's and torch's generators as plain values and tensors."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = (str(kind), [int(key) for key in keys], *map(float, rest))
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"].clone())
+    if "numpy" in state:
+        import numpy
+
+        kind, keys, position, has_gauss, gauss = state["numpy"]
+        numpy.random.set_state((kind, numpy.array(keys, "uint32"), int(position), int(has_gauss), gauss))
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].clone(), device)
+
+
+def adopt_flats(optimizer: ZeroOptimizer, loaded: Mapping[str, LoadedFlat]) -> None:
+    """Give the torch optimizer the moments and scalars that were read; the masters are in place already."""
+    base = optimizer.optimizer
+    for flat, owner in optimizer_flats(optimizer):
+        found = loaded[flat.name]
+        moments = {key: t for key, t in found.tensors.items() if key not in (FP32, PARAM)}
+        if not moments and not found.scalars:
+            base.state.pop(owner, None)  # saved before the first step
+            continue
+        state: dict[str, Any] = {}
+        for key, value in found.scalars.items():
+            value = clone_tensors_for_torch_save(value)
+            # torch counts in tensors, others in ints; the optimizer gets what it would have made itself.
+            if key == "step" and isinstance(value, (int, float)) and _counts_in_tensors(base):
+                value = torch.tensor(float(value))
+            state[key] = value
+        for key, tensor in moments.items():
+            state[key] = tensor.to(owner.device).view(owner.shape)
+        base.state[owner] = state
+
+
+def _counts_in_tensors(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).__module__.startswith(("torch.", "zeropipe."))
+
+
+def adopt_groups(optimizer: ZeroOptimizer, saved: tuple[dict[str, Any], ...]) -> str:
+    """Set the hyperparameters of each param group in place; why not, or ""."""
+    if not saved:
+        return ""
+    if len(saved) != len(optimizer.param_groups):
+        return (
+            f"the checkpoint has {len(saved)} param groups and the optimizer {len(optimizer.param_groups)}; "
+            "learning rates and the like stay as configured"
+        )
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        for key, value in values.items():
+            if key not in ("params", "param_names") and key in group:
+                group[key] = clone_tensors_for_torch_save(value)
+    return ""
+
+
+def adopt_clock(engine: DeepSpeedEngine, loaded: LoadedState) -> None:
+    clock, train = engine.clock, loaded.train
+    accumulation = clock.batch.gradient_accumulation_steps
+    clock.global_steps = train.global_steps
+    clock.global_samples = train.global_samples
+    clock.skipped_steps = train.skipped_steps
+    # Gradients of an unfinished window are not saved, so the window starts over.
+    micro_steps = train.micro_steps or train.global_steps * accumulation
+    clock.micro_steps = micro_steps - micro_steps % accumulation
+
+
+def masters_from_values(optimizer: ZeroOptimizer) -> None:
+    """The values were written from outside: take the masters anew from them."""
+    for partition in optimizer.partitions:
+        partition.refresh_master()
+
+
+def has_masters(engine: DeepSpeedEngine) -> bool:
+    return any(zero_param(p) is not None for p in engine.module.parameters())
