@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from zeropipe.comm.group import Group
+from zeropipe.comm.record import SEAM
 from zeropipe.errors import CommunicationError, DesyncError, UsageError, describe
 
 # Point-to-point messages match in order per tag, so each purpose has its own. A channel (0, 1, ...) is a stream of
@@ -35,13 +36,21 @@ class Work:
         self._what = what
         self._handles = list(handles)
         self._finish = finish
+        self.greeting: Callable[[], None] | None = None  # waits for the peers' words and compares them
 
     def wait(self) -> None:
-        """Raises CommunicationError when a peer is gone or the group's timeout has passed."""
+        """Raises CommunicationError when a peer is gone or the group's timeout has passed, DesyncError when a
+        peer is about to do another guarded collective than this one."""
         try:
+            if self.greeting is not None:
+                greeting, self.greeting = self.greeting, None
+                greeting()
             while self._handles:
                 self._handles[-1].wait()
                 self._handles.pop()
+        except DesyncError:
+            SEAM.abandoned.append(self)  # the transport still writes into our buffers
+            raise
         except RuntimeError as error:
             raise CommunicationError(
                 f"{self._what} did not complete: {str(error).splitlines()[0]}. Fix: another rank has most likely "
