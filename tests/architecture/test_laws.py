@@ -83,7 +83,7 @@ def test_only_flat_computes_padding(files: list[File]) -> None:
         rules.computes_padding,
         {
             "layout/flat.py": "the owner",
-            "comm/collectives.py": "the next peer of a ring is a remainder",
+            "comm/*": "the next peer of a ring is a remainder",
             "config/batch.py": "counts samples of a batch",
             "runtime/dataloader.py": "counts batches of a data set",
             "runtime/pipe/*": "counts micro-batches and columns of a drawing",

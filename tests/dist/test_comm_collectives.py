@@ -250,6 +250,68 @@ def test_outstanding_operations_do_not_mix(pool: Pools, size: int, reverse: bool
     pool(size).run(check_outstanding, reverse)
 
 
+def check_lag(rank: int, size: int) -> None:
+    """Each rank waits for its operations in the order of issue, but some ranks wait much later than others.
+
+    A second hop that starts late must not be taken for the first hop of what was issued meanwhile.
+    """
+    g, lag, pending = world(), rank * 2, []
+    for step in range(12):
+        numel = 6000
+        inputs = [data(r, numel * size, "float32", key=step) for r in range(size)]
+        want = expected("sum", inputs)
+        if step % 2 == 0:
+            out = inputs[rank].clone()
+            pending.append((comm.all_reduce(out, g, async_op=True), out, want))
+        else:
+            out, mine = torch.empty(numel), slice(rank * numel, (rank + 1) * numel)
+            pending.append((comm.reduce_scatter(out, inputs[rank], g, async_op=True), out, want[mine]))
+        while len(pending) > lag:
+            work, out, want = pending.pop(0)
+            work.wait()
+            assert_bitwise(out, want, f"step {step}")
+    for work, out, want in pending:
+        work.wait()
+        assert_bitwise(out, want)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_may_wait_sooner_or_later_than_others(pool: Pools, size: int) -> None:
+    pool(size).run(check_lag)
+
+
+def check_channels(rank: int, size: int) -> None:
+    """Streams of collectives on two channels, which each rank interleaves in its own way."""
+    g = world()
+    inputs = [data(r, 50 * size, "float32") for r in range(size)]
+    mine = slice(50 * rank, 50 * (rank + 1))
+    gathers = [torch.empty(50 * size) for _ in range(4)]
+    sums = [torch.empty(50) for _ in range(4)]
+
+    def gather(i: int) -> comm.Work:
+        return comm.all_gather(gathers[i], inputs[rank][mine] + i, g, async_op=True, channel=1)
+
+    def reduce(i: int) -> comm.Work:
+        cuts = list(enumerate((inputs[rank] * (i + 1)).tensor_split(size)))
+        return comm.reduce_to_owners(cuts, sums[i], g, async_op=True, channel=2)
+
+    works = []
+    if rank == 0:
+        works = [start(i) for i in range(4) for start in (gather, reduce)]
+    else:
+        works = [reduce(i) for i in range(4)] + [gather(i) for i in range(4)]
+    for work in works:
+        work.wait()
+    whole = torch.cat([inputs[r][50 * r : 50 * (r + 1)] for r in range(size)])
+    assert_bitwise(gathers, [whole + i for i in range(4)])
+    assert_bitwise(sums, [expected("sum", [x * (i + 1) for x in inputs])[mine] for i in range(4)])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_channels_need_no_common_order(pool: Pools, size: int) -> None:
+    pool(size).run(check_channels)
+
+
 def check_overlap(rank: int, size: int, numel: int) -> bool:
     """Rank 0 starts early and computes meanwhile; starting must not wait for the late rank."""
     comm.barrier(world())

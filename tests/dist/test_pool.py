@@ -261,7 +261,7 @@ def test_functions_that_cannot_be_sent_are_refused(pool: Pools) -> None:
 
 
 def test_a_result_that_cannot_be_pickled_is_told(fresh: Pools) -> None:
-    with pytest.raises(RankFailure, match="rank 1 raised[\\s\\S]*cannot be sent back"):
+    with pytest.raises(RankFailure, match=r"rank 1 raised[\s\S]*cannot be sent back"):
         fresh(2).run(unsendable)
 
 
