@@ -140,8 +140,8 @@ class Exchange:
         """Average ``values`` (1-D, ``layout.numel``) over all ranks; the errors are updated in place.
 
         Returns the messages (uint8, 1-D) that ``decode`` reads, the same bytes on every rank. Where the
-        topology does not compress (or the buffer is empty), the exact average (plus what the errors held) is put into ``values``
-        and None is returned.
+        topology does not compress (or the buffer is empty), the exact average (plus what the errors held) is
+        put into ``values`` and None is returned.
         """
         if self.layout.numel == 0:
             return None

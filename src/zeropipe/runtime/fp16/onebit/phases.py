@@ -70,8 +70,10 @@ class OneBitPhases:
     step: int = 0
 
     def __post_init__(self) -> None:
-        if self.step == 0:  # states that follow a checked one need no check
-            object.__setattr__(self, "freeze_step", _at_least("freeze_step", self.freeze_step, 0))
+        if (
+            self.step == 0
+        ):  # states that follow a checked one need no check; 0 would leave no variance to divide by
+            object.__setattr__(self, "freeze_step", _at_least("freeze_step", self.freeze_step, 1))
 
     @property
     def frozen(self) -> bool:
@@ -81,6 +83,15 @@ class OneBitPhases:
     def next(self) -> tuple[Phase, OneBitPhases]:
         phase = Phase.COMPRESSED if self.frozen else Phase.WARM_UP
         return phase, OneBitPhases(self.freeze_step, self.step + 1)
+
+    @property
+    def variance_steps(self) -> int:
+        """Updates of the variance so far, if these rules held from the start."""
+        return min(self.step, self.freeze_step)
+
+    def forwarded(self, step: int) -> OneBitPhases:
+        """These rules after ``step`` steps."""
+        return OneBitPhases(self.freeze_step, step)
 
     def resumed(self, saved: dict[str, int]) -> OneBitPhases:
         """These rules at the step of ``saved``: a freeze_step that differs from the saved one takes effect."""
@@ -150,6 +161,18 @@ class ZeroOnePhases:
         # Ranks that never step apart exchange momentum; those that may have done exchange their sum of updates.
         phase = Phase.COMPRESSED if interval == 1 else Phase.SYNC
         return phase, ZeroOnePhases(self.rules, step, self.updates, self.next_update, step)
+
+    @property
+    def variance_steps(self) -> int:
+        """Updates of the variance so far."""
+        return self.updates
+
+    def forwarded(self, step: int) -> ZeroOnePhases:
+        """These rules after ``step`` steps."""
+        state = ZeroOnePhases(self.rules)
+        for _ in range(step):
+            _, state = state.next()
+        return state
 
     def resumed(self, saved: dict[str, int]) -> ZeroOnePhases:
         """These rules in the state of ``saved``."""

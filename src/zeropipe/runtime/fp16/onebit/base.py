@@ -1,0 +1,319 @@
+"""What the three compressed optimizers share: lanes, phases, who averages gradients, and the state users read.
+
+Used alone (a plain torch optimizer on parameters with local gradients), the optimizer averages gradients
+itself in dense phases. Under an engine it is bound first, and the engine keeps this protocol before each step:
+
+    bind_communication(group)          once: the ranks that average together
+    bind_shards(views)                 once, where parameters are 1-D masters: their layouts
+    wants_local_gradients()            False: average the gradients over the group, as for any optimizer
+                                       True:  do not; hand over each rank's own, unaveraged
+    set_local_gradient(master, flat)   then, for each master: the whole buffer's gradient on this rank
+    step()                             only when the gradients of all ranks are finite: an overflow must be
+                                       agreed on by all ranks first, and the step skipped, so that neither the
+                                       error feedback nor the phase moves
+
+Every rank of the group calls ``step`` equally often.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from zeropipe.comm.group import Group, world
+from zeropipe.errors import ConfigError, UsageError, describe
+from zeropipe.runtime.fp16.onebit.exchange import Topology
+from zeropipe.runtime.fp16.onebit.gradients import averaged, clip_, own_gradient, put_gradients
+from zeropipe.runtime.fp16.onebit.lane import Lane, View
+from zeropipe.runtime.fp16.onebit.phases import OneBitPhases, Phase, ZeroOnePhases
+from zeropipe.runtime.fp16.onebit.rank_state import RankState, check_complete, lane_state, redistribute
+from zeropipe.runtime.fp16.onebit.shown_state import publish, restore_errors, restore_tensors
+
+
+class CompressedOptimizer(torch.optim.Optimizer):
+    """Base of OnebitAdam, OnebitLamb and ZeroOneAdam."""
+
+    communicates = True  # an engine asks for this before it takes over the averaging of gradients
+    rank_state_keys = ("worker_error", "server_error")  # differ by rank; not shards of anything
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        phases: OneBitPhases | ZeroOnePhases,
+        *,
+        deepspeed: Any,
+        eps_inside_sqrt: bool,
+        amsgrad: bool,
+        cuda_aware: bool,
+        comm_backend_name: str,
+        node_size: int,
+    ) -> None:
+        name = type(self).__name__
+        if amsgrad:
+            raise UsageError(f"{name} has no AMSGrad variant. Fix: leave out amsgrad=True")
+        check_hyperparameters(name, defaults)
+        self._lanes: list[Lane] = []
+        self._phases = phases
+        self._topology: Topology | None = None
+        self._views: Mapping[nn.Parameter, View] = {}
+        self._local: dict[nn.Parameter, torch.Tensor] = {}
+        self._engine_averages = False
+        self._node_size = node_size
+        super().__init__(params, defaults)
+        self.deepspeed = deepspeed
+        self.eps_mode = 0 if eps_inside_sqrt else 1
+        self.cuda_aware = cuda_aware
+        self.comm_backend_name = comm_backend_name
+        self.using_pipeline = bool(getattr(deepspeed, "pipeline_parallelism", False))
+
+    @property
+    def initialize(self) -> bool:
+        """Whether the error buffers exist."""
+        return any(lane.worker_error is not None for lane in self._lanes)
+
+    @property
+    def size(self) -> int:
+        """How many ranks average together."""
+        return self._ready().group.size
+
+    @property
+    def phases(self) -> OneBitPhases | ZeroOnePhases:
+        """Where the optimizer stands; ``phases.next()`` tells what the coming step does."""
+        return self._phases
+
+    def bind_communication(self, group: Group) -> None:
+        """Let an engine average gradients over ``group`` in dense phases; collective when ``node_size`` > 1.
+
+        Raises ConfigError for options that only the engine can serve.
+        """
+        for index, options in enumerate(self.param_groups):
+            if options.get("max_grad_norm"):
+                raise ConfigError(
+                    describe(
+                        f"max_grad_norm of param group {index} cannot be used under an engine",
+                        expected=0,
+                        found=options["max_grad_norm"],
+                        fix="use the config's gradient_clipping",
+                    )
+                )
+        self._topology = Topology(group, self._node_size)
+        self._engine_averages = True
+
+    def bind_shards(self, views: Mapping[nn.Parameter, View]) -> None:
+        """Step on 1-D masters, each one shard of a layout (one shard at stage 0)."""
+        self._views = dict(views)
+
+    def wants_local_gradients(self) -> bool:
+        """Whether the coming step exchanges bits itself, so that gradients must not be averaged before it."""
+        return not self._phases.next()[0].dense
+
+    def set_local_gradient(self, master: nn.Parameter, gradient: torch.Tensor) -> None:
+        """This rank's own gradient for the coming step: 1-D over ``master``'s whole buffer."""
+        self._local[master] = gradient
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self._lanes and self.wants_local_gradients():
+            self.param_groups.pop()
+            raise UsageError(
+                "a param group was added after compression began: it has no variance to divide by. "
+                "Fix: add it during the warm-up, or load its state with the others"
+            )
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, grads: Sequence[torch.Tensor | None] | None = None
+    ) -> Any:
+        """One step; what ``closure`` returned, if given. ``grads``: instead of ``.grad``, one per parameter."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if grads is not None:
+            put_gradients(self.param_groups, grads)
+        topology = self._ready()
+        phase, after = self._phases.next()
+        if phase.dense:
+            gradients = [
+                averaged(lane, None if self._engine_averages else topology.group) for lane in self._lanes
+            ]
+        else:
+            gradients = [own_gradient(lane, self._local, topology.group) for lane in self._lanes]
+        clip_(gradients, [lane.options["max_grad_norm"] for lane in self._lanes])
+        for lane, gradient in zip(self._lanes, gradients, strict=True):
+            lane.step += 1
+            if phase.dense:
+                lane.variance_steps += 1
+                lane.messages = None
+                self._dense_step(lane, gradient)
+            else:
+                self._exchange_step(lane, gradient, phase, topology)
+        self._phases = after  # type: ignore[assignment]
+        self._local.clear()
+        self._publish()
+        return loss
+
+    def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase, topology: Topology) -> None:
+        raise NotImplementedError
+
+    # -- lanes ----------------------------------------------------------------------------------------------
+
+    def _ready(self) -> Topology:
+        """Build what is missing: the topology, and lanes of param groups that have none."""
+        if self._topology is None:
+            self._topology = Topology(world(), self._node_size)
+        known = {lane.index for lane in self._lanes}
+        for index, options in enumerate(self.param_groups):
+            if index in known:
+                continue
+            masters = [p for p in options["params"] if p in self._views]
+            plain = [p for p in options["params"] if p not in self._views and p.requires_grad]
+            lanes = [Lane(index, options, [master], self._views[master]) for master in masters]
+            if plain:
+                lanes.append(Lane(index, options, plain, None))
+            for lane in lanes:
+                lane.step = self._phases.step
+            self._lanes += lanes
+        return self._topology
+
+    # -- checkpoints ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's form, plus ``onebit``: the phase, and which rank's error feedback this is. Masks are not saved."""
+        saved = super().state_dict()
+        for options in saved["param_groups"]:
+            options.pop("exp_avg_mask", None)
+        group = self._topology.group if self._topology is not None else world()
+        saved["onebit"] = {
+            "phases": self._phases.to_json(),
+            "world": group.size,
+            "rank": group.rank,
+            "node_size": self._node_size,
+        }
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of this class, or one written by DeepSpeed's optimizer of the same name.
+
+        Error feedback is this rank's own: it is taken over when the state was saved by the same rank of a world
+        of the same size, and set to zero otherwise (``load_rank_states`` redistributes it). The masks of the
+        param groups stay as they are. ``freeze_step`` and the like are the new optimizer's; a state from the
+        warm-up may be loaded into the compressed phase and the other way round.
+
+        Raises CheckpointError when a tensor does not fit.
+        """
+        masks = [options.get("exp_avg_mask") for options in self.param_groups]
+        saved = dict(state_dict["state"])
+        super().load_state_dict({**state_dict, "state": {}})
+        for options, mask in zip(self.param_groups, masks, strict=True):
+            options.pop("exp_avg_mask", None)
+            if mask is not None:
+                options["exp_avg_mask"] = mask
+        entries: dict[torch.Tensor, dict[str, Any]] = {}
+        for old, new in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for key, param in zip(old["params"], new["params"], strict=True):
+                entries[param] = saved.get(key, {})
+        self.load_entries(entries, state_dict.get("onebit"))
+
+    def load_entries(
+        self, entries: Mapping[torch.Tensor, Mapping[str, Any]], info: dict[str, Any] | None
+    ) -> None:
+        """As ``load_state_dict``, with the state given by parameter (or master); ``info``: its ``onebit`` part."""
+        steps = max((int(entry["step"]) for entry in entries.values() if "step" in entry), default=0)
+        self._phases = self._phases.resumed(info["phases"]) if info else self._phases.forwarded(steps)
+        self._lanes.clear()
+        topology = self._ready()
+        group = topology.group
+        here = {"world": group.size, "rank": group.rank, "node_size": self._node_size}
+        same_rank = info is not None and all(info[key] == value for key, value in here.items())
+        for lane in self._lanes:
+            mine = [entries.get(param, {}) for param in lane.params]
+            lane.step = int(mine[0].get("step", lane.step))
+            lane.variance_steps = int(mine[0].get("variance_steps", self._phases.variance_steps))
+            restore_tensors(lane, mine, self._more_own(mine[0]))
+            if same_rank and self.wants_local_gradients() and "worker_error" in mine[0]:
+                restore_errors(lane, mine, topology)
+            self._restored(lane, mine, same_rank)
+        if steps and self.wants_local_gradients() and not same_rank and group.size > 1:
+            warnings.warn(
+                "the loaded optimizer state holds no error feedback of this rank in a world of this size: it starts "
+                "from zero. Load all ranks' states with load_rank_states to keep it",
+                stacklevel=3,
+            )
+        self._publish()
+
+    def rank_state(self) -> RankState:
+        """What only this rank knows: its error feedback. To be saved for each rank; plain data and tensors."""
+        topology = self._ready()
+        lanes = [
+            lane_state(
+                lane.exchange(topology).layout, lane.worker_error, lane.server_error, self._rank_tensors(lane)
+            )
+            for lane in self._lanes
+        ]
+        group = topology.group
+        return {"world": group.size, "rank": group.rank, "node_size": self._node_size, "lanes": lanes}
+
+    def load_rank_states(self, states: Sequence[RankState]) -> None:
+        """Take over the error feedback of all ranks of a run of any size, after ``load_state_dict``.
+
+        ``states``: one per rank of the saving run. The rule is in ``rank_state``. Nothing is done in a dense phase.
+        Raises CheckpointError when they belong to other parameters, or some ranks' are missing.
+        """
+        check_complete(states)
+        topology = self._ready()
+        if not self.wants_local_gradients():
+            return
+        for number, lane in enumerate(self._lanes):
+            worker, server, further = redistribute(states, number, lane.exchange(topology).layout, topology)
+            if worker is not None and server is not None:
+                for target, source in zip(lane.errors(topology), (worker, server), strict=True):
+                    target.copy_(source)
+            self._load_rank_tensors(lane, further)
+        self._publish()
+
+    def _publish(self) -> None:
+        for lane in self._lanes:
+            publish(lane, self.state, self._extra(lane), self._topology)
+
+    # -- what a subclass adds -------------------------------------------------------------------------------
+
+    def _extra(self, lane: Lane) -> dict[str, Any]:
+        """Values that ``state`` shows for each parameter beside the lane's own."""
+        return {}
+
+    def _more_own(self, entry: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the further tensors in a saved ``entry`` that cover the state."""
+        return ()
+
+    def _restored(self, lane: Lane, entries: Sequence[Mapping[str, Any]], same_rank: bool) -> None:
+        """Called when the lane's tensors have been taken over from ``entries``, one per parameter."""
+
+    def _rank_tensors(self, lane: Lane) -> dict[str, torch.Tensor]:
+        """Further tensors (the whole buffer, or 0-D) that differ by rank."""
+        return {}
+
+    def _load_rank_tensors(self, lane: Lane, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what ``_rank_tensors`` gave, redistributed."""
+
+
+def check_hyperparameters(name: str, values: Mapping[str, Any]) -> None:
+    """Raises ValueError for a hyperparameter outside of its range."""
+    beta1, beta2 = values["betas"]
+    rules = {
+        "lr": (values["lr"] >= 0, "at least 0"),
+        "eps": (values["eps"] >= 0, "at least 0"),
+        "weight_decay": (values["weight_decay"] >= 0, "at least 0"),
+        "betas": (0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
+    }
+    for key, (good, rule) in rules.items():
+        if not good:
+            raise ValueError(describe(f"{name}: {key} is out of range", expected=rule, found=values[key]))

@@ -1,0 +1,203 @@
+"""1-bit LAMB: LAMB until the variance has settled, then momentum at one bit per element with scaled coefficients.
+
+Li et al., 1-bit LAMB, arXiv 2104.06069, Algorithm 1 (warm-up) and Algorithm 2 (compression), per tensor.
+Steps t = 1..freeze_step, with g the gradient averaged over ranks:
+
+    m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g g
+    d = m / (sqrt(v) + eps) + decay x
+    c = clip(||x|| / ||d||, min_coeff, max_coeff), 1 where a norm is 0        x = x - lr c d
+    c_avg = coeff_beta c_avg + (1 - coeff_beta) c
+
+Afterwards v and c_avg stay, and with g_i the gradient of rank i:
+
+    m_i = b1 m + (1 - b1) g_i              m' = compressed average of the m_i
+    g~ = (m' - b1 m) / (1 - b1)            the gradient as the average knows it (section 4.2, "reconstructed")
+    w = b2 w + (1 - b2) g~ g~              the fresh variance, w = v at the beginning
+    r = max((sqrt(v) + eps) / (sqrt(w) + eps)), brought towards 1 by the share of the decay in d:
+        s = min(1, ||d - decay x|| / ||d||)        r = r s + 1 - s
+    r = clip(r, factor_min, factor_max), then within factor_threshold of the last r, relatively
+    x = x - lr c_avg r (m' / (sqrt(v) + eps) + decay x)
+
+c_avg begins at 0, so it is divided by 1 - coeff_beta**(dense steps) where it is used; after a warm-up of any useful
+length that is 1. The paper's ``scaling_coeff``, which brings all momenta to one magnitude before they share one
+scale, is computed and shown but has nothing to do here: every tensor has a scale of its own in the message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from zeropipe.runtime.fp16.onebit.base import CompressedOptimizer
+from zeropipe.runtime.fp16.onebit.exchange import Topology
+from zeropipe.runtime.fp16.onebit.formulas import corrections, denominator, direction, follow, move_moments
+from zeropipe.runtime.fp16.onebit.lane import Lane
+from zeropipe.runtime.fp16.onebit.phases import OneBitPhases, Phase
+
+
+class OnebitLamb(CompressedOptimizer):
+    """1-bit LAMB. Gradients on the parameters are each rank's own; see ``base`` for use under an engine.
+
+    ``freeze_step``: dense steps before compression begins. ``max_coeff``, ``min_coeff``: bounds of LAMB's
+    coefficient; ``coeff_beta``: of its moving average; ``factor_max``, ``factor_min``: bounds of the factor on it
+    in the compressed phase; ``factor_threshold``: how much the factor may change from step to step, relatively.
+
+    State of each parameter: as OnebitAdam, with ``lamb_coeff``, ``lamb_coeff_freeze``, and in the compressed
+    phase ``exp_avg_sq_fresh``, ``last_factor`` and ``scaling_coeff``.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        deepspeed: Any = None,
+        lr: float = 1e-3,
+        freeze_step: int = 100000,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        eps_inside_sqrt: bool = False,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 0.0,
+        max_coeff: float = 10.0,
+        min_coeff: float = 0.01,
+        amsgrad: bool = False,
+        cuda_aware: bool = False,
+        comm_backend_name: str = "nccl",
+        coeff_beta: float = 0.9,
+        factor_max: float = 4.0,
+        factor_min: float = 0.5,
+        factor_threshold: float = 0.1,
+        node_size: int = 1,
+    ) -> None:
+        if not 0 < min_coeff <= max_coeff or not 0 < factor_min <= factor_max:
+            raise ValueError(
+                f"OnebitLamb: bounds must be positive and in order; found min_coeff {min_coeff}, "
+                f"max_coeff {max_coeff}, factor_min {factor_min}, factor_max {factor_max}"
+            )
+        if not 0 <= coeff_beta < 1 or factor_threshold < 0:
+            raise ValueError(
+                "OnebitLamb: coeff_beta lies in [0, 1) and factor_threshold is at least 0; "
+                f"found {coeff_beta} and {factor_threshold}"
+            )
+        defaults = {
+            "lr": lr,
+            "bias_correction": bias_correction,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "max_grad_norm": max_grad_norm,
+            "max_coeff": max_coeff,
+            "min_coeff": min_coeff,
+        }
+        super().__init__(
+            params,
+            defaults,
+            OneBitPhases(freeze_step),
+            deepspeed=deepspeed,
+            eps_inside_sqrt=eps_inside_sqrt,
+            amsgrad=amsgrad,
+            cuda_aware=cuda_aware,
+            comm_backend_name=comm_backend_name,
+            node_size=node_size,
+        )
+        self.freeze_step = freeze_step
+        self.coeff_beta = coeff_beta
+        self.factor_max, self.factor_min = factor_max, factor_min
+        self.factor_threshold = factor_threshold
+
+    @property
+    def lamb_freeze_key(self) -> bool:
+        """Whether the variance is frozen, so that the coming step is compressed."""
+        return self._phases.frozen
+
+    def get_lamb_coeffs(self) -> list[float]:
+        """The coefficient of each parameter in the last step."""
+        return [
+            c
+            for lane in self._lanes
+            if "lamb_coeff" in lane.per_tensor
+            for c in lane.per_tensor["lamb_coeff"].tolist()
+        ]
+
+    def _averages(self, lane: Lane) -> torch.Tensor:  # c_avg, float64, one per tensor
+        if "lamb_coeff_freeze" not in lane.per_tensor:
+            for name in ("lamb_coeff", "lamb_coeff_freeze"):
+                lane.per_tensor[name] = torch.zeros(len(lane.layout.tensors), dtype=torch.float64)
+        return lane.per_tensor["lamb_coeff_freeze"]
+
+    def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
+        move_moments(lane, gradient)
+        values, update = lane.read(), direction(lane, self.eps_mode == 0)
+        if lane.options["weight_decay"]:
+            update.add_(values * lane.options["weight_decay"])
+        (weights, updates), _ = lane.measure([values, update], [], self.size)
+        ratio = (weights / updates).clamp(lane.options["min_coeff"], lane.options["max_coeff"])
+        coeff = torch.where((weights > 0) & (updates > 0), ratio, 1.0)
+        average = self._averages(lane)
+        average.mul_(self.coeff_beta).add_(coeff, alpha=1 - self.coeff_beta)
+        self._apply(lane, values, update, coeff)
+
+    def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase, topology: Topology) -> None:
+        if "exp_avg_sq_fresh" not in lane.own:
+            self._freeze(topology)
+        beta1, beta2 = lane.options["betas"]
+        before = lane.own["exp_avg"].clone()
+        lane.average_momentum(gradient, beta1, topology)
+        rebuilt = before.mul_(-beta1).add_(lane.own["exp_avg"]).div_(1 - beta1)
+        follow(lane.own["exp_avg_sq_fresh"], rebuilt.square_(), beta2)
+        first, second = corrections(lane)
+        inside = self.eps_mode == 0
+        frozen = denominator(lane, lane.own["exp_avg_sq"], second, inside)
+        third = 1 - beta2**lane.step if lane.options["bias_correction"] else 1.0
+        moving = denominator(lane, lane.own["exp_avg_sq_fresh"], third, inside)
+        adam = (lane.own["exp_avg"] / first).div_(frozen)
+        values, decay = lane.read(), lane.options["weight_decay"]
+        update = adam + values * decay if decay else adam
+        (plain, updates), (factor,) = lane.measure([adam, update], [frozen.div_(moving)], topology.group.size)
+        if decay:
+            share = torch.where(updates > 0, plain / updates, 1.0).clamp(max=1.0)
+            factor = factor * share + (1 - share)
+        factor = factor.clamp(self.factor_min, self.factor_max)
+        last = lane.per_tensor["last_factor"]
+        factor = factor.clamp(last * (1 - self.factor_threshold), last * (1 + self.factor_threshold))
+        last.copy_(factor)
+        settled = 1 - self.coeff_beta**lane.variance_steps if lane.variance_steps else 1.0
+        self._apply(lane, values, update, self._averages(lane) / settled * factor)
+
+    def _apply(self, lane: Lane, values: torch.Tensor, update: torch.Tensor, coeff: torch.Tensor) -> None:
+        """x = x - lr c d, with one c for each tensor."""
+        lane.per_tensor["lamb_coeff"].copy_(coeff)
+        rates = (coeff * -lane.options["lr"]).tolist()
+        for tensor, start, stop in lane.extents():
+            values[start:stop] += update[start:stop] * rates[tensor]
+        lane.write(values)
+
+    def _freeze(self, topology: Topology) -> None:
+        """Begin the compressed phase: the fresh variance starts from the frozen one."""
+        sizes: list[torch.Tensor] = []
+        for lane in self._lanes:
+            lane.allocate("exp_avg_sq_fresh").copy_(lane.own["exp_avg_sq"])
+            lane.per_tensor["last_factor"] = torch.ones(len(lane.layout.tensors), dtype=torch.float64)
+            (norms,), _ = lane.measure([lane.own["exp_avg"]], [], topology.group.size)
+            numels = torch.tensor([max(t.numel, 1) for t in lane.layout.tensors], dtype=torch.float64)
+            sizes.append(norms / numels.sqrt())
+        united = torch.cat(sizes).mean()
+        for lane, size in zip(self._lanes, sizes, strict=True):
+            lane.per_tensor["scaling_coeff"] = torch.where(size > 0, united / size, 1.0)
+
+    def _more_own(self, entry: Mapping[str, Any]) -> tuple[str, ...]:
+        complete = all(name in entry for name in ("exp_avg_sq_fresh", "last_factor", "scaling_coeff"))
+        return ("exp_avg_sq_fresh",) if complete and self.lamb_freeze_key else ()
+
+    def _restored(self, lane: Lane, entries: Sequence[Mapping[str, Any]], same_rank: bool) -> None:
+        names = ["lamb_coeff", "lamb_coeff_freeze"]
+        if "exp_avg_sq_fresh" in lane.own:
+            names += ["last_factor", "scaling_coeff"]
+        for name in names:
+            if all(name in entry for entry in entries):
+                found = [
+                    torch.as_tensor(entry[name], dtype=torch.float64).reshape(-1).cpu() for entry in entries
+                ]
+                lane.per_tensor[name] = torch.cat(found)
