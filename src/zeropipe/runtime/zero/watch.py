@@ -22,6 +22,8 @@ class Watch:
         ] = []  # name, numel, micro-step, (inf, NaN) counts
 
     def look(self, name: str, grad: torch.Tensor) -> None:
+        if grad.is_sparse:
+            grad = grad.coalesce().values()  # of an embedding: repeated rows are added first
         if grad.device.type == "cpu" and bool(all_finite(grad)):
             return
         counts = torch.stack([torch.isinf(grad).sum(), torch.isnan(grad).sum()])
