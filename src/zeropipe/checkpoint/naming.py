@@ -25,7 +25,7 @@ class Pickler(_Pickler):
 
     def save_fragment(self, address: FragmentAddress) -> None:
         self.write(pickle.GLOBAL + b"deepspeed.utils.tensor_fragment\nfragment_address\n")
-        self.save(tuple(address))
+        self.save((address.numel, address.start))
         self.write(pickle.REDUCE)
 
     def save_scaler(self, scaler: LossScalerValues) -> None:

@@ -27,21 +27,12 @@ class StageValue(int):
     """``deepspeed.runtime.zero.config.ZeroStageEnum``: an int."""
 
 
-class FragmentAddress(tuple[Any, ...]):
-    """``deepspeed.utils.tensor_fragment.fragment_address``: a pair (numel, start)."""
+class FragmentAddress:
+    """``deepspeed.utils.tensor_fragment.fragment_address``: where a shard holds a parameter, in elements."""
 
-    __slots__ = ()
-
-    def __new__(cls, *fields: Any) -> FragmentAddress:
-        return super().__new__(cls, fields)
-
-    @property
-    def numel(self) -> int:
-        return int(self[0])
-
-    @property
-    def start(self) -> int:
-        return int(self[1])
+    def __init__(self, numel: int = 0, start: int = 0) -> None:
+        self.numel = numel
+        self.start = start
 
 
 STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [

@@ -1,0 +1,105 @@
+"""What differs between two checkpoints, whatever the layouts that they were saved in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from zeropipe.checkpoint.manifest import FlatEntry
+from zeropipe.checkpoint.source import Source, read_full
+from zeropipe.checkpoint.state import FP32, PARAM
+from zeropipe.checkpoint.weights import weights
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """``largest``: largest absolute difference of values, None where they cannot be compared."""
+
+    name: str
+    what: str  # "weight", "exp_avg", "step", ...
+    text: str
+    largest: float | None = None
+
+
+def compare(
+    left: Source, right: Source, progress: Callable[[int], None] = lambda done: None
+) -> Iterator[Difference]:
+    """Every difference in weights, moments, scalars, counters and hyperparameters; nothing if they are equal."""
+    for name in ("global_steps", "global_samples", "skipped_steps", "lr_scheduler", "loss_scaler"):
+        a, b = getattr(left.train_state(0), name), getattr(right.train_state(0), name)
+        if not same(a, b):
+            yield Difference(name, "counter", f"{_short(a)} | {_short(b)}")
+    mine = {w.name: w for w in weights(left)}
+    theirs = {w.name: w for w in weights(right)}
+    for name in dict.fromkeys((*mine, *theirs)):
+        if name not in mine or name not in theirs:
+            if right.tied.get(name) not in mine and left.tied.get(name) not in theirs:
+                yield Difference(name, "weight", "only left" if name in mine else "only right")
+            continue
+        yield from _values(name, "weight", mine[name].read(), theirs[name].read())
+        progress(1)
+    yield from _moments(left, right)
+
+
+def _moments(left: Source, right: Source) -> Iterator[Difference]:
+    mine, theirs = _index(left), _index(right)
+    for name in dict.fromkeys((*mine, *theirs)):
+        if name not in mine or name not in theirs:
+            yield Difference(name, "optimizer state", "only left" if name in mine else "only right")
+            continue
+        a, b = mine[name], theirs[name]
+        for key in dict.fromkeys((*a.keys, *b.keys)):
+            if key in (FP32, PARAM):
+                continue
+            if key not in a.keys or key not in b.keys:
+                yield Difference(name, key, "only left" if key in a.keys else "only right")
+                continue
+            yield from _values(name, key, read_full(left, a, name, key), read_full(right, b, name, key))
+        scalars_a, scalars_b = left.flat_scalars(a), right.flat_scalars(b)
+        for key in dict.fromkeys((*scalars_a, *scalars_b)):
+            if not same(scalars_a.get(key), scalars_b.get(key)):
+                yield Difference(name, key, f"{_short(scalars_a.get(key))} | {_short(scalars_b.get(key))}")
+
+
+def _index(source: Source) -> dict[str, FlatEntry]:
+    return {
+        spec.name: flat
+        for flat in source.flats
+        if set(flat.keys) - {FP32, PARAM}
+        for spec in flat.layout.tensors
+    }
+
+
+def _values(name: str, what: str, a: torch.Tensor, b: torch.Tensor) -> Iterator[Difference]:
+    if a.shape != b.shape:
+        yield Difference(name, what, f"shape {tuple(a.shape)} | {tuple(b.shape)}")
+    elif a.dtype != b.dtype and not torch.equal(a.double(), b.double()):
+        yield Difference(name, what, f"dtype {a.dtype} | {b.dtype}", _largest(a, b))
+    elif not torch.equal(a, b) and not same(a, b):
+        count = int((a != b).sum())
+        yield Difference(name, what, f"{count} of {a.numel()} elements", _largest(a, b))
+
+
+def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
+
+
+def same(a: object, b: object) -> bool:
+    """Equal bit for bit, through containers; NaN equals NaN."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        a, b = torch.as_tensor(a), torch.as_tensor(b)
+        return a.shape == b.shape and bool(
+            torch.equal(a.double().nan_to_num(7e77), b.double().nan_to_num(7e77))
+        )
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b or (a != a and b != b)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

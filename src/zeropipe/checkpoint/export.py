@@ -1,0 +1,163 @@
+"""Writes a checkpoint's weights as ordinary files: safetensors or torch, in shards, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from zeropipe.checkpoint.files import replace_text, sync_folder
+from zeropipe.checkpoint.source import Source
+from zeropipe.checkpoint.weights import Weight, aliases, weights
+from zeropipe.errors import CheckpointError, describe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# safetensors' names of dtypes: https://huggingface.co/docs/safetensors
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """One name in the output; several may read the same weight."""
+
+    name: str
+    weight: Weight
+    dtype: torch.dtype
+    nbytes: int
+
+
+def parse_size(text: str | int) -> int:
+    """``5GB``, ``500MB``, ``1GiB`` or a number of bytes. Raises CheckpointError for anything else."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?B?)\s*", str(text).upper())
+    unit = match[2] if match else None
+    if match is None or (unit not in _UNITS and unit != "B"):
+        raise CheckpointError(describe("the size of a shard", expected="e.g. 5GB or 500MB", found=repr(text)))
+    return int(float(match[1]) * _UNITS.get(unit or "", 1))
+
+
+def export(
+    source: Source,
+    output: str | os.PathLike[str],
+    *,
+    dtype: str = "fp32",
+    max_shard_size: str | int = "5GB",
+    safetensors: bool = True,
+    exclude_frozen: bool = False,
+    tied: str = "repeat",
+    progress: Progress = lambda done: None,
+) -> list[Path]:
+    """Write the weights into the folder ``output``; the files written, the index last.
+
+    ``dtype``: ``fp32``, ``bf16`` or ``fp16``; integer tensors keep theirs. ``tied``: ``repeat`` writes a tied
+    tensor under each of its names, so that a strict load works anywhere; ``drop`` only under the first, and
+    lists the others in the files' metadata. ``progress`` gets the bytes of each tensor written.
+    Memory: one tensor for safetensors, one shard for torch's format. Raises CheckpointError for an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError(describe("dtype of the export", expected=", ".join(DTYPES), found=dtype))
+    others = aliases(source)
+    items: list[_Item] = []
+    for weight in weights(source, exclude_frozen=exclude_frozen):
+        out = DTYPES[dtype] if weight.dtype.is_floating_point else weight.dtype
+        size = torch.Size(weight.shape).numel() * out.itemsize
+        names = [weight.name, *(others.get(weight.name, ()) if tied == "repeat" else ())]
+        items += [_Item(name, weight, out, size) for name in names]
+    shards = _cut(items, parse_size(max_shard_size))
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, suffix = ("model", "safetensors") if safetensors else ("pytorch_model", "bin")
+    dropped = {o: n for n, list_ in others.items() for o in list_} if tied == "drop" else {}
+    written: list[Path] = []
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        path = folder / f"{stem}{part}.{suffix}"
+        temporary = path.with_name(f".{path.name}.incomplete")
+        with open(temporary, "wb") as file:
+            if safetensors:
+                _write_safetensors(file, shard, dropped, progress)
+            else:
+                _write_torch(file, shard, progress)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        written.append(path)
+        where |= {item.name: path.name for item in shard}
+    if len(shards) > 1:
+        index = folder / f"{stem}.{suffix}.index.json"
+        total = sum(item.nbytes for item in items)
+        replace_text(index, json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1))
+        written.append(index)
+    sync_folder(folder)
+    return written
+
+
+def _cut(items: Iterable[_Item], limit: int) -> list[list[_Item]]:
+    """Shards of at most ``limit`` bytes, in order; a larger tensor is a shard of its own."""
+    shards: list[list[_Item]] = [[]]
+    size = 0
+    for item in items:
+        if shards[-1] and size + item.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.nbytes
+    return shards
+
+
+def _write_safetensors(
+    file: IO[bytes], shard: Sequence[_Item], dropped: dict[str, str], progress: Progress
+) -> None:
+    """Eight bytes of header size, the header as JSON, then the tensors end to end, little-endian."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dropped}
+    at = 0
+    for item in shard:
+        if item.dtype not in _NAMES:
+            raise CheckpointError(f"{item.name} has dtype {item.dtype}, which safetensors cannot hold")
+        header[item.name] = {
+            "dtype": _NAMES[item.dtype],
+            "shape": list(item.weight.shape),
+            "data_offsets": [at, at + item.nbytes],
+        }
+        at += item.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for item in shard:
+        value = item.weight.read(item.dtype).contiguous()
+        if value.numel():
+            file.write(memoryview(value.view(-1).view(torch.uint8).numpy()))
+        progress(item.nbytes)
+
+
+def _write_torch(file: IO[bytes], shard: Sequence[_Item], progress: Progress) -> None:
+    values: dict[int, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    for item in shard:
+        if id(item.weight) not in values:
+            values[id(item.weight)] = item.weight.read(item.dtype)
+        state[item.name] = values[id(item.weight)]
+        progress(item.nbytes)
+    torch.save(state, file)

@@ -1,0 +1,74 @@
+"""Checks a checkpoint byte for byte against its manifest, and finds every fault rather than the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from zeropipe.checkpoint.files import check_file, load_torch
+from zeropipe.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from zeropipe.errors import CheckpointError
+
+
+class FileState(Enum):
+    WHOLE = "whole"
+    DAMAGED = "damaged"
+    MISSING = "missing"
+    EXTRA = "not in the manifest"
+    UNCHECKED = "opens; no checksum to check against"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    file: str
+    bytes: int
+    state: FileState
+    detail: str = ""
+
+    @property
+    def good(self) -> bool:
+        return self.state in (FileState.WHOLE, FileState.UNCHECKED)
+
+
+def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) -> list[Finding]:
+    """One finding per file of a tag's folder. ``progress`` gets the bytes of each file done.
+
+    Without a manifest (files of DeepSpeed) each file is opened, which finds truncation but not flipped bytes.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return [Finding(MANIFEST_NAME, _size(folder / MANIFEST_NAME), FileState.DAMAGED, str(error))]
+    if manifest is None:
+        return [_open(path, progress) for path in sorted(folder.glob("**/*.pt"))]
+    findings = [Finding(MANIFEST_NAME, _size(folder / MANIFEST_NAME), FileState.WHOLE)]
+    for record in manifest.files:
+        path = folder / record.name
+        try:
+            check_file(folder, record)
+            findings.append(Finding(record.name, record.bytes, FileState.WHOLE))
+        except CheckpointError as error:
+            state = FileState.DAMAGED if path.exists() else FileState.MISSING
+            findings.append(Finding(record.name, _size(path), state, str(error)))
+        progress(record.bytes)
+    known = {record.name for record in manifest.files} | {MANIFEST_NAME}
+    for path in sorted(folder.iterdir()):
+        if path.name not in known:
+            findings.append(Finding(path.name, _size(path), FileState.EXTRA))
+    return findings
+
+
+def _open(path: Path, progress: Callable[[int], None]) -> Finding:
+    try:
+        load_torch(path)
+        finding = Finding(path.name, _size(path), FileState.UNCHECKED)
+    except CheckpointError as error:
+        finding = Finding(path.name, _size(path), FileState.DAMAGED, str(error))
+    progress(finding.bytes)
+    return finding
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

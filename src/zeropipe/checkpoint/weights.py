@@ -1,0 +1,75 @@
+"""The weights of a checkpoint one by one, in full precision, whatever the layout that they were saved in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
+from zeropipe.checkpoint.source import Source, read_full, value_key
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor that is read when asked for."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # as stored
+    kind: str  # "param", "frozen", "buffer"
+    source: Source
+    flat: FlatEntry | None  # where its elements are; None: in the module
+    entry: TensorEntry | None
+
+    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The whole tensor, new memory; floating values in ``dtype`` where given."""
+        if self.flat is not None:
+            key = value_key(self.flat)
+            assert key is not None
+            value = read_full(self.source, self.flat, self.name, key)
+        else:
+            assert self.entry is not None
+            value = self.source.module_tensor(self.entry).clone()
+        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+    def contiguous(self) -> torch.Tensor:
+        """The whole tensor in fp32: what readers of lazy state dicts call."""
+        return self.read(torch.float32)
+
+
+def weights(source: Source, *, exclude_frozen: bool = False) -> Iterator[Weight]:
+    """Each weight and buffer once, parameters from their fp32 masters where there are any.
+
+    Tied names are not repeated: ``source.tied`` has them. Order: as in the module, then what only shards hold.
+    """
+    holders: dict[str, FlatEntry] = {}
+    for flat in source.flats:
+        if value_key(flat) is not None:
+            for spec in flat.layout.tensors:
+                holders.setdefault(spec.name, flat)
+    seen: set[str] = set()
+    for entry in source.module:
+        if entry.name in seen or (exclude_frozen and entry.kind == "frozen"):
+            continue
+        seen.add(entry.name)
+        flat = holders.get(entry.name)
+        dtype = getattr(torch, entry.dtype if flat is None else flat.keys[value_key(flat) or ""])
+        yield Weight(entry.name, entry.shape, dtype, entry.kind, source, flat, entry)
+    for name, flat in holders.items():
+        key = value_key(flat)
+        frozen = key == "param"
+        if name in seen or key is None or (frozen and exclude_frozen):
+            continue
+        shape = flat.layout.tensors[flat.layout.index(name)].shape
+        kind = "frozen" if frozen else "param"
+        yield Weight(name, shape, getattr(torch, flat.keys[key]), kind, source, flat, None)
+
+
+def aliases(source: Source) -> dict[str, list[str]]:
+    """First name of a tied tensor -> its other names."""
+    found: dict[str, list[str]] = {}
+    for other, name in source.tied.items():
+        found.setdefault(name, []).append(other)
+    return found
