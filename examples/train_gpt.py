@@ -5,39 +5,35 @@
     python examples/train_gpt.py --config my.json              # any configuration that DeepSpeed users have
 
 Stop it at any moment and start it again: it goes on from its last checkpoint, and ends with the same weights,
-bit for bit, as if it had never been stopped. The lines that end in `# zeropipe` are all that zeropipe asks of a script.
+bit for bit, as if it had never been stopped. The lines marked `# <-` are all that training with zeropipe takes.
 """
 
 import argparse
-import json
+import copy
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import zeropipe  # zeropipe
+import zeropipe  # <-
 from gpt import GPT, GPTConfig, generate, parameter_groups
-from support import launch, report, run_folder
+from support import launch, options, report, run_folder
 from support.text import Text, read_text
+
+CONTEXT = GPTConfig.context  # bytes that the model sees at once
 
 
 def main() -> None:
-    args = arguments()
+    args = options.read(__doc__)
     if launch.under_torchrun():
         train(args)
         return
-    config, text = configuration(args), read_text(args.text, GPTConfig.context)
-    settings = {
-        "steps": args.steps,
-        "ranks": args.nproc,
-        "text": text.source,
-        "bytes": text.digest,
-        "config": config,
-    }
-    with run_folder.open_run(args.folder, settings, args.fresh):
+    config, text = configuration(args), read_text(args.text, CONTEXT)
+    launch.check(config)
+    settings = {"steps": args.steps, "ranks": args.nproc, "text": text.source, "bytes": text.digest}
+    with run_folder.open_run(args.folder, settings | {"config": config}, args.fresh):
         sys.exit(launch.start_ranks(__file__, sys.argv[1:], args.nproc))
 
 
@@ -47,30 +43,32 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 4e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
         "scheduler": {"type": "WarmupCosineLR", "params": schedule},
         "zero_optimization": {"stage": 2},
     }
-    if args.config:
-        config = json.loads(args.config.read_text())
+    if args.config is not None:
+        config = copy.deepcopy(args.config)
     if args.stage is not None:
         config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": args.stage}
-    if args.dtype in ("bf16", "fp16"):
-        config[args.dtype] = {"enabled": True}
+    if args.dtype is not None:
+        for name in ("bf16", "fp16"):
+            config[name] = {**config.get(name, {}), "enabled": args.dtype == name}
     return config
 
 
 def train(args: argparse.Namespace) -> None:
-    zeropipe.init_distributed()  # zeropipe
+    zeropipe.init_distributed()  # <-
     rank, ranks = zeropipe.comm.get_rank(), zeropipe.comm.get_world_size()
-    torch.manual_seed(0)
+    text = read_text(args.text, CONTEXT)
+    torch.manual_seed(0)  # the same weights on every rank
     model = GPT()
-    context, text = GPTConfig.context, read_text(args.text, GPTConfig.context)
 
     groups, config = parameter_groups(model), configuration(args)
-    engine, *_ = zeropipe.initialize(model=model, model_parameters=groups, config=config)  # zeropipe
+    engine, *_ = zeropipe.initialize(model=model, model_parameters=groups, config=config)  # <-
     rows, micro_steps = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
-    _, state = engine.load_checkpoint(args.folder)  # zeropipe: nothing is there before the first checkpoint
+
+    _, state = engine.load_checkpoint(args.folder)  # <- finds nothing in a new run
     state = state or {"history": [], "traffic": []}
 
     with report.Board(args.steps, state["history"], active=rank == 0) as board:
@@ -78,26 +76,28 @@ def train(args: argparse.Namespace) -> None:
             total = torch.zeros((), device=engine.device)
             with zeropipe.comm.record() as events:
                 for micro in range(micro_steps):
-                    x, y = text.batch(step, micro, rank, rows, context)
-                    loss = engine(x.to(engine.device), y.to(engine.device))  # zeropipe
-                    engine.backward(loss)  # zeropipe
-                    engine.step()  # zeropipe
+                    x, y = text.batch(step, micro, rank, rows, CONTEXT)
+                    loss = engine(x.to(engine.device), y.to(engine.device))  # <-
+                    engine.backward(loss)  # <-
+                    engine.step()  # <-
                     total += loss.detach() / micro_steps
-            state["traffic"] = report.traffic(events)
+
             row = {"step": step + 1, "loss": bits_per_byte(total)}
             if (step + 1) % args.measure_every == 0 or step + 1 == args.steps:
                 row["held_out"] = held_out(engine, text, rank, ranks, rows)
-            board.add(row, tokens=rows * context * micro_steps * ranks)
+            state["traffic"] = report.traffic(events)
+            board.add(row, tokens=rows * CONTEXT * micro_steps * ranks)
+
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                engine.save_checkpoint(args.folder, client_state=state)  # zeropipe
+                engine.save_checkpoint(args.folder, client_state=state)  # <-
                 if rank == 0:
                     run_folder.keep_newest(args.folder)
 
+    memory: list[Any] = [None] * ranks
+    zeropipe.comm.all_gather_object(memory, engine.memory_report())
+    weights = {name: tensor.cpu() for name, tensor in engine.module.state_dict().items()}
     engine.eval()
     sample = generate(engine, args.prompt.encode(), args.sample, engine.device)
-    weights = {name: tensor.cpu() for name, tensor in engine.module.state_dict().items()}
-    memory = [()] * ranks
-    zeropipe.comm.all_gather_object(memory, engine.memory_report())
     if rank == 0:
         curve = report.loss_curve(state["history"], args.folder / "loss.png")
         summary = report.summary(memory, state, sample, weights, curve)
@@ -113,7 +113,7 @@ def held_out(engine: nn.Module, text: Text, rank: int, ranks: int, rows: int, ba
     engine.eval()
     total = torch.zeros((), device=engine.device)
     for number in range(batches):
-        x, y = text.held_out_batch(rank * batches + number, ranks * batches, rows, GPTConfig.context)
+        x, y = text.held_out_batch(rank * batches + number, ranks * batches, rows, CONTEXT)
         total += engine(x.to(engine.device), y.to(engine.device)) / batches
     engine.train()
     return bits_per_byte(total)
@@ -121,34 +121,9 @@ def held_out(engine: nn.Module, text: Text, rank: int, ranks: int, rows: int, ba
 
 def bits_per_byte(loss: Tensor) -> float:
     """The mean over all ranks of a loss in nats per byte, in bits."""
-    mean = loss.detach().float()
+    mean = loss.detach().float().clone()
     zeropipe.comm.all_reduce(mean)
     return mean.item() / zeropipe.comm.get_world_size() / math.log(2)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--text", type=Path, help="file or folder (default: the Python standard library)")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("runs/gpt"), help="folder of checkpoints and results"
-    )
-    parser.add_argument("--fresh", action="store_true", help="forget what is in the run's folder")
-    parser.add_argument("--config", type=Path, help="JSON with the keys that DeepSpeed users know")
-    parser.add_argument(
-        "--nproc", type=int, default=torch.cuda.device_count() or 2, help="ranks on this machine"
-    )
-    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage (default: 2)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="precision (default: fp32)")
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
-    parser.add_argument("--measure-every", type=int, default=100, metavar="STEPS")
-    parser.add_argument("--prompt", default="class ", help="what the printed sample begins with")
-    parser.add_argument(
-        "--sample", type=int, default=500, metavar="BYTES", help="length of the printed sample"
-    )
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -10,11 +10,23 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
+
+from zeropipe.config.parse import parse_config
+from zeropipe.errors import ConfigError
 
 
 def under_torchrun() -> bool:
     """Whether this process is one of the ranks."""
     return "LOCAL_RANK" in os.environ
+
+
+def check(config: dict[str, Any]) -> None:
+    """Read the configuration before any rank does, so that a mistake in it is said once and in plain words."""
+    try:
+        parse_config(config)
+    except ConfigError as error:
+        sys.exit(f"The configuration cannot be used: {error}")
 
 
 def start_ranks(script: str, arguments: Sequence[str], ranks: int) -> int:

@@ -41,7 +41,7 @@ def open_run(run: Path, settings: dict[str, Any], fresh: bool) -> TextIO:
 
 
 def _check(run: Path, settings: dict[str, Any]) -> None:
-    before = json.loads((run / SETTINGS).read_text())
+    before, settings = _flat(json.loads((run / SETTINGS).read_text())), _flat(settings)
     changed = [
         f"  {key}: {before.get(key)!r} then, {settings.get(key)!r} now"
         for key in sorted({*before, *settings})
@@ -58,6 +58,14 @@ def _check(run: Path, settings: dict[str, Any]) -> None:
         sys.exit(f"This run is finished; all of it is in {run}. To start anew: make train ARGS=--fresh")
 
 
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 def finish(run: Path, report: str) -> None:
     """Mark the run as finished, for good: the next start prints `report` instead of training."""
     _write(run / REPORT, report)
@@ -65,9 +73,10 @@ def finish(run: Path, report: str) -> None:
 
 def keep_newest(run: Path, count: int = 2) -> None:
     """Remove all checkpoints but the newest `count`; called by one rank after a save."""
-    tags = sorted(run.glob("global_step*"), key=lambda tag: int(tag.name.removeprefix("global_step")))
-    for tag in tags[:-count]:
-        shutil.rmtree(tag)
+    found = {path.name.removeprefix("global_step"): path for path in run.glob("global_step*")}
+    complete = sorted(int(step) for step in found if step.isdigit())
+    for step in complete[:-count]:
+        shutil.rmtree(found[str(step)])
 
 
 def _write(path: Path, text: str) -> None:
