@@ -251,7 +251,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._publish()
 
     def rank_state(self) -> RankState:
-        """What only this rank knows: its error feedback. To be saved for each rank; plain data and tensors."""
+        """What only this rank knows: its error feedback. To be saved for each rank; plain data and live tensors."""
         topology = self._ready()
         lanes = [
             lane_state(
