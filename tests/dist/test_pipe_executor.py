@@ -28,6 +28,9 @@ class PlainHost:
         self.losses: dict[int, torch.Tensor] = {}
         self.calls: list[str] = []
 
+    def start(self) -> None:
+        """The data is there."""
+
     def first_input(self, micro_batch: int) -> Any:
         return self.data[micro_batch][0]
 
@@ -51,7 +54,13 @@ class PlainHost:
 
 def build(world: int, schedule: str, chunks: int | None, layers: list[Any], **kwargs: Any) -> PipelineModule:
     return PipelineModule(
-        layers, num_stages=world, schedule=schedule, num_chunks=chunks, seed_layers=True, base_seed=BASE_SEED, **kwargs
+        layers,
+        num_stages=world,
+        schedule=schedule,
+        num_chunks=chunks,
+        seed_layers=True,
+        base_seed=BASE_SEED,
+        **kwargs,
     )
 
 
@@ -79,7 +88,9 @@ def reference(layers: list[Any], data: list[Any]) -> tuple[dict[str, torch.Tenso
     return {name: p.grad for name, p in modules.named_parameters() if p.grad is not None}, losses
 
 
-def check(module: PipelineModule, host: PlainHost, expected: dict[str, torch.Tensor], losses: list[float]) -> None:
+def check(
+    module: PipelineModule, host: PlainHost, expected: dict[str, torch.Tensor], losses: list[float]
+) -> None:
     for index in module.local_layers():
         layer = module.layer_module(index)
         for name, param in layer.named_parameters():
@@ -123,7 +134,11 @@ def messages(rank: int, world: int) -> tuple[int, int]:
     schedule = with_transfers(make_schedule("1f1b", world, len(data)))
     stages = {s: Stage(s, lambda v, s=s: module.run_stage(s, v)) for s in module.stages}
     executor = Executor(
-        schedule, rank, stages, Mailbox(module.grid.links, torch.device("cpu"), False), PlainHost(module, data)
+        schedule,
+        rank,
+        stages,
+        Mailbox(module.grid.links, torch.device("cpu"), False),
+        PlainHost(module, data),
     )
     executor.run()  # tells the forms
     with record() as events:

@@ -19,6 +19,9 @@ from zeropipe.runtime.pipe.wire import flatten, rebuild
 class Host(Protocol):
     """What an executor asks of whoever owns data, loss, shards and gradients."""
 
+    def start(self) -> None:
+        """Get the batch ready, before the first instruction."""
+
     def first_input(self, micro_batch: int) -> Any:
         """The input of the model."""
 
@@ -76,6 +79,7 @@ class Executor:
         self.events = []
         self._mailbox.begin(self._queues)
         try:
+            self._host.start()
             for step in self.schedule.ranks[self._rank]:
                 start = time.perf_counter()
                 self._methods[step.op](step)

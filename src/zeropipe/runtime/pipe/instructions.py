@@ -156,6 +156,11 @@ class Schedule:
             self.name,
         )
 
+    def forward_only(self) -> Schedule:
+        """The forwards alone, in the same order: what evaluation runs."""
+        keep = (Op.FORWARD, Op.UNSHARD, Op.RESHARD)
+        return Schedule(tuple(tuple(s for s in line if s.op in keep) for line in self.ranks), self.name)
+
     def __str__(self) -> str:
         lines = (",".join(map(str, line)) for line in self.ranks)
         return "\n".join((f"# {self.name}", *lines)) + "\n"

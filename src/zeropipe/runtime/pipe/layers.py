@@ -46,12 +46,16 @@ class Layers:
         self._modules: dict[int, nn.Module] = {}
 
     def build(self, index: int, parent: PipelineModule) -> None:
-        """Build layer ``index`` and register it: under its number, or under its key if it is tied."""
+        """Build layer ``index`` and register it: under its number, a tied one under that of its first use."""
         layer = self.given[index]
         if isinstance(layer, TiedLayerSpec):
             if layer.key not in parent.tied_modules:
-                self._seed(index)
+                first = next(
+                    i for i, other in enumerate(self.given) if getattr(other, "key", None) == layer.key
+                )
+                self._seed(first)
                 parent.tied_modules[layer.key] = layer.build()
+                parent.add_module(str(first), parent.tied_modules[layer.key])
             module = parent.tied_modules[layer.key]
             function = layer.forward_fn
             self._calls[index] = module if function is None else _Bound(function, module)

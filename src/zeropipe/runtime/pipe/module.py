@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from zeropipe.comm.group import world
+from zeropipe.comm.startup import init_distributed
 from zeropipe.errors import ConfigError, UsageError, describe
 from zeropipe.runtime.pipe.grid import PipelineParallelGrid
 from zeropipe.runtime.pipe.layers import Layers
@@ -67,6 +68,7 @@ class PipelineModule(nn.Module):
         sample_input: Any = None,
     ) -> None:
         super().__init__()
+        init_distributed()  # adopts a world that is there
         self._grid = PipelineParallelGrid(_topology(num_stages, topology))
         kind = find_kind(schedule or "1f1b")
         self.schedule = schedule
@@ -84,7 +86,8 @@ class PipelineModule(nn.Module):
             partition_method, len(layers), self.total_stages, partial(self._scales.facts, partition_method)
         )
         self._layers = Layers(layers, partial(self._seed, seed_fn))
-        self.tied_modules = nn.ModuleDict()
+        # By key; registered under the number of the key's first layer, the same name on every rank that has it.
+        self.tied_modules: dict[str, nn.Module] = {}
         self._tie_plans = self._layers.plans(self.stage_of, self.rank_of)
         local = set(self.local_layers())
         for index in range(len(layers)):
@@ -149,6 +152,10 @@ class PipelineModule(nn.Module):
     def tie_plans(self) -> list[tuple[TiePlan, str, int]]:
         """Every shared weight as (plan, attribute path, layer), the same on every rank."""
         return self._tie_plans
+
+    def is_tied_copy(self, param: nn.Parameter) -> bool:
+        """Whether another rank's copy of this tied weight is the one that counts."""
+        return any(tie.param is param and not tie.owner for tie in self.ties)
 
     @property
     def recomputes(self) -> bool:

@@ -1,0 +1,394 @@
+"""The pipeline engine: one call trains on a whole batch; schedule, stages and ZeRO meet here and nowhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+
+from zeropipe.comm.agree import agree
+from zeropipe.comm.collectives import all_gather_object, all_reduce, barrier, broadcast, broadcast_object
+from zeropipe.errors import UsageError, describe
+from zeropipe.runtime.engine import DeepSpeedEngine, Parts
+from zeropipe.runtime.pipe.choice import pick_schedule, shard_policy
+from zeropipe.runtime.pipe.executor import Executor
+from zeropipe.runtime.pipe.feed import Feed, Losses
+from zeropipe.runtime.pipe.host import TrainingHost
+from zeropipe.runtime.pipe.instructions import Schedule
+from zeropipe.runtime.pipe.module import PipelineModule
+from zeropipe.runtime.pipe.p2p import Mailbox
+from zeropipe.runtime.pipe.schedule import make_schedule
+from zeropipe.runtime.pipe.sharding import Unshard, with_sharding
+from zeropipe.runtime.pipe.simulate import Event, simulate
+from zeropipe.runtime.pipe.stage import Stage
+from zeropipe.runtime.pipe.transfers import with_transfers
+from zeropipe.runtime.zero.grads import GradStore
+from zeropipe.runtime.zero.optimizer import ZeroOptimizer
+from zeropipe.runtime.zero.param import zero_param
+
+
+class StageSharding:
+    """Lets the pipeline's instructions reach the ZeRO optimizer."""
+
+    def __init__(self, optimizer: ZeroOptimizer, module: PipelineModule) -> None:
+        self._optimizer, self._module = optimizer, module
+
+    def gradient(self, param: torch.nn.Parameter) -> torch.Tensor:
+        trained = zero_param(param)
+        assert trained is not None
+        assert trained.partition is not None
+        store = next(s for s in self._optimizer.reducer.stores if s.partition is trained.partition)
+        if (
+            not isinstance(store, GradStore) or not store.keeps_whole
+        ):  # the gradient waits in the parameter until it is reduced
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            return param.grad
+        view = store.view(trained.index)
+        if trained.index not in store.seen:
+            view.zero_()
+            store.seen.add(trained.index)
+        return view
+
+    def reduce(self) -> None:
+        self._optimizer.reducer.finish_window()
+
+    def unshard(self, stage: int) -> None:
+        """Stage 3 alone."""
+
+    def reshard(self, stage: int) -> None:
+        """Stage 3 alone."""
+
+
+class PipelineEngine(DeepSpeedEngine):
+    """Trains a `PipelineModule`: ``loss = engine.train_batch(data_iter)``.
+
+    A batch has ``gradient_accumulation_steps`` micro-batches. ``schedule`` is the plan that runs, ``loss_terms`` the
+    mean of every other term that the loss function returned in the latest batch (on every rank).
+    """
+
+    module: PipelineModule
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        module = self.module
+        interval = self._config.pipeline.activation_checkpoint_interval
+        if interval:
+            module.activation_checkpoint_interval = interval
+        self.grid = module.grid
+        self.loss_terms: dict[str, torch.Tensor] = {}
+        self._name, self._chunks = pick_schedule(self._config.pipeline, module)
+        self._own: Schedule | None = None  # a plan that the user gave
+        self._stages = {s: Stage(s, self._runner(s), module.recomputes) for s in module.stages}
+        self._mailbox = Mailbox(self.grid.links, self.device, module.dynamic_shape)
+        self._eval_mailbox = Mailbox(self.grid.links, self.device, module.dynamic_shape)
+        self._executor: Executor | None = None
+        self._iterator: Iterator[Any] | None = None
+        self._batch_fn: Callable[[Any], Any] | None = None
+        self._sharding = None if self.optimizer is None else StageSharding(self.optimizer, module)
+        self._host = TrainingHost(module.stages, module.ties, self.device, self._sharding)
+        self._term_names: list[str] | None = None  # of the loss function's other terms, once known
+        self._broken = False
+        agree(
+            {"pipeline schedule": str(self.schedule), "loss scale": str(self.loss_scale)},
+            self.grid.model_group,
+        )
+
+    # Training and evaluation.
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
+        """Train on ``gradient_accumulation_steps`` micro-batches and step; collective over all ranks.
+
+        ``data_iter`` yields ``(inputs, labels)``; it is read on the ranks of the first and of the last stage.
+        Returns the loss (fp32, []), averaged over micro-batches and data-parallel ranks, on every rank.
+
+        Raises UsageError where the iterator ends early or the loss is no scalar; the other ranks raise too.
+        """
+        optimizer = self._need_optimizer("train_batch")
+        self._need_whole("train_batch")
+        self.train()
+        optimizer.wake()
+        executor = self._training_executor()
+        count = executor.schedule.micro_batches
+        losses = Losses(self.module.loss_fn)
+        self._host.begin(partial(self._feed, data_iter, count), losses, self.loss_scale / count)
+        with self._report.phase("forward"), optimizer.reducer.local_only():
+            self._run(executor)
+        self.clock.micro_steps += count - 1
+        loss = self._reduce(losses, count, "avg", broadcast_loss=True)
+        self._report.loss(loss)
+        super().step()
+        return loss
+
+    @torch.no_grad()
+    def eval_batch(
+        self,
+        data_iter: Iterator[Any],
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: str | None = "avg",
+        bcast_loss: bool = True,
+        num_micro_batches: int | None = None,
+    ) -> Any:
+        """Run ``num_micro_batches`` (default: as in training) forward only, in eval mode; collective.
+
+        Returns the loss, averaged (``avg``), summed (``sum``), or a list by micro-batch (None), on every rank, or
+        with ``bcast_loss=False`` on the last stage's ranks alone; None without ``compute_loss``. With
+        ``return_logits`` a pair: the loss, and the model's output on the last stage's ranks, micro-batches joined
+        along dim 0 where they are tensors that fit, a list otherwise.
+        """
+        if reduce_output not in ("avg", "sum", None):
+            raise UsageError(
+                describe(
+                    "eval_batch: reduce_output", expected="'avg', 'sum' or None", found=repr(reduce_output)
+                )
+            )
+        self._need_whole("eval_batch")
+        was_training = self.module.training
+        self.eval()
+        try:
+            plan = with_sharding(
+                self._plan(num_micro_batches or self._micro_batches()).forward_only(), self._unshard
+            )
+            count = plan.micro_batches
+            self._eval_mailbox.forget_forms()
+            losses = Losses(self.module.loss_fn)
+            host = TrainingHost(self.module.stages, (), self.device, self._sharding)
+            load = partial(self._feed, data_iter, count)
+            host.begin(load, losses if compute_loss else None, keep_outputs=return_logits)
+            self._run(
+                Executor(with_transfers(plan), self.grid.stage_id, self._stages, self._eval_mailbox, host)
+            )
+        finally:
+            self.train(was_training)
+        loss = self._reduce(losses, count, reduce_output, bcast_loss) if compute_loss else None
+        return (loss, _joined(host.outputs)) if return_logits else loss
+
+    # The plan.
+
+    @property
+    def schedule(self) -> Schedule:
+        """The plan of a training batch: compute, and the instructions of sharded stages."""
+        return with_sharding(
+            self._plan(self._micro_batches()), self._unshard, tied_stages=self._tied_stages()
+        )
+
+    def set_schedule(self, schedule: Schedule | str) -> None:
+        """Take another plan: a name, a text, or a `Schedule`. It must cut the model as the module does."""
+        plan = (
+            schedule
+            if isinstance(schedule, Schedule)
+            else make_schedule(
+                schedule, self.grid.pipe_parallel_size, self._micro_batches(), self.module.num_chunks
+            )
+        )
+        simulate(plan)  # a malformed one, or one that deadlocks, is refused here
+        mine = tuple(
+            self.module.placement.rank(s, self.grid.pipe_parallel_size)
+            for s in range(self.module.total_stages)
+        )
+        if plan.stage_rank != mine or plan.micro_batches != self._micro_batches():
+            raise UsageError(
+                describe(
+                    "the schedule does not fit this engine",
+                    expected=f"stages on ranks {mine}, {self._micro_batches()} micro-batches",
+                    found=f"stages on ranks {plan.stage_rank}, {plan.micro_batches} micro-batches",
+                    fix="build PipelineModule with that schedule's name and chunks",
+                )
+            )
+        self._own, self._executor = plan, None
+
+    def pipeline_timeline(self, path: str) -> list[Event]:
+        """Write what the latest batch did, as a picture (PNG, SVG) or a trace (JSON); collective over the pipeline.
+
+        Returns the events of all ranks, in seconds from the first one.
+        """
+        from zeropipe.runtime.pipe.grid_text import chrome_trace
+        from zeropipe.runtime.pipe.picture import draw
+
+        barrier(self.grid.pipe_group, label="timeline")
+        clock = time.perf_counter()  # the same moment on every rank: aligns the clocks of several machines
+        mine = [] if self._executor is None else self._executor.events
+        everyone = all_gather_object((clock, mine), self.grid.pipe_group, label="timeline")
+        begin = min((e.start - at for at, events in everyone for e in events), default=0.0)
+        events = [
+            Event(e.rank, e.step, e.start - at - begin, e.end - at - begin)
+            for at, found in everyone
+            for e in found
+        ]
+        if self.grid.is_first_stage and self.grid.data_parallel_id == 0 and self.grid.slice_parallel_id == 0:
+            ranks = self.grid.pipe_parallel_size
+            if str(path).endswith(".json"):
+                with open(path, "w") as file:
+                    file.write(chrome_trace(events, ranks, microseconds=1e6))
+            else:
+                draw(events, ranks, path, f"{self._name}, measured", unit="seconds")
+        return events
+
+    # What users set and ask.
+
+    def set_dataiterator(self, iterator: Iterator[Any]) -> None:
+        """Where ``train_batch()`` without an argument takes its batches from."""
+        self._iterator = iterator
+
+    def set_dataloader(self, loader: Any) -> None:
+        self.training_dataloader, self._iterator = loader, None
+
+    def set_batch_fn(self, fn: Callable[[Any], Any]) -> None:
+        """``fn(batch)`` makes ``(inputs, labels)`` of what the iterator yields."""
+        self._batch_fn = fn
+
+    def set_has_attention_mask(self, value: bool) -> None:
+        """Accepted for callers that say it: any tensors may travel with the activations."""
+
+    def reset_activation_shape(self) -> None:
+        """The next batches have another shape; every rank must call it."""
+        self._mailbox.forget_forms()
+
+    def is_first_stage(self) -> bool:
+        """Whether this rank runs the first stage."""
+        return 0 in self.module.stages
+
+    def is_last_stage(self) -> bool:
+        """Whether this rank runs the last stage, and so the loss."""
+        return self.module.total_stages - 1 in self.module.stages
+
+    @property
+    def _unshard(self) -> Unshard:
+        return shard_policy(self._config.zero_optimization.stage)
+
+    @property
+    def _last_rank(self) -> int:
+        """The pipeline rank of the last stage."""
+        return self.module.placement.rank(self.module.total_stages - 1, self.grid.pipe_parallel_size)
+
+    @property
+    def num_stages(self) -> int:
+        return self.grid.pipe_parallel_size
+
+    @property
+    def stage_id(self) -> int:
+        return self.grid.stage_id
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """A pipeline runs whole batches: see `train_batch` and `eval_batch`."""
+        self._refuse("forward()", "train_batch(data_iter), or eval_batch(data_iter, return_logits=True)")
+
+    def backward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("backward()", "train_batch(data_iter)")
+
+    def step(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("step()", "train_batch(data_iter)")
+
+    # Inside.
+
+    def _refuse(self, call: str, instead: str) -> NoReturn:
+        raise UsageError(
+            describe(f"engine.{call} does not exist for a pipeline", fix=f"call engine.{instead} instead")
+        )
+
+    def _runner(self, stage: int) -> Callable[[Any], Any]:
+        return lambda value: self.module.run_stage(stage, value)
+
+    def _micro_batches(self) -> int:
+        return self.gradient_accumulation_steps()
+
+    def _plan(self, micro_batches: int) -> Schedule:
+        if self._own is not None and self._own.micro_batches >= micro_batches:
+            return self._own.only(micro_batches)
+        return make_schedule(self._name, self.grid.pipe_parallel_size, micro_batches, self._chunks)
+
+    def _tied_stages(self) -> set[int]:
+        return {s for plan, _, _ in self.module.tie_plans() if len(plan.ranks) > 1 for s in plan.stages}
+
+    def _training_executor(self) -> Executor:
+        made = self._executor
+        if made is None or made.schedule.micro_batches != self._micro_batches():
+            plan = with_transfers(self.schedule)
+            made = Executor(plan, self.grid.stage_id, self._stages, self._mailbox, self._host)
+            self._executor = made
+        return made
+
+    def _feed(self, iterator: Iterator[Any] | None, count: int) -> Feed:
+        """The micro-batches of this step, where they are needed."""
+        if not (self.is_first_stage() or self.is_last_stage()):
+            return Feed(None, None, count)
+        if iterator is None:
+            if self._iterator is None:
+                if self.training_dataloader is None:
+                    raise UsageError(
+                        describe(
+                            "train_batch has no data",
+                            fix="pass train_batch(data_iter), call engine.set_dataiterator, or give training_data "
+                            "to initialize",
+                        )
+                    )
+                self._iterator = _repeat(self.training_dataloader)
+            iterator = self._iterator
+        return Feed(iterator, self._batch_fn, count)
+
+    def _run(self, executor: Executor) -> None:
+        try:
+            with self._autocast():
+                executor.run()
+        except BaseException:
+            self._broken = True  # messages may be on their way that nobody will take
+            raise
+
+    def _reduce(self, losses: Losses, count: int, how: str | None, broadcast_loss: bool) -> Any:
+        """The loss of all micro-batches: averaged over the data axis, then from the last stage to all ranks."""
+        pipe, last = self.grid.pipe_group, self._last_rank
+        if self._term_names is None:
+            self._term_names = broadcast_object(sorted(losses.terms), last, pipe, label="loss terms")
+        names = self._term_names
+        figures = torch.zeros(1 + len(names) + (0 if how else count), dtype=torch.float32, device=self.device)
+        if pipe.rank == last:
+            if sorted(losses.terms) != names:
+                raise UsageError(
+                    describe(
+                        "the loss function returned other terms than in the first batch",
+                        expected=names,
+                        found=sorted(losses.terms),
+                    )
+                )
+            values = torch.stack([value.float() for value in losses.values])
+            figures[0] = values.sum() if how == "sum" else values.mean()
+            for at, name in enumerate(names, 1):
+                figures[at] = torch.stack([value.float() for value in losses.terms[name]]).mean()
+            if how is None:
+                figures[1 + len(names) :] = values
+            all_reduce(figures, self._group, op="avg", label="loss")
+        if broadcast_loss:
+            broadcast(figures, last, pipe, label="loss")
+        elif pipe.rank != last:
+            return None
+        self.loss_terms = {name: figures[at] for at, name in enumerate(names, 1)}
+        return list(figures[1 + len(names) :]) if how is None else figures[0]
+
+    def _need_whole(self, call: str) -> None:
+        if self._broken:
+            raise UsageError(
+                describe(
+                    f"engine.{call}: this pipeline has stopped",
+                    rank=self.grid.global_rank,
+                    fix="a rank failed in an earlier batch and messages were lost; restart from a checkpoint",
+                )
+            )
+
+
+def _repeat(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """The outputs of all micro-batches; None where this rank has none."""
+    if not outputs:
+        return None
+    tensors = all(isinstance(one, torch.Tensor) and one.dim() > 0 for one in outputs)
+    if tensors and len({one.shape[1:] for one in outputs}) == 1:
+        return torch.cat(outputs)
+    return outputs
