@@ -148,7 +148,7 @@ def _write_safetensors(
     for item in shard:
         value = item.weight.read(item.dtype).contiguous()
         if value.numel():
-            file.write(memoryview(value.view(-1).view(torch.uint8).numpy()))
+            file.write(value.view(-1).view(torch.uint8).numpy().data)
         progress(item.nbytes)
 
 

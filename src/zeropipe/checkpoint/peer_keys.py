@@ -7,6 +7,7 @@ flat, in the order of the groups.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,6 +80,8 @@ def _frozen(local: LocalState) -> tuple[Any, Any]:
 def optimizer_keys(local: LocalState) -> dict[str, Any]:
     """Top level of an optimizer file of stages 1 to 3."""
     flats = sorted((f for f in local.flats if FP32 in f.tensors), key=lambda f: f.group_index)
+    if local.stage >= 3:
+        flats = _joined(flats)
     base = {"state": {i: _state(f) for i, f in enumerate(flats)}, "param_groups": _groups(local, flats)}
     state: dict[str, Any] = {
         "overflow": False,
@@ -134,6 +137,33 @@ def _tensor_state(flat: FlatState, index: int) -> dict[str, Any]:
     shape = flat.layout.tensors[index].shape
     views = {key: t[start:stop].view(shape) for key, t in flat.tensors.items() if key not in (FP32, PARAM)}
     return dict(flat.scalars) | views
+
+
+def _joined(flats: list[FlatState]) -> list[FlatState]:
+    """One flat per param group: the shards of its parameters end to end, as DeepSpeed has them at stage 3."""
+    groups: dict[int, list[FlatState]] = {}
+    for flat in flats:
+        groups.setdefault(flat.group_index, []).append(flat)
+    return [
+        replace(
+            members[0],
+            tensors={key: _end_to_end([m.tensors[key] for m in members]) for key in members[0].tensors},
+        )
+        for members in groups.values()
+    ]
+
+
+def _end_to_end(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The tensors as one; a view where they are neighbours in memory already, so that it costs nothing."""
+    first = tensors[0]
+    at = first.storage_offset()
+    for tensor in tensors:
+        if tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or (
+            tensor.numel() and tensor.storage_offset() != at
+        ):
+            return torch.cat(tensors)
+        at += tensor.numel()
+    return first.as_strided((at - first.storage_offset(),), (1,))
 
 
 def _state(flat: FlatState) -> dict[str, Any]:

@@ -45,10 +45,10 @@ def weights(source: Source, *, exclude_frozen: bool = False) -> Iterator[Weight]
     Tied names are not repeated: ``source.tied`` has them. Order: as in the module, then what only shards hold.
     """
     holders: dict[str, FlatEntry] = {}
-    for flat in source.flats:
-        if value_key(flat) is not None:
-            for spec in flat.layout.tensors:
-                holders.setdefault(spec.name, flat)
+    for held in source.flats:
+        if value_key(held) is not None:
+            for spec in held.layout.tensors:
+                holders.setdefault(spec.name, held)
     seen: set[str] = set()
     for entry in source.module:
         if entry.name in seen or (exclude_frozen and entry.kind == "frozen"):
@@ -57,14 +57,14 @@ def weights(source: Source, *, exclude_frozen: bool = False) -> Iterator[Weight]
         flat = holders.get(entry.name)
         dtype = getattr(torch, entry.dtype if flat is None else flat.keys[value_key(flat) or ""])
         yield Weight(entry.name, entry.shape, dtype, entry.kind, source, flat, entry)
-    for name, flat in holders.items():
-        key = value_key(flat)
+    for name, holder in holders.items():
+        key = value_key(holder)
         frozen = key == "param"
         if name in seen or key is None or (frozen and exclude_frozen):
             continue
-        shape = flat.layout.tensors[flat.layout.index(name)].shape
+        shape = holder.layout.tensors[holder.layout.index(name)].shape
         kind = "frozen" if frozen else "param"
-        yield Weight(name, shape, getattr(torch, flat.keys[key]), kind, source, flat, None)
+        yield Weight(name, shape, getattr(torch, holder.keys[key]), kind, source, holder, None)
 
 
 def aliases(source: Source) -> dict[str, list[str]]:

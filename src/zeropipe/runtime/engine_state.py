@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,12 +24,11 @@ from zeropipe.checkpoint.state import (
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.group import world
 from zeropipe.layout.flat import FlatShards, TensorSpec
-from zeropipe.runtime.zero.param import shards_of, zero_param
+from zeropipe.runtime.zero.param import shards_of
 
 if TYPE_CHECKING:
     from zeropipe.runtime.engine import DeepSpeedEngine
     from zeropipe.runtime.zero.optimizer import ZeroOptimizer
-    from zeropipe.runtime.zero.partition import Partition
 
 
 def local_state(
@@ -41,7 +41,7 @@ def local_state(
     """What this rank holds, by reference: nothing is copied."""
     optimizer = engine.optimizer
     stage = engine.zero_optimization_stage() if optimizer is not None else 0
-    flats = [flat for flat, _ in optimizer_flats(optimizer)] if optimizer is not None else []
+    flats = [held.flat for held in optimizer_flats(optimizer)] if optimizer is not None else []
     flats += frozen_flats(engine, exclude_frozen)
     groups: list[dict[str, Any]] = []
     if optimizer is not None:
@@ -50,7 +50,7 @@ def local_state(
             groups.append({k: v for k, v in group.items() if k != "params"} | {"param_names": names})
     return LocalState(
         grid=grid_of(engine),
-        stage=3 if any(f.layout.num_shards > 1 and PARAM in f.tensors for f in flats) else stage,
+        stage=3 if any(PARAM in f.tensors for f in flats) else stage,
         dtype={"fp16": "float16", "bf16": "bfloat16"}.get(engine._config.precision, "float32"),
         model=model_state(engine.module, exclude_frozen),
         flats=tuple(flats),
@@ -111,48 +111,51 @@ def model_state(module: torch.nn.Module, exclude_frozen: bool = False) -> ModelS
     return ModelState(tensors, tuple(buffers), tuple(frozen), tied, {}, tuple(excluded), extra)
 
 
-def optimizer_flats(optimizer: ZeroOptimizer) -> Iterator[tuple[FlatState, Any]]:
-    """Each flat with the tensor that the torch optimizer keeps its state under."""
-    seen: dict[str, int] = {}
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A flat, and where the torch optimizer keeps its state."""
+
+    flat: FlatState
+    owner: torch.nn.Parameter  # the key in ``optimizer.state``
+    where: slice  # the flat's elements in the owner, in 1D
+
+
+def optimizer_flats(optimizer: ZeroOptimizer) -> Iterator[Holding]:
+    """Every flat of the optimizer on this rank: per partition at stages 0 to 2, per parameter at stage 3."""
     for partition in optimizer.partitions:
-        base = f"group{partition.group_index}.{str(partition.dtype).removeprefix('torch.')}"
-        number = seen[base] = seen.get(base, -1) + 1
-        name = f"{base}.{number}" if number else base
-        if partition.stepped[0] is partition.master:
-            yield _flat(name, partition, optimizer), partition.master
-            continue
-        for spec, tensor in zip(partition.layout.tensors, partition.stepped, strict=True):
-            tensors, scalars = _split(optimizer.state.get(tensor, {}), tuple(tensor.shape))
-            tensors = {FP32: tensor.detach().reshape(-1)} | tensors
-            layout = FlatShards((spec,), 1)
-            yield FlatState(spec.name, layout, 0, tensors, scalars, partition.group_index), tensor
-
-
-def _flat(name: str, partition: Partition, optimizer: ZeroOptimizer) -> FlatState:
-    tensors, scalars = _split(optimizer.state.get(partition.master, {}), (partition.layout.shard_numel,))
-    replicas = 1 if partition.sharded else partition.group.size
-    return FlatState(
-        name,
-        partition.layout,
-        partition.shard,
-        {FP32: partition.master.detach()} | tensors,
-        scalars,
-        partition.group_index,
-        partition.group.rank if replicas > 1 else 0,
-        replicas,
-    )
+        replicas = 1 if partition.sharded else partition.group.size
+        replica = partition.group.rank if replicas > 1 else 0
+        whole = partition.stepped[0] is partition.master
+        if whole or partition.sharded:
+            owners = [partition.master] * len(partition.names) if whole else list(partition.stepped)
+            parts = [
+                (name, layout, shard, owner, where if whole else slice(0, layout.shard_numel))
+                for owner, (name, layout, shard, where) in zip(owners, partition.flats(), strict=False)
+            ]
+        else:
+            parts = [
+                (spec.name, FlatShards((spec,), 1), 0, owner, slice(0, spec.numel))
+                for spec, owner in zip(partition.layout.tensors, partition.stepped, strict=True)
+            ]
+        for name, layout, shard, owner, where in parts:
+            moments, scalars = _split(optimizer.state.get(owner, {}), owner, where)
+            tensors = {FP32: owner.detach().reshape(-1)[where]} | moments
+            index = partition.group_index
+            flat = FlatState(name, layout, shard, tensors, scalars, index, replica, replicas)
+            yield Holding(flat, owner, where)
 
 
 def _split(
-    state: Mapping[str, Any], shape: tuple[int, ...]
+    state: Mapping[str, Any], owner: torch.Tensor, where: slice
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(state with one value per element, as 1D tensors; the rest)."""
-    tensors = {
-        key: value.reshape(-1)
+    """(the flat's part of state with one value per element, as 1D views; the rest)."""
+    full = {
+        key: value
         for key, value in state.items()
-        if isinstance(value, torch.Tensor) and tuple(value.shape) == shape and key != "step"
+        if isinstance(value, torch.Tensor) and value.shape == owner.shape and key != "step"
     }
-    return tensors, {key: value for key, value in state.items() if key not in tensors}
+    tensors = {key: value.reshape(-1)[where] for key, value in full.items()}
+    return tensors, {key: value for key, value in state.items() if key not in full}
 
 
 def frozen_flats(engine: DeepSpeedEngine, exclude_frozen: bool = False) -> list[FlatState]:
@@ -223,22 +226,30 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
 def adopt_flats(optimizer: ZeroOptimizer, loaded: Mapping[str, LoadedFlat]) -> None:
     """Give the torch optimizer the moments and scalars that were read; the masters are in place already."""
     base = optimizer.optimizer
-    for flat, owner in optimizer_flats(optimizer):
-        found = loaded[flat.name]
-        moments = {key: t for key, t in found.tensors.items() if key not in (FP32, PARAM)}
-        if not moments and not found.scalars:
-            base.state.pop(owner, None)  # saved before the first step
-            continue
-        state: dict[str, Any] = {}
+    fresh: dict[torch.nn.Parameter, dict[str, Any]] = {}
+    for held in optimizer_flats(optimizer):
+        owner, found = held.owner, loaded[held.flat.name]
+        state = fresh.setdefault(owner, {})
         for key, value in found.scalars.items():
             value = clone_tensors_for_torch_save(value)
             # torch counts in tensors, others in ints; the optimizer gets what it would have made itself.
             if key == "step" and isinstance(value, (int, float)) and _counts_in_tensors(base):
                 value = torch.tensor(float(value))
-            state[key] = value
-        for key, tensor in moments.items():
-            state[key] = tensor.to(owner.device).view(owner.shape)
-        base.state[owner] = state
+            state.setdefault(key, value)
+        for key, tensor in found.tensors.items():
+            if key in (FP32, PARAM):
+                continue
+            if key in held.flat.tensors:  # read into the optimizer's own tensor
+                state[key] = base.state[owner][key]
+                continue
+            if key not in state:
+                state[key] = torch.zeros_like(owner, dtype=tensor.dtype, requires_grad=False)
+            state[key].view(-1)[held.where].copy_(tensor)
+    for owner, state in fresh.items():
+        if state:
+            base.state[owner] = state
+        else:
+            base.state.pop(owner, None)  # saved before the first step
 
 
 def _counts_in_tensors(optimizer: torch.optim.Optimizer) -> bool:
@@ -276,7 +287,3 @@ def masters_from_values(optimizer: ZeroOptimizer) -> None:
     """The values were written from outside: take the masters anew from them."""
     for partition in optimizer.partitions:
         partition.refresh_master()
-
-
-def has_masters(engine: DeepSpeedEngine) -> bool:
-    return any(zero_param(p) is not None for p in engine.module.parameters())

@@ -1,0 +1,155 @@
+"""Which source ranks make up each target rank when pipeline, tensor and data degrees change together.
+
+Source ranks are numbered tensor-first, then pipeline, then data, as DeepSpeed's optimizer files are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX, MODEL_FILE_PREFIX
+from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map, reshape_2d_map
+from zeropipe.checkpoint.reshape_utils import (
+    basic_folder_validation,
+    get_files,
+    get_files_with_prefix,
+    get_zero_files,
+    partition_data,
+)
+from zeropipe.errors import CheckpointError, describe
+
+PP_DIM, TP_DIM, DP_DIM = "PP", "TP", "DP"
+
+
+@dataclass(frozen=True, eq=True)
+class model_3d_desc:
+    """The degrees of a checkpoint or a run."""
+
+    pp_degree: int = 1
+    tp_degree: int = 1
+    dp_degree: int = 1
+
+    def reshape(self, target_3d_desc: model_3d_desc, verbose: bool = False) -> list[meg_2d_parallel_map]:
+        """One 2-D map per target data-parallel rank, with the source ranks that it takes its state from.
+
+        Up as well as down: where the target has more ranks, several of them list the same source rank.
+        Raises CheckpointError where ``can_reshape`` says no.
+        """
+        fits, errors = self.can_reshape(target_3d_desc)
+        if not fits:
+            raise CheckpointError("; ".join(errors))
+        source = meg_2d_parallel_map(self.pp_degree, self.tp_degree)
+        source.simple_init()
+        flat = flatten_dp_dimension(source, self.pp_degree * self.tp_degree, self.dp_degree)
+        shaped = reshape_2d_map(flat, target_3d_desc.pp_degree, target_3d_desc.tp_degree, verbose)
+        return unflatten_dp_dimension(shaped, target_3d_desc.dp_degree)
+
+    def get_desc(self) -> str:
+        return f"{PP_DIM},{TP_DIM},{DP_DIM} = ({self.pp_degree}, {self.tp_degree}, {self.dp_degree})"
+
+    def world_size(self) -> int:
+        return self.pp_degree * self.tp_degree * self.dp_degree
+
+    def is_valid(self, pp_index: int, tp_index: int, dp_index: int) -> tuple[bool, list[str]]:
+        """Whether the indices lie inside, and what is wrong with those that do not."""
+        checks = (
+            (pp_index, self.pp_degree, PP_DIM),
+            (tp_index, self.tp_degree, TP_DIM),
+            (dp_index, self.dp_degree, DP_DIM),
+        )
+        errors = [
+            f"{name} indexing error: index {index} >= degree {degree}"
+            for index, degree, name in checks
+            if index >= degree
+        ]
+        return not errors, errors
+
+    def can_reshape(self, target_3d_desc: model_3d_desc) -> tuple[bool, list[str]]:
+        """Whether each degree divides the other one's, either way; why not otherwise."""
+        pairs = (
+            (self.pp_degree, target_3d_desc.pp_degree, PP_DIM),
+            (self.tp_degree, target_3d_desc.tp_degree, TP_DIM),
+        )
+        errors = [
+            f"Uneven reshape not supported - {name}: {old} ---> {new}"
+            for old, new, name in pairs
+            if new < 1 or (old % new and new % old)
+        ]
+        if target_3d_desc.dp_degree < 1:
+            errors.append(f"{DP_DIM} degree must be at least 1, found {target_3d_desc.dp_degree}")
+        return not errors, errors
+
+
+def get_model_3d_descriptor(dir: str) -> model_3d_desc:
+    """The degrees of the checkpoint in ``dir``, read off its file names. Raises CheckpointError."""
+    basic_folder_validation(dir)
+    files = get_files(dir)
+    zero_files = get_zero_files(dir)
+    models = [f for f in files if f.endswith("model_states.pt")]
+    layers = {name.split("-")[0]: 0 for name in _names(get_files_with_prefix(models, LAYER_FILE_PREFIX))}
+    mp_files = get_files_with_prefix(models, MODEL_FILE_PREFIX)
+    if not mp_files and not zero_files:
+        raise CheckpointError(
+            describe(f"{dir} holds no checkpoint files", expected="mp_rank_XX_model_states.pt")
+        )
+    tp, pp = 1, max(1, len(mp_files))
+    if layers:
+        first = next(iter(layers))
+        tp = len(get_files_with_prefix(models, f"{first}-model_"))
+        pp = max(1, len(mp_files) // tp)
+    else:
+        tp, pp = _degrees_inside(mp_files)
+    dp = max(1, len(zero_files) // (pp * tp))
+    return model_3d_desc(pp, tp, dp)
+
+
+def _degrees_inside(mp_files: list[str]) -> tuple[int, int]:
+    """(tp, pp) as the first model file states them; without pipeline layer files all ranks are tensor-parallel."""
+    if not mp_files:
+        return 1, 1
+    from pathlib import Path
+
+    from zeropipe.checkpoint.files import load_torch
+
+    dims: Any = load_torch(Path(mp_files[0])).get("checkpoint_parallel_dimensions") or {}
+    pp = int(dims.get("pp_degree", 1))
+    return int(dims.get("tp_degree", len(mp_files) // pp)), pp
+
+
+def _names(paths: list[str]) -> list[str]:
+    return [path.rsplit("/", 1)[-1] for path in paths]
+
+
+def flatten_dp_dimension(
+    meg_2d_map: meg_2d_parallel_map, src_2d_size: int, dp_degree: int
+) -> meg_2d_parallel_map:
+    """Each cell's rank and its data-parallel peers."""
+    flat = meg_2d_parallel_map(meg_2d_map.pp_degree, meg_2d_map.tp_degree)
+    for pp in range(flat.pp_degree):
+        for tp in range(flat.tp_degree):
+            ranks = meg_2d_map.get_data(pp, tp)
+            flat.add_data(pp, tp, [r + dp * src_2d_size for r in ranks for dp in range(dp_degree)])
+    return flat
+
+
+def unflatten_dp_dimension(meg_2d_map: meg_2d_parallel_map, dp_degree: int) -> list[meg_2d_parallel_map]:
+    """Each cell's ranks dealt out to ``dp_degree`` maps, in runs; ranks are repeated where there are too few."""
+    maps = [meg_2d_parallel_map(meg_2d_map.pp_degree, meg_2d_map.tp_degree) for _ in range(dp_degree)]
+    for pp in range(meg_2d_map.pp_degree):
+        for tp in range(meg_2d_map.tp_degree):
+            ranks = meg_2d_map.get_data(pp, tp)
+            if len(ranks) % dp_degree == 0:
+                parts = partition_data(ranks, dp_degree)
+            else:
+                parts = [_overlap(ranks, i, dp_degree) for i in range(dp_degree)]
+            for target, part in zip(maps, parts, strict=True):
+                target.add_data(pp, tp, part)
+    return maps
+
+
+def _overlap(ranks: list[int], index: int, count: int) -> list[int]:
+    """The members whose share of the whole overlaps the ``index``-th of ``count`` shares."""
+    first = index * len(ranks) // count
+    last = -(-(index + 1) * len(ranks) // count)
+    return ranks[first:last]

@@ -1,0 +1,192 @@
+"""The optimizer files of a checkpoint as the ranks of another (pipeline, tensor, data) shape would see them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeropipe.checkpoint import constants as k
+from zeropipe.checkpoint.files import load_torch
+from zeropipe.checkpoint.reshape_3d_utils import get_model_3d_descriptor, model_3d_desc
+from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map
+from zeropipe.checkpoint.reshape_utils import basic_folder_validation, get_zero_files, merge_state
+from zeropipe.errors import CheckpointError, describe
+from zeropipe.layout.copy_plan import copy_plan
+from zeropipe.layout.flat import FlatShards, TensorSpec
+
+_log = logging.getLogger("zeropipe")
+_ALIGN = 2  # elements: what each shard of stages 1 and 2 is a multiple of
+
+
+class ZeROCheckpoint:
+    """Stage 1 and 2 optimizer files, ours or DeepSpeed's, of a tag's folder.
+
+    Raises CheckpointError when there are none, or their number does not fit the degrees.
+    """
+
+    def __init__(self, dir: str, source_3d: model_3d_desc | None = None) -> None:
+        basic_folder_validation(dir)
+        self.dir = dir
+        self.file_list = get_zero_files(dir)
+        self.num_files = len(self.file_list)
+        if not self.num_files:
+            raise CheckpointError(
+                describe(f"{dir} has no ZeRO files", expected="zero_pp_rank_*_optim_states.pt")
+            )
+        self.src_3d = source_3d or get_model_3d_descriptor(dir)
+        if self.src_3d.world_size() != self.num_files:
+            raise CheckpointError(
+                describe(
+                    f"{dir} does not have one optimizer file per rank",
+                    expected=f"{self.src_3d.world_size()} files for {self.src_3d.get_desc()}",
+                    found=self.num_files,
+                    fix="copy all ranks' files into one folder, or give source_3d",
+                )
+            )
+        self.target_3d = self.src_3d
+        self._map = self.src_3d.reshape(self.src_3d)
+
+    def get_src_world_size(self) -> int:
+        return self.src_3d.world_size()
+
+    def get_src_tp_degree(self) -> int:
+        return self.src_3d.tp_degree
+
+    def get_src_pp_degree(self) -> int:
+        return self.src_3d.pp_degree
+
+    def get_src_dp_degree(self) -> int:
+        return self.src_3d.dp_degree
+
+    def reshape(self, target_3d_desc: model_3d_desc) -> None:
+        """See the files as ranks of ``target_3d_desc`` from now on, more ranks or fewer."""
+        self._map = self.src_3d.reshape(target_3d_desc)
+        self.target_3d = target_3d_desc
+
+    def get_file_indices_for_rank(self, pp_index: int, tp_index: int, dp_index: int) -> list[int]:
+        """Numbers of the source files that hold (parts of) a target rank's state."""
+        valid, errors = self.target_3d.is_valid(pp_index, tp_index, dp_index)
+        if not valid:
+            raise CheckpointError("; ".join(errors))
+        return self._map[dp_index].get_data(pp_index, tp_index)
+
+    def get_files_for_rank(self, pp_index: int, tp_index: int, dp_index: int) -> list[str]:
+        return [self.file_list[i] for i in self.get_file_indices_for_rank(pp_index, tp_index, dp_index)]
+
+    def get_state_for_rank(
+        self,
+        pp_index: int,
+        tp_index: int,
+        dp_index: int,
+        keys_to_ignore: Sequence[str] = (),
+        strip_tensor_paddings: bool = True,
+    ) -> dict[str, Any]:
+        """A target rank's optimizer file as one dict.
+
+        Where only the data degree differs, the flat shards are cut anew exactly, up or down. Where pipeline or
+        tensor ranks are joined, their shards lie end to end. ``strip_tensor_paddings``: without the padding at
+        the end of the last shard.
+        """
+        indices = self.get_file_indices_for_rank(pp_index, tp_index, dp_index)
+        per_mp = self.src_3d.pp_degree * self.src_3d.tp_degree
+        members = sorted({index % per_mp for index in indices}, key=[i % per_mp for i in indices].index)
+        joined: dict[str, Any] | None = None
+        for member in members:
+            states = [self._load(member + dp * per_mp, keys_to_ignore) for dp in range(self.src_3d.dp_degree)]
+            state = self._recut(states, dp_index, strip_tensor_paddings)
+            joined = state if joined is None else merge_state(joined, state)
+        assert joined is not None
+        return joined
+
+    def print_3d_index_map(self, tag: str | None = None) -> None:
+        """Log which source files each target rank takes."""
+        self._print(self._map, tag or "index map", lambda data: data)
+
+    def print_3d_file_map(self, tag: str | None = None) -> None:
+        self._print(self._map, tag or "file map", lambda data: [self.file_list[i] for i in data])
+
+    def _print(self, maps: list[meg_2d_parallel_map], tag: str, show: Any) -> None:
+        _log.info("3D %s", tag)
+        for dp, grid in enumerate(maps):
+            for (pp, tp), data in sorted(grid.map.items()):
+                _log.info("%s, %s, %s = %s", pp, tp, dp, show(data))
+
+    def _load(self, index: int, keys_to_ignore: Sequence[str]) -> dict[str, Any]:
+        state = dict(load_torch(Path(self.file_list[index])))
+        inner = dict(state.get(k.OPTIMIZER_STATE_DICT, {}))
+        for key in keys_to_ignore:
+            inner.pop(key, None)
+            state.pop(key, None)
+        return state | {k.OPTIMIZER_STATE_DICT: inner} if inner else state
+
+    def _recut(self, states: list[dict[str, Any]], dp_index: int, strip: bool) -> dict[str, Any]:
+        """The first state with every flat tensor replaced by the target's shard of it."""
+        inner = dict(states[0][k.OPTIMIZER_STATE_DICT])
+        every = [s[k.OPTIMIZER_STATE_DICT] for s in states]
+        count = self.target_3d.dp_degree
+        base = dict(inner.get(k.BASE_OPTIMIZER_STATE) or {})
+        groups = inner.get(k.SINGLE_PARTITION_OF_FP32_GROUPS)
+        if groups is None:
+            return states[0] if len(states) == count == 1 else self._refuse()
+        moments = dict(base.get("state", {}))
+        new_groups = []
+        for group in range(len(groups)):
+            shards = [s[k.SINGLE_PARTITION_OF_FP32_GROUPS][group] for s in every]
+            paddings = [(s.get(k.GROUP_PADDINGS) or [0] * (group + 1))[group] for s in every]
+            tensors = [s[k.BASE_OPTIMIZER_STATE].get("state", {}).get(group, {}) for s in every]
+            full = [
+                _full_size(shard, t, pad) for shard, t, pad in zip(shards, tensors, paddings, strict=True)
+            ]
+            total = sum(size - pad for size, pad in zip(full, paddings, strict=True))
+            size = max(full)
+            new_groups.append(_cut(shards, size, total, dp_index, count, strip))
+            if group in moments:
+                moments[group] = {
+                    key: _cut([t[key] for t in tensors], size, total, dp_index, count, strip)
+                    if isinstance(value, torch.Tensor) and value.dim() == 1
+                    else value
+                    for key, value in moments[group].items()
+                }
+        inner[k.SINGLE_PARTITION_OF_FP32_GROUPS] = new_groups
+        if base:
+            inner[k.BASE_OPTIMIZER_STATE] = base | {"state": moments}
+        if k.PARTITION_COUNT in inner:
+            inner[k.PARTITION_COUNT] = [count] * len(groups)
+        if k.GROUP_PADDINGS in inner and strip:
+            inner[k.GROUP_PADDINGS] = [0] * len(groups)
+        return dict(states[0]) | {k.OPTIMIZER_STATE_DICT: inner}
+
+    def _refuse(self) -> dict[str, Any]:
+        raise CheckpointError(
+            describe(
+                f"{self.dir} is of stage 3, whose shards are per parameter",
+                fix="load it with engine.load_checkpoint, or `zeropipe ckpt convert` it",
+            )
+        )
+
+
+def _full_size(shard: torch.Tensor, tensors: dict[str, Any], padding: int) -> int:
+    """Elements of a shard with its padding; DeepSpeed writes the masters without, the moments with it."""
+    sizes = [t.numel() for t in tensors.values() if isinstance(t, torch.Tensor) and t.dim() == 1]
+    return max([shard.numel(), *sizes])
+
+
+def _cut(
+    shards: Sequence[torch.Tensor], size: int, total: int, index: int, count: int, strip: bool
+) -> torch.Tensor:
+    """Shard ``index`` of ``count`` of what ``shards`` (``size`` elements each, the last padded) hold end to end."""
+    spec = (TensorSpec("flat", (total,), ""),)
+    source, target = FlatShards(spec, len(shards), max(size, 1)), FlatShards(spec, count, _ALIGN)
+    if count == len(shards):
+        target = source
+    out = torch.zeros(target.shard_numel, dtype=shards[0].dtype)
+    filled = 0
+    for copy in copy_plan(source, target, [index]).copies:
+        run = shards[copy.src_shard][copy.src_offset : copy.src_offset + copy.numel]
+        out[copy.dst_offset : copy.dst_offset + copy.numel] = run
+        filled = max(filled, copy.dst_offset + copy.numel)
+    return out[:filled].clone() if strip else out
