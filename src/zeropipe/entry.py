@@ -20,6 +20,8 @@ from zeropipe.errors import ConfigError, describe
 from zeropipe.runtime import assembly
 from zeropipe.runtime.accumulation import Clock
 from zeropipe.runtime.engine import DeepSpeedEngine, Parts
+from zeropipe.runtime.pipe.engine import PipelineEngine
+from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.optimizer import StepOptions, ZeroOptimizer
 
 _log = logging.getLogger("zeropipe")
@@ -75,6 +77,8 @@ def initialize(
     with _shared_fate(group=None):
         parsed = parse_config(_find_config(args, config, config_params))
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    if isinstance(model, PipelineModule):
+        mpu = model.mpu()
     group = assembly.data_parallel_group(mpu, mesh_param)
     if group.ranks[group.rank] == 0:
         for notice in parsed.notices:
@@ -94,12 +98,16 @@ def initialize(
         schedule = assembly.make_scheduler(lr_scheduler, base, parsed)
         items = assembly.digest(model, base, parsed)
     agree({_OUTCOME: "prepared", **items}, group)
+    sharded = assembly.shard_model(model, group, device, parsed)
     wrapped = None
     if base is not None:
+        model_group, counts = assembly.model_parts(model, mpu)
         options = StepOptions(
             clip=parsed.gradient_clipping,
             scaler=assembly.scaler_of(parsed),
             skip_nonfinite=parsed.bf16.enabled and parsed.bf16.check_grad_overflow,
+            model_group=model_group,
+            counts=counts,
         )
         wrapped = ZeroOptimizer(
             base,
@@ -111,7 +119,8 @@ def initialize(
             micro_step=lambda: clock.micro_steps,
         )
     assembly.synchronize_module(model, group)
-    engine = DeepSpeedEngine(Parts(model, parsed, clock, group, device, wrapped, schedule, mpu, collate_fn))
+    kind = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
+    engine = kind(Parts(model, parsed, clock, group, device, wrapped, schedule, mpu, collate_fn, sharded))
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

@@ -40,6 +40,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "broadcast_object",
+    "meet",
     "recv",
     "reduce_scatter",
     "reduce_to_owners",
@@ -228,6 +229,18 @@ def recv(
     what = _enter("recv", tensor, group, label, async_op)
     handle = receive_from(tensor, src, group, tag)
     return _settle(Work(what, [] if handle is None else [handle]), async_op)
+
+
+def meet(what: str, group: Group, *, channel: int = 0) -> None:
+    """Return when every member says the same ``what`` on this channel, where guarded gathers speak too.
+
+    Raises DesyncError on every member when one is about to do something else. Without gloo it does nothing.
+    """
+    if group.size > 1 and dict(group.backends).get("cpu") == "gloo":
+        SEAM.pass_through("meet", group.size, 0, what, False)
+        work = Work(f"[rank {group.ranks[group.rank]}] {what}")
+        work.greeting = greet(what, group, channel)
+        work.wait()
 
 
 def barrier(group: Group, *, label: str = "") -> None:

@@ -121,7 +121,7 @@ def greet(label: str, group: Group, channel: int) -> Callable[[], None]:
                 theirs = bytes(buffer.tolist()).decode(errors="replace").strip()
                 raise DesyncError(
                     describe(
-                        f"this rank gathers '{label}' while rank {group.ranks[peer]} gathers '{theirs}'",
+                        f"ranks went different ways: this one is at '{label}', rank {group.ranks[peer]} is at '{theirs}'",
                         rank=group.ranks[group.rank],
                         expected="the same modules in the same order on every rank",
                         found=f"'{label}' here and '{theirs}' there",

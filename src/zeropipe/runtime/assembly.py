@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from zeropipe.comm.collectives import broadcast
-from zeropipe.comm.group import Group, from_process_group, world
+from zeropipe.comm.group import SELF, Group, from_process_group, world
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UsageError, describe
 from zeropipe.runtime import lr_schedules
 from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
-from zeropipe.runtime.zero.param import zero_param
+from zeropipe.runtime.zero.leaf import leaf_modules
+from zeropipe.runtime.zero.param import is_sharded, zero_param
 from zeropipe.runtime.zero.policy import AUTO_BUCKET_NUMEL, Policy
+from zeropipe.runtime.zero.sharded_model import ShardedModel, Sharding
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Params = Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]
@@ -24,12 +26,53 @@ Params = Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]
 
 def data_parallel_group(mpu: Any, mesh: Any) -> Group:
     """The ranks that hold replicas of this rank's part of the model: from ``mpu``, a device mesh, or all."""
+    own = getattr(mpu, "data_group", None)
+    if isinstance(own, Group):
+        return own
     if mpu is not None:
         return from_process_group(mpu.get_data_parallel_group())
     if mesh is not None and hasattr(mesh, "get_group"):
         name = "data_parallel" if "data_parallel" in (mesh.mesh_dim_names or ()) else 0
         return from_process_group(mesh.get_group(name))
     return world()
+
+
+def model_parts(
+    module: torch.nn.Module, mpu: Any
+) -> tuple[Group, Callable[[torch.nn.Parameter], bool] | None]:
+    """The ranks that hold the other parts of this replica, and which parameters count here in a norm over them.
+
+    Parts are pipeline stages and tensor-parallel slices. A parameter that several ranks hold whole counts on one of
+    them: a slice is marked by ``param.tensor_model_parallel`` (or ``model_parallel``); of tied weights the
+    module's ``is_tied_copy`` knows which are copies.
+    """
+    if mpu is None:
+        return SELF, None
+    group = getattr(mpu, "model_group", None)
+    if not isinstance(group, Group):
+        pg = mpu.get_model_parallel_group() if hasattr(mpu, "get_model_parallel_group") else None
+        group = SELF if pg is None else from_process_group(pg)
+    if group.size == 1:
+        return SELF, None
+    slice_rank = next(
+        (
+            int(getattr(mpu, name)())
+            for name in (
+                "get_slice_parallel_rank",
+                "get_tensor_model_parallel_rank",
+                "get_model_parallel_rank",
+            )
+            if hasattr(mpu, name)
+        ),
+        0,
+    )
+    is_copy = getattr(module, "is_tied_copy", lambda param: False)
+
+    def counts(param: torch.nn.Parameter) -> bool:
+        sliced = getattr(param, "tensor_model_parallel", False) or getattr(param, "model_parallel", False)
+        return (sliced or slice_rank == 0) and not is_copy(param)
+
+    return group, counts
 
 
 def pick_device(args: Any = None) -> torch.device:
@@ -78,12 +121,32 @@ def scaler_of(config: Config) -> LossScaler | DynamicLossScaler | None:
     )
 
 
+def shard_model(
+    module: torch.nn.Module, group: Group, device: torch.device, config: Config
+) -> ShardedModel | None:
+    """At stage 3, make the module's parameters shards; None at the other stages."""
+    zero = config.zero_optimization
+    if zero.stage != 3:
+        return None
+    given = zero.model_fields_set
+    sharding = Sharding(
+        *(
+            getattr(zero, f"stage3_{name}") if f"stage3_{name}" in given else None
+            for name in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
+        ),
+        param_persistence_threshold=zero.stage3_param_persistence_threshold,
+        model_persistence_threshold=zero.stage3_model_persistence_threshold,
+    )
+    dtype = None if config.precision == "fp32" else DTYPES[config.precision]
+    return ShardedModel(module, group, sharding, device, dtype, leaf_modules(module, zero.leaf_module))
+
+
 def place_module(module: torch.nn.Module, device: torch.device, config: Config) -> None:
     """Move the module to ``device`` in the config's precision; parameters that are shards stay as they are."""
     dtype = DTYPES[config.precision]
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
-        if getattr(tensor, "ds_id", None) is not None:
+        if is_sharded(tensor):
             return tensor
         cast = dtype != torch.float32 and tensor.is_floating_point()
         placed = tensor.to(device, dtype) if cast else tensor.to(device)
@@ -102,7 +165,7 @@ def synchronize_module(module: torch.nn.Module, group: Group) -> None:
     """Give every rank rank 0's value of what no partition has broadcast: buffers and untrained parameters."""
     for tensor in (*module.parameters(), *module.buffers()):
         trained = isinstance(tensor, torch.nn.Parameter) and zero_param(tensor) is not None
-        if trained or getattr(tensor, "ds_id", None) is not None or tensor.numel() == 0:
+        if trained or is_sharded(tensor) or tensor.numel() == 0:
             continue
         data = tensor.detach()
         whole = data.contiguous()

@@ -31,6 +31,7 @@ from zeropipe.runtime.engine_report import Reporter, Status
 from zeropipe.runtime.engine_weights import EngineWeights
 from zeropipe.runtime.plain_backward import Gate
 from zeropipe.runtime.zero.optimizer import ZeroOptimizer
+from zeropipe.runtime.zero.sharded_model import ShardedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Parts:
     lr_scheduler: Any = None
     mpu: Any = None
     collate_fn: Any = None
+    sharded: ShardedModel | None = None  # stage 3
 
 
 class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineWeights, torch.nn.Module):
@@ -67,6 +69,7 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineWeights, torch.nn.Mod
         self.collate_fn = parts.collate_fn
         self._config = parts.config
         self._group = parts.group
+        self._sharded = parts.sharded
         self._gate = Gate(self._plain_factor)
         self._passes = 0  # of the reducer, when the current micro-step began
         self._report = Reporter(parts.config, parts.clock, parts.device, first=self._first_rank)
@@ -117,6 +120,8 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineWeights, torch.nn.Mod
                 (loss if factor == 1.0 else wide * factor).backward(retain_graph=retain_graph)
         finally:
             self._gate.closed = False
+        if self._sharded is not None:
+            self._sharded.end_backward()
         return loss
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
@@ -128,6 +133,8 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineWeights, torch.nn.Mod
         self.raise_failed_save()
         with self._report.phase("step"):
             self._end_pass(optimizer)
+            if self._sharded is not None:
+                self._sharded.settle()
             if not self.clock.is_boundary:
                 self.clock.tick()
                 return
@@ -230,6 +237,9 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineWeights, torch.nn.Mod
         """Remove every hook and buffer; the module works on as a plain module. May be called again."""
         if self.optimizer is not None:
             self.optimizer.destroy()
+        if self._sharded is not None:
+            self._sharded.destroy()
+            self._sharded = None
         self._report.close()
         self.optimizer = None
         self.lr_scheduler = None

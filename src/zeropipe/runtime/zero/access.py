@@ -7,17 +7,18 @@ exist between backward and step.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from zeropipe.errors import UsageError, describe
-from zeropipe.runtime.zero.grads import GradStore
-from zeropipe.runtime.zero.param import ZeroParam, zero_param
-from zeropipe.runtime.zero.partition import Partition
+from zeropipe.runtime.zero.param import zero_param
+from zeropipe.runtime.zero.types import AnyPartition, AnyStore
 
 
 def safe_get_full_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:
     """The parameter's master, whole, as a new fp32 tensor of its shape; None if no optimizer trains it."""
-    zp = zero_param(param)
+    zp = _trained(param)
     return None if zp is None else zp.partition.full(zp.partition.master.detach(), zp.index)
 
 
@@ -30,7 +31,7 @@ def safe_set_full_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) -> 
 
 def safe_get_full_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
     """The averaged gradient so far, whole, as a new fp32 tensor; None before the first backward of a step."""
-    zp = zero_param(param)
+    zp = _trained(param)
     store = None if zp is None else _reduced(zp)
     if zp is None or store is None:
         return None
@@ -50,7 +51,7 @@ def safe_set_full_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
 
 def safe_get_full_optimizer_state(param: torch.nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
     """State such as ``exp_avg``, whole, as a new tensor of the parameter's shape; None before the first step."""
-    zp = zero_param(param)
+    zp = _trained(param)
     shard = None if zp is None else _state(zp, optim_state_key)
     return None if zp is None or shard is None else zp.partition.full(shard, zp.index)
 
@@ -66,7 +67,7 @@ def safe_set_full_optimizer_state(
 
 def safe_get_local_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:
     """This rank's piece of the master: 1D, a view, empty if the shard holds none of the parameter."""
-    zp = zero_param(param)
+    zp = _trained(param)
     return None if zp is None else zp.partition.local(zp.partition.master.detach(), zp.index)
 
 
@@ -81,7 +82,7 @@ def safe_set_local_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) ->
 
 def safe_get_local_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
     """This rank's piece of the averaged gradient as a new fp32 tensor (1D). Reduces first, so collective."""
-    zp = zero_param(param)
+    zp = _trained(param)
     store = None if zp is None else _reduced(zp)
     if zp is None or store is None:
         return None
@@ -102,7 +103,7 @@ def safe_set_local_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
 
 def safe_get_local_optimizer_state(param: torch.nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
     """This rank's piece of the state: 1D, a view; None before the first step."""
-    zp = zero_param(param)
+    zp = _trained(param)
     shard = None if zp is None else _state(zp, optim_state_key)
     return None if zp is None or shard is None else zp.partition.local(shard, zp.index)
 
@@ -117,8 +118,26 @@ def safe_set_local_optimizer_state(
     piece.copy_(value)
 
 
-def _required(param: torch.nn.Parameter) -> ZeroParam:
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """A parameter that an optimizer trains."""
+
+    name: str
+    partition: AnyPartition
+    index: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.partition.shapes[self.index]
+
+
+def _trained(param: torch.nn.Parameter) -> _Trained | None:
     zp = zero_param(param)
+    return None if zp is None or zp.partition is None else _Trained(zp.name, zp.partition, zp.index)
+
+
+def _required(param: torch.nn.Parameter) -> _Trained:
+    zp = _trained(param)
     if zp is None:
         raise UsageError(
             f"a parameter of shape {tuple(param.shape)} is not trained by any engine. Fix: give it to the "
@@ -127,7 +146,7 @@ def _required(param: torch.nn.Parameter) -> ZeroParam:
     return zp
 
 
-def _check_shape(zp: ZeroParam, value: torch.Tensor, expected: tuple[int, ...]) -> None:
+def _check_shape(zp: _Trained, value: torch.Tensor, expected: tuple[int, ...]) -> None:
     if tuple(value.shape) != expected:
         raise UsageError(
             describe(
@@ -136,9 +155,9 @@ def _check_shape(zp: ZeroParam, value: torch.Tensor, expected: tuple[int, ...]) 
         )
 
 
-def _reduced(zp: ZeroParam) -> GradStore | None:
+def _reduced(zp: _Trained) -> AnyStore | None:
     """The parameter's store with everything reduced; None when no backward ran since the last step."""
-    partition: Partition = zp.partition
+    partition = zp.partition
     reducer = partition.owner.reducer
     if reducer.window_is_empty:
         return None
@@ -146,12 +165,12 @@ def _reduced(zp: ZeroParam) -> GradStore | None:
     return partition.owner.store_of(partition)
 
 
-def _state(zp: ZeroParam, key: str) -> torch.Tensor | None:
+def _state(zp: _Trained, key: str) -> torch.Tensor | None:
     """The shard-sized state ``key``; works for a master that is stepped whole and for one stepped by views."""
     return zp.partition.state_shard(key)
 
 
-def _required_state(zp: ZeroParam, key: str) -> torch.Tensor:
+def _required_state(zp: _Trained, key: str) -> torch.Tensor:
     shard = _state(zp, key)
     if shard is None:
         known = ", ".join(sorted(zp.partition.state_keys())) or "none before the first step"

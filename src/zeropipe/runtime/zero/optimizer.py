@@ -20,10 +20,12 @@ from zeropipe.comm.group import SELF, Group
 from zeropipe.errors import UsageError
 from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
 from zeropipe.runtime.optimizers.registry import classify
-from zeropipe.runtime.optimizers.shard_view import ShardAware, ShardView
-from zeropipe.runtime.zero.grads import GradStore, Reducer
+from zeropipe.runtime.optimizers.shard_view import ShardAware
 from zeropipe.runtime.zero.partition import Partition
 from zeropipe.runtime.zero.policy import Policy
+from zeropipe.runtime.zero.reducer import Reducer
+from zeropipe.runtime.zero.sharded_partition import ShardedPartition
+from zeropipe.runtime.zero.types import AnyPartition, AnyStore
 from zeropipe.runtime.zero.untouched import untouched
 from zeropipe.runtime.zero.watch import Watch
 from zeropipe.tensor.norms import clip_coefficient, squared_norm
@@ -47,6 +49,10 @@ class StepOptions:
     clip: float = 0.0
     scaler: Scaler | None = None
     skip_nonfinite: bool = False  # without a scaler: a step with inf or NaN is skipped
+    model_group: Group = (
+        SELF  # ranks that hold the other parts of this replica: norm and overflow are theirs too
+    )
+    counts: Callable[[torch.nn.Parameter], bool] | None = None  # whether this rank's copy enters the norm
 
 
 class ZeroOptimizer(DeepSpeedOptimizer):
@@ -71,7 +77,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.options = options
         self.overflow = False
         self.last_nonfinite: NonFinite | None = None
-        self.partitions: list[Partition] = []
+        self.partitions: list[AnyPartition] = []
         self._names = names
         self._group = group
         self._grad_norm: float | None = None
@@ -79,7 +85,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._dormant: list[tuple[int, torch.nn.Parameter]] = []  # frozen: (param group, parameter)
         watch = Watch(group, micro_step) if options.scaler is not None else None
         self.reducer = Reducer(policy, is_boundary, watch)
-        self._flat = policy.shards_optimizer or classify(optimizer) != "whole"
+        kind = classify(optimizer)
+        # Stage 3 cuts each parameter by itself, so what needs whole tensors steps on the pieces one by one.
+        self._flat = (
+            kind == "elementwise" if policy.shards_parameters else policy.shards_optimizer or kind != "whole"
+        )
         for index, params in enumerate(self._given):
             self._adopt(index, params)
 
@@ -181,7 +191,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """This rank's state: references, not copies; ``load_state_dict`` takes it at the same layout."""
         return {
             "zero_stage": self.policy.stage,
-            "layouts": [partition.layout.to_json() for partition in self.partitions],
+            "layouts": self._layouts(),
             "loss_scaler": None if self.options.scaler is None else self.options.scaler.state_dict(),
             "overflow": self.overflow,
             "fp32_masters": [partition.master.detach() for partition in self.partitions],
@@ -190,8 +200,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def load_state_dict(self, state: dict[str, Any], load_optimizer_states: bool = True) -> None:
         """Raises UsageError when ``state`` was made with other layouts."""
-        mine = [partition.layout.to_json() for partition in self.partitions]
-        if state["layouts"] != mine:
+        if state["layouts"] != self._layouts():
             raise UsageError(
                 "this optimizer state belongs to other parameters, or to another number of ranks. "
                 "Fix: use engine.load_checkpoint, which reads any layout"
@@ -204,7 +213,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if self.options.scaler is not None and state["loss_scaler"] is not None:
             self.options.scaler.load_state_dict(state["loss_scaler"])
 
-    def store_of(self, partition: Partition) -> GradStore:
+    def _layouts(self) -> list[dict[str, Any]]:
+        return [layout.to_json() for partition in self.partitions for _, layout, _, _ in partition.flats()]
+
+    def store_of(self, partition: AnyPartition) -> AnyStore:
         return self.reducer.stores[self.partitions.index(partition)]
 
     def _adopt(self, index: int, params: list[torch.nn.Parameter]) -> None:
@@ -222,21 +234,19 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 by_dtype.setdefault(param.dtype, []).append(param)
             else:
                 self._dormant.append((index, param))
+        make = ShardedPartition if self.policy.shards_parameters else Partition
         for members in by_dtype.values():
             names = [self._names[param] for param in members]
-            partition = Partition(names, members, index, self._group, self.policy, self, self._flat)
+            partition = make(names, members, index, self._group, self.policy, self, self._flat)
             partition.adopt_state()
             self.partitions.append(partition)
             self.reducer.add(partition)
             masters += partition.stepped
             if isinstance(self.optimizer, ShardAware):
-                group = self._group if partition.sharded else SELF
-                self.optimizer.bind_shards(
-                    {partition.master: ShardView(partition.layout, partition.shard, group)}
-                )
+                self.optimizer.bind_shards(partition.views())
         param_group["params"] = masters
 
-    def _survey(self) -> tuple[float, list[tuple[Partition, list[int]]]]:
+    def _survey(self) -> tuple[float, list[tuple[AnyPartition, list[int]]]]:
         """The unscaled global gradient norm, and the parameters that no rank used: one small collective,
         two when some rank left a parameter out."""
         stores = self.reducer.stores
@@ -245,14 +255,25 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         for store in stores:
             counted_once = store.partition.sharded or self._group.rank == 0
             if counted_once:
-                figures[0] += squared_norm(store.shard)
+                figures[0] += squared_norm(store.shard) - self._not_counted(store)
             figures[1] += len(store.partition.params) - len(store.seen)
         all_reduce(figures, self._group, label="gradient norm")
+        if self.options.model_group.size > 1:
+            all_reduce(figures[:1], self.options.model_group, label="gradient norm of all stages")
         squares, missing = figures.tolist()
         unused = self._unused_everywhere(device) if missing else []
         return squares**0.5 / self.loss_scale, unused
 
-    def _unused_everywhere(self, device: torch.device) -> list[tuple[Partition, list[int]]]:
+    def _not_counted(self, store: AnyStore) -> torch.Tensor | float:
+        """The squared norm of this rank's pieces of parameters whose copy on another rank counts."""
+        counts = self.options.counts
+        if counts is None:
+            return 0.0
+        partition = store.partition
+        copies = [i for i, param in enumerate(partition.params) if not counts(param)]
+        return sum((squared_norm(partition.local(store.shard, i)) for i in copies), start=0.0)
+
+    def _unused_everywhere(self, device: torch.device) -> list[tuple[AnyPartition, list[int]]]:
         stores = self.reducer.stores
         flags = [index in store.seen for store in stores for index in range(len(store.partition.params))]
         used = torch.tensor(flags, dtype=torch.int32, device=device)
@@ -265,7 +286,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 found.append((store.partition, indices))
         return found
 
-    def _update(self, factor: float, unused: list[tuple[Partition, list[int]]]) -> None:
+    def _update(self, factor: float, unused: list[tuple[AnyPartition, list[int]]]) -> None:
         """Step on ``factor`` times the reduced gradients."""
         idle = {id(partition) for partition, indices in unused if len(indices) == len(partition.params)}
         for partition, store in zip(self.partitions, self.reducer.stores, strict=True):

@@ -1,4 +1,4 @@
-"""What a parameter knows of ZeRO: its name and where its master, gradient and state live."""
+"""What a parameter knows of ZeRO: its name, where its master lives, and (stage 3) its shards."""
 
 from __future__ import annotations
 
@@ -9,21 +9,33 @@ import torch
 
 if TYPE_CHECKING:
     from zeropipe.runtime.zero.partition import Partition
+    from zeropipe.runtime.zero.sharded_partition import ShardedPartition
+    from zeropipe.runtime.zero.shards import Shards
 
 
 @dataclass(slots=True, weakref_slot=True)
 class ZeroParam:
-    """Carried by a parameter as ``param._zero``, the only state that zeropipe puts there."""
+    """Carried by a parameter as ``param._zero``, the only state that zeropipe puts there.
+
+    ``partition`` is None while no optimizer trains it; ``shards`` is None where the value is whole on each rank.
+    """
 
     name: str
-    partition: Partition
-    index: int  # in partition.params and partition.layout.tensors
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.partition.layout.tensors[self.index].shape
+    partition: Partition | ShardedPartition | None = None
+    index: int = 0  # in partition.params
+    shards: Shards | None = None
 
 
-def zero_param(param: torch.nn.Parameter) -> ZeroParam | None:
-    """The parameter's ZeroParam; None for a parameter that no engine trains."""
+def zero_param(param: torch.Tensor) -> ZeroParam | None:
+    """The parameter's ZeroParam; None for one that no engine and no zero.Init knows."""
     return getattr(param, "_zero", None)
+
+
+def shards_of(param: torch.Tensor) -> Shards | None:
+    """The parameter's shards; None where its value is whole on each rank."""
+    zp = getattr(param, "_zero", None)
+    return None if zp is None else zp.shards
+
+
+def is_sharded(param: torch.Tensor) -> bool:
+    return shards_of(param) is not None

@@ -9,14 +9,15 @@ of its own, and the values are rounded from it after each step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zeropipe.comm.collectives import all_gather, broadcast
-from zeropipe.comm.group import Group
+from zeropipe.comm.group import SELF, Group
 from zeropipe.layout.flat import FlatShards, flat_shards
+from zeropipe.runtime.optimizers.shard_view import ShardView
 from zeropipe.runtime.zero.param import ZeroParam
 from zeropipe.runtime.zero.policy import Policy
 
@@ -58,6 +59,7 @@ class Partition:
             (n, tuple(p.shape), str(p.dtype).removeprefix("torch."))
             for n, p in zip(names, params, strict=True)
         )
+        self.shapes = tuple(tuple(param.shape) for param in params)
         self.layout: FlatShards = flat_shards(specs, group.size if self.sharded else 1, ALIGN)
         self.shard = group.rank if self.sharded else 0
         self.values = _flatten(self.params, self.layout)  # 1D, padded_numel
@@ -98,9 +100,16 @@ class Partition:
                 optimizer.state[tensor] = state
             return
         merged: dict[str, Any] = {}
+        # Of a 0-d parameter the shape alone does not tell a moment from a step count.
+        alike = [
+            {k for k, v in state.items() if torch.is_tensor(v) and v.shape == param.shape}
+            for param, state in zip(self.params, old, strict=True)
+        ]
+        sure = [keys for keys, param in zip(alike, self.params, strict=True) if param.dim() > 0]
+        per_element = set[str]().union(*sure) if sure else set[str]().union(*alike) - {"step"}
         for index, (param, state) in enumerate(zip(self.params, old, strict=True)):
             for key, value in state.items():
-                if torch.is_tensor(value) and value.shape == param.shape and param.dim() > 0:
+                if key in per_element:
                     shard = merged.setdefault(key, torch.zeros_like(self.master))
                     self.scatter(shard, index, value)
                 else:
@@ -130,6 +139,19 @@ class Partition:
             return
         for index in range(len(self.stepped)) if indices is None else indices:
             self.stepped[index].grad = None
+
+    @property
+    def used_numel(self) -> int:
+        return self.layout.numel
+
+    def views(self) -> dict[torch.nn.Parameter, ShardView]:
+        """What an optimizer that needs whole tensors is told of the master."""
+        return {self.master: ShardView(self.layout, self.shard, self.group if self.sharded else SELF)}
+
+    def flats(self) -> Iterator[tuple[str, FlatShards, int, slice]]:
+        """(name, layout, shard, where it lies in a master-sized tensor) of this partition, for a checkpoint."""
+        name = f"group{self.group_index}.{str(self.dtype).removeprefix('torch.')}.{self.names[0]}"
+        yield name, self.layout, self.shard, slice(0, self.layout.shard_numel)
 
     def values_of(self, index: int) -> torch.Tensor:
         """The parameter's value in the flat buffer: 1D, a view."""

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 import torch
 
-from zeropipe.runtime.zero.partition import Partition
+from zeropipe.runtime.zero.types import AnyPartition
 
 
 @contextmanager
 def untouched(
-    optimizer: torch.optim.Optimizer, partitions: Iterable[tuple[Partition, Iterable[int]]]
+    optimizer: torch.optim.Optimizer, partitions: Iterable[tuple[AnyPartition, Iterable[int]]]
 ) -> Iterator[None]:
     """Around ``optimizer.step()``: the named parameters' elements keep their master and their state."""
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -36,7 +36,7 @@ def untouched(
         place.copy_(value)
 
 
-def state_shards(optimizer: torch.optim.Optimizer, partition: Partition) -> dict[str, torch.Tensor]:
+def state_shards(optimizer: torch.optim.Optimizer, partition: AnyPartition) -> dict[str, torch.Tensor]:
     """The partition's optimizer state that is laid out like its shard, by the optimizer's own keys."""
     state = optimizer.state.get(partition.master, {})
     shape = partition.master.shape

@@ -1,0 +1,114 @@
+"""The gradients of a stage-3 partition: reduced bucket by bucket into a shard that lies as the master does.
+
+bucket of a, b    wire, row r:  | a's shard r | b's shard r |     reduced onto rank r
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from zeropipe.comm.collectives import Work, reduce_to_owners
+from zeropipe.layout.buckets import Bucket, cut_buckets
+from zeropipe.layout.flat import FlatShards, flat_shards
+from zeropipe.runtime.zero.policy import Policy
+from zeropipe.runtime.zero.sharded_partition import ShardedPartition
+
+REDUCE = 2  # the channel of gradients: they need no order among gathers
+
+
+class ShardedGradStore:
+    """Holds ``shard`` (1D, as the master, in the accumulation's dtype). The interface is GradStore's."""
+
+    keeps_whole = False
+    reduced = False
+
+    def __init__(self, partition: ShardedPartition, policy: Policy) -> None:
+        self.partition = partition
+        self.policy = policy
+        self.dtype = policy.accumulate_dtype or partition.dtype
+        self.shard = torch.zeros(
+            partition.local_layout.padded_numel, dtype=self.dtype, device=partition.device
+        )
+        self._whole: FlatShards = flat_shards(((s.name, tuple(s.shape), "") for s in partition.shards), 1)
+        self.buckets = cut_buckets(self._whole, policy.bucket_numel)
+        self.seen: set[int] = set()
+        self._held: dict[int, torch.Tensor] = {}  # whole gradients that wait for their bucket, 1D
+        self._written: set[int] = set()  # buckets (by first parameter) that the window has written
+
+    @property
+    def held(self) -> Iterator[torch.Tensor]:
+        """Whole gradients that wait for their bucket."""
+        yield from self._held.values()
+
+    def accept(self, index: int, keep_grad: bool) -> None:
+        """Take ``param.grad`` in until its bucket is complete."""
+        param = self.partition.params[index]
+        grad = param.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            grad = grad.to_dense()
+        held = self._held.get(index)
+        self._held[index] = grad.detach().reshape(-1) if held is None else held + grad.reshape(-1)
+        param.grad = None
+        self.seen.add(index)
+
+    def reopen(self) -> None:
+        """Nothing to do: each reduction adds to the shard."""
+
+    def show(self) -> None:
+        """Nothing to show: no rank has a whole gradient."""
+
+    def launch(self, bucket: Bucket) -> Work:
+        """Start the reduction of ``bucket``; when the work is done the shard holds (or has added) its average."""
+        parts = [(index, self._held.pop(index, None)) for index in bucket.tensors]
+        first = bucket.tensors[0] not in self._written
+        self._written.add(bucket.tensors[0])
+        wire = self._wire(parts)  # [ranks, elements of the bucket per rank]
+        group = self.partition.group
+        own = wire[self.partition.shard]
+        cuts = [(rank, wire[rank]) for rank in range(group.size)]
+        work = reduce_to_owners(cuts, own, group, op="avg", label="gradients", async_op=True, channel=REDUCE)
+
+        def store() -> None:
+            at = 0
+            for index in bucket.tensors:
+                place = self.shard[slice(*self.partition.local_layout.tensor_range(index))]
+                piece = own[at : at + place.numel()]
+                at += place.numel()
+                if first:
+                    place.copy_(piece)
+                else:
+                    place.add_(piece)
+
+        return work.then(store)
+
+    def _wire(self, parts: list[tuple[int, torch.Tensor | None]]) -> torch.Tensor:
+        """The bucket laid out rank by rank; a lone gradient that needs no padding is sent as it is."""
+        size = self.partition.group.size
+        shards = self.partition.shards
+        dtype = self.policy.reduce_dtype or self.dtype
+        if len(parts) == 1:
+            index, grad = parts[0]
+            if grad is not None and shards[index].layout.padding == 0:
+                return grad.to(self.policy.reduce_dtype or grad.dtype).view(size, shards[index].shard_numel)
+        width = sum(shards[index].shard_numel for index, _ in parts)
+        wire = torch.zeros((size, width), dtype=dtype, device=self.shard.device)
+        at = 0
+        for index, grad in parts:
+            layout = shards[index].layout
+            if grad is not None:
+                for piece in layout.tensor_pieces(0):
+                    row = wire[piece.shard, at + piece.offset : at + piece.offset + piece.numel]
+                    row.copy_(grad[piece.start : piece.start + piece.numel])
+            at += layout.shard_numel
+        return wire
+
+    def clear(self) -> None:
+        """Start a new window."""
+        for param in self.partition.params:
+            param.grad = None
+        self.seen.clear()
+        self._held.clear()
+        self._written.clear()

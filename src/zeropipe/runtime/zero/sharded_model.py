@@ -1,0 +1,112 @@
+"""Turns a model into one of stage 3: every parameter a shard, hooks that gather units as they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from zeropipe.comm.collectives import broadcast
+from zeropipe.comm.group import Group
+from zeropipe.runtime.zero.coordinator import Coordinator
+from zeropipe.runtime.zero.fetch_plan import Budget
+from zeropipe.runtime.zero.hooks import ModelHooks
+from zeropipe.runtime.zero.param import shards_of
+from zeropipe.runtime.zero.shards import Shards, shard_parameter
+
+AUTO_PREFETCH_NUMEL = 2**21  # elements at least: below this a gather's latency shows
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """The budgets of stage 3, in elements; None: chosen from the model, so that little more than two units live."""
+
+    prefetch_bucket_size: int | None = None
+    max_live_parameters: int | None = None
+    max_reuse_distance: int | None = None
+    param_persistence_threshold: int = 100_000  # parameters up to this stay gathered
+    model_persistence_threshold: int = 2**63 - 1  # together at most this many elements
+
+    def budget(self, largest_unit: int) -> Budget:
+        prefetch = max(largest_unit, AUTO_PREFETCH_NUMEL)
+        return Budget(
+            prefetch if self.prefetch_bucket_size is None else self.prefetch_bucket_size,
+            2**63 - 1 if self.max_live_parameters is None else self.max_live_parameters,
+            0 if self.max_reuse_distance is None else self.max_reuse_distance,
+        )
+
+
+class ShardedModel:
+    """A module whose parameters are shards, and what gathers them. Collective to make."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        group: Group,
+        sharding: Sharding,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        leaves: Iterable[torch.nn.Module] = (),
+    ) -> None:
+        self.module = module
+        self.group = group
+        self.shards = shard_module(module, group, device, dtype)
+        self.persistent = self._persist(sharding)
+        self.coordinator = Coordinator(group, sharding.budget(0))
+        self.hooks = ModelHooks(module, self.coordinator, leaves)
+        largest = max((unit.numel for unit in self.coordinator.units), default=0)
+        self.coordinator.budget = sharding.budget(largest)
+
+    def end_backward(self) -> None:
+        self.coordinator.end_backward()
+
+    def settle(self) -> None:
+        """Free what a finished or failed pass left gathered."""
+        self.coordinator.settle()
+
+    def destroy(self) -> None:
+        """Remove every hook; the parameters stay shards (``zero.unshard_module`` makes them whole)."""
+        self.hooks.remove()
+        self.coordinator.settle()
+        for shards in self.persistent:
+            shards.persist = False
+            shards.release_if_idle()
+
+    def _persist(self, sharding: Sharding) -> list[Shards]:
+        """Gather the small parameters once and for all, as far as the model's threshold allows."""
+        chosen, total = [], 0
+        for shards in self.shards:
+            small = shards.numel <= sharding.param_persistence_threshold
+            if small and total + shards.numel <= sharding.model_persistence_threshold:
+                total += shards.numel
+                chosen.append(shards)
+        for shards in chosen:
+            shards.persist = True
+            shards.start_gather()
+        for shards in chosen:
+            shards.finish_gather()
+        return chosen
+
+
+def shard_module(
+    module: torch.nn.Module, group: Group, device: torch.device, dtype: torch.dtype | None = None
+) -> list[Shards]:
+    """Make every parameter of ``module`` a shard on ``device``, with rank 0's values; collective.
+
+    Parameters that zero.Init made shards already keep their values; ``dtype`` is the working precision of
+    floating-point parameters (None: their own). Returns the shards in the order of ``named_parameters``.
+    """
+    made = []
+    for ident, (name, param) in enumerate(module.named_parameters()):
+        shards = shards_of(param)
+        if shards is None:
+            whole = param.detach().to(device).contiguous()
+            broadcast(whole, 0, group, label=name)
+            param.data = whole
+            shards = shard_parameter(param, name, ident, group)
+        shards.name, shards.ident = name, ident
+        wanted = dtype if dtype is not None and shards.dtype.is_floating_point else shards.dtype
+        shards.cast(wanted, device)
+        made.append(shards)
+    return made

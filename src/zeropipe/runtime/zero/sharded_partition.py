@@ -1,0 +1,217 @@
+"""A partition of stage 3: parameters that are shards, whose masters lie end to end in one 1-D tensor.
+
+    master   |-- a's shard --|- b's -|------ c's shard ------|pad|      fp32, this rank's; the optimizer steps it
+    a        gathered from every rank's "a's shard" when a module needs it, cast to a's dtype on the way
+
+No second copy exists: in fp32 as in 16 bits a gather reads the master.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from zeropipe.comm.collectives import all_gather
+from zeropipe.comm.group import Group
+from zeropipe.layout.flat import FlatShards, flat_shards
+from zeropipe.runtime.optimizers.shard_view import ShardView
+from zeropipe.runtime.zero.param import ZeroParam, shards_of
+from zeropipe.runtime.zero.partition import ALIGN
+from zeropipe.runtime.zero.policy import Policy
+from zeropipe.runtime.zero.shards import Shards
+from zeropipe.runtime.zero.status import ZeroParamStatus
+
+if TYPE_CHECKING:
+    from zeropipe.runtime.zero.optimizer import ZeroOptimizer
+
+
+class ShardedPartition:
+    """Owns the masters of its parameters' shards. Attributes and methods are those of ``Partition``.
+
+    ``flat``: the optimizer steps on the master as one tensor; otherwise on its pieces, one per parameter, each
+    the 1-D shard of that parameter (optimizers that need whole tensors).
+    """
+
+    sharded = True
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        params: Sequence[torch.nn.Parameter],
+        group_index: int,
+        group: Group,
+        policy: Policy,
+        owner: ZeroOptimizer,
+        flat: bool = True,
+    ) -> None:
+        self.owner = owner
+        self.names = tuple(names)
+        self.params = tuple(params)
+        self.group_index = group_index
+        self.group = group
+        self.shard = group.rank
+        self.dtype = params[0].dtype
+        self.device = params[0].device
+        self.shards: tuple[Shards, ...] = tuple(_shards(param) for param in params)
+        self.shapes = tuple(tuple(shards.shape) for shards in self.shards)
+        specs = ((s.name, (s.shard_numel,), "float32") for s in self.shards)
+        self.local_layout: FlatShards = flat_shards(specs, 1, ALIGN)  # where each shard lies in the master
+        host = policy.offload_optimizer and self.device.type != "cpu"
+        master = torch.zeros(
+            self.local_layout.padded_numel,
+            dtype=torch.float32,
+            device="cpu" if host else self.device,
+            pin_memory=host,
+        )
+        for index, shards in enumerate(self.shards):
+            piece = master[slice(*self.local_layout.tensor_range(index))]
+            piece.copy_(shards.source)
+            shards.source = piece
+            param = self.params[index]
+            param._zero = ZeroParam(self.names[index], self, index, shards)  # type: ignore[attr-defined]
+        self.master = torch.nn.Parameter(master)  # 1D, fp32
+        pieces = [torch.nn.Parameter(shards.source) for shards in self.shards]
+        self.stepped = [self.master] if flat else pieces
+
+    @property
+    def used_numel(self) -> int:
+        return self.local_layout.numel
+
+    def views(self) -> dict[torch.nn.Parameter, ShardView]:
+        """What an optimizer that needs whole tensors is told of each tensor that it steps."""
+        pairs = zip(self.stepped, self.shards, strict=True)
+        return {tensor: ShardView(shards.layout, self.shard, self.group) for tensor, shards in pairs}
+
+    def flats(self) -> Iterator[tuple[str, FlatShards, int, slice]]:
+        """(name, layout, shard, where it lies in a master-sized tensor) of every parameter, for a checkpoint."""
+        for index, shards in enumerate(self.shards):
+            yield shards.name, shards.layout, self.shard, slice(*self.local_layout.tensor_range(index))
+
+    def adopt_state(self) -> None:
+        """Take over state that the optimizer already has for the parameters; it is whole on every rank."""
+        optimizer = self.owner.optimizer
+        old = [optimizer.state.pop(param, {}) for param in self.params]
+        if not any(old):
+            return
+        for index, state in enumerate(old):
+            target = self.stepped[0] if self.stepped[0] is self.master else self.stepped[index]
+            merged = optimizer.state[target]
+            for key, value in state.items():
+                if torch.is_tensor(value) and tuple(value.shape) == self.shapes[index] and value.dim() > 0:
+                    if target is self.master:
+                        self.scatter(merged.setdefault(key, torch.zeros_like(self.master)), index, value)
+                    else:
+                        merged[key] = self._cut(index, value)
+                else:
+                    merged.setdefault(key, value)
+
+    def load_gradient(self, shard: torch.Tensor, factor: float) -> None:
+        """Set the master's gradient to ``factor`` times ``shard`` (1D, as the master); may scale it in place."""
+        if shard.dtype == torch.float32 and shard.device == self.master.device:
+            grad = shard if factor == 1.0 else shard.mul_(factor)
+        else:
+            grad = shard.to(torch.float32, copy=True).mul_(factor).to(self.master.device)
+        if self.stepped[0] is self.master:
+            self.master.grad = grad
+            return
+        for index, tensor in enumerate(self.stepped):
+            tensor.grad = grad[slice(*self.local_layout.tensor_range(index))]
+
+    def drop_gradients(self, indices: Sequence[int] | None = None) -> None:
+        """Take the gradients off what is stepped: all of it, or (where not flat) of some parameters."""
+        if self.stepped[0] is self.master:
+            if indices is None:
+                self.master.grad = None
+            return
+        for index in range(len(self.stepped)) if indices is None else indices:
+            self.stepped[index].grad = None
+
+    def publish(self) -> None:
+        """Make the parameters that are gathered now show the stepped masters; the others are gathered at use."""
+        gathered = [s for s in self.shards if s.status is ZeroParamStatus.AVAILABLE and s.numel]
+        if not gathered:
+            return
+        layout = flat_shards(((s.name, (s.shard_numel,), "") for s in gathered), 1)
+        wire = torch.empty(
+            (self.group.size, layout.numel), dtype=self.dtype, device=self.device
+        )  # row r: rank r's shards of all that is gathered
+        own = wire[self.shard]
+        for index, shards in enumerate(gathered):
+            own[slice(*layout.tensor_range(index))].copy_(shards.source, non_blocking=True)
+        all_gather(wire.view(-1), own, self.group, label="persistent parameters")
+        for index, shards in enumerate(gathered):
+            whole = shards.full.view(self.group.size, shards.shard_numel)
+            whole.copy_(wire[:, slice(*layout.tensor_range(index))])
+
+    def refresh_master(self) -> None:
+        """Nothing to do: values have no existence of their own beside the master."""
+
+    def full(self, shard: torch.Tensor, index: int) -> torch.Tensor:
+        """Parameter ``index``'s elements of a master-sized tensor, from all ranks; collective. A new tensor."""
+        shards = self.shards[index]
+        own = shard[slice(*self.local_layout.tensor_range(index))].contiguous()
+        whole = torch.empty(shards.layout.padded_numel, dtype=shard.dtype, device=shard.device)
+        all_gather(whole, own, self.group, label=shards.name)
+        return whole[: shards.numel].view(shards.shape)
+
+    def scatter(self, shard: torch.Tensor, index: int, value: torch.Tensor) -> None:
+        """Write this rank's piece of ``value`` (the parameter's shape) into a master-sized tensor."""
+        shard[slice(*self.local_layout.tensor_range(index))] = self._cut(index, value)
+
+    def local(self, shard: torch.Tensor, index: int) -> torch.Tensor:
+        """This rank's elements of parameter ``index`` in a master-sized tensor: a 1D view, without padding."""
+        start, _ = self.local_layout.tensor_range(index)
+        numel = sum(piece.numel for piece in self.shards[index].layout.pieces(self.shard))
+        return shard[start : start + numel]
+
+    def write_value(self, index: int, value: torch.Tensor) -> None:
+        """Set parameter ``index`` to ``value`` (its shape, the same on every rank)."""
+        self.scatter(self.master.detach(), index, value)
+        shards = self.shards[index]
+        if shards.status is ZeroParamStatus.AVAILABLE:
+            shards.full[: shards.numel].copy_(value.detach().reshape(-1))
+
+    def state_keys(self) -> set[str]:
+        """The optimizer's state that is laid out like what is stepped; empty before the first step."""
+        state = self.owner.optimizer.state
+        keys = [
+            {k for k, v in state.get(t, {}).items() if torch.is_tensor(v) and v.dim() and v.shape == t.shape}
+            for t in self.stepped
+        ]
+        return set().union(*keys)
+
+    def state_shard(self, key: str) -> torch.Tensor | None:
+        """Optimizer state ``key``, master-sized; a copy where the optimizer steps on pieces."""
+        if key not in self.state_keys():
+            return None
+        state = self.owner.optimizer.state
+        if self.stepped[0] is self.master:
+            return state[self.master][key]
+        whole = torch.zeros_like(self.master)
+        for index, tensor in enumerate(self.stepped):
+            if key in state.get(tensor, {}):
+                whole[slice(*self.local_layout.tensor_range(index))] = state[tensor][key]
+        return whole
+
+    def release(self) -> None:
+        """Leave the parameters as shards without an optimizer."""
+        for param, shards in zip(self.params, self.shards, strict=True):
+            shards.source = shards.source.to(self.device, self.dtype, copy=True)
+            param._zero = ZeroParam(shards.name, shards=shards)  # type: ignore[attr-defined]
+
+    def _cut(self, index: int, value: torch.Tensor) -> torch.Tensor:  # 1D, shard_numel, this rank's
+        """This rank's shard of a whole value."""
+        shards = self.shards[index]
+        cut = torch.zeros(shards.shard_numel, dtype=value.dtype, device=value.device)
+        flat = value.detach().reshape(-1)
+        for piece in shards.layout.pieces(self.shard):
+            cut[piece.offset : piece.offset + piece.numel] = flat[piece.start : piece.start + piece.numel]
+        return cut
+
+
+def _shards(param: torch.nn.Parameter) -> Shards:
+    shards = shards_of(param)
+    assert shards is not None
+    return shards

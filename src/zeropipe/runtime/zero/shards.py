@@ -1,0 +1,142 @@
+"""One sharded parameter: this rank's shard, and the whole value while it is gathered.
+
+    at rest     param.data: shape [0]                 shard: 1D, ceil(numel / ranks), fp32 master or own tensor
+    gathered    param.data: a view of ``full``        full: 1D, padded; its storage is resized to 0 on release
+
+The storage object of ``full`` lives on, so a view of it that autograd saved is valid again once the parameter
+has been gathered again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from zeropipe.comm.collectives import Work, all_gather
+from zeropipe.comm.group import Group
+from zeropipe.layout.flat import FlatShards, flat_shards
+from zeropipe.runtime.zero.param import ZeroParam
+from zeropipe.runtime.zero.sharded_parameter import mark_available, mark_unavailable
+from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType, check_transition
+
+GATHER = 1  # the channel of gathers: they need no order among other collectives
+
+
+class Shards:
+    """Owns the elements of one parameter on this rank. ``source``: what a gather reads, any floating dtype."""
+
+    def __init__(self, param: torch.nn.Parameter, name: str, ident: int, group: Group) -> None:
+        self.name = name
+        self.ident = ident
+        self.group = group
+        self.shape = torch.Size(param.shape)
+        self.dtype = param.dtype
+        spec = (name, tuple(param.shape), str(param.dtype).removeprefix("torch."))
+        self.layout: FlatShards = flat_shards([spec], group.size)
+        self.status = ZeroParamStatus.AVAILABLE
+        self.persist = False  # stays gathered between uses
+        self.holds = 0  # users that need it gathered now
+        self.in_leaf = False  # gathered with a whole module whose children run as the data says
+        self.kind = ZeroParamType.PARTITIONED
+        self.active_modules: set[int] = set()  # what clients know as ds_active_sub_modules
+        # Set by a coordinator: fetches for a use inside a forward and says whether it did.
+        self.fetch_for_use: Callable[[Shards], bool] | None = None
+        self._param = weakref.ref(param)
+        self._work: Work | None = None
+        self.full = torch.zeros(self.layout.padded_numel, dtype=param.dtype, device=param.device)  # 1D
+        self.full[: self.numel].copy_(param.detach().reshape(-1))
+        self.source = self.full[self._own()].clone()  # 1D, shard_numel
+        mark_available(param, self.full[: self.numel].view(self.shape))
+
+    @property
+    def numel(self) -> int:
+        return self.layout.numel
+
+    @property
+    def shard_numel(self) -> int:
+        return self.layout.shard_numel
+
+    @property
+    def param(self) -> torch.nn.Parameter:
+        param = self._param()
+        assert param is not None
+        return param
+
+    def _own(self) -> slice:
+        return slice(*self.layout.shard_range(self.group.rank))
+
+    def cast(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Change the dtype and device of a parameter at rest; also takes a new ``name`` into the layout."""
+        self.release()
+        spec = (self.name, tuple(self.shape), str(dtype).removeprefix("torch."))
+        self.layout = flat_shards([spec], self.group.size)
+        if dtype != self.dtype or device != self.full.device:
+            self.dtype = dtype
+            self.source = self.source.to(device, dtype)
+            self.full = torch.empty(self.layout.padded_numel, dtype=dtype, device=device)
+            self.full.untyped_storage().resize_(0)
+            mark_unavailable(self.param, torch.empty(0, dtype=dtype, device=device))
+
+    def start_gather(self) -> None:
+        """Begin to gather; does nothing unless the parameter is at rest."""
+        if self.status is not ZeroParamStatus.NOT_AVAILABLE:
+            return
+        self.status = check_transition(self.name, self.status, ZeroParamStatus.INFLIGHT)
+        self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
+        own = self.full[self._own()]
+        own.copy_(self.source)
+        self._work = all_gather(
+            self.full, own, self.group, label=self.name, async_op=True, channel=GATHER, guarded=True
+        )
+
+    def finish_gather(self) -> None:
+        """Wait for the gather under way, if any; the parameter is then available."""
+        if self._work is None:
+            return
+        work, self._work = self._work, None
+        try:
+            work.wait()
+        except BaseException:
+            self.status = check_transition(self.name, self.status, ZeroParamStatus.NOT_AVAILABLE)
+            raise
+        self.status = check_transition(self.name, self.status, ZeroParamStatus.AVAILABLE)
+        mark_available(self.param, self.full[: self.numel].view(self.shape))
+
+    def gather(self) -> None:
+        self.start_gather()
+        self.finish_gather()
+
+    def release(self) -> None:
+        """Free the whole value, whatever was written to it; the shard remains."""
+        self.finish_gather()
+        if self.status is not ZeroParamStatus.AVAILABLE:
+            return
+        self.status = check_transition(self.name, self.status, ZeroParamStatus.NOT_AVAILABLE)
+        mark_unavailable(self.param, self.full.new_empty(0))
+        self.full.untyped_storage().resize_(0)
+
+    def release_if_idle(self) -> None:
+        if self.holds == 0 and not self.persist:
+            self.release()
+
+    def write_back(self) -> None:
+        """Take this rank's shard anew from the gathered value (the same on every rank)."""
+        assert self.status is ZeroParamStatus.AVAILABLE
+        self.source.copy_(self.full[self._own()])
+
+    def refresh(self) -> None:
+        """After the shards changed: make a gathered value show them again. Collective if gathered."""
+        if self.status is ZeroParamStatus.AVAILABLE:
+            own = self.full[self._own()]
+            own.copy_(self.source)
+            all_gather(self.full, own, self.group, label=self.name, channel=GATHER, guarded=True)
+
+
+def shard_parameter(param: torch.nn.Parameter, name: str, ident: int, group: Group) -> Shards:
+    """Cut ``param`` (the same value on every rank) into shards and free the whole. Not collective."""
+    shards = Shards(param, name, ident, group)
+    param._zero = ZeroParam(name, shards=shards)  # type: ignore[attr-defined]
+    shards.release()
+    return shards
