@@ -25,6 +25,7 @@ from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.group import world
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.zero.param import shards_of
+from zeropipe.runtime.zero.partition import Partition
 
 if TYPE_CHECKING:
     from zeropipe.runtime.engine import DeepSpeedEngine
@@ -133,6 +134,7 @@ def optimizer_flats(optimizer: ZeroOptimizer) -> Iterator[Holding]:
                 for owner, (name, layout, shard, where) in zip(owners, partition.flats(), strict=False)
             ]
         else:
+            assert isinstance(partition, Partition), "only unsharded partitions step parameter by parameter"
             parts = [
                 (spec.name, FlatShards((spec,), 1), 0, owner, slice(0, spec.numel))
                 for spec, owner in zip(partition.layout.tensors, partition.stepped, strict=True)
