@@ -27,7 +27,7 @@ CONTEXT = GPTConfig.context  # bytes that the model sees at once
 
 def main() -> None:
     args = options.read(__doc__)
-    if launch.under_torchrun():
+    if launch.is_rank():
         train(args)
         return
     config, text = configuration(args), read_text(args.text, CONTEXT)

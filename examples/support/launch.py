@@ -16,9 +16,12 @@ from zeropipe.config.parse import parse_config
 from zeropipe.errors import ConfigError
 
 
-def under_torchrun() -> bool:
-    """Whether this process is one of the ranks."""
-    return "LOCAL_RANK" in os.environ
+def is_rank() -> bool:
+    """Whether torchrun started this process; if so it will not outlive torchrun."""
+    if "LOCAL_RANK" not in os.environ:
+        return False
+    die_with_parent()
+    return True
 
 
 def check(config: dict[str, Any]) -> None:
