@@ -336,12 +336,7 @@ def test_asynchronous_operations_do_not_wait_at_the_start(pool: Pools, numel: in
     pool(2).run(check_overlap, numel)
 
 
-TWO_HOPS = pytest.mark.xfail(
-    strict=True, reason="done() knows nothing of the second hop, not even of the first"
-)
-
-
-@pytest.mark.parametrize("numel", [10, pytest.param(100_000, marks=TWO_HOPS)])
+@pytest.mark.parametrize("numel", [10, 100_000])
 def test_nothing_is_done_before_the_peer_has_started(pool: Pools, numel: int) -> None:
     assert pool(2).run(check_overlap, numel)[0] is False
 

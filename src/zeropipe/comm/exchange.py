@@ -36,6 +36,7 @@ class Work:
         self._what = what
         self._handles = list(handles)
         self._finish = finish
+        self._hidden = False  # more is to be sent when it is waited for
         self.greeting: Callable[[], None] | None = None  # waits for the peers' words and compares them
 
     def wait(self) -> None:
@@ -61,7 +62,12 @@ class Work:
             finish()
 
     def done(self) -> bool:
-        """Whether everything has arrived, so that ``wait`` has only local work left."""
+        """Whether everything is known to have arrived, so that ``wait`` has only local work left.
+
+        False may be too modest: gloo tells of a message's arrival only to who waits for it.
+        """
+        if self._hidden and self._finish is not None:
+            return False
         return all(handle.is_completed() for handle in self._handles)
 
     def then(self, finish: Callable[[], None]) -> Work:
@@ -84,7 +90,9 @@ def then(first: Work, start: Callable[[], Work], what: str) -> Work:
         first.wait()
         start().wait()
 
-    return Work(what, (), finish)
+    work = Work(what, (), finish)
+    work._hidden = True
+    return work
 
 
 def peers(group: Group) -> list[int]:

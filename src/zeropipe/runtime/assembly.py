@@ -129,11 +129,15 @@ def shard_model(
     if zero.stage != 3:
         return None
     given = zero.model_fields_set
+
+    def chosen(key: str) -> int | None:
+        """A budget that the user gave; None leaves it to the model's size."""
+        return getattr(zero, key) if key in given else None
+
     sharding = Sharding(
-        *(
-            getattr(zero, f"stage3_{name}") if f"stage3_{name}" in given else None
-            for name in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
-        ),
+        prefetch_bucket_size=chosen("stage3_prefetch_bucket_size"),
+        max_live_parameters=chosen("stage3_max_live_parameters"),
+        max_reuse_distance=chosen("stage3_max_reuse_distance"),
         param_persistence_threshold=zero.stage3_param_persistence_threshold,
         model_persistence_threshold=zero.stage3_model_persistence_threshold,
     )
