@@ -23,10 +23,14 @@ ROUNDING = 2e-6
 
 
 def values_of(rank: int, numel: int, step: int = 0) -> torch.Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(1000 * step + rank)) * 10.0 ** (step % 3)
+    return torch.randn(numel, generator=torch.Generator().manual_seed(1000 * step + rank)) * 10.0 ** (
+        step % 3
+    )
 
 
-def referee(parts: list[torch.Tensor], worker: list[torch.Tensor], server: list[torch.Tensor]) -> torch.Tensor:
+def referee(
+    parts: list[torch.Tensor], worker: list[torch.Tensor], server: list[torch.Tensor]
+) -> torch.Tensor:
     """The two phases of the algorithm over all ranks in one process, in fp64, straight from the formula."""
     size = len(parts)
     layout = FlatShards((TensorSpec("t", (parts[0].numel(),), "float32"),), size, ALIGN)

@@ -334,7 +334,10 @@ def run_masters(
         for master, view in engine.views.items():
             state = engine.optimizer.state[master]
             assert state["exp_avg"].numel() == state["exp_avg_sq"].numel() == view.layout.shard_numel
-            assert state["worker_error"].numel() >= view.layout.numel
+            assert "worker_error" not in state  # an engine saves state as shared by all ranks
+        lanes = engine.optimizer.rank_state()["lanes"]
+        for lane, view in zip(lanes, engine.views.values(), strict=True):
+            assert lane["worker_error"].numel() >= view.layout.numel
     return problem.copies(engine.params)
 
 
@@ -465,7 +468,7 @@ def test_what_users_read() -> None:
         state = optimizer.state[params[2]]
         assert state["step"] == 7 and state["exp_avg"].shape == state["exp_avg_sq"].shape == (40, 9)
         assert state["worker_error"].numel() == 360
-        assert optimizer.size == 1 and optimizer.initialize
+        assert optimizer.size == 1
         assert cls.__name__ in repr(optimizer)
     adam, lamb = (problem.build(name, params, freeze_step=2) for name in ("adam", "lamb"))
     assert not adam.adam_freeze_key and not lamb.lamb_freeze_key

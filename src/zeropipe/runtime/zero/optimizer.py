@@ -21,6 +21,7 @@ from zeropipe.errors import UsageError
 from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
 from zeropipe.runtime.optimizers.registry import classify
 from zeropipe.runtime.optimizers.shard_view import ShardAware
+from zeropipe.runtime.zero.own_gradients import bind, hand_over, own_squares
 from zeropipe.runtime.zero.partition import Partition
 from zeropipe.runtime.zero.policy import Policy
 from zeropipe.runtime.zero.reducer import Reducer
@@ -85,6 +86,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._dormant: list[tuple[int, torch.nn.Parameter]] = []  # frozen: (param group, parameter)
         watch = Watch(group, micro_step) if options.scaler is not None else None
         self.reducer = Reducer(policy, is_boundary, watch)
+        self._own = bind(optimizer, policy.stage, group)
+        if self._own is not None:
+            self.reducer.keeps_own = self._own.wants_local_gradients
         kind = classify(optimizer)
         # Stage 3 cuts each parameter by itself, so what needs whole tensors steps on the pieces one by one.
         self._flat = (
@@ -252,7 +256,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         stores = self.reducer.stores
         device = stores[0].shard.device if stores else torch.device("cpu")
         figures = torch.zeros(2, dtype=torch.float64, device=device)
-        for store in stores:
+        own = self.reducer.keeps_own()
+        if own:
+            figures[0] += own_squares(stores, self._group.size, self.options.counts)
+        for store in () if own else stores:
             counted_once = store.partition.sharded or self._group.rank == 0
             if counted_once:
                 figures[0] += squared_norm(store.shard) - self._not_counted(store)
@@ -287,7 +294,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         return found
 
     def _update(self, factor: float, unused: list[tuple[AnyPartition, list[int]]]) -> None:
-        """Step on ``factor`` times the reduced gradients."""
+        """Step on ``factor`` times the reduced gradients, or this rank's own."""
+        if self._own is not None and self.reducer.keeps_own():
+            hand_over(self._own, self.reducer.stores, factor)
+            self.optimizer.step()
+            for partition in self.partitions:
+                partition.publish()
+            return
         idle = {id(partition) for partition, indices in unused if len(indices) == len(partition.params)}
         for partition, store in zip(self.partitions, self.reducer.stores, strict=True):
             if id(partition) not in idle:

@@ -46,6 +46,8 @@ class Reducer:
         self.policy = policy
         self.watch = watch
         self.is_boundary = is_boundary
+        # Whether the window's gradients stay on their rank, for an optimizer that exchanges something else.
+        self.keeps_own: Callable[[], bool] = lambda: False
         self.stores: list[AnyStore] = []
         self.passes = 0  # finished ones, ever
         self._window_start = 0  # passes when the window began
@@ -147,8 +149,9 @@ class Reducer:
             if self.watch is not None and param.grad is not None:
                 self.watch.look(store.partition.names[index], param.grad)
             if not self._reducing:
-                if store.keeps_whole:
-                    store.accept(index, keep_grad=True)
+                # Where the dtype is the parameter's own, autograd itself adds up a sharded store's gradients.
+                if store.keeps_whole or store.dtype != store.partition.dtype:
+                    store.accept(index, keep_grad=store.keeps_whole)
                 return
             place = self._place[key]
             if index not in place.waiting:  # a second gradient in one pass: re-entrant backward
@@ -167,7 +170,8 @@ class Reducer:
             return
         self._open = True
         whole = self.stores[0].keeps_whole if self.stores else False
-        self._reducing = force or (not self._local_only and (not whole or self.is_boundary()))
+        wanted = force or (not self._local_only and (not whole or self.is_boundary()))
+        self._reducing = wanted and not self.keeps_own()
         for store in self.stores:
             store.reopen()
         if not self._reducing:

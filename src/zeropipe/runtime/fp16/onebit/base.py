@@ -25,13 +25,13 @@ import torch
 from torch import nn
 
 from zeropipe.comm.group import Group, world
-from zeropipe.errors import ConfigError, UsageError, describe
+from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError, describe
 from zeropipe.runtime.fp16.onebit.exchange import Topology
 from zeropipe.runtime.fp16.onebit.gradients import averaged, clip_, own_gradient, put_gradients
 from zeropipe.runtime.fp16.onebit.lane import Lane, View
 from zeropipe.runtime.fp16.onebit.phases import OneBitPhases, Phase, ZeroOnePhases
-from zeropipe.runtime.fp16.onebit.rank_state import RankState, check_complete, lane_state, redistribute
-from zeropipe.runtime.fp16.onebit.shown_state import publish, restore_errors, restore_tensors
+from zeropipe.runtime.fp16.onebit.rank_state import RankState, check_complete, is_of, lane_state, redistribute
+from zeropipe.runtime.fp16.onebit.shown_state import publish, restore_tensors, saved_phases
 
 
 class CompressedOptimizer(torch.optim.Optimizer):
@@ -63,6 +63,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._views: Mapping[nn.Parameter, View] = {}
         self._local: dict[nn.Parameter, torch.Tensor] = {}
         self._engine_averages = False
+        self._started = False  # whether lanes exist that have stepped
         self._node_size = node_size
         super().__init__(params, defaults)
         self.deepspeed = deepspeed
@@ -70,11 +71,6 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self.cuda_aware = cuda_aware
         self.comm_backend_name = comm_backend_name
         self.using_pipeline = bool(getattr(deepspeed, "pipeline_parallelism", False))
-
-    @property
-    def initialize(self) -> bool:
-        """Whether the error buffers exist."""
-        return any(lane.worker_error is not None for lane in self._lanes)
 
     @property
     def size(self) -> int:
@@ -105,12 +101,26 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._engine_averages = True
 
     def bind_shards(self, views: Mapping[nn.Parameter, View]) -> None:
-        """Step on 1-D masters, each one shard of a layout (one shard at stage 0)."""
-        self._views = dict(views)
+        """Step on 1-D masters, each one shard of a layout (one shard at stage 0). More may follow."""
+        self._views = {**self._views, **views}
+
+    def check_stage(self, stage: int) -> None:
+        """Raises UnsupportedOptimizerError for a ZeRO stage at which this optimizer cannot work."""
+        if stage >= 2:
+            raise UnsupportedOptimizerError(
+                describe(
+                    f"{type(self).__name__} cannot run at ZeRO stage {stage}, which shards gradients as they come: "
+                    "a compressed step needs each rank's own gradient whole",
+                    expected="zero_optimization.stage 0 or 1",
+                    found=stage,
+                    fix="set zero_optimization.stage to 1, or use Adam at this stage",
+                )
+            )
 
     def wants_local_gradients(self) -> bool:
         """Whether the coming step exchanges bits itself, so that gradients must not be averaged before it."""
-        return not self._phases.next()[0].dense
+        self._refresh()
+        return self._compressed()
 
     def set_local_gradient(self, master: nn.Parameter, gradient: torch.Tensor) -> None:
         """This rank's own gradient for the coming step: 1-D over ``master``'s whole buffer."""
@@ -118,7 +128,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        if self._lanes and self.wants_local_gradients():
+        if self._lanes and self._compressed():
             self.param_groups.pop()
             raise UsageError(
                 "a param group was added after compression began: it has no variance to divide by. "
@@ -136,16 +146,19 @@ class CompressedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if grads is not None:
             put_gradients(self.param_groups, grads)
+        self._refresh()
         topology = self._ready()
         phase, after = self._phases.next()
         if phase.dense:
-            gradients = [
-                averaged(lane, None if self._engine_averages else topology.group) for lane in self._lanes
-            ]
+            group = None if self._engine_averages else topology.group
+            # What no rank has used is skipped, as in plain PyTorch: an engine leaves such a master without gradient.
+            lanes = [lane for lane in self._lanes if not lane.bound or lane.params[0].grad is not None]
+            gradients = [averaged(lane, group) for lane in lanes]
         else:
-            gradients = [own_gradient(lane, self._local, topology.group) for lane in self._lanes]
-        clip_(gradients, [lane.options["max_grad_norm"] for lane in self._lanes])
-        for lane, gradient in zip(self._lanes, gradients, strict=True):
+            lanes = self._lanes
+            gradients = [own_gradient(lane, self._local, topology.group) for lane in lanes]
+        clip_(gradients, [lane.options["max_grad_norm"] for lane in lanes])
+        for lane, gradient in zip(lanes, gradients, strict=True):
             lane.step += 1
             if phase.dense:
                 lane.variance_steps += 1
@@ -170,19 +183,32 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """Build what is missing: the topology, and lanes of param groups that have none."""
         if self._topology is None:
             self._topology = Topology(world(), self._node_size)
-        known = {lane.index for lane in self._lanes}
+        known = {param for lane in self._lanes for param in lane.params}
         for index, options in enumerate(self.param_groups):
-            if index in known:
-                continue
-            masters = [p for p in options["params"] if p in self._views]
-            plain = [p for p in options["params"] if p not in self._views and p.requires_grad]
+            new = [p for p in options["params"] if p not in known]
+            masters = [p for p in new if p in self._views]
+            plain = [p for p in new if p not in self._views and p.requires_grad]
             lanes = [Lane(index, options, [master], self._views[master]) for master in masters]
             if plain:
                 lanes.append(Lane(index, options, plain, None))
-            for lane in lanes:
-                lane.step = self._phases.step
+            if lanes and self._started and self._compressed():
+                raise UsageError(
+                    f"parameters of param group {index} became trainable after compression began: they have no "
+                    "variance to divide by. Fix: unfreeze them during the warm-up"
+                )
             self._lanes += lanes
+        self._started = self._phases.step > 0
         return self._topology
+
+    def _compressed(self) -> bool:
+        return not self._phases.next()[0].dense
+
+    def _refresh(self) -> None:
+        """Take over what somebody else has put into ``state`` for a master: an engine that loads a checkpoint."""
+        shown = {p: self.state[p].get("exp_avg") if p in self.state else None for p in self._views}
+        held = {lane.params[0]: lane.own["exp_avg"] for lane in self._lanes if lane.bound and lane.shown}
+        if any(shown[p] is not held.get(p) for p in shown):
+            self._load_entries({param: dict(entry) for param, entry in self.state.items()}, None)
 
     # -- checkpoints ----------------------------------------------------------------------------------------
 
@@ -191,12 +217,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
         saved = super().state_dict()
         for options in saved["param_groups"]:
             options.pop("exp_avg_mask", None)
-        group = self._topology.group if self._topology is not None else world()
         saved["onebit"] = {
             "phases": self._phases.to_json(),
-            "world": group.size,
-            "rank": group.rank,
-            "node_size": self._node_size,
+            "rank_state": None if self._topology is None else self.rank_state(),
         }
         return saved
 
@@ -204,7 +227,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """Take over a state of this class, or one written by DeepSpeed's optimizer of the same name.
 
         Error feedback is this rank's own: it is taken over when the state was saved by the same rank of a world
-        of the same size, and set to zero otherwise (``load_rank_states`` redistributes it). The masks of the
+        of the same size, and is zero otherwise until ``load_rank_states`` redistributes it. The masks of the
         param groups stay as they are. ``freeze_step`` and the like are the new optimizer's; a state from the
         warm-up may be loaded into the compressed phase and the other way round.
 
@@ -221,33 +244,34 @@ class CompressedOptimizer(torch.optim.Optimizer):
         for old, new in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for key, param in zip(old["params"], new["params"], strict=True):
                 entries[param] = saved.get(key, {})
-        self.load_entries(entries, state_dict.get("onebit"))
-
-    def load_entries(
-        self, entries: Mapping[torch.Tensor, Mapping[str, Any]], info: dict[str, Any] | None
-    ) -> None:
-        """As ``load_state_dict``, with the state given by parameter (or master); ``info``: its ``onebit`` part."""
-        steps = max((int(entry["step"]) for entry in entries.values() if "step" in entry), default=0)
-        self._phases = self._phases.resumed(info["phases"]) if info else self._phases.forwarded(steps)
-        self._lanes.clear()
-        topology = self._ready()
-        group = topology.group
-        here = {"world": group.size, "rank": group.rank, "node_size": self._node_size}
-        same_rank = info is not None and all(info[key] == value for key, value in here.items())
-        for lane in self._lanes:
-            mine = [entries.get(param, {}) for param in lane.params]
-            lane.step = int(mine[0].get("step", lane.step))
-            lane.variance_steps = int(mine[0].get("variance_steps", self._phases.variance_steps))
-            restore_tensors(lane, mine, self._more_own(mine[0]))
-            if same_rank and self.wants_local_gradients() and "worker_error" in mine[0]:
-                restore_errors(lane, mine, topology)
-            self._restored(lane, mine, same_rank)
-        if steps and self.wants_local_gradients() and not same_rank and group.size > 1:
+        info = state_dict.get("onebit") or {}
+        self._load_entries(entries, info.get("phases"))
+        state, topology = info.get("rank_state"), self._ready()
+        if state is not None and is_of(state, topology):
+            self.load_rank_states([state])
+        elif self._phases.step and self._compressed() and topology.group.size > 1:
             warnings.warn(
                 "the loaded optimizer state holds no error feedback of this rank in a world of this size: it starts "
                 "from zero. Load all ranks' states with load_rank_states to keep it",
-                stacklevel=3,
+                stacklevel=2,
             )
+
+    def _load_entries(
+        self, entries: Mapping[torch.Tensor, Mapping[str, Any]], phases: dict[str, int] | None
+    ) -> None:
+        """Make new lanes of the state given by parameter (or master), at ``phases`` or what the entries tell."""
+        steps = max((int(entry["step"]) for entry in entries.values() if "step" in entry), default=0)
+        phases = phases or saved_phases(entries.values())
+        self._phases = self._phases.forwarded(steps) if phases is None else self._phases.resumed(phases)
+        self._lanes.clear()
+        self._started = False
+        self._ready()
+        for lane in self._lanes:
+            mine = [entries.get(param, {}) for param in lane.params]
+            lane.step = int(mine[0].get("step", 0))
+            lane.variance_steps = int(mine[0].get("variance_steps", self._phases.variance_steps))
+            restore_tensors(lane, mine, self._more_own(mine[0]))
+            self._restored(lane, mine)
         self._publish()
 
     def rank_state(self) -> RankState:
@@ -263,14 +287,17 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return {"world": group.size, "rank": group.rank, "node_size": self._node_size, "lanes": lanes}
 
     def load_rank_states(self, states: Sequence[RankState]) -> None:
-        """Take over the error feedback of all ranks of a run of any size, after ``load_state_dict``.
+        """Take over the error feedback of a run of any size, after ``load_state_dict``.
 
-        ``states``: one per rank of the saving run. The rule is in ``rank_state``. Nothing is done in a dense phase.
+        ``states``: one per rank of the saving run, or this rank's own alone if the ranks are the same. The rule is
+        in ``rank_state``. Nothing is done in a dense phase.
         Raises CheckpointError when they belong to other parameters, or some ranks' are missing.
         """
-        check_complete(states)
+        self._refresh()
         topology = self._ready()
-        if not self.wants_local_gradients():
+        if len(states) != 1 or not is_of(states[0], topology):
+            check_complete(states)
+        if not self._compressed():
             return
         for number, lane in enumerate(self._lanes):
             worker, server, further = redistribute(states, number, lane.exchange(topology).layout, topology)
@@ -282,7 +309,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def _publish(self) -> None:
         for lane in self._lanes:
-            publish(lane, self.state, self._extra(lane), self._topology)
+            publish(lane, self.state, self._extra(lane), self._topology, self._phases.to_json())
 
     # -- what a subclass adds -------------------------------------------------------------------------------
 
@@ -294,7 +321,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """Names of the further tensors in a saved ``entry`` that cover the state."""
         return ()
 
-    def _restored(self, lane: Lane, entries: Sequence[Mapping[str, Any]], same_rank: bool) -> None:
+    def _restored(self, lane: Lane, entries: Sequence[Mapping[str, Any]]) -> None:
         """Called when the lane's tensors have been taken over from ``entries``, one per parameter."""
 
     def _rank_tensors(self, lane: Lane) -> dict[str, torch.Tensor]:

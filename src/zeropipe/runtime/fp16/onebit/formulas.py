@@ -40,16 +40,21 @@ def denominator(lane: Lane, variance: torch.Tensor, correction: float, inside: b
     return corrected.add_(eps).sqrt_() if inside else corrected.sqrt_().add_(eps)
 
 
-def direction(lane: Lane, inside: bool) -> torch.Tensor:  # 1-D float32, lane.numel
-    """m / (sqrt(v) + eps), corrected."""
+def direction(lane: Lane, inside: bool, frozen: bool) -> torch.Tensor:  # 1-D float32, lane.numel
+    """m / (sqrt(v) + eps), corrected; 0 where a ``frozen`` v is 0.
+
+    Such an element had no gradient before v was frozen, so nothing tells how far it may move; without the
+    exception its first gradient would be divided by eps.
+    """
     first, second = corrections(lane)
     below = denominator(lane, lane.own["exp_avg_sq"], second, inside)
-    return torch.div(lane.own["exp_avg"] / first, below, out=below)
+    update = torch.div(lane.own["exp_avg"] / first, below, out=below)
+    return update.masked_fill_(lane.own["exp_avg_sq"] == 0, 0.0) if frozen else update
 
 
-def adam_update(lane: Lane, inside: bool) -> None:
+def adam_update(lane: Lane, inside: bool, frozen: bool) -> None:
     """x = x - lr (m / (sqrt(v) + eps) + decay x)."""
-    update, values = direction(lane, inside), lane.read()
+    update, values = direction(lane, inside, frozen), lane.read()
     if lane.options["weight_decay"]:
         update.add_(values * lane.options["weight_decay"])
     values.sub_(update.mul_(lane.options["lr"]))

@@ -129,7 +129,7 @@ class OnebitLamb(CompressedOptimizer):
 
     def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
         move_moments(lane, gradient)
-        values, update = lane.read(), direction(lane, self.eps_mode == 0)
+        values, update = lane.read(), direction(lane, self.eps_mode == 0, frozen=False)
         if lane.options["weight_decay"]:
             update.add_(values * lane.options["weight_decay"])
         (weights, updates), _ = lane.measure([values, update], [], self.size)
@@ -147,12 +147,12 @@ class OnebitLamb(CompressedOptimizer):
         lane.average_momentum(gradient, beta1, topology)
         rebuilt = before.mul_(-beta1).add_(lane.own["exp_avg"]).div_(1 - beta1)
         follow(lane.own["exp_avg_sq_fresh"], rebuilt.square_(), beta2)
-        first, second = corrections(lane)
+        second = corrections(lane)[1]
         inside = self.eps_mode == 0
         frozen = denominator(lane, lane.own["exp_avg_sq"], second, inside)
         third = 1 - beta2**lane.step if lane.options["bias_correction"] else 1.0
         moving = denominator(lane, lane.own["exp_avg_sq_fresh"], third, inside)
-        adam = (lane.own["exp_avg"] / first).div_(frozen)
+        adam = direction(lane, inside, frozen=True)
         values, decay = lane.read(), lane.options["weight_decay"]
         update = adam + values * decay if decay else adam
         (plain, updates), (factor,) = lane.measure([adam, update], [frozen.div_(moving)], topology.group.size)
@@ -191,7 +191,7 @@ class OnebitLamb(CompressedOptimizer):
         complete = all(name in entry for name in ("exp_avg_sq_fresh", "last_factor", "scaling_coeff"))
         return ("exp_avg_sq_fresh",) if complete and self.lamb_freeze_key else ()
 
-    def _restored(self, lane: Lane, entries: Sequence[Mapping[str, Any]], same_rank: bool) -> None:
+    def _restored(self, lane: Lane, entries: Sequence[Mapping[str, Any]]) -> None:
         names = ["lamb_coeff", "lamb_coeff_freeze"]
         if "exp_avg_sq_fresh" in lane.own:
             names += ["last_factor", "scaling_coeff"]

@@ -37,6 +37,12 @@ def lane_state(
     }
 
 
+def is_of(state: RankState, topology: Topology) -> bool:
+    """Whether ``state`` was saved by this very rank, among as many ranks and nodes."""
+    saved = (state["world"], state["rank"], state["node_size"])
+    return saved == (topology.group.size, topology.group.rank, topology.node_size)
+
+
 def check_complete(states: Sequence[RankState]) -> None:
     """Raises CheckpointError when ``states`` are not those of all ranks of one run."""
     if not states:
@@ -61,10 +67,9 @@ def redistribute(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]]:
     """This rank's worker error, server error and further tensors of lane ``lane``, by the rule above.
 
-    ``layout``: of the new exchange. Errors are None where the old run had none yet. Raises CheckpointError when
-    the states are incomplete or belong to other tensors.
+    ``states``: of all old ranks, or this one's alone. ``layout``: of the new exchange. Errors are None where the
+    old run had none yet. Raises CheckpointError when the states belong to other tensors.
     """
-    check_complete(states)
     by_rank = sorted(states, key=lambda state: int(state["rank"]))
     lanes: list[LaneState] = []
     for state in by_rank:
@@ -85,8 +90,8 @@ def redistribute(
             )
         )
     node_size = int(by_rank[0]["node_size"])
-    if (len(lanes), node_size) == (topology.group.size, topology.node_size):
-        mine = lanes[topology.group.rank]
+    mine = next((entry for state, entry in zip(by_rank, lanes, strict=True) if is_of(state, topology)), None)
+    if mine is not None:
         return mine["worker_error"], mine["server_error"], mine["further"]
     further = {
         name: torch.stack([entry["further"][name] for entry in lanes]).mean(0) for name in lanes[0]["further"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from zeropipe.errors import CheckpointError, describe
 from zeropipe.runtime.fp16.onebit.exchange import Topology
 from zeropipe.runtime.fp16.onebit.lane import Lane
 
+_PHASE = "phase_"  # prefix of keys in ``state``
 Entry = Mapping[str, Any]  # one parameter's part of ``optimizer.state``
 
 
@@ -19,14 +20,20 @@ def publish(
     state: MutableMapping[torch.Tensor, dict[str, Any]],
     extra: Mapping[str, Any],
     topology: Topology | None,
+    phases: Mapping[str, int],
 ) -> None:
-    """Write the lane's state under its parameters: tensors as views, in the parameter's shape."""
+    """Write the lane's state under its parameters: tensors as views, in the parameter's shape.
+
+    Under a master only what all ranks share appears, because an engine saves it as such: moments, and numbers.
+    The error feedback is in ``rank_state``.
+    """
     common = {"step": lane.step, "variance_steps": lane.variance_steps, **extra, **lane.scalars}
+    lane.shown = True
     if lane.bound:
-        shown = state[lane.params[0]]
-        shown.update(common | lane.own | lane.per_tensor)
-        if lane.worker_error is not None and lane.server_error is not None:
-            shown.update(worker_error=lane.worker_error, server_error=lane.server_error)
+        numbers = {f"{_PHASE}{key}": value for key, value in phases.items()}
+        # Two dims, so that one number per tensor is never taken for one per element.
+        vectors = {name: value.unsqueeze(1) for name, value in lane.per_tensor.items()}
+        state[lane.params[0]].update(common | numbers | vectors | lane.own)
         return
     views: dict[str, Sequence[torch.Tensor]] = {name: lane.split(value) for name, value in lane.own.items()}
     views.update({name: value.unbind() for name, value in lane.per_tensor.items()})
@@ -34,6 +41,15 @@ def publish(
         views.update(_error_views(lane, topology))
     for number, param in enumerate(lane.params):
         state[param].update(common | {name: parts[number] for name, parts in views.items()})
+
+
+def saved_phases(entries: Iterable[Entry]) -> dict[str, int] | None:
+    """Where the optimizer stood, as ``publish`` wrote it under a master; None where nothing says so."""
+    for entry in entries:
+        found = {k.removeprefix(_PHASE): int(v) for k, v in entry.items() if k.startswith(_PHASE)}
+        if found:
+            return found
+    return None
 
 
 def restore_tensors(lane: Lane, entries: Sequence[Entry], more: Sequence[str]) -> None:
@@ -44,20 +60,6 @@ def restore_tensors(lane: Lane, entries: Sequence[Entry], more: Sequence[str]) -
     for name in ("exp_avg", "exp_avg_sq", *more):
         target = lane.own[name] if name in lane.own else lane.allocate(name)
         parts = [target] if lane.bound else lane.split(target)
-        _fill(lane, name, parts, entries)
-
-
-def restore_errors(lane: Lane, entries: Sequence[Entry], topology: Topology) -> None:
-    """Fill the error feedback, which this very rank saved.
-
-    Raises CheckpointError when it does not fit.
-    """
-    worker, server = lane.errors(topology)
-    if lane.bound:
-        views: dict[str, list[torch.Tensor]] = {"worker_error": [worker], "server_error": [server]}
-    else:
-        views = _error_views(lane, topology)
-    for name, parts in views.items():
         _fill(lane, name, parts, entries)
 
 

@@ -123,18 +123,18 @@ class ZeroOneAdam(CompressedOptimizer):
     def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
         self._leave_local(lane)
         move_moments(lane, gradient)
-        adam_update(lane, self.eps_mode == 0)
+        adam_update(lane, self.eps_mode == 0, frozen=False)
 
     def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase, topology: Topology) -> None:
         if phase is Phase.COMPRESSED:
             self._leave_local(lane)
             lane.average_momentum(gradient, lane.options["betas"][0], topology)
-            adam_update(lane, self.eps_mode == 0)
+            adam_update(lane, self.eps_mode == 0, frozen=True)
             return
         if "momentum_accumulator" not in lane.own:
             self._enter_local(lane)
         rate = lane.options["lr"] / corrections(lane)[0]
-        follow(lane.own["exp_avg"], gradient, lane.options["betas"][0])
+        follow(lane.own["exp_avg"][: gradient.numel()], gradient, lane.options["betas"][0])
         lane.own["momentum_accumulator"].add_(lane.own["exp_avg"] * rate)
         lane.scalars["lrs"] += lane.options["lr"]
         lane.scalars["corrected_lrs"] += rate
@@ -160,6 +160,7 @@ class ZeroOneAdam(CompressedOptimizer):
         """y - u / (sqrt(v) + eps) - decay y sum(lr)."""
         below = denominator(lane, lane.own["exp_avg_sq"], corrections(lane)[1], self.eps_mode == 0)
         update = lane.own["momentum_accumulator"] / below
+        update.masked_fill_(lane.own["exp_avg_sq"] == 0, 0.0)  # as formulas.direction
         update.add_(lane.own["last_synced"] * (lane.options["weight_decay"] * lane.scalars["lrs"]))
         return torch.sub(lane.own["last_synced"], update, out=update)
 
@@ -191,12 +192,12 @@ class ZeroOneAdam(CompressedOptimizer):
     def _more_own(self, entry: Mapping[str, Any]) -> tuple[str, ...]:
         return _LOCAL if all(name in entry for name in _LOCAL) else ()
 
-    def _restored(self, lane: Lane, entries: Sequence[Mapping[str, Any]], same_rank: bool) -> None:
+    def _restored(self, lane: Lane, entries: Sequence[Mapping[str, Any]]) -> None:
         if "last_synced" not in lane.own:
             return
-        lane.scalars.update({name: float(entries[0][name]) if same_rank else 0.0 for name in _SUMS})
-        if not same_rank:  # what the saving rank did by itself is not this rank's; see load_rank_states
-            lane.own["momentum_accumulator"].zero_()
+        # What the saving rank did by itself is not this rank's, so all begin at y; see load_rank_states.
+        lane.scalars.update(dict.fromkeys(_SUMS, 0.0))
+        lane.own["momentum_accumulator"].zero_()
         lane.write(self._position(lane))
 
     def _rank_tensors(self, lane: Lane) -> dict[str, torch.Tensor]:
