@@ -110,5 +110,9 @@ def test_phases_gather_again_after_a_rest_and_never_use_what_is_released():
 def test_tied_stages_reduce_at_the_end_in_stage_order_on_every_rank():
     schedule = with_sharding(make_schedule("1f1b", 3, 4), tied_stages=(0, 2))
     assert [str(s) for s in schedule.ranks[0][-2:]] == ["0REDUCE_TIED", "0REDUCE_GRAD"]
+    assert (
+        str(with_sharding(make_schedule("1f1b", 2, 4), Unshard.STEP, tied_stages=(0, 1)).ranks[0][-1])
+        == "0RESHARD"
+    )
     assert [str(s) for s in schedule.ranks[2][-2:]] == ["2REDUCE_TIED", "2REDUCE_GRAD"]
     simulate(schedule)

@@ -27,7 +27,8 @@ from zeropipe.runtime.pipe.stage import Stage
 from zeropipe.runtime.pipe.transfers import with_transfers
 from zeropipe.runtime.zero.grads import GradStore
 from zeropipe.runtime.zero.optimizer import ZeroOptimizer
-from zeropipe.runtime.zero.param import zero_param
+from zeropipe.runtime.zero.param import shards_of, zero_param
+from zeropipe.runtime.zero.shards import Shards
 
 
 class StageSharding:
@@ -57,10 +58,23 @@ class StageSharding:
         self._optimizer.reducer.finish_window()
 
     def unshard(self, stage: int) -> None:
-        """Stage 3 alone."""
+        """All parameters of the stage at once: their gathers travel together."""
+        found = self._shards(stage)
+        for shards in found:
+            shards.holds += 1
+            shards.start_gather()
+        for shards in found:
+            shards.finish_gather()
 
     def reshard(self, stage: int) -> None:
-        """Stage 3 alone."""
+        for shards in self._shards(stage):
+            shards.holds -= 1
+            shards.release_if_idle()
+
+    def _shards(self, stage: int) -> list[Shards]:
+        modules = [self._module.layer_module(layer) for layer in self._module.layers_of(stage)]
+        params = dict.fromkeys(p for m in modules if m is not None for p in m.parameters())
+        return [shards for shards in map(shards_of, params) if shards is not None]
 
 
 class PipelineEngine(DeepSpeedEngine):
@@ -88,6 +102,9 @@ class PipelineEngine(DeepSpeedEngine):
         self._executor: Executor | None = None
         self._iterator: Iterator[Any] | None = None
         self._batch_fn: Callable[[Any], Any] | None = None
+        if self._sharded is not None:
+            # The schedule says when a stage is gathered; gathering each layer by itself would only cost messages.
+            self._sharded.hooks.remove()
         self._sharding = None if self.optimizer is None else StageSharding(self.optimizer, module)
         self._host = TrainingHost(module.stages, module.ties, self.device, self._sharding)
         self._term_names: list[str] | None = None  # of the loss function's other terms, once known

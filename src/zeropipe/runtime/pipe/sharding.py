@@ -22,9 +22,6 @@ class Unshard(Enum):
     PHASE = "phase"  # once for each run of uses: gathered stages that rest are released
 
 
-_USES_PARAMETERS = frozenset({Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT})
-
-
 def with_sharding(
     schedule: Schedule,
     unshard: Unshard = Unshard.NEVER,
@@ -42,12 +39,17 @@ def with_sharding(
         before: dict[int, list[Instruction]] = {}
         after: dict[int, list[Instruction]] = {}
         end: list[Instruction] = []
+        release_last: list[Instruction] = []
         for stage in schedule.stages_of(rank):
             uses = [i for i, s in enumerate(line) if s.stage == stage and s.op in COMPUTE]
             if unshard is not Unshard.NEVER:
                 for first, last in _runs(line, stage, gap if unshard is Unshard.PHASE else len(line)):
                     before.setdefault(first, []).append(Instruction(stage, Op.UNSHARD))
-                    after.setdefault(last, []).append(Instruction(stage, Op.RESHARD))
+                    release = Instruction(stage, Op.RESHARD)
+                    if stage in tied_stages and last == uses[-1]:
+                        release_last.append(release)  # its gradients still have to be summed
+                    else:
+                        after.setdefault(last, []).append(release)
             if not schedule.has_backward:
                 continue
             if stage in tied_stages:
@@ -61,13 +63,14 @@ def with_sharding(
             steps += before.get(i, ())
             steps.append(step)
             steps += after.get(i, ())
-        lines.append(tuple(steps + end))
+        lines.append(tuple(steps + end + release_last))
     return Schedule(tuple(lines), schedule.name)
 
 
 def _runs(line: tuple[Instruction, ...], stage: int, gap: int) -> list[tuple[int, int]]:
-    """(first, last) use of each run of uses of a stage's parameters; weight gradients do not need them."""
-    uses = [i for i, step in enumerate(line) if step.stage == stage and step.op in _USES_PARAMETERS]
+    """(first, last) use of each run of uses of a stage's parameters."""
+    # A weight gradient counts: autograd looks at all that its node saved, the parameter too.
+    uses = [i for i, step in enumerate(line) if step.stage == stage and step.op in COMPUTE]
     runs = [[uses[0], uses[0]]]
     for use in uses[1:]:
         if use - runs[-1][1] > gap:
