@@ -93,7 +93,7 @@ def _gradient_tensors(
     optimizer: ZeroOptimizer, params: Iterable[torch.nn.Parameter]
 ) -> Iterator[torch.Tensor]:
     for store in optimizer.reducer.stores:
-        yield store.buffer
+        yield store.shard
         yield from store.held
     for param in params:
         if param.grad is not None:

@@ -58,7 +58,8 @@ class GradStore:
             param.grad = view if keep_grad and view.dtype == param.dtype else None
         else:
             held = self._held.get(index)
-            self._held[index] = grad.detach().reshape(-1) if held is None else held + grad.reshape(-1)
+            flat = grad.detach().reshape(-1)
+            self._held[index] = flat if held is None else held.to(self.dtype).add(flat)
             param.grad = None
         self.seen.add(index)
 
@@ -105,7 +106,7 @@ class GradStore:
         if self.partition.group.size == 1:
             self._store_alone(bucket, parts, first)
             return Work("gradients")
-        dtype = self.policy.reduce_dtype or (self.dtype if len(parts) > 1 else self.partition.dtype)
+        dtype = self.policy.reduce_dtype or self.dtype  # also for one part: buckets must not show in the numbers
         sizes = [self.partition.layout.tensors[index].numel for index in bucket.tensors]
         device = self.buffer.device
         filled = [

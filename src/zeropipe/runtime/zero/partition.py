@@ -78,7 +78,7 @@ class Partition:
 
     def _make_master(self, policy: Policy) -> torch.Tensor:
         offloaded = policy.offload_optimizer and self.values.device.type != "cpu"
-        if self.dtype == torch.float32 and not offloaded:
+        if self.dtype in (torch.float32, torch.float64) and not offloaded:
             return self.own_values
         host = torch.empty(self.own_values.shape, dtype=torch.float32, pin_memory=True) if offloaded else None
         return self.own_values.float() if host is None else host.copy_(self.own_values)
@@ -121,7 +121,7 @@ class Partition:
         if shard.dtype == self.master.dtype and shard.device == self.master.device:
             grad = shard if factor == 1.0 else shard.mul_(factor)
         else:
-            grad = shard.to(torch.float32, copy=True)
+            grad = shard.to(self.master.dtype, copy=True)
             if factor != 1.0:
                 grad.mul_(factor)
             grad = grad.to(self.master.device)

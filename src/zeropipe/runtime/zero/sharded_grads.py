@@ -50,7 +50,8 @@ class ShardedGradStore:
         if grad.layout != torch.strided:
             grad = grad.to_dense()
         held = self._held.get(index)
-        self._held[index] = grad.detach().reshape(-1) if held is None else held + grad.reshape(-1)
+        flat = grad.detach().reshape(-1)
+        self._held[index] = flat if held is None else held.to(self.dtype).add(flat)
         param.grad = None
         self.seen.add(index)
 
@@ -92,7 +93,7 @@ class ShardedGradStore:
         if len(parts) == 1:
             index, grad = parts[0]
             if grad is not None and shards[index].layout.padding == 0:
-                return grad.to(self.policy.reduce_dtype or grad.dtype).view(size, shards[index].shard_numel)
+                return grad.to(dtype).view(size, shards[index].shard_numel)
         width = sum(shards[index].shard_numel for index, _ in parts)
         wire = torch.zeros((size, width), dtype=dtype, device=self.shard.device)
         at = 0
