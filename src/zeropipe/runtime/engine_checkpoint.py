@@ -119,7 +119,16 @@ class EngineCheckpoint:
                 translate.masters_from_values(engine.optimizer)
         else:
             self._check_names(loaded, load_module_strict)
+            translate.show_loaded_shards(engine)
         self._adopt(engine, loaded, with_optimizer, load_lr_scheduler_states and not load_module_only)
+        if with_optimizer and engine.optimizer is not None and loaded.flats:
+            self._say(
+                translate.adopt_own_state(
+                    engine.optimizer,
+                    loaded.train.per_rank,
+                    lambda: [source.train_state(rank).per_rank for rank in range(source.world)],
+                )
+            )
         if not load_module_only:
             translate.adopt_clock(engine, loaded)
         return loaded.path, clone_tensors_for_torch_save(loaded.train.client_state)

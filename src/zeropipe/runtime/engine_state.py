@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from zeropipe.checkpoint.state import (
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.group import world
 from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.runtime.zero.own_gradients import Communicates
 from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.partition import Partition
 
@@ -186,11 +187,32 @@ def _train_state(engine: DeepSpeedEngine, client_state: dict[str, Any], with_rng
         clock.micro_steps,
         lr_scheduler=schedule.state_dict() if hasattr(schedule, "state_dict") else None,
         loss_scaler=None if scaler is None else dict(scaler.state_dict()),
-        per_rank={"rng": rng_state(engine.device)} if with_rng else {},
+        per_rank={"rng": rng_state(engine.device)} | _own_state(engine.optimizer) if with_rng else {},
         common={"data": loader.state_dict() if hasattr(loader, "state_dict") else None},
         client_state=client_state,
         ds_config=_plain_config(engine.config),
     )
+
+
+def _own_state(optimizer: ZeroOptimizer | None) -> dict[str, Any]:
+    """What an optimizer that communicates by itself keeps on this rank alone."""
+    base = None if optimizer is None else optimizer.optimizer
+    return {"optimizer": base.rank_state()} if isinstance(base, Communicates) else {}
+
+
+def adopt_own_state(
+    optimizer: ZeroOptimizer, own: Mapping[str, Any], everyone: Callable[[], list[Mapping[str, Any]]]
+) -> str:
+    """Give such an optimizer what each rank kept: ``own`` is this rank's part of the file. What to log, or ""."""
+    base = optimizer.optimizer
+    if not isinstance(base, Communicates):
+        return ""
+    notice = base.take_rank_states(
+        own.get("optimizer"), lambda: [part["optimizer"] for part in everyone() if "optimizer" in part]
+    )
+    for partition in optimizer.partitions:  # masters may have moved to where this rank stood by itself
+        partition.publish()
+    return notice
 
 
 def _plain_config(config: Any) -> Any:
@@ -283,6 +305,19 @@ def adopt_clock(engine: DeepSpeedEngine, loaded: LoadedState) -> None:
     # Gradients of an unfinished window are not saved, so the window starts over.
     micro_steps = train.micro_steps or train.global_steps * accumulation
     clock.micro_steps = micro_steps - micro_steps % accumulation
+
+
+def show_loaded_shards(engine: DeepSpeedEngine) -> None:
+    """Parameters that are shards, and gathered now, show what was read into the shards. Collective at stage 3."""
+    held: set[int] = set()
+    for partition in engine.optimizer.partitions if engine.optimizer is not None else ():
+        held |= {id(param) for param in partition.params}
+        if not isinstance(partition, Partition):
+            partition.publish()
+    for param in engine.module.parameters():
+        shards = shards_of(param)
+        if shards is not None and id(param) not in held:
+            shards.refresh()
 
 
 def masters_from_values(optimizer: ZeroOptimizer) -> None:
