@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 
+from zeropipe.checkpoint.state import LoadedState
 from zeropipe.comm.agree import agree
 from zeropipe.comm.collectives import all_gather_object, all_reduce, barrier, broadcast, broadcast_object
 from zeropipe.errors import UsageError, describe
@@ -384,6 +386,13 @@ class PipelineEngine(DeepSpeedEngine):
             return None
         self.loss_terms = {name: figures[at] for at, name in enumerate(names, 1)}
         return list(figures[1 + len(names) :]) if how is None else figures[0]
+
+    def _check_names(self, loaded: LoadedState, strict: bool) -> None:
+        """A parameter is strange only if no stage knows it, and an error only if all ranks raise it."""
+        everyone = all_gather_object((loaded.missing, loaded.unexpected), self.grid.pipe_group, label="names")
+        missing = dict.fromkeys(name for absent, _ in everyone for name in absent)
+        strange = [n for n in loaded.unexpected if all(n in unexpected for _, unexpected in everyone)]
+        super()._check_names(replace(loaded, missing=tuple(missing), unexpected=tuple(strange)), strict)
 
     def _need_whole(self, call: str) -> None:
         if self._broken:
