@@ -16,7 +16,9 @@ from zeropipe.runtime import lr_schedules
 from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
 from zeropipe.runtime.zero.leaf import leaf_modules
-from zeropipe.runtime.zero.param import is_sharded, zero_param
+from zeropipe.runtime.zero.mics import Replication, mics_groups
+from zeropipe.runtime.zero.own_gradients import Communicates
+from zeropipe.runtime.zero.param import is_sharded, shards_of, zero_param
 from zeropipe.runtime.zero.policy import AUTO_BUCKET_NUMEL, Policy
 from zeropipe.runtime.zero.sharded_model import ShardedModel, Sharding
 
@@ -32,9 +34,48 @@ def data_parallel_group(mpu: Any, mesh: Any) -> Group:
     if mpu is not None:
         return from_process_group(mpu.get_data_parallel_group())
     if mesh is not None and hasattr(mesh, "get_group"):
+        pair = _mesh_pair(mesh)
+        if pair is not None:
+            both = world() if mesh.size() == world().size else mesh[pair]._flatten().get_group()
+            return both if isinstance(both, Group) else from_process_group(both)
         name = "data_parallel" if "data_parallel" in (mesh.mesh_dim_names or ()) else 0
         return from_process_group(mesh.get_group(name))
     return world()
+
+
+def replication(config: Config, group: Group, mesh: Any, module: torch.nn.Module) -> Replication:
+    """Which ranks of ``group`` share one copy of the shards at stage 3, from the config or a 2-D mesh; collective."""
+    zero = config.zero_optimization
+    if zero.stage != 3:
+        return Replication(group)
+    # Keeping what backward gathers inside a group is what users of hpZ are after; MiCS gives it, without a copy.
+    hpz = zero.zero_hpz_partition_size
+    size = zero.mics_shard_size if zero.mics_shard_size > 0 else hpz if hpz > 1 else None
+    pair = None if mesh is None or not hasattr(mesh, "get_group") else _mesh_pair(mesh)
+    if pair is not None:
+        replicas, shard = (from_process_group(mesh.get_group(name)) for name in pair)
+        if size is not None and size != shard.size:
+            raise ConfigError(
+                describe(
+                    "config key 'zero_optimization.mics_shard_size' and the device mesh differ",
+                    expected=f"{shard.size}, as the mesh's axis {pair[1]!r}",
+                    found=size,
+                    fix="remove the key, or make the mesh of that shape",
+                )
+            )
+        return Replication(shard, replicas)
+    if size is None:
+        return Replication(group)
+    made = (shards_of(param) for param in module.parameters())
+    known = next((shards.group for shards in made if shards is not None and shards.group.size == size), None)
+    return mics_groups(group, size, known)
+
+
+def _mesh_pair(mesh: Any) -> tuple[str, str] | None:
+    """The names of a mesh's axes for replicas and for shards; None where it has no such two."""
+    names = mesh.mesh_dim_names or ()
+    found = [next((n for n in names if n.endswith(end)), None) for end in ("replicate", "shard")]
+    return (found[0], found[1]) if found[0] is not None and found[1] is not None else None
 
 
 def model_parts(
@@ -122,7 +163,11 @@ def scaler_of(config: Config) -> LossScaler | DynamicLossScaler | None:
 
 
 def shard_model(
-    module: torch.nn.Module, group: Group, device: torch.device, config: Config
+    module: torch.nn.Module,
+    group: Group,
+    device: torch.device,
+    config: Config,
+    parts: Replication | None = None,
 ) -> ShardedModel | None:
     """At stage 3, make the module's parameters shards; None at the other stages."""
     zero = config.zero_optimization
@@ -142,7 +187,7 @@ def shard_model(
         model_persistence_threshold=zero.stage3_model_persistence_threshold,
     )
     dtype = None if config.precision == "fp32" else DTYPES[config.precision]
-    return ShardedModel(module, group, sharding, device, dtype, leaf_modules(module, zero.leaf_module))
+    return ShardedModel(module, group, sharding, device, dtype, leaf_modules(module, zero.leaf_module), parts)
 
 
 def place_module(module: torch.nn.Module, device: torch.device, config: Config) -> None:
@@ -223,6 +268,10 @@ def make_optimizer(
         )
     check_params(optimizer, module)
     require_shardable(optimizer, config.zero_optimization.stage, config.zero_allow_untested_optimizer)
+    if isinstance(optimizer, Communicates):
+        optimizer.check_stage(config.zero_optimization.stage)
+        schedule = config.scheduler.params or {}
+        optimizer.check_run(schedule.get("total_num_steps"), schedule.get("warmup_num_steps"))
     return optimizer
 
 

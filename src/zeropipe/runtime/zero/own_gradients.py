@@ -8,7 +8,7 @@ everywhere before anything was exchanged.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -25,9 +25,14 @@ class Communicates(Protocol):
     communicates: bool
 
     def check_stage(self, stage: int) -> None: ...
+    def check_run(self, total_steps: object, warmup_steps: object) -> None: ...
     def bind_communication(self, group: Group) -> None: ...
     def wants_local_gradients(self) -> bool: ...
     def set_local_gradient(self, master: torch.nn.Parameter, gradient: torch.Tensor) -> None: ...
+    def rank_state(self) -> dict[str, Any]: ...
+    def take_rank_states(
+        self, own: dict[str, Any] | None, everyone: Callable[[], Sequence[dict[str, Any]]]
+    ) -> str: ...
 
 
 def bind(optimizer: torch.optim.Optimizer, stage: int, group: Group) -> Communicates | None:

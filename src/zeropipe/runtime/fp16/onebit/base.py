@@ -29,7 +29,7 @@ from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError, 
 from zeropipe.runtime.fp16.onebit.exchange import Topology
 from zeropipe.runtime.fp16.onebit.gradients import averaged, clip_, own_gradient, put_gradients
 from zeropipe.runtime.fp16.onebit.lane import Lane, View
-from zeropipe.runtime.fp16.onebit.phases import OneBitPhases, Phase, ZeroOnePhases
+from zeropipe.runtime.fp16.onebit.phases import OneBitPhases, Phase, ZeroOnePhases, check_against_run
 from zeropipe.runtime.fp16.onebit.rank_state import RankState, check_complete, is_of, lane_state, redistribute
 from zeropipe.runtime.fp16.onebit.shown_state import publish, restore_tensors, saved_phases
 
@@ -81,6 +81,14 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def phases(self) -> OneBitPhases | ZeroOnePhases:
         """Where the optimizer stands; ``phases.next()`` tells what the coming step does."""
         return self._phases
+
+    def check_run(self, total_steps: object, warmup_steps: object) -> None:
+        """Raises ConfigError where compression would never start, or start before the schedule's warm-up is over.
+
+        ``total_steps``, ``warmup_steps``: of the schedule; anything but a number says nothing.
+        """
+        known = [int(n) if isinstance(n, int | float) else None for n in (total_steps, warmup_steps)]
+        check_against_run(self._phases, known[0], known[1])
 
     def bind_communication(self, group: Group) -> None:
         """Let an engine average gradients over ``group`` in dense phases; collective when ``node_size`` > 1.
@@ -205,9 +213,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def _refresh(self) -> None:
         """Take over what somebody else has put into ``state`` for a master: an engine that loads a checkpoint."""
-        shown = {p: self.state[p].get("exp_avg") if p in self.state else None for p in self._views}
-        held = {lane.params[0]: lane.own["exp_avg"] for lane in self._lanes if lane.bound and lane.shown}
-        if any(shown[p] is not held.get(p) for p in shown):
+        held = {lane.params[0]: lane.shown for lane in self._lanes if lane.bound}
+        if any(self.state[p] is not held.get(p) if p in self.state else held.get(p) for p in self._views):
             self._load_entries({param: dict(entry) for param, entry in self.state.items()}, None)
 
     # -- checkpoints ----------------------------------------------------------------------------------------
@@ -276,6 +283,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def rank_state(self) -> RankState:
         """What only this rank knows: its error feedback. To be saved for each rank; plain data and live tensors."""
+        self._refresh()
         topology = self._ready()
         lanes = [
             lane_state(
@@ -285,6 +293,23 @@ class CompressedOptimizer(torch.optim.Optimizer):
         ]
         group = topology.group
         return {"world": group.size, "rank": group.rank, "node_size": self._node_size, "lanes": lanes}
+
+    def take_rank_states(self, own: RankState | None, everyone: Callable[[], Sequence[RankState]]) -> str:
+        """As ``load_rank_states``, for an engine: ``own`` if it was saved by this very rank, else ``everyone``'s.
+
+        Returns what the log should say, or "".
+        """
+        self._refresh()
+        if not self._compressed() or not self._phases.step:
+            return ""
+        if own is not None and is_of(own, self._ready()):
+            self.load_rank_states([own])
+            return ""
+        states = everyone()
+        if not states:
+            return "the checkpoint holds no error feedback of compressed communication; it starts from zero"
+        self.load_rank_states(states)
+        return f"the error feedback of {len(states)} ranks was shared out among {self.size}"
 
     def load_rank_states(self, states: Sequence[RankState]) -> None:
         """Take over the error feedback of a run of any size, after ``load_state_dict``.

@@ -49,7 +49,7 @@ class Lane:
         self.start, _ = self.layout.shard_range(self.shard)  # of this rank's state in the buffer
         self.numel = self.layout.shard_numel  # of this rank's state, padding included
         self.device = params[0].device
-        self.shown = False  # whether ``state`` of the optimizer shows this lane's tensors
+        self.shown: Any = None  # the dict in the optimizer's ``state`` that shows this lane
         self.step = 0
         self.variance_steps = 0  # updates of the second moment
         self.own: dict[str, torch.Tensor] = {}  # name -> 1-D float32, numel

@@ -28,12 +28,12 @@ def publish(
     The error feedback is in ``rank_state``.
     """
     common = {"step": lane.step, "variance_steps": lane.variance_steps, **extra, **lane.scalars}
-    lane.shown = True
     if lane.bound:
         numbers = {f"{_PHASE}{key}": value for key, value in phases.items()}
         # Two dims, so that one number per tensor is never taken for one per element.
         vectors = {name: value.unsqueeze(1) for name, value in lane.per_tensor.items()}
-        state[lane.params[0]].update(common | numbers | vectors | lane.own)
+        lane.shown = state[lane.params[0]]
+        lane.shown.update(common | numbers | vectors | lane.own)
         return
     views: dict[str, Sequence[torch.Tensor]] = {name: lane.split(value) for name, value in lane.own.items()}
     views.update({name: value.unbind() for name, value in lane.per_tensor.items()})
