@@ -19,11 +19,11 @@ BYTES = 256
 class GPTConfig:
     """Sizes of the model; the defaults give a readable sample after three minutes on two cores."""
 
-    layers: int = 4
-    width: int = 192
-    heads: int = 6
+    layers: int = 3
+    width: int = 160
+    heads: int = 5
     context: int = 256  # bytes that the model sees at once
-    ngram_rows: int = 4096  # rows of the hashed table for the last two, and for the last three bytes
+    ngram_rows: int = 8192  # rows of the hashed table for the last two, and for the last three bytes
 
 
 class RMSNorm(nn.Module):

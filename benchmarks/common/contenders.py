@@ -129,14 +129,16 @@ def deepspeed(stage: int) -> Builder:
     return build
 
 
-def zeropipe(stage: int) -> Builder:
+def zeropipe(stage: int, init: bool = False) -> Builder:
+    """`init`: build the model under `zero.Init`, each module's parameters sharded as soon as it is made."""
+
     def build(task: Task) -> Step:
         import zeropipe
 
-        model = task.make_model()
-        engine, *_ = zeropipe.initialize(
-            model=model, optimizer=_adamw(model.parameters()), config=_config(task, stage)
-        )
+        config = _config(task, stage)
+        with zeropipe.zero.Init(config_dict_or_path=config) if init else nullcontext():
+            model = task.make_model()
+        engine, *_ = zeropipe.initialize(model=model, optimizer=_adamw(model.parameters()), config=config)
         return _engine_step(engine)
 
     return build
@@ -150,4 +152,5 @@ CONTENDERS: dict[str, Builder] = {
     "fsdp2_no_reshard": fsdp2(reshard=False),
     **{f"deepspeed_{stage}": deepspeed(stage) for stage in range(4)},
     **{f"zeropipe_{stage}": zeropipe(stage) for stage in range(4)},
+    "zeropipe_3_init": zeropipe(3, init=True),
 }

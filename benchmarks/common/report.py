@@ -21,9 +21,7 @@ def environment() -> dict[str, Any]:
     """What must be known of the machine and the versions to judge a number."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(
-            ["python", "-m", "benchmarks." + Path(sys.argv[0]).parent.name + ".run", *sys.argv[1:]]
-        ),
+        "command": _command(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "load": os.getloadavg(),  # above zero at the start: somebody else was busy on this machine
@@ -67,6 +65,13 @@ def write(folder: Path, title: str, body: str, numbers: dict[str, Any]) -> None:
 
 def as_numbers(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
+
+
+def _command() -> str:
+    """As it was typed, without this machine's folders."""
+    module = f"benchmarks.{Path(sys.argv[0]).parent.name}.run"
+    arguments = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", module, *arguments])
 
 
 def _cpu() -> str:
