@@ -58,7 +58,8 @@ def initialize(
         dist_init_required: False leaves ``torch.distributed`` alone.
         collate_fn: for the loader.
         config, config_params: dict, path, JSON or base64 text (two names for one thing).
-        mesh_param: a 2-D device mesh with an axis ``data_parallel``.
+        mesh_param: a device mesh with an axis ``data_parallel``, or with two whose names end in ``replicate``
+            and ``shard``: at stage 3, shards within the latter and replicas across the former (MiCS, HSDP).
 
     Returns:
         ``(engine, engine.optimizer, dataloader, lr_scheduler)``; those that do not apply are None.
@@ -98,7 +99,8 @@ def initialize(
         schedule = assembly.make_scheduler(lr_scheduler, base, parsed)
         items = assembly.digest(model, base, parsed)
     agree({_OUTCOME: "prepared", **items}, group)
-    sharded = assembly.shard_model(model, group, device, parsed)
+    parts = assembly.replication(parsed, group, mesh_param, model)
+    sharded = assembly.shard_model(model, group, device, parsed, parts)
     wrapped = None
     if base is not None:
         model_group, counts = assembly.model_parts(model, mpu)
@@ -108,6 +110,7 @@ def initialize(
             skip_nonfinite=parsed.bf16.enabled and parsed.bf16.check_grad_overflow,
             model_group=model_group,
             counts=counts,
+            replicas=parts.replicas,
         )
         wrapped = ZeroOptimizer(
             base,
@@ -118,6 +121,8 @@ def initialize(
             is_boundary=lambda: clock.is_boundary,
             micro_step=lambda: clock.micro_steps,
         )
+        if sharded is not None:
+            sharded.conduct(wrapped.reducer)
     assembly.synchronize_module(model, group)
     kind = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
     engine = kind(Parts(model, parsed, clock, group, device, wrapped, schedule, mpu, collate_fn, sharded))

@@ -7,7 +7,7 @@ for every cut of the tensor: all_reduce = reduce_scatter + all_gather = reduce_t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +37,11 @@ __all__ = [
     "all_gather_object",
     "all_reduce",
     "all_to_all",
+    "announce",
     "barrier",
     "broadcast",
     "broadcast_object",
+    "greets",
     "meet",
     "recv",
     "reduce_scatter",
@@ -231,16 +233,32 @@ def recv(
     return _settle(Work(what, [] if handle is None else [handle]), async_op)
 
 
-def meet(what: str, group: Group, *, channel: int = 0) -> None:
+def meet(what: str, group: Group, *, channel: int = 0, note: int = 0) -> int:
     """Return when every member says the same ``what`` on this channel, where guarded gathers speak too.
 
-    Raises DesyncError on every member when one is about to do something else. Without gloo it does nothing.
+    Returns the lowest of the members' notes. Raises DesyncError on every member when one is about to do something
+    else. Without gloo it does nothing.
     """
-    if group.size > 1 and dict(group.backends).get("cpu") == "gloo":
+    if group.size > 1 and greets(group):
         SEAM.pass_through("meet", group.size, 0, what, False)
-        work = Work(f"[rank {group.ranks[group.rank]}] {what}")
-        work.greeting = greet(what, group, channel)
+        work = Work(f"[rank {group.ranks[group.rank]}] {what} (with ranks {list(group.ranks)})")
+        work.greeting = greet(what, group, channel, note)
         work.wait()
+        return work.heard
+    return note
+
+
+def greets(group: Group) -> bool:
+    """Whether members can tell each other what they are about to do: it takes gloo, alone or beside NCCL."""
+    return dict(group.backends).get("cpu") == "gloo"
+
+
+def announce(what: str, group: Group, *, channel: int = 0) -> Callable[[], int]:
+    """Say ``what`` to members that expect a meeting or a guarded gather, without waiting for them.
+
+    The result waits until every member has said the same; it raises DesyncError where one has not.
+    """
+    return greet(what, group, channel) if group.size > 1 and greets(group) else lambda: 0
 
 
 def barrier(group: Group, *, label: str = "") -> None:
@@ -287,9 +305,8 @@ def _enter(
         )
     if not tensor.is_contiguous():
         raise UsageError(f"{op}: the tensor must be contiguous; found strides {tensor.stride()}")
-    SEAM.pass_through(
-        op, group.size, tensor.numel() * tensor.element_size() if nbytes is None else nbytes, label, async_op
-    )
+    size = tensor.numel() * tensor.element_size() if nbytes is None else nbytes
+    SEAM.pass_through(op, group.size, size, label, async_op, group.ranks)
     return f"[rank {group.ranks[group.rank]}] {op} {label!r} among ranks {list(group.ranks)}"
 
 

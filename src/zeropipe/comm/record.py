@@ -16,6 +16,7 @@ class Event:
     bytes: int
     label: str
     async_op: bool
+    ranks: tuple[int, ...] = ()  # of the group, in its order, where the call moves tensors
 
 
 class Seam:
@@ -27,9 +28,17 @@ class Seam:
             object
         ] = []  # works given up on; they keep their buffers while the process lasts
 
-    def pass_through(self, op: str, group_size: int, nbytes: int, label: str, async_op: bool) -> None:
+    def pass_through(
+        self,
+        op: str,
+        group_size: int,
+        nbytes: int,
+        label: str,
+        async_op: bool,
+        ranks: tuple[int, ...] = (),
+    ) -> None:
         if self._listeners:
-            event = Event(op, group_size, nbytes, label, async_op)
+            event = Event(op, group_size, nbytes, label, async_op, ranks)
             for listener in tuple(self._listeners):
                 listener(event)
 

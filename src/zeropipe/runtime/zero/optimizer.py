@@ -54,6 +54,7 @@ class StepOptions:
         SELF  # ranks that hold the other parts of this replica: norm and overflow are theirs too
     )
     counts: Callable[[torch.nn.Parameter], bool] | None = None  # whether this rank's copy enters the norm
+    replicas: Group = SELF  # stage 3: the ranks that hold the same shards as this one (MiCS)
 
 
 class ZeroOptimizer(DeepSpeedOptimizer):
@@ -85,7 +86,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._given = [list(param_group["params"]) for param_group in optimizer.param_groups]
         self._dormant: list[tuple[int, torch.nn.Parameter]] = []  # frozen: (param group, parameter)
         watch = Watch(group, micro_step) if options.scaler is not None else None
-        self.reducer = Reducer(policy, is_boundary, watch)
+        self.reducer = Reducer(policy, is_boundary, watch, options.replicas)
         self._own = bind(optimizer, policy.stage, group)
         if self._own is not None:
             self.reducer.keeps_own = self._own.wants_local_gradients
@@ -260,7 +261,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if own:
             figures[0] += own_squares(stores, self._group.size, self.options.counts)
         for store in () if own else stores:
-            counted_once = store.partition.sharded or self._group.rank == 0
+            holder = self.options.replicas if store.partition.sharded else self._group
+            counted_once = holder.rank == 0
             if counted_once:
                 figures[0] += squared_norm(store.shard) - self._not_counted(store)
             figures[1] += len(store.partition.params) - len(store.seen)

@@ -2,7 +2,11 @@
 
 A *window* is the time between two optimizer steps, a *pass* one backward in it. Stages 0 and 1 keep whole
 gradients and reduce once per window; stages 2 and 3 reduce in every pass, add into their shard and free the rest.
-Buckets are launched in one fixed order on all ranks, the last parameters first, whatever order backward takes.
+Buckets are launched in one order on all ranks, whatever order backward takes: the last parameters first, and
+from stage 2 on, where what waits costs memory, in the order in which the first backward of rank 0 completed them.
+
+At stage 3 ranks also wait for each other in gathers, so in the middle of backward a reduction is waited for only
+when every rank is known to have started it; a rank that lacks a gradient starts it at the end.
 """
 
 from __future__ import annotations
@@ -11,12 +15,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
-from zeropipe.comm.collectives import Work
+from zeropipe.comm.collectives import Work, all_reduce, broadcast_object
+from zeropipe.comm.group import SELF, Group
 from zeropipe.layout.buckets import Bucket
 from zeropipe.runtime.zero.grads import GradStore
+from zeropipe.runtime.zero.launch_order import Key, launch_order
+from zeropipe.runtime.zero.leaf import z3_leaf_parameter
 from zeropipe.runtime.zero.policy import Policy
 from zeropipe.runtime.zero.sharded_grads import ShardedGradStore
 from zeropipe.runtime.zero.sharded_partition import ShardedPartition
@@ -30,21 +38,41 @@ _MAX_IN_FLIGHT = 2  # buckets: one travels while the next one fills
 class _Open:
     """A bucket of the current pass: the parameters it still waits for."""
 
+    key: Key
     store: AnyStore
     bucket: Bucket
     waiting: set[int] = field(default_factory=set)
+
+
+class Conductor(Protocol):
+    """Keeps ranks together where they wait for each other in gathers too."""
+
+    def meet(self, what: str) -> None:
+        """Go on when every rank is about to do ``what``."""
+
+    def tell(self, error: BaseException, where: str) -> None:
+        """Let the peers know that this rank will not come."""
 
 
 class Reducer:
     """Hooks every trained parameter and drives the stores' buckets in one fixed order.
 
     ``is_boundary`` tells, when a pass begins, whether an optimizer step follows it. ``watch`` sees every local
-    gradient before it is reduced.
+    gradient before it is reduced. ``replicas``: the ranks that hold this rank's very shards (MiCS); their
+    gradients are averaged once, when the window ends.
     """
 
-    def __init__(self, policy: Policy, is_boundary: Callable[[], bool], watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        is_boundary: Callable[[], bool],
+        watch: Watch | None = None,
+        replicas: Group = SELF,
+    ) -> None:
         self.policy = policy
         self.watch = watch
+        self.replicas = replicas
+        self._apart = False  # replicas hold different averages
         self.is_boundary = is_boundary
         # Whether the window's gradients stay on their rank, for an optimizer that exchanges something else.
         self.keeps_own: Callable[[], bool] = lambda: False
@@ -52,10 +80,15 @@ class Reducer:
         self.passes = 0  # finished ones, ever
         self._window_start = 0  # passes when the window began
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.conductor: Conductor | None = None  # stage 3 sets it
         self._order: list[_Open] = []  # the current pass's buckets, in launch order
         self._place: dict[tuple[int, int], _Open] = {}  # (id of the store, parameter) -> its bucket
         self._next = 0  # the first bucket of _order that is not launched
         self._in_flight: deque[Work] = deque()
+        self._waited = 0  # buckets of the pass that are reduced
+        self._common = 0  # stage 3: buckets of the pass that every rank is known to have launched
+        self._complete: list[Key] = []  # buckets of the pass in the order in which they became so
+        self._learned: tuple[Key, ...] = ()  # the same on rank 0 in an earlier pass
         self._open = False
         self._reducing = False
         self._local_only = False
@@ -67,6 +100,16 @@ class Reducer:
         """Whether no backward ran since the last step; the same on all ranks."""
         return self.passes == self._window_start and not self._open
 
+    @property
+    def launched(self) -> int:
+        """Buckets that the pass has launched."""
+        return self._next if self._open and self._reducing else 0
+
+    def launched_by_all(self, count: int) -> None:
+        """Every rank has launched the first ``count`` buckets of the pass."""
+        self._common = count
+        self._wait_down_to(_MAX_IN_FLIGHT)
+
     def add(self, partition: AnyPartition) -> AnyStore:
         """Hook the partition's parameters and return the store of their gradients."""
         store: AnyStore
@@ -75,6 +118,7 @@ class Reducer:
         else:
             store = GradStore(partition, self.policy)
         self.stores.append(store)
+        self._learned = ()
         for index, param in enumerate(partition.params):
             self._handles.append(param.register_post_accumulate_grad_hook(self._hook(store, index)))
         return store
@@ -102,6 +146,10 @@ class Reducer:
             yield
             self._begin()
             self.finish_pass()
+        except BaseException as error:
+            if self.conductor is not None:
+                self.conductor.tell(error, "backward")
+            raise
         finally:
             self._explicit = before
 
@@ -111,27 +159,47 @@ class Reducer:
             return
         self._open = False
         if self._reducing:
+            self._meet("end of backward")
+            self._common = len(self._order)
             while self._next < len(self._order):
                 self._launch_next()
-            while self._in_flight:
-                self._in_flight.popleft().wait()
+            self._wait_down_to(0)
+            self._learn()
             for store in self.stores:
                 store.reduced = store.keeps_whole
                 store.show()
         self._owes = not self._reducing
+        self._apart = self._apart or self._reducing
         self.passes += 1
 
     def finish_window(self) -> None:
         """Leave the reduced gradients of the whole window in the stores' shards."""
         self.finish_pass()
+        self._meet("gradients of a step")
         if self._owes:
             self._begin(force=True)
             self.finish_pass()
+        if self._apart:
+            self._apart = False
+            self._average_replicas()
+
+    def _average_replicas(self) -> None:
+        """Average each shard over its replicas. Averaged terms and new ones may be mixed: the former are alike."""
+        if self.replicas.size == 1:
+            return
+        for store in self.stores:
+            wire = (
+                store.shard if self.policy.reduce_dtype is None else store.shard.to(self.policy.reduce_dtype)
+            )
+            all_reduce(wire, self.replicas, op="avg", label="gradients of replicas")
+            if wire is not store.shard:
+                store.shard.copy_(wire)
 
     def clear(self) -> None:
         """Forget the window's gradients."""
         self.finish_pass()
         self._owes = True
+        self._apart = False
         self._window_start = self.passes
         if self.watch is not None:
             self.watch.clear()
@@ -160,6 +228,8 @@ class Reducer:
                 place = self._place[key]
             store.accept(index, keep_grad=False)
             place.waiting.discard(index)
+            if not place.waiting:
+                self._complete.append(place.key)
             while self._next < len(self._order) and not self._order[self._next].waiting:
                 self._launch_next()
 
@@ -176,9 +246,20 @@ class Reducer:
             store.reopen()
         if not self._reducing:
             return
-        self._order = [_Open(s, b, set(b.tensors)) for s in reversed(self.stores) for b in s.buckets]
+        late = {
+            (at, number)
+            for at, store in enumerate(self.stores)
+            for number, bucket in enumerate(store.buckets)
+            if any(z3_leaf_parameter(store.partition.params[index]) for index in bucket.tensors)
+        }
+        self._order = []
+        for key in launch_order([len(store.buckets) for store in self.stores], late, self._learned):
+            store = self.stores[key[0]]
+            bucket = store.buckets[key[1]]
+            self._order.append(_Open(key, store, bucket, set(bucket.tensors)))
         self._place = {(id(o.store), index): o for o in self._order for index in o.bucket.tensors}
-        self._next = 0
+        self._next = self._waited = self._common = 0
+        self._complete = []
 
     def _launch_next(self) -> None:
         entry = self._order[self._next]
@@ -186,10 +267,25 @@ class Reducer:
         for index in sorted(entry.waiting):  # no gradient in this pass; maybe an earlier, unreduced one
             if entry.store.partition.params[index].grad is not None:
                 entry.store.accept(index, keep_grad=False)
-        while len(self._in_flight) >= _MAX_IN_FLIGHT:
+        self._wait_down_to(_MAX_IN_FLIGHT - 1)
+        self._in_flight.append(entry.store.launch(entry.bucket))
+        if not self.policy.overlap_comm:
+            self._wait_down_to(0)
+
+    def _wait_down_to(self, left: int) -> None:
+        """Wait until no more than ``left`` reductions are in flight, or the next one may lack a peer."""
+        free = self.conductor is None
+        while len(self._in_flight) > left and (free or self._waited < self._common):
             self._in_flight.popleft().wait()
-        work = entry.store.launch(entry.bucket)
-        if self.policy.overlap_comm:
-            self._in_flight.append(work)
-        else:
-            work.wait()
+            self._waited += 1
+
+    def _meet(self, what: str) -> None:
+        if self.conductor is not None:
+            self.conductor.meet(what)
+
+    def _learn(self) -> None:
+        """Take over the order in which rank 0's backward completed its buckets, once."""
+        if self._learned or not self.policy.shards_gradients or len(self._order) < 2:
+            return
+        group = self.stores[0].partition.group
+        self._learned = tuple(broadcast_object(self._complete, 0, group, label="order of gradients"))

@@ -9,10 +9,13 @@ import torch
 
 from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
+from zeropipe.errors import UsageError, describe
 from zeropipe.runtime.zero.coordinator import Coordinator
 from zeropipe.runtime.zero.fetch_plan import Budget
 from zeropipe.runtime.zero.hooks import ModelHooks
+from zeropipe.runtime.zero.mics import Replication
 from zeropipe.runtime.zero.param import shards_of
+from zeropipe.runtime.zero.reducer import Reducer
 from zeropipe.runtime.zero.shards import Shards, shard_parameter
 
 AUTO_PREFETCH_NUMEL = 2**21  # elements at least: below this a gather's latency shows
@@ -38,7 +41,11 @@ class Sharding:
 
 
 class ShardedModel:
-    """A module whose parameters are shards, and what gathers them. Collective to make."""
+    """A module whose parameters are shards, and what gathers them. Collective to make.
+
+    ``group``: the ranks that train together. ``parts``: how they divide into those that share one copy of the
+    shards; by default all do.
+    """
 
     def __init__(
         self,
@@ -48,18 +55,26 @@ class ShardedModel:
         device: torch.device,
         dtype: torch.dtype | None = None,
         leaves: Iterable[torch.nn.Module] = (),
+        parts: Replication | None = None,
     ) -> None:
         self.module = module
-        self.group = group
-        self.shards = shard_module(module, group, device, dtype)
+        self.parts = Replication(group) if parts is None else parts
+        self.group = self.parts.shard
+        self.shards = shard_module(module, group, device, dtype, self.group)
         self.persistent = self._persist(sharding)
-        self.coordinator = Coordinator(group, sharding.budget(0))
+        self.coordinator = Coordinator(self.group, sharding.budget(0), group)
         self.hooks = ModelHooks(module, self.coordinator, leaves)
         largest = max((unit.numel for unit in self.coordinator.units), default=0)
         self.coordinator.budget = sharding.budget(largest)
 
+    def conduct(self, reducer: Reducer) -> None:
+        """Let the reductions of gradients and the gathers of parameters take care of each other."""
+        reducer.conductor = self.coordinator
+        self.coordinator.reductions = reducer
+
     def end_backward(self) -> None:
-        self.coordinator.end_backward()
+        """A whole backward is over."""
+        self.coordinator.settle()
 
     def settle(self) -> None:
         """Free what a finished or failed pass left gathered."""
@@ -90,13 +105,19 @@ class ShardedModel:
 
 
 def shard_module(
-    module: torch.nn.Module, group: Group, device: torch.device, dtype: torch.dtype | None = None
+    module: torch.nn.Module,
+    group: Group,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    shard_group: Group | None = None,
 ) -> list[Shards]:
     """Make every parameter of ``module`` a shard on ``device``, with rank 0's values; collective.
 
     Parameters that zero.Init made shards already keep their values; ``dtype`` is the working precision of
-    floating-point parameters (None: their own). Returns the shards in the order of ``named_parameters``.
+    floating-point parameters (None: their own). The shards lie within ``shard_group`` (None: ``group``). Returns
+    the shards in the order of ``named_parameters``.
     """
+    within = group if shard_group is None else shard_group
     made = []
     for ident, (name, param) in enumerate(module.named_parameters()):
         shards = shards_of(param)
@@ -104,7 +125,17 @@ def shard_module(
             whole = param.detach().to(device).contiguous()
             broadcast(whole, 0, group, label=name)
             param.data = whole
-            shards = shard_parameter(param, name, ident, group)
+            shards = shard_parameter(param, name, ident, within)
+        elif shards.group.ranks != within.ranks:
+            raise UsageError(
+                describe(
+                    f"parameter '{name}' was made shards of other ranks",
+                    rank=group.ranks[group.rank],
+                    expected=f"ranks {list(within.ranks)}",
+                    found=f"ranks {list(shards.group.ranks)}",
+                    fix="give zero.Init (or MiCS_Init) the configuration that initialize gets",
+                )
+            )
         shards.name, shards.ident = name, ident
         wanted = dtype if dtype is not None and shards.dtype.is_floating_point else shards.dtype
         shards.cast(wanted, device)

@@ -41,7 +41,7 @@ class ShardedPartition:
         names: Sequence[str],
         params: Sequence[torch.nn.Parameter],
         group_index: int,
-        group: Group,
+        group: Group,  # the ranks that train together; shards may lie within a part of them (MiCS)
         policy: Policy,
         owner: ZeroOptimizer,
         flat: bool = True,
@@ -50,11 +50,13 @@ class ShardedPartition:
         self.names = tuple(names)
         self.params = tuple(params)
         self.group_index = group_index
-        self.group = group
-        self.shard = group.rank
         self.dtype = params[0].dtype
         self.device = params[0].device
         self.shards: tuple[Shards, ...] = tuple(_shards(param) for param in params)
+        self.group = self.shards[0].group
+        self.replicas = owner.options.replicas  # the ranks that hold these very shards
+        self.shard = self.group.rank
+        assert self.group.size * self.replicas.size == group.size
         self.shapes = tuple(tuple(shards.shape) for shards in self.shards)
         specs = ((s.name, (s.shard_numel,), "float32") for s in self.shards)
         self.local_layout: FlatShards = flat_shards(specs, 1, ALIGN)  # where each shard lies in the master
