@@ -108,6 +108,7 @@ def initialize(
             clip=parsed.gradient_clipping,
             scaler=assembly.scaler_of(parsed),
             skip_nonfinite=parsed.bf16.enabled and parsed.bf16.check_grad_overflow,
+            refuse_unused=not parsed.zero_optimization.ignore_unused_parameters,
             model_group=model_group,
             counts=counts,
             replicas=parts.replicas,

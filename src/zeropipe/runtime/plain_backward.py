@@ -2,9 +2,11 @@
 
 The engine scales the loss (loss scale, 1 / accumulation steps). When the user calls backward himself, the same
 factor has to enter where gradients enter the model, at its outputs, and to leave where they leave it, at its
-inputs. So outputs pass through an identity whose backward multiplies (unless the engine's own backward has
-scaled already), inputs through one whose backward divides. Gradients outside the model are then plain, whatever
-produced them: a model may be fed its own outputs, and engines may be chained.
+inputs. So outputs pass through an identity whose backward multiplies, inputs through one whose backward divides.
+Gradients outside the model are then plain: a model may be fed its own outputs, and engines may be chained.
+
+While the engine's own backward runs, the loss was scaled already: outputs pass gradients on as they are, and only
+inputs that come from elsewhere divide.
 """
 
 from __future__ import annotations
@@ -25,20 +27,29 @@ class Gate:
 
     def enter(self, inputs: Any) -> Any:
         """``inputs`` (any nest of containers that torch's pytree knows) with its tensors passed through."""
-        return self._map(_Leave, inputs)
+        return self._map(inputs, lambda tensor: _Leave.apply(tensor, self, self._is_own(tensor)))
 
     def leave(self, outputs: Any) -> Any:
         """``outputs``, as ``enter`` for what the model returns."""
-        return self._map(_Enter, outputs)
+        return self._map(outputs, lambda tensor: _Enter.apply(tensor, self))
 
-    def _map(self, function: type[torch.autograd.Function], tree: Any) -> Any:
+    def _map(self, tree: Any, through: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         if self.factor() == 1.0 or not torch.is_grad_enabled():
             return tree
+        return tree_map_only(torch.Tensor, lambda t: through(t) if t.requires_grad else t, tree)
 
-        def through(tensor: torch.Tensor) -> torch.Tensor:
-            return function.apply(tensor, self) if tensor.requires_grad else tensor
-
-        return through(tree) if isinstance(tree, torch.Tensor) else tree_map_only(torch.Tensor, through, tree)
+    def _is_own(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` was computed from an output of this model."""
+        found, waiting = set(), [tensor.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in found:
+                continue
+            if isinstance(node, _Enter._backward_cls) and node.gate is self:  # type: ignore[attr-defined]
+                return True
+            found.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+        return False
 
 
 class _Enter(torch.autograd.Function):
@@ -55,13 +66,14 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """Gradients leave the model here."""
+    """Gradients leave the model here; ``own``: into another call of the same model."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, gate: Gate) -> torch.Tensor:
-        ctx.gate = gate
+    def forward(ctx: Any, tensor: torch.Tensor, gate: Gate, own: bool) -> torch.Tensor:
+        ctx.gate, ctx.own = gate, own
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return grad / ctx.gate.factor(), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        stays = ctx.gate.closed and ctx.own
+        return (grad if stays else grad / ctx.gate.factor()), None, None

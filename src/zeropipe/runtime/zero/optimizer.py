@@ -50,6 +50,7 @@ class StepOptions:
     clip: float = 0.0
     scaler: Scaler | None = None
     skip_nonfinite: bool = False  # without a scaler: a step with inf or NaN is skipped
+    refuse_unused: bool = False  # a parameter that no rank gave a gradient is an error
     model_group: Group = (
         SELF  # ranks that hold the other parts of this replica: norm and overflow are theirs too
     )
@@ -151,6 +152,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         result = None if closure is None else closure()
         self.reducer.finish_window()
         norm, unused = self._survey()
+        if self.options.refuse_unused:
+            _refuse(unused)
         self.overflow = not norm < float("inf")  # true for inf and for NaN
         self._grad_norm = norm
         scaler = self.options.scaler
@@ -316,3 +319,14 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             partition.drop_gradients()
             if id(partition) not in idle:
                 partition.publish()
+
+
+def _refuse(unused: list[tuple[AnyPartition, list[int]]]) -> None:
+    """Raise UsageError, on every rank alike, for parameters that require a gradient and got none."""
+    pairs = [(partition, index) for partition, indices in unused for index in indices]
+    names = [f"'{p.names[index]}'" for p, index in pairs if p.params[index].requires_grad]
+    if names:
+        raise UsageError(
+            f"parameters {', '.join(names)} got no gradient on any rank in this step. Fix: use them in the loss, "
+            "freeze them with requires_grad_(False), or set zero_optimization.ignore_unused_parameters to true"
+        )

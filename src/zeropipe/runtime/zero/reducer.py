@@ -11,6 +11,7 @@ when every rank is known to have started it; a rank that lacks a gradient starts
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -208,8 +209,13 @@ class Reducer:
 
     def _hook(self, store: AnyStore, index: int) -> Callable[[torch.nn.Parameter], None]:
         key = (id(store), index)
+        # A parameter's hook is not seen by the garbage collector: it must not be what keeps an optimizer alive.
+        reducer, store_of = weakref.ref(self), weakref.ref(store)
 
         def accept(param: torch.nn.Parameter) -> None:
+            self, store = reducer(), store_of()
+            if self is None or store is None:
+                return
             if not self._open:
                 self._begin()
                 if not self._explicit:
