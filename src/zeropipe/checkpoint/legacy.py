@@ -27,7 +27,7 @@ _OPTIM = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_st
 _MODEL = re.compile(r"^(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
 _LAYER = re.compile(r"^layer_(\d+)-model_(\d+)[-_]model_states\.pt$")
 # What a model file holds besides the client's own keys.
-_KNOWN = {
+KNOWN_KEYS = {
     "module", "optimizer", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
     "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config",
     "shared_params", "num_experts", k.BUFFER_NAMES, k.PARAM_SHAPES, k.FROZEN_PARAM_SHAPES,
@@ -115,7 +115,7 @@ class PeerSource:
             skipped_steps=int(lead.get("skipped_steps", 0)),
             lr_scheduler=lead.get("lr_scheduler"),
             loss_scaler=scaler,
-            client_state={key: v for key, v in lead.items() if key not in _KNOWN},
+            client_state={key: v for key, v in lead.items() if key not in KNOWN_KEYS},
             ds_config=lead.get("ds_config") or {},
         )
 

@@ -13,6 +13,7 @@ from zeropipe.checkpoint.manifest import Manifest, read_manifest
 from zeropipe.checkpoint.reader import Reader
 from zeropipe.checkpoint.source import OurSource, Source
 from zeropipe.checkpoint.state import LoadedState, LocalState
+from zeropipe.checkpoint.universal.read import UniversalSource
 from zeropipe.comm.collectives import all_gather_object, broadcast_object
 from zeropipe.comm.group import SELF, Group
 from zeropipe.errors import CheckpointError, describe
@@ -49,6 +50,8 @@ def open_folder(path: Path, tag: str, *, trust: bool = False, order: Sequence[Se
     manifest = read_manifest(path)
     if manifest is not None:
         return OurSource(path, manifest, trust=trust)
+    if (path / "zero").is_dir():
+        return UniversalSource(path, tag, trust=trust)
     return open_peer(path, tag, trust=trust, order=order)
 
 

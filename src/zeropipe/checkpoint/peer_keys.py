@@ -136,7 +136,9 @@ def _tensor_state(flat: FlatState, index: int) -> dict[str, Any]:
     start, stop = flat.layout.tensor_range(index)
     shape = flat.layout.tensors[index].shape
     views = {key: t[start:stop].view(shape) for key, t in flat.tensors.items() if key not in (FP32, PARAM)}
-    return dict(flat.scalars) | views
+    # Optimizers count in place: parameters that shared one step tensor would each advance it.
+    own = {key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in flat.scalars.items()}
+    return own | views
 
 
 def _joined(flats: list[FlatState]) -> list[FlatState]:

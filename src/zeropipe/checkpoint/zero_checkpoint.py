@@ -93,11 +93,15 @@ class ZeROCheckpoint:
         """
         indices = self.get_file_indices_for_rank(pp_index, tp_index, dp_index)
         per_mp = self.src_3d.pp_degree * self.src_3d.tp_degree
-        members = sorted({index % per_mp for index in indices}, key=[i % per_mp for i in indices].index)
+        source = (self.src_3d.pp_degree, self.src_3d.tp_degree)
+        if source == (self.target_3d.pp_degree, self.target_3d.tp_degree):
+            member = indices[0] % per_mp
+            peers = [self._load(member + dp * per_mp, keys_to_ignore) for dp in range(self.src_3d.dp_degree)]
+            return self._recut(peers, dp_index, self.target_3d.dp_degree, strip_tensor_paddings)
         joined: dict[str, Any] | None = None
-        for member in members:
-            states = [self._load(member + dp * per_mp, keys_to_ignore) for dp in range(self.src_3d.dp_degree)]
-            state = self._recut(states, dp_index, strip_tensor_paddings)
+        for index in indices:
+            # As one of one shards, so that only its padding changes.
+            state = self._recut([self._load(index, keys_to_ignore)], 0, 1, strip_tensor_paddings)
             joined = state if joined is None else merge_state(joined, state)
         assert joined is not None
         return joined
@@ -123,11 +127,10 @@ class ZeROCheckpoint:
             state.pop(key, None)
         return state | {k.OPTIMIZER_STATE_DICT: inner} if inner else state
 
-    def _recut(self, states: list[dict[str, Any]], dp_index: int, strip: bool) -> dict[str, Any]:
+    def _recut(self, states: list[dict[str, Any]], dp_index: int, count: int, strip: bool) -> dict[str, Any]:
         """The first state with every flat tensor replaced by the target's shard of it."""
         inner = dict(states[0][k.OPTIMIZER_STATE_DICT])
         every = [s[k.OPTIMIZER_STATE_DICT] for s in states]
-        count = self.target_3d.dp_degree
         base = dict(inner.get(k.BASE_OPTIMIZER_STATE) or {})
         groups = inner.get(k.SINGLE_PARTITION_OF_FP32_GROUPS)
         if groups is None:
@@ -155,7 +158,7 @@ class ZeROCheckpoint:
         if base:
             inner[k.BASE_OPTIMIZER_STATE] = base | {"state": moments}
         if k.PARTITION_COUNT in inner:
-            inner[k.PARTITION_COUNT] = [count] * len(groups)
+            inner[k.PARTITION_COUNT] = [self.target_3d.dp_degree] * len(groups)
         if k.GROUP_PADDINGS in inner and strip:
             inner[k.GROUP_PADDINGS] = [0] * len(groups)
         return dict(states[0]) | {k.OPTIMIZER_STATE_DICT: inner}

@@ -17,7 +17,9 @@ from zeropipe.errors import ZeropipeError
 
 # Name of the subcommand -> the module that holds its ``app``.
 SUBCOMMANDS: Final = {
+    "ckpt": "zeropipe.cli.ckpt",
     "config": "zeropipe.cli.config",
+    "onebit": "zeropipe.cli.onebit",
 }
 
 

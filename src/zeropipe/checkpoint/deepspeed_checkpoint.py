@@ -1,0 +1,301 @@
+"""A pipeline checkpoint of layer files, seen at other tensor, pipeline and data degrees without an engine.
+
+Layers: the first file is the embedding, ``final_layer_norm_idx`` the final norm, all between are transformer layers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zeropipe.checkpoint import constants as k
+from zeropipe.checkpoint.files import load_torch
+from zeropipe.checkpoint.reshape_3d_utils import get_model_3d_descriptor, model_3d_desc
+from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map, reshape_meg_2d_parallel
+from zeropipe.checkpoint.reshape_utils import (
+    basic_folder_validation,
+    get_files,
+    get_files_with_prefix,
+    get_zero_files,
+    merge_state,
+    partition_data,
+    validate_files,
+)
+from zeropipe.checkpoint.zero_checkpoint import ZeROCheckpoint
+from zeropipe.errors import CheckpointError, describe
+
+_log = logging.getLogger("zeropipe")
+
+# Parameters of Megatron's layers that every tensor-parallel rank has whole; they are not joined end to end.
+SEQUENTIAL_LAYERS = (
+    "input_layernorm.weight",
+    "input_layernorm.bias",
+    "self_attention.dense.bias",
+    "attention.dense.bias",
+    "post_attention_layernorm.weight",
+    "post_attention_layernorm.bias",
+    "mlp.dense_4h_to_h.bias",
+    "position_embeddings.weight",
+    "final_layernorm.weight",
+    "final_layernorm.bias",
+    "norm.weight",
+    "norm.bias",
+)
+# ... and those that are cut along dim 1.
+LAYER_CONCAT_DIM = ("self_attention.dense.weight", "attention.dense.weight", "mlp.dense_4h_to_h.weight")
+
+EMBEDDING_LAYER_INDEX = 0
+ARGS_KEY = "args"
+ITERATION_KEY = "iteration"
+CHECKPOINT_INFO_KEY = "checkpoint_info"
+_LAYER_NAME = re.compile(r"^layer_(\d+)-model_(\d+)[-_]model_states\.pt$")
+
+
+class DeepSpeedCheckpoint:
+    """``dir`` is a tag's folder; degrees left out are those that it was saved with.
+
+    Raises CheckpointError when files are missing or a degree neither divides the old one nor is a multiple of it.
+    """
+
+    def __init__(
+        self,
+        dir: str,
+        tp_degree: int | None = None,
+        pp_degree: int | None = None,
+        dp_degree: int | None = None,
+        final_layer_norm_idx: int = -1,
+    ) -> None:
+        basic_folder_validation(dir)
+        self.dir = dir
+        self.final_layer_norm_idx = final_layer_norm_idx
+        self.file_list = get_files(dir)
+        self.layer_files = sorted(
+            (f for f in self.file_list if _LAYER_NAME.match(os.path.basename(f))), key=_layer_numbers
+        )
+        self.mp_rank_files = get_files_with_prefix(self.file_list, k.MODEL_FILE_PREFIX)
+        self.zero_files = get_zero_files(dir)
+        self.src_3d = get_model_3d_descriptor(dir)
+        self.original_tp_degree = self.src_3d.tp_degree
+        self.original_pp_degree = self.src_3d.pp_degree
+        self.original_dp_degree = self.src_3d.dp_degree
+        self.original_world_size = self.src_3d.world_size()
+        self.tp_degree = tp_degree or self.original_tp_degree
+        self.pp_degree = pp_degree or self.original_pp_degree
+        self.dp_degree = dp_degree or self.original_dp_degree
+        self.world_size = self.tp_degree * self.pp_degree * self.dp_degree
+        target = model_3d_desc(self.pp_degree, self.tp_degree, self.dp_degree)
+        fits, errors = self.src_3d.can_reshape(target)
+        if not fits:
+            raise CheckpointError(f"{dir}: " + "; ".join(errors))
+        self.zero_checkpoint = self._zero(target)
+        self.old_2d_map = meg_2d_parallel_map(self.original_pp_degree, self.original_tp_degree)
+        self.old_2d_map.simple_init()
+        self.new_2d_map = reshape_meg_2d_parallel(
+            self.original_pp_degree, self.original_tp_degree, self.pp_degree, self.tp_degree
+        )
+        self.layer_keys = sorted({_layer_numbers(f)[0] for f in self.layer_files})
+        self.layer_count = len(self.layer_keys)
+        self.global_state: dict[str, Any] = {}
+        self.tp_to_embedding_map = self._other_layer(EMBEDDING_LAYER_INDEX)
+        self.tp_to_final_norm_map = self._other_layer(final_layer_norm_idx)
+        self.pp_to_transformer_map = self._stages()
+        self.transformer_file_map = self._transformer_files()
+
+    # What changes.
+
+    def is_change_tp_degree(self) -> bool:
+        return self.tp_degree != self.original_tp_degree
+
+    def is_change_pp_degree(self) -> bool:
+        return self.pp_degree != self.original_pp_degree
+
+    def is_change_dp_degree(self) -> bool:
+        return self.dp_degree != self.original_dp_degree
+
+    # Maps, for reading and for the log.
+
+    def show_2d_mapping(self) -> None:
+        _log.info("reshaped 2d map ---- begin")
+        for (pp, tp), ranks in sorted(self.new_2d_map.map.items()):
+            _log.info("[%d, %d] -> %s", pp, tp, ranks)
+        _log.info("reshaped 2d map ---- end")
+
+    def show_tp_embedding_map(self) -> None:
+        _show(self.tp_to_embedding_map, "tp_to_embedding_layers")
+
+    def show_tp_final_norm_map(self) -> None:
+        _show(self.tp_to_final_norm_map, "tp_to_final_norm_layers")
+
+    def show_pp_transformer_map(self) -> None:
+        _show(self.pp_to_transformer_map, "pp_to_transformer_layers")
+
+    def show_transformer_file_map(self) -> None:
+        _show(self.transformer_file_map, "rank_to_transformer_files")
+
+    def get_embedding_layer_id(self) -> str:
+        return self._layer_id(EMBEDDING_LAYER_INDEX)
+
+    def get_final_norm_layer_id(self) -> str:
+        return self._layer_id(self.final_layer_norm_idx)
+
+    def get_embedding_files(self, tp_index: int) -> list[str]:
+        return self._known(self.tp_to_embedding_map, tp_index, "tp_index")
+
+    def get_final_norm_files(self, tp_index: int) -> list[str]:
+        return self._known(self.tp_to_final_norm_map, tp_index, "tp_index")
+
+    def get_pp_transformer_map(self, pp_index: int) -> list[str]:
+        """Names of the layers of a pipeline stage."""
+        return self._known(self.pp_to_transformer_map, pp_index, "pp_index")
+
+    def get_2d_parallel_files(self, tp_index: int, pp_index: int) -> list[str]:
+        """The model files that a (tensor, pipeline) rank takes its state from."""
+        return [self.mp_rank_files[rank] for rank in self.new_2d_map.get_data(pp_index, tp_index)]
+
+    def get_zero_files(self, pp_index: int, tp_index: int, dp_index: int) -> list[str]:
+        return self._need_zero().get_files_for_rank(pp_index, tp_index, dp_index)
+
+    def validate_files(self) -> None:
+        """Raises CheckpointError naming the first file that is gone."""
+        validate_files(self.file_list)
+
+    # State.
+
+    def get_zero_checkpoint_state(
+        self, pp_index: int, tp_index: int, dp_index: int, strip_tensor_paddings: bool = True
+    ) -> dict[str, Any]:
+        return self._need_zero().get_state_for_rank(
+            pp_index, tp_index, dp_index, [k.PARAM_SHAPES, k.PARAM_SLICE_MAPPINGS], strip_tensor_paddings
+        )
+
+    def get_embedding_state(self, tp_index: int) -> dict[str, Any]:
+        return self._join(self.get_embedding_files(tp_index))
+
+    def get_final_norm_state(self, tp_index: int) -> dict[str, Any]:
+        """The first file's: the norm is whole on every rank."""
+        return self._read(self.get_final_norm_files(tp_index)[0])
+
+    def get_transformer_state(self, tp_index: int, pp_index: int) -> list[dict[str, Any]]:
+        """One state dict per layer of a (tensor, pipeline) rank."""
+        return [self._join(files) for files in self.transformer_file_map[(tp_index, pp_index)]]
+
+    def get_2d_parallel_state(self, tp_index: int, pp_index: int) -> dict[str, Any]:
+        """The model file of a (tensor, pipeline) rank, several merged into one."""
+        merged: dict[str, Any] | None = None
+        for file in self.get_2d_parallel_files(tp_index, pp_index):
+            state = self._read(file)
+            merged = state if merged is None else merge_state(merged, state)
+        assert merged is not None
+        return merged
+
+    def get_iteration(self) -> int:
+        """The trainer's iteration count, 0 where it left none."""
+        return int(self._common(ITERATION_KEY) or 0)
+
+    def get_args(self) -> Any:
+        """The trainer's arguments, None where it left none."""
+        return self._common(ARGS_KEY)
+
+    def get_checkpoint_info(self, info_key: str = CHECKPOINT_INFO_KEY) -> Any:
+        return self._common(info_key)
+
+    def _common(self, key: str) -> Any:
+        if key not in self.global_state:
+            self.global_state[key] = (
+                self._read(self.mp_rank_files[0]).get(key) if self.mp_rank_files else None
+            )
+        return self.global_state[key]
+
+    def _zero(self, target: model_3d_desc) -> ZeROCheckpoint | None:
+        if not self.zero_files:
+            return None
+        zero = ZeROCheckpoint(self.dir, self.src_3d)
+        zero.reshape(target)
+        return zero
+
+    def _need_zero(self) -> ZeROCheckpoint:
+        if self.zero_checkpoint is None:
+            raise CheckpointError(describe(f"{self.dir} has no ZeRO files", expected="*_optim_states.pt"))
+        return self.zero_checkpoint
+
+    def _other_layer(self, index: int) -> dict[int, list[str]]:
+        """New tensor rank -> files of one layer."""
+        if not self.layer_keys:
+            return {}
+        files = self._files_of(self.layer_keys[index])
+        return dict(enumerate(self._share(files)))
+
+    def _stages(self) -> dict[int, list[str]]:
+        names = [f"{k.LAYER_FILE_PREFIX}{number:02d}" for number in self._transformer_layers()]
+        if not names:
+            return {}
+        if len(names) % self.pp_degree:
+            raise CheckpointError(
+                describe(
+                    f"{len(names)} transformer layers cannot be shared out",
+                    expected="a divisor as pipeline degree",
+                    found=self.pp_degree,
+                )
+            )
+        return dict(enumerate(partition_data(names, self.pp_degree)))
+
+    def _transformer_files(self) -> dict[tuple[int, int], list[list[str]]]:
+        """(tensor rank, pipeline rank) -> per layer, the files to join."""
+        found: dict[tuple[int, int], list[list[str]]] = {}
+        layers = self._transformer_layers()
+        per_stage = len(layers) // self.pp_degree
+        for position, number in enumerate(layers):
+            for tp, files in enumerate(self._share(self._files_of(number))):
+                found.setdefault((tp, position // per_stage), []).append(files)
+        return found
+
+    def _transformer_layers(self) -> list[int]:
+        last = self.final_layer_norm_idx % max(self.layer_count, 1)
+        return [n for i, n in enumerate(self.layer_keys) if EMBEDDING_LAYER_INDEX < i < last]
+
+    def _files_of(self, number: int) -> list[str]:
+        return [f for f in self.layer_files if _layer_numbers(f)[0] == number]
+
+    def _share(self, files: Sequence[str]) -> list[list[str]]:
+        """A layer's files by new tensor rank; a file serves several ranks where there are more of them."""
+        if len(files) % self.tp_degree == 0:
+            return partition_data(files, self.tp_degree)
+        return [[files[tp * len(files) // self.tp_degree]] for tp in range(self.tp_degree)]
+
+    def _layer_id(self, index: int) -> str:
+        return f"{k.LAYER_FILE_PREFIX}{self.layer_keys[index]:02d}"
+
+    def _join(self, files: Sequence[str]) -> dict[str, Any]:
+        import torch
+
+        states = [self._read(file) for file in files]
+        merged: dict[str, Any] = {}
+        for key, first in states[0].items():
+            whole = len(states) == 1 or not isinstance(first, torch.Tensor) or key.endswith(SEQUENTIAL_LAYERS)
+            dim = 1 if key.endswith(LAYER_CONCAT_DIM) else 0
+            merged[key] = first if whole else torch.cat([state[key] for state in states], dim)
+        return merged
+
+    def _read(self, file: str) -> dict[str, Any]:
+        return dict(load_torch(Path(file)))
+
+    def _known(self, table: dict[int, list[str]], index: int, what: str) -> list[str]:
+        if index not in table:
+            raise CheckpointError(describe(what, expected=f"below {len(table)}", found=index))
+        return table[index]
+
+
+def _layer_numbers(path: str) -> tuple[int, int]:
+    match = _LAYER_NAME.match(os.path.basename(path))
+    assert match is not None
+    return int(match[1]), int(match[2])
+
+
+def _show(table: dict[Any, Any], title: str) -> None:
+    _log.info("Dump mapping: %s", title)
+    for key, value in table.items():
+        _log.info("%s = %s", key, value)

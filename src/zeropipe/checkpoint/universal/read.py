@@ -1,0 +1,103 @@
+"""Opens the universal format, ours or DeepSpeed's, as a source: every parameter is a flat of one shard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeropipe.checkpoint import constants as k
+from zeropipe.checkpoint.files import load_torch
+from zeropipe.checkpoint.legacy import KNOWN_KEYS
+from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
+from zeropipe.checkpoint.state import FP32, TrainState
+from zeropipe.errors import CheckpointError, describe
+from zeropipe.layout.flat import FlatShards, TensorSpec
+
+_STEP = "step"
+
+
+class UniversalSource:
+    """A folder with ``zero/NAME/*.pt``. Raises CheckpointError when it has no model file beside them."""
+
+    stage = 0
+    world = 1
+
+    def __init__(self, folder: Path, tag: str, *, trust: bool = False) -> None:
+        self.folder = folder
+        self.tag = tag
+        self._trust = trust
+        models = sorted(folder.glob("*mp_rank_*_model_states.pt"))
+        if not models:
+            raise CheckpointError(
+                describe(
+                    f"{folder} has a folder `zero` but no model file", expected="mp_rank_00_model_states.pt"
+                )
+            )
+        self._model_file = models[0].name
+        self._model: Any = load_torch(models[0], trust=trust)
+        self.degrees = {"dp": int(self._model.get("dp_world_size", 1)), "tp": 1, "pp": 1}
+        self.tied: Mapping[str, str] = dict(self._model.get("shared_params") or {})
+        self.optimizer = str((self._model.get("ds_config") or {}).get("optimizer", {}).get("type", ""))
+        groups = self._model.get(k.PARAM_SHAPES) or []
+        self._group = {name: index for index, names in enumerate(groups) for name in names}
+        buffers = set(self._model.get(k.BUFFER_NAMES) or ())
+        module = {n: t for n, t in (self._model.get("module") or {}).items() if isinstance(t, torch.Tensor)}
+        folders = {path.name: path for path in sorted((folder / "zero").iterdir()) if path.is_dir()}
+        self.flats = tuple(self._flat(n, p) for n, p in folders.items() if n in self._group)
+        kinds = dict.fromkeys(self._group, "param") | dict.fromkeys(buffers, "buffer")
+        self.module = tuple(
+            TensorEntry(n, tuple(t.shape), _dtype(t), kinds.get(n, "frozen"), self._model_file)
+            for n, t in module.items()
+            if n not in self.tied and (t.numel() or n in buffers or n not in folders)
+        )
+        self.dtype = next((e.dtype for e in self.module if e.kind == "param"), "float32")
+
+    @property
+    def param_groups(self) -> tuple[dict[str, Any], ...]:
+        path = self.folder / "zero" / "optimizer_state.pt"
+        if not path.exists():
+            return ()
+        groups = load_torch(path, trust=self._trust).get(k.PARAM_GROUPS) or ()
+        return tuple({key: v for key, v in group.items() if key != "params"} for group in groups)
+
+    def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
+        return self._read(entry.name, key).reshape(-1)
+
+    def flat_scalars(self, entry: FlatEntry) -> dict[str, Any]:
+        path = self.folder / "zero" / entry.name / f"{_STEP}.pt"
+        return {_STEP: load_torch(path, trust=self._trust)} if path.exists() else {}
+
+    def module_tensor(self, entry: TensorEntry) -> torch.Tensor:
+        return self._model["module"][entry.name]
+
+    def train_state(self, rank: int) -> TrainState:
+        model = self._model
+        known = KNOWN_KEYS | {k.UNIVERSAL_CHECKPOINT_INFO}
+        return TrainState(
+            global_steps=int(model.get("global_steps", 0)),
+            global_samples=int(model.get("global_samples", 0)),
+            skipped_steps=int(model.get("skipped_steps", 0)),
+            lr_scheduler=model.get("lr_scheduler"),
+            client_state={key: value for key, value in model.items() if key not in known},
+            ds_config=model.get("ds_config") or {},
+        )
+
+    def _flat(self, name: str, folder: Path) -> FlatEntry:
+        keys = {path.stem: "" for path in sorted(folder.glob("*.pt")) if path.stem != _STEP}
+        if FP32 not in keys:
+            raise CheckpointError(describe(f"{folder} has no fp32.pt", fix="convert the checkpoint again"))
+        tensors = {key: self._read(name, key) for key in keys}
+        spec = TensorSpec(name, tuple(tensors[FP32].shape), "float32")
+        dtypes = {key: _dtype(t) for key, t in tensors.items()}
+        return FlatEntry(name, 0, self._group[name], FlatShards((spec,), 1), dtypes, {}, (f"zero/{name}",))
+
+    def _read(self, name: str, key: str) -> torch.Tensor:
+        held = load_torch(self.folder / "zero" / name / f"{key}.pt", trust=self._trust)
+        return held[k.PARAM] if isinstance(held, dict) else held
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,120 @@
+"""Writes the universal format: ``zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt``, one parameter in memory at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeropipe.checkpoint import constants as k
+from zeropipe.checkpoint.files import replace_text, sync_folder, write_torch
+from zeropipe.checkpoint.manifest import FlatEntry
+from zeropipe.checkpoint.peer_keys import PEER_VERSION
+from zeropipe.checkpoint.source import Source, read_full
+from zeropipe.checkpoint.state import FP32, PARAM
+from zeropipe.checkpoint.weights import Weight, weights
+
+LATEST_UNIVERSAL = "latest_universal"
+
+
+def write_universal(
+    source: Source,
+    output: str | os.PathLike[str],
+    *,
+    workers: int = 2,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Path:
+    """Write the folder ``output`` and name it in ``latest_universal`` beside it.
+
+    No temporary copy of the data is made; at most ``workers`` parameters are in memory. ``progress`` gets 1 per
+    parameter. Returns ``output``. An older folder of that name is replaced once the new one is whole.
+    """
+    final = Path(output)
+    work = final.with_name(f".{final.name}.incomplete")
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "zero").mkdir(parents=True)
+    holders: dict[str, FlatEntry] = {
+        s.name: f for f in source.flats if FP32 in f.keys for s in f.layout.tensors
+    }
+    everything = list(weights(source))
+
+    def one(weight: Weight) -> None:
+        _parameter(source, weight, holders.get(weight.name), work / "zero" / weight.name)
+        progress(1)
+
+    with ThreadPoolExecutor(workers) as threads:
+        list(threads.map(one, everything))
+    write_torch(work / "zero" / "optimizer_state.pt", _common(source))
+    write_torch(work / "mp_rank_00_model_states.pt", _model(source, everything))
+    sync_folder(work)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(work, final)
+    replace_text(final.parent / LATEST_UNIVERSAL, final.name)
+    return final
+
+
+def _parameter(source: Source, weight: Weight, flat: FlatEntry | None, folder: Path) -> None:
+    folder.mkdir()
+    write_torch(folder / "fp32.pt", {k.PARAM: weight.contiguous(), k.CAT_DIM: 0})
+    if flat is None:
+        return
+    for key in flat.keys:
+        if key not in (FP32, PARAM):
+            write_torch(
+                folder / f"{key}.pt", {k.PARAM: read_full(source, flat, weight.name, key), k.CAT_DIM: 0}
+            )
+    step = source.flat_scalars(flat).get("step")
+    if step is not None:
+        write_torch(folder / "step.pt", torch.as_tensor(step, dtype=torch.float32))
+
+
+def _common(source: Source) -> dict[str, Any]:
+    groups = [
+        {key: v for key, v in group.items() if key != "param_names"} | {"params": [index]}
+        for index, group in enumerate(source.param_groups)
+    ]
+    return {k.PARAM_GROUPS: groups, k.ZERO_STAGE: source.stage, k.DS_VERSION: PEER_VERSION}
+
+
+def _model(source: Source, everything: list[Weight]) -> dict[str, Any]:
+    """A model file: buffers and counters; parameters are in their folders."""
+    train = source.train_state(0)
+    shapes: dict[int, dict[str, torch.Size]] = {}
+    for flat in source.flats:
+        if FP32 in flat.keys:
+            for spec in flat.layout.tensors:
+                shapes.setdefault(flat.group_index, {})[spec.name] = torch.Size(spec.shape)
+    dtype = getattr(torch, source.dtype)
+    module = {w.name: w.read(dtype if w.kind != "buffer" else None) for w in everything}
+    module |= {other: module[name] for other, name in source.tied.items() if name in module}
+    return {
+        "module": module,
+        k.BUFFER_NAMES: [w.name for w in everything if w.kind == "buffer"],
+        "optimizer": None,
+        k.PARAM_SHAPES: [shapes[group] for group in sorted(shapes)],
+        "frozen_param_shapes": {w.name: torch.Size(w.shape) for w in everything if w.kind == "frozen"},
+        "frozen_param_fragments": None,
+        "shared_params": dict(source.tied),
+        "lr_scheduler": train.lr_scheduler,
+        "data_sampler": None,
+        "random_ltd": None,
+        "sparse_tensor_module_names": [],
+        "skipped_steps": train.skipped_steps,
+        "global_steps": train.global_steps,
+        "global_samples": train.global_samples,
+        "dp_world_size": source.degrees.get("dp", 1),
+        "mp_world_size": 1,
+        k.CHECKPOINT_PARALLEL_DIMS: {k.CHECKPOINT_PP_DEGREE: 1, k.CHECKPOINT_TP_DEGREE: 1},
+        "ds_config": train.ds_config,
+        k.DS_VERSION: PEER_VERSION,
+        k.UNIVERSAL_CHECKPOINT_INFO: {
+            k.UNIVERSAL_CHECKPOINT_VERSION_KEY: k.UNIVERSAL_CHECKPOINT_VERSION_VALUE
+        },
+        **{key: value for key, value in train.client_state.items() if isinstance(key, str)},
+    }

@@ -1,0 +1,273 @@
+"""``zeropipe ckpt``: look into, check, compare, convert, export and prune checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from zeropipe.checkpoint import tags
+from zeropipe.checkpoint.compare import compare
+from zeropipe.checkpoint.convert import convert as convert_checkpoint
+from zeropipe.checkpoint.export import export as export_weights
+from zeropipe.checkpoint.loader import open_source
+from zeropipe.checkpoint.manifest import read_manifest
+from zeropipe.checkpoint.source import Source
+from zeropipe.checkpoint.state import FP32, PARAM
+from zeropipe.checkpoint.universal.write import write_universal
+from zeropipe.checkpoint.verify import FileState
+from zeropipe.checkpoint.verify import verify as verify_folder
+from zeropipe.checkpoint.weights import weights
+from zeropipe.errors import CheckpointError, describe
+
+app = typer.Typer(
+    help="Look into, check, compare, convert, export and prune checkpoints.", no_args_is_help=True
+)
+
+Folder = Annotated[
+    Path, typer.Argument(help="The folder that was saved to, or a tag's folder in it.", metavar="FOLDER")
+]
+Tag = Annotated[str | None, typer.Option("--tag", "-t", help="Default: what `latest` names.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Also unpickle objects: runs code of whoever wrote the file.")
+]
+
+
+@app.command()
+def inspect(
+    folder: Folder,
+    tag: Tag = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    trust: Trust = False,
+) -> None:
+    """Say what a checkpoint holds; no tensor is read."""
+    source = open_source(folder, tag, trust=trust)
+    console = Console(soft_wrap=True)
+    train = source.train_state(0)
+    sizes = ", ".join(f"{axis} {size}" for axis, size in source.degrees.items())
+    facts = {
+        "path": source.folder,
+        "step": f"{train.global_steps} ({train.global_samples} samples, {train.skipped_steps} skipped)",
+        "saved at": f"ZeRO stage {source.stage}, {source.world} ranks ({sizes}), {source.dtype}",
+        "optimizer": source.optimizer or "none",
+        "client state": ", ".join(map(str, train.client_state)) or "none",
+        "tied": ", ".join(f"{a} = {b}" for a, b in source.tied.items()) or "none",
+    }
+    for name, value in facts.items():
+        console.print(f"{name:>13}  {value}", highlight=False, markup=False)
+    console.print(_summary(source))
+    if tensors:
+        console.print(_tensors(source))
+
+
+def _summary(source: Source) -> Table:
+    table = Table("kind", "tensors", "elements", "bytes", "dtype")
+    rows: dict[tuple[str, str], list[int]] = {}
+    for entry in source.module:
+        row = rows.setdefault((f"module {entry.kind}", entry.dtype), [0, 0, 0])
+        _count(row, _numel(entry.shape), entry.dtype)
+    for flat in source.flats:
+        for key, dtype in flat.keys.items():
+            what = {FP32: "fp32 master", PARAM: "sharded frozen"}.get(key, f"optimizer {key}")
+            row = rows.setdefault((what, dtype), [0, 0, 0])
+            for spec in flat.layout.tensors:
+                _count(row, spec.numel, dtype)
+    for (what, dtype), (count, numel, nbytes) in rows.items():
+        table.add_row(what, str(count), f"{numel:,}", _size(nbytes), dtype)
+    return table
+
+
+def _tensors(source: Source) -> Table:
+    table = Table("name", "shape", "kind", "stored as")
+    for weight in weights(source):
+        where = (
+            "module"
+            if weight.flat is None
+            else f"{weight.flat.name} x {weight.flat.layout.num_shards} shards"
+        )
+        table.add_row(weight.name, str(weight.shape), weight.kind, where)
+    return table
+
+
+@app.command()
+def verify(folder: Folder, tag: Tag = None) -> None:
+    """Check every byte against the manifest's checksums; exit 1 and name the files where anything is wrong."""
+    candidate = _locate(folder, tag)
+    manifest = None
+    with suppress(CheckpointError):  # a damaged manifest is a finding
+        manifest = read_manifest(candidate)
+    total = sum(record.bytes for record in manifest.files) if manifest else 0
+    with _bar("checking", total) as advance:
+        findings = verify_folder(candidate, advance)
+    table = Table("file", "bytes", "state", title=str(candidate))
+    colours = {FileState.WHOLE: "green", FileState.UNCHECKED: "yellow", FileState.EXTRA: "yellow"}
+    for finding in findings:
+        colour = colours.get(finding.state, "red")
+        table.add_row(finding.file, f"{finding.bytes:,}", f"[{colour}]{finding.state.value}[/]")
+    Console(soft_wrap=True).print(table)
+    bad = [f for f in findings if f.state in (FileState.DAMAGED, FileState.MISSING)]
+    if bad:
+        raise CheckpointError("; ".join(f"{f.file} is {f.state.value}" for f in bad))
+
+
+@app.command()
+def diff(
+    left: Annotated[Path, typer.Argument(metavar="LEFT")],
+    right: Annotated[Path, typer.Argument(metavar="RIGHT")],
+    left_tag: Annotated[str | None, typer.Option("--left-tag")] = None,
+    right_tag: Annotated[str | None, typer.Option("--right-tag")] = None,
+) -> None:
+    """Compare two checkpoints value by value, whatever the layouts; exit 1 where they differ."""
+    a, b = open_source(left, left_tag), open_source(right, right_tag)
+    table = Table("name", "what", "left | right", "largest difference")
+    with _bar("comparing", len(list(weights(a))), files=False) as advance:
+        for found in compare(a, b, advance):
+            largest = "" if found.largest is None else f"{found.largest:.3g}"
+            table.add_row(found.name, found.what, found.text, largest)
+    console = Console(soft_wrap=True)
+    if not table.row_count:
+        console.print("equal: weights, optimizer state and counters, bit for bit")
+        return
+    console.print(table)
+    raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    folder: Folder,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT")],
+    to: Annotated[str, typer.Option("--to", help="deepspeed, zeropipe or universal.")] = "deepspeed",
+    dp: Annotated[
+        int | None, typer.Option("--dp", min=1, help="Ranks of the result; default: as saved.")
+    ] = None,
+    stage: Annotated[int | None, typer.Option("--stage", min=0, max=3, help="Default: as saved.")] = None,
+    tag: Tag = None,
+    trust: Trust = False,
+) -> None:
+    """Write a checkpoint anew in a layout that another tool wants; loading in zeropipe never needs it."""
+    source = open_source(folder, tag, trust=trust)
+    if to == "universal":
+        with _bar("writing", len(list(weights(source))), files=False) as advance:
+            path = write_universal(source, output, progress=advance)
+    elif to in ("deepspeed", "zeropipe"):
+        ranks = source.degrees.get("dp", 1) if dp is None else dp
+        with _bar("writing", ranks, files=False) as advance:
+            at = source.stage if stage is None else stage
+            path = convert_checkpoint(source, output, stage=at, dp=ranks, progress=advance)
+    else:
+        raise CheckpointError(describe("convert --to", expected="deepspeed, zeropipe or universal", found=to))
+    Console(soft_wrap=True).print(f"wrote {path}", highlight=False, markup=False)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT")],
+    tag: Tag = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+    torch_format: Annotated[bool, typer.Option("--torch", help="torch's format, not safetensors.")] = False,
+    exclude_frozen: Annotated[bool, typer.Option(help="Leave frozen parameters out.")] = False,
+    drop_tied: Annotated[bool, typer.Option(help="Write tied tensors under one name only.")] = False,
+    trust: Trust = False,
+) -> None:
+    """Write the weights as safetensors (or torch) files with an index, one tensor in memory at a time."""
+    source = open_source(folder, tag, trust=trust)
+    width = {"fp32": 4}.get(dtype, 2)
+    total = sum(
+        _numel(w.shape) * (width if w.dtype.is_floating_point else w.dtype.itemsize) for w in weights(source)
+    )
+    with _bar("writing", total) as advance:
+        files = export_weights(
+            source,
+            output,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            safetensors=not torch_format,
+            exclude_frozen=exclude_frozen,
+            tied="drop" if drop_tied else "repeat",
+            progress=advance,
+        )
+    for path in files:
+        Console(soft_wrap=True).print(f"{path}  {_size(path.stat().st_size)}", highlight=False, markup=False)
+
+
+@app.command()
+def prune(
+    folder: Folder,
+    keep: Annotated[int, typer.Option("--keep", "-k", min=1, help="How many of the newest to keep.")] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove all but the newest checkpoints, and what killed saves have left; the one in `latest` stays."""
+    console = Console(soft_wrap=True)
+    found = tags.newest_first(folder)
+    first = tags.choose(folder, None).candidates[:1]
+    kept = [*found[:keep], *first]
+    gone = [c.path for c in found if c not in kept]
+    for path in (*gone, *tags.leftovers(folder)):
+        console.print(f"{'would remove' if dry_run else 'removed'} {path}", highlight=False, markup=False)
+        if not dry_run:
+            shutil.rmtree(path)
+    console.print(
+        f"kept {', '.join(sorted({c.tag for c in kept})) or 'nothing'}", highlight=False, markup=False
+    )
+
+
+def _locate(folder: Path, tag: str | None) -> Path:
+    if tag is None and tags.is_checkpoint(folder):
+        return folder
+    choice = tags.choose(folder, tag)
+    if not choice.candidates:
+        raise CheckpointError("; ".join(choice.notices))
+    return choice.candidates[0].path
+
+
+@contextmanager
+def _bar(what: str, total: int, files: bool = True) -> Iterator[Callable[[int], None]]:
+    """A progress bar on the error stream, so that output stays clean; gone when the work is done."""
+    count = DownloadColumn() if files else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total or None)
+
+        def advance(done: int) -> None:
+            progress.advance(task, done)
+
+        yield advance
+
+
+def _count(row: list[int], numel: int, dtype: str) -> None:
+    import torch
+
+    row[0] += 1
+    row[1] += numel
+    row[2] += numel * getattr(torch, dtype).itemsize
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    numel = 1
+    for size in shape:
+        numel *= size
+    return numel
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
