@@ -23,6 +23,7 @@ _TAGS_PER_CHANNEL = 3
 SECOND_HOP = 1  # is sent when the first hop is waited for, so it must not queue behind later first hops
 _GREETING = 2  # says which collective the sender is about to do
 _GREETING_BYTES = 192
+_NOTE_BYTES = 8  # of them: a number that need not be the same everywhere
 
 Cut = tuple[int, torch.Tensor]  # (owner: index in the group, view of the elements that it owns)
 
@@ -37,7 +38,8 @@ class Work:
         self._handles = list(handles)
         self._finish = finish
         self._hidden = False  # more is to be sent when it is waited for
-        self.greeting: Callable[[], None] | None = None  # waits for the peers' words and compares them
+        self.greeting: Callable[[], int] | None = None  # waits for the peers' words and compares them
+        self.heard = 0  # the lowest of all members' notes, once the greeting is over
 
     def wait(self) -> None:
         """Raises CommunicationError when a peer is gone or the group's timeout has passed, DesyncError when a
@@ -45,7 +47,7 @@ class Work:
         try:
             if self.greeting is not None:
                 greeting, self.greeting = self.greeting, None
-                greeting()
+                self.heard = greeting()
             while self._handles:
                 self._handles[-1].wait()
                 self._handles.pop()
@@ -112,24 +114,31 @@ def receive_from(tensor: torch.Tensor, src: int, group: Group, tag: int = _TAG) 
     return dist.irecv(tensor, group.ranks[src], group.pg, tag) if tensor.numel() else None
 
 
-def greet(label: str, group: Group, channel: int) -> Callable[[], None]:
-    """Tell every member what is about to be done; the result waits for their words and compares."""
-    words = label.encode()[-_GREETING_BYTES:].ljust(_GREETING_BYTES)
-    mine = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+def greet(label: str, group: Group, channel: int, note: int = 0) -> Callable[[], int]:
+    """Tell every member what is about to be done; the result waits for their words and compares.
+
+    ``note``: a number of this member's; the result returns the lowest of all members' notes.
+    """
+    size = _GREETING_BYTES - _NOTE_BYTES
+    words = label.encode()[-size:].ljust(size)
+    mine = torch.frombuffer(bytearray(words + note.to_bytes(_NOTE_BYTES)), dtype=torch.uint8)
     tag = tag_of(channel, _GREETING)
     heard = {peer: torch.empty_like(mine) for peer in peers(group)}
     handles = [send_to(mine, peer, group, tag) for peer in peers(group)]
     handles += [receive_from(buffer, peer, group, tag) for peer, buffer in heard.items()]
 
-    def compare() -> None:
+    def compare() -> int:
         for handle in handles:
             handle.wait()
+        lowest = note
         for peer, buffer in heard.items():
-            if not torch.equal(buffer, mine):
-                theirs = bytes(buffer.tolist()).decode(errors="replace").strip()
+            said = bytes(buffer.tolist())
+            if said[:size] != words:
+                theirs = said[:size].decode(errors="replace").strip()
+                other = group.ranks[peer]
                 raise DesyncError(
                     describe(
-                        f"ranks went different ways: this one is at '{label}', rank {group.ranks[peer]} is at '{theirs}'",
+                        f"ranks went different ways: this one is at '{label}', rank {other} is at '{theirs}'",
                         rank=group.ranks[group.rank],
                         expected="the same modules in the same order on every rank",
                         found=f"'{label}' here and '{theirs}' there",
@@ -137,6 +146,8 @@ def greet(label: str, group: Group, channel: int) -> Callable[[], None]:
                         "set_z3_leaf_modules so that it is gathered whole",
                     )
                 )
+            lowest = min(lowest, int.from_bytes(said[size:]))
+        return lowest
 
     return compare
 

@@ -2,19 +2,28 @@
 
 The first step records the order of visits; later steps replay it with gathers started ahead of use. A step that
 visits something else goes on without the plan, and its own order is the next plan.
+
+No rank waits for ever. Ranks tell each other in one sequence what they are about to do: gather a parameter, begin
+forward or backward, reduce what is left, step, or raise an error (``meet``, ``guarded``). A rank that hears
+another word than its own stops with a DesyncError. Whatever else blocks on a peer (reductions, the norm of a step)
+comes after such a meeting, so that every peer is on its way to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
-from zeropipe.comm.collectives import meet
+from zeropipe.comm.collectives import announce, greets, meet
 from zeropipe.comm.group import Group
+from zeropipe.errors import CommunicationError, DesyncError
 from zeropipe.runtime.zero.fetch_plan import Budget, Phase, Step, Visit, plan
 from zeropipe.runtime.zero.shards import GATHER, Shards
+
+REDUCTIONS_COMPARED_EVERY = 2**21  # elements gathered in backward
 
 
 @dataclass(slots=True, eq=False)
@@ -43,12 +52,27 @@ class Use:
     keep: bool = False
 
 
-class Coordinator:
-    """Owns the units of one model, the plan, and who is running. All calls come from hooks, in program order."""
+class Reductions(Protocol):
+    """What the coordinator asks of the reducer, which must not wait for reductions that a peer has not started:
+    that peer may be waiting for this rank in a gather."""
 
-    def __init__(self, group: Group, budget: Budget) -> None:
+    @property
+    def launched(self) -> int: ...
+    def launched_by_all(self, count: int) -> None: ...
+
+
+class Coordinator:
+    """Owns the units of one model, the plan, and who is running. All calls come from hooks, in program order.
+
+    ``group``: the ranks that share one copy of the shards; ``everyone``: all that train together.
+    """
+
+    def __init__(self, group: Group, budget: Budget, everyone: Group | None = None) -> None:
         self.group = group
+        self.circles = [group] if everyone is None or everyone == group else [group, everyone]
         self.budget = budget
+        self.reductions: Reductions | None = None
+        self._unmet = 0  # elements gathered in backward since the ranks last compared their reductions
         self.units: list[Unit] = []
         self.running: list[Use] = []  # forwards in progress, innermost last
         self._plans: dict[bool, tuple[Step, ...]] = {}  # with gradients or without -> the plan
@@ -56,7 +80,8 @@ class Coordinator:
         self._visits: list[Visit] = []  # of the pass in progress
         self._replaying = False
         self._backward: list[Use] = []  # backward uses that have not ended
-        self._ahead: set[int] = set()  # units fetched ahead in this pass
+        self._loose: list[Use] = []  # hold what a root returned of its parameters
+        self._told: Callable[[], int] | None = None  # an error told to the peers: whether they have the same
 
     def add_unit(self, name: str, shards: Iterable[Shards]) -> Unit:
         unit = Unit(len(self.units), name, [])
@@ -71,51 +96,78 @@ class Coordinator:
         """The plan of a training step; empty before the first one is over."""
         return self._plans.get(True, ())
 
-    def begin_pass(self) -> None:
-        """The root module is about to run forward."""
+    def begin_pass(self, root: str) -> None:
+        """The root module is about to run forward; nothing to do where that is inside a pass (recursion, or a
+        checkpoint's second forward)."""
+        if self.running or in_backward():
+            return
         self.settle()
-        meet("forward", self.group, channel=GATHER)
+        self.meet(f"forward of {root}")
         self._close_trace()
         self._grad = torch.is_grad_enabled()
         self._replaying = self._grad in self._plans
 
+    def meet(self, what: str) -> None:
+        """Go on when every rank is about to do ``what``; DesyncError when one is not."""
+        if self._told is not None:
+            told, self._told = self._told, None
+            told()
+        for circle in self.circles:
+            meet(what, circle, channel=GATHER)
+
     def start(self, unit: Unit, phase: Phase) -> Use:
         """Make the unit's parameters available; they stay so until the use ends."""
         if phase is Phase.BACKWARD and not self._backward:
-            meet("backward", self.group, channel=GATHER)
+            self.meet(f"backward of {unit.name}")
+        if phase is Phase.BACKWARD and self.reductions is not None:
+            self._compare_reductions(unit, self.reductions)
         use = Use(unit)
+        (self.running if phase is Phase.FORWARD else self._backward).append(use)
         step = self._advance(Visit(phase, unit.index))
         use.keep = step is not None and step.keep
         for shards in unit.shards:
             shards.start_gather()
         for other in () if step is None else step.fetch:
-            if other != unit.index:
-                self._ahead.add(other)
-                for shards in self.units[other].shards:
-                    shards.start_gather()
-        self._ahead.discard(unit.index)
+            for shards in self.units[other].shards:
+                shards.start_gather()
         for shards in unit.shards:
             shards.finish_gather()
             shards.holds += 1
             use.held.append(shards)
-        (self.running if phase is Phase.FORWARD else self._backward).append(use)
         return use
 
-    def end(self, use: Use) -> None:
-        """The use is over; frees what nobody holds, unless the plan keeps it or backward will soon read it."""
-        forward = use in self.running
-        (self.running if forward else self._backward).remove(use)
-        recomputed = forward and torch._C._current_graph_task_id() != -1  # its backward comes next
-        for shards in use.held:
-            shards.holds -= 1
-            if not use.keep and not recomputed:
-                shards.release_if_idle()
-        use.held.clear()
+    def _compare_reductions(self, unit: Unit, reductions: Reductions) -> None:
+        """Now and then tell the reducer which reductions every rank has started."""
+        self._unmet += unit.numel
+        if self._unmet >= REDUCTIONS_COMPARED_EVERY and greets(self.group):
+            self._unmet = 0
+            started = meet("backward goes on", self.group, channel=GATHER, note=reductions.launched)
+            reductions.launched_by_all(started)
 
-    def end_if_open(self, use: Use) -> None:
-        """``end``, unless that was done for it already."""
-        if use in self.running or use in self._backward:
-            self.end(use)
+    def end(self, use: Use, returned: Iterable[Shards] = ()) -> None:
+        """The use is over; frees what nobody holds, unless the plan keeps it or backward will soon read it.
+
+        ``returned``: those of which the module gave a view to its caller, which holds them from now on.
+        """
+        forward = use in self.running
+        if not forward and use not in self._backward:
+            return
+        (self.running if forward else self._backward).remove(use)
+        for shards in returned:
+            self._hand_up(shards)
+        recomputed = forward and in_backward()  # its backward comes next
+        self._let_go(use, free=not use.keep and not recomputed)
+
+    def failed(self, use: Use, error: BaseException) -> None:
+        """A forward raised: end it and, if nothing is left running, tell the peers."""
+        self.end(use)
+        if not self.running and not in_backward():
+            self.tell(error, use.unit.name)
+
+    def tell(self, error: BaseException, where: str) -> None:
+        """Tell the peers, who would wait for this rank, that it has raised; they may have, too."""
+        if self._told is None and not isinstance(error, DesyncError | CommunicationError):
+            self._told = announce(f"{type(error).__name__} raised in {where}", self.group, channel=GATHER)
 
     def fetch_for_use(self, shards: Shards) -> bool:
         """A function met ``shards`` while they are away: gather them if a module is running forward, and remember
@@ -130,20 +182,32 @@ class Coordinator:
         return True
 
     def settle(self) -> None:
-        """End what backward left open and free what was fetched ahead and not used."""
-        for use in list(self._backward):
-            self.end(use)
-        for use in list(self.running):  # a forward that raised
-            self.end(use)
+        """End what backward or a forward that raised left open, and free what was fetched ahead and not used."""
+        for use in (*self._backward, *self.running, *self._loose):
+            self._let_go(use, free=False)
+        for uses in (self._backward, self.running, self._loose):
+            uses.clear()
         for unit in self.units:
             for shards in unit.shards:
                 shards.release_if_idle()
-        self._ahead.clear()
 
-    def end_backward(self) -> None:
-        """A whole backward is over."""
-        if self._grad:
-            self.settle()
+    def _hand_up(self, shards: Shards) -> None:
+        """Let the caller of a module hold what that module returned of a parameter."""
+        if self.running:
+            use = self.running[-1]
+            use.unit.add(shards)
+        else:
+            use = Use(Unit(-1, "", []))
+            self._loose.append(use)
+        shards.holds += 1
+        use.held.append(shards)
+
+    def _let_go(self, use: Use, free: bool) -> None:
+        for shards in use.held:
+            shards.holds -= 1
+            if free:
+                shards.release_if_idle()
+        use.held.clear()
 
     def _advance(self, visit: Visit) -> Step | None:
         """Note the visit; the plan's step for it, or None where there is no plan (any more)."""
@@ -164,3 +228,8 @@ class Coordinator:
         if not visits or (known is not None and [step.visit for step in known] == visits):
             return
         self._plans[self._grad] = plan(visits, [unit.numel for unit in self.units], self.budget)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)

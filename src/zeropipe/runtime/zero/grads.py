@@ -29,7 +29,7 @@ class GradStore:
         self.seen: set[int] = set()  # parameters with a gradient in this window
         self.reduced = False  # keeps_whole: the buffer holds reduced values
         self._held: dict[int, torch.Tensor] = {}  # sharded: gradients that wait for their bucket
-        self._written: set[int] = set()  # sharded: buckets (by start) that the window has written
+        self._written: set[int] = set()  # sharded: buckets (by first tensor) that the window has written
 
     @property
     def held(self) -> Iterator[torch.Tensor]:
@@ -101,8 +101,8 @@ class GradStore:
 
     def _launch_sharded(self, bucket: Bucket) -> Work:
         parts = [self._held.pop(index, None) for index in bucket.tensors]
-        first = bucket.start not in self._written
-        self._written.add(bucket.start)
+        first = bucket.tensors[0] not in self._written
+        self._written.add(bucket.tensors[0])
         if self.partition.group.size == 1:
             self._store_alone(bucket, parts, first)
             return Work("gradients")

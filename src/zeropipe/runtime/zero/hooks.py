@@ -10,13 +10,15 @@ whole backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.coordinator import Coordinator, Unit, Use
 from zeropipe.runtime.zero.fetch_plan import Phase
 from zeropipe.runtime.zero.param import shards_of
@@ -51,7 +53,7 @@ class _Call:
         if self.waiting == 0:
             self.over = True
             if self.use is not None:
-                self.coordinator.end_if_open(self.use)
+                self.coordinator.end(self.use)
 
 
 class ModelHooks:
@@ -65,7 +67,10 @@ class ModelHooks:
         self.units: dict[torch.nn.Module, Unit] = {}
         self._handles: list[RemovableHandle] = []
         self._whole = set(leaves)
-        self._handles.append(module.register_forward_pre_hook(_untraced(lambda *_: coordinator.begin_pass())))
+        root = type(module).__name__
+        self._handles.append(
+            module.register_forward_pre_hook(_untraced(lambda *_: coordinator.begin_pass(root)))
+        )
         self._add(module, "", force=True)
 
     def unit_of(self, module: torch.nn.Module) -> Unit:
@@ -84,6 +89,8 @@ class ModelHooks:
     def _add(self, module: torch.nn.Module, name: str, force: bool = False) -> None:
         whole = module in self._whole
         shards = _direct(module.parameters() if whole else module._parameters.values())
+        for one in shards if whole else ():
+            one.in_leaf = True
         if shards or force or whole:
             self._hook(module, name or type(module).__name__, shards)
         if whole:
@@ -93,29 +100,57 @@ class ModelHooks:
                 self._add(child, f"{name}.{child_name}" if name else child_name)
 
     def _hook(self, module: torch.nn.Module, name: str, shards: list[Shards]) -> None:
-        coordinator = self.coordinator
-        unit = coordinator.add_unit(name, shards)
+        unit = self.coordinator.add_unit(name, shards)
         self.units[module] = unit
-        calls: list[
-            tuple[Use, _Call | None]
-        ] = []  # forwards in progress; several when the module nests itself
+        hooks = _UnitHooks(self.coordinator, unit)
+        self._handles.append(module.register_forward_pre_hook(_untraced(hooks.before), with_kwargs=True))
+        self._handles.append(module.register_forward_hook(_untraced(hooks.after), always_call=True))
 
-        def before(_: torch.nn.Module, args: Any, kwargs: Any) -> None:
-            use = coordinator.start(unit, Phase.FORWARD)
-            call = None
-            if torch.is_grad_enabled():
-                inputs = [t for t in _tensors((args, kwargs)) if t.requires_grad]
-                call = _Call(coordinator, unit, inputs)
-            calls.append((use, call))
 
-        def after(_: torch.nn.Module, args: Any, output: Any) -> None:
-            use, call = calls.pop()
-            if call is not None:
-                call.watch(t for t in _tensors(output) if t.requires_grad and t.grad_fn is not None)
-            coordinator.end_if_open(use)
+class _UnitHooks:
+    """The hooks of one unit; forwards in progress are several when the module nests itself."""
 
-        self._handles.append(module.register_forward_pre_hook(_untraced(before), with_kwargs=True))
-        self._handles.append(module.register_forward_hook(_untraced(after), always_call=True))
+    def __init__(self, coordinator: Coordinator, unit: Unit) -> None:
+        self.coordinator = coordinator
+        self.unit = unit
+        # use, its backward where it will have one, and the exception that was being handled when it began
+        self.calls: list[tuple[Use, _Call | None, BaseException | None]] = []
+
+    def before(self, _: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise UsageError(
+                f"{self.unit.name}: a functorch transform (torch.func.grad, vmap, ...) around a module of stage 3. "
+                "Fix: take the values with zero.GatheredParameters and pass them to torch.func.functional_call, "
+                "or use stage 2"
+            )
+        handling = sys.exc_info()[1]
+        use = self.coordinator.start(self.unit, Phase.FORWARD)
+        call = None
+        if torch.is_grad_enabled():
+            call = _Call(
+                self.coordinator, self.unit, (t for t in _tensors((args, kwargs)) if t.requires_grad)
+            )
+        self.calls.append((use, call, handling))
+
+    def after(self, _: torch.nn.Module, args: Any, output: Any) -> None:
+        if not self.calls:
+            return  # ``before`` has not been reached
+        use, call, handling = self.calls.pop()
+        error = sys.exc_info()[1]
+        if output is None and error is not None and error is not handling:
+            self.coordinator.failed(use, error)
+            return
+        tensors = _tensors(output)
+        if call is not None:
+            call.watch(t for t in tensors if t.requires_grad and t.grad_fn is not None)
+        self.coordinator.end(use, _returned(use, tensors))
+
+
+def _returned(use: Use, tensors: Iterable[torch.Tensor]) -> list[Shards]:
+    """The parameters of ``use`` of which ``tensors`` holds views; their storage must outlive the use."""
+    away = {s.full.untyped_storage()._cdata: s for s in use.held if not s.persist}
+    found = (away.get(t.untyped_storage()._cdata) for t in tensors if away and t.layout is torch.strided)
+    return [shards for shards in found if shards is not None]
 
 
 def _direct(params: Iterable[torch.nn.Parameter | None]) -> list[Shards]:
@@ -124,9 +159,48 @@ def _direct(params: Iterable[torch.nn.Parameter | None]) -> list[Shards]:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors in ``value``: in containers that pytree knows, in dataclasses, in the attributes of objects."""
     if isinstance(value, torch.Tensor):
         return [value]
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    rest = [value]
+    while rest and len(seen) < _MOST_OBJECTS:
+        for leaf in tree_leaves(rest.pop()):
+            if isinstance(leaf, torch.Tensor):
+                found.append(leaf)
+            elif not isinstance(leaf, _PLAIN) and not callable(leaf) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                if isinstance(leaf, Mapping):
+                    rest.append(list(leaf.values()))
+                elif isinstance(leaf, list | tuple | set | frozenset):
+                    rest.append(list(leaf))
+                else:
+                    rest.append(_attributes(leaf))
+    return found
+
+
+# Hold no tensors, or (modules) none that a forward takes or gives back by them.
+_PLAIN = (
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    type,
+    torch.nn.Module,
+)
+_MOST_OBJECTS = 200  # looked into per call: an argument may be anything, also the door to half the process
+
+
+def _attributes(thing: Any) -> list[Any]:
+    slots = [
+        getattr(thing, name, None) for cls in type(thing).__mro__ for name in getattr(cls, "__slots__", ())
+    ]
+    return [*getattr(thing, "__dict__", {}).values(), *slots]
 
 
 def _once(tensor: torch.Tensor, react: Callable[[], None]) -> None:
@@ -143,5 +217,9 @@ def _once(tensor: torch.Tensor, react: Callable[[], None]) -> None:
 
 def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
     """Keep torch.compile out of ``hook``: what ``torch.compiler.disable`` sets, without importing the compiler."""
-    hook._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return hook
+
+    def untraced(*args: Any) -> None:
+        hook(*args)
+
+    untraced._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return untraced
