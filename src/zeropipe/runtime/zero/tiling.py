@@ -1,0 +1,224 @@
+"""A linear layer in tiles, each a module of its own, so that stage 3 gathers one tile at a time.
+
+          in_splits = 2
+out   | tile 0,0 | tile 0,1 |      y0 = tile00(x0) + tile01(x1)       bias: in the last tile of each row
+splits| tile 1,0 | tile 1,1 |      y1 = tile10(x0) + tile11(x1)       output: y0, y1 side by side
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from zeropipe.errors import UsageError, describe
+from zeropipe.layout.balance import cut_evenly
+from zeropipe.runtime.zero.param import shards_of, zero_param
+from zeropipe.runtime.zero.status import ZeroParamStatus
+
+
+class TiledLinear(nn.Module):
+    """As ``linear_cls(in_features, out_features, bias)``, in ``out_splits`` x ``in_splits`` tiles (uneven ones too).
+
+    Under stage 3 about 1 / (in_splits * out_splits) of the weight is gathered at a time.
+
+    Args:
+        in_features, out_features, bias: of the whole layer.
+        in_splits: tiles along the input features; their results are added in order.
+        out_splits: tiles along the output features.
+        input_is_already_split: ``forward`` gets the list of the input's parts.
+        combine_out_splits: False: ``forward`` returns the list of the output's parts.
+        linear_cls: makes each tile, called as ``linear_cls(in, out, bias=..., **kwargs)``.
+        init_linear: a layer to copy the values from (see ``copy_params_from``).
+
+    With one tile the numbers are those of ``linear_cls`` bit for bit. Raises UsageError for splits that leave a
+    tile empty.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        in_splits: int = 1,
+        out_splits: int = 1,
+        input_is_already_split: bool = False,
+        combine_out_splits: bool = True,
+        linear_cls: Callable[..., nn.Module] = nn.Linear,
+        init_linear: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        for name, splits, features in (
+            ("in_splits", in_splits, in_features),
+            ("out_splits", out_splits, out_features),
+        ):
+            if not 1 <= splits <= features:
+                raise UsageError(
+                    describe(
+                        f"TiledLinear: {name}",
+                        expected=f"1 to {features}, the features that it divides",
+                        found=splits,
+                        fix="use fewer tiles",
+                    )
+                )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.use_bias = bias
+        self.in_splits = in_splits
+        self.out_splits = out_splits
+        self.input_is_already_split = input_is_already_split
+        self.combine_out_splits = combine_out_splits
+        self.in_parts = cut_evenly(in_features, in_splits)  # bounds, one more than parts
+        self.out_parts = cut_evenly(out_features, out_splits)
+        self.linears = nn.ModuleList(
+            nn.ModuleList(
+                linear_cls(
+                    self._size(self.in_parts, i),
+                    self._size(self.out_parts, o),
+                    bias=bias and i == in_splits - 1,
+                    **kwargs,
+                )
+                for i in range(in_splits)
+            )
+            for o in range(out_splits)
+        )
+        if init_linear is not None:
+            self.copy_params_from(init_linear)
+
+    @staticmethod
+    def _size(bounds: Sequence[int], part: int) -> int:
+        return bounds[part + 1] - bounds[part]
+
+    def forward(self, input_: torch.Tensor | Sequence[torch.Tensor]) -> Any:  # [..., in] -> [..., out]
+        parts = self._split(input_)
+        outputs = []
+        for row in self.linears:
+            total = None
+            for tile, part in zip(row, parts, strict=True):  # type: ignore[call-overload]
+                result = tile(part)
+                total = result if total is None else total + result
+            outputs.append(total)
+        return self._combine(outputs)
+
+    @torch.no_grad()
+    def copy_params_from(self, other: nn.Module) -> None:
+        """Take the values of ``other``, a layer with ``weight`` [out, in] and ``bias`` [out] or None.
+
+        Either may be shards (then this is collective). Raises UsageError for other shapes.
+        """
+        weight, bias = other.weight, other.bias
+        assert isinstance(weight, torch.Tensor)
+        expected = (self.out_features, self.in_features)
+        if tuple(_shape(weight)) != expected or (bias is not None) != self.use_bias:
+            raise UsageError(
+                describe(
+                    "TiledLinear.copy_params_from",
+                    expected=f"a weight of shape {expected} and {'a' if self.use_bias else 'no'} bias",
+                    found=f"shape {tuple(_shape(weight))} and {'no' if bias is None else 'a'} bias",
+                    fix="copy from a layer of the same features and the same bias argument",
+                )
+            )
+        with _Whole(weight):
+            for o, row in enumerate(self.linears):
+                rows = slice(self.out_parts[o], self.out_parts[o + 1])
+                for i, tile in enumerate(row):  # type: ignore[arg-type, var-annotated]
+                    _write(tile.weight, weight[rows, self.in_parts[i] : self.in_parts[i + 1]])
+        if bias is None:
+            return
+        assert isinstance(bias, torch.Tensor)
+        with _Whole(bias):
+            for o, row in enumerate(self.linears):
+                _write(row[-1].bias, bias[self.out_parts[o] : self.out_parts[o + 1]])  # type: ignore[index]
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.use_bias}, "
+            f"in_splits={self.in_splits}, out_splits={self.out_splits}"
+        )
+
+    def _split(self, input_: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        sizes = [self._size(self.in_parts, i) for i in range(self.in_splits)]
+        if not self.input_is_already_split:
+            assert isinstance(input_, torch.Tensor)
+            if input_.shape[-1] != self.in_features:
+                raise UsageError(
+                    describe(
+                        "TiledLinear: last dim of the input",
+                        expected=self.in_features,
+                        found=input_.shape[-1],
+                    )
+                )
+            return input_.split(sizes, -1) if len(sizes) > 1 else [input_]
+        found = [part.shape[-1] for part in input_]
+        if found != sizes:
+            raise UsageError(
+                describe("TiledLinear: last dims of the input's parts", expected=sizes, found=found)
+            )
+        return list(input_)
+
+    def _combine(self, outputs: list[Any]) -> Any:
+        if not self.combine_out_splits:
+            return outputs
+        return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+
+
+class TiledLinearReturnBias(TiledLinear):
+    """For a ``linear_cls`` that returns ``(output, bias)`` and leaves adding the bias to its caller; so does this.
+
+    ``forward`` returns (output, bias), or (list of outputs, list of biases) without ``combine_out_splits``. The
+    bias is None where the tiles return none.
+    """
+
+    def forward(self, input_: torch.Tensor | Sequence[torch.Tensor]) -> Any:
+        parts = self._split(input_)
+        outputs, biases = [], []
+        for row in self.linears:
+            total, kept = None, None
+            for tile, part in zip(row, parts, strict=True):  # type: ignore[call-overload]
+                result, bias = tile(part)
+                total = result if total is None else total + result
+                if bias is not None:
+                    kept = bias if kept is None else kept + bias
+            outputs.append(total)
+            biases.append(kept)
+        if all(bias is None for bias in biases):
+            return self._combine(outputs), None
+        return self._combine(outputs), self._combine(biases)
+
+
+class _Whole:
+    """Around a use of a parameter's whole value: gathers shards, and frees them if they were not gathered before."""
+
+    def __init__(self, param: torch.Tensor) -> None:
+        shards = shards_of(param)
+        at_rest = shards is not None and shards.status is not ZeroParamStatus.AVAILABLE
+        self._shards = shards if at_rest else None
+
+    def __enter__(self) -> None:
+        if self._shards is not None:
+            self._shards.gather()
+
+    def __exit__(self, *_: object) -> None:
+        if self._shards is not None:
+            self._shards.release()
+
+
+def _shape(param: torch.Tensor) -> torch.Size:
+    shards = shards_of(param)
+    return param.shape if shards is None else shards.shape
+
+
+def _write(param: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Set a parameter of any stage to ``value`` (its shape, the same on every rank)."""
+    zp = zero_param(param)
+    if zp is not None and zp.partition is not None:
+        zp.partition.write_value(zp.index, value)
+        return
+    shards = shards_of(param)
+    with _Whole(param):
+        param.data.copy_(value)
+        if shards is not None:
+            shards.write_back()
