@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from zeropipe.errors import UnavailableParameterError
 from zeropipe.runtime.zero.status import ZeroParamStatus
@@ -91,10 +92,14 @@ class ShardedParameter(torch.nn.Parameter):
             shards.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
-        """A plain parameter with a copy of the gathered value."""
-        if self._shards.status is not ZeroParamStatus.AVAILABLE:
-            raise _unavailable(self._shards, "copy.deepcopy")
-        copy = torch.nn.Parameter(self.data.clone(), self.requires_grad)
+        """Of a gathered one a plain parameter; of one away a sharded copy, unless an engine's hooks gather it."""
+        shards = self._shards
+        if shards.status is ZeroParamStatus.AVAILABLE:
+            copy = torch.nn.Parameter(self.data.clone(), self.requires_grad)
+        elif shards.fetch_for_use is None or shards.building:
+            copy = shards.duplicate(self)
+        else:
+            raise _unavailable(shards, "copy.deepcopy")
         memo[id(self)] = copy
         return copy
 
@@ -104,36 +109,95 @@ class ShardedParameter(torch.nn.Parameter):
         return torch.nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
 
 
-# What may be asked of a parameter that is away: facts and bookkeeping, nothing that reads elements.
+# What may be asked of a parameter that is away: bookkeeping, and facts that its shards know.
 _HARMLESS = frozenset(
     [
-        "numel",
-        "size",
-        "dim",
-        "ndimension",
-        "element_size",
-        "stride",
-        "storage_offset",
-        "data_ptr",
-        "untyped_storage",
-        "nelement",
-        "is_contiguous",
-        "is_floating_point",
-        "is_complex",
-        "is_shared",
-        "is_pinned",
-        "get_device",
-        "type",
-        "dtype",
-        "requires_grad_",
-        "detach",
-        "detach_",
-        "register_hook",
-        "register_post_accumulate_grad_hook",
         "__hash__",
         "__repr__",
         "__format__",
-        "__len__",
+        "__dir__",
+        "__setstate__",
+        "__reduce_ex__",
+        "__deepcopy__",
+        "__set__",
+        "__delete__",
+        "dtype",
+        "device",
+        "layout",
+        "requires_grad",
+        "grad",
+        "grad_fn",
+        "is_leaf",
+        "names",
+        "output_nr",
+        "retains_grad",
+        "volatile",
+        "is_meta",
+        "is_cuda",
+        "is_cpu",
+        "is_sparse",
+        "is_sparse_csr",
+        "is_quantized",
+        "is_mkldnn",
+        "is_nested",
+        "is_mtia",
+        "is_mps",
+        "is_xpu",
+        "is_xla",
+        "is_ipu",
+        "is_maia",
+        "is_vulkan",
+        "itemsize",
+        "nbytes",
+        "_version",
+        "_base",
+        "_cdata",
+        "_grad",
+        "_grad_fn",
+        "_backward_hooks",
+        "_post_accumulate_grad_hooks",
+        "_is_param",
+        "element_size",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "is_shared",
+        "is_pinned",
+        "is_inference",
+        "is_conj",
+        "is_neg",
+        "get_device",
+        "type",
+        "data_ptr",
+        "storage",
+        "untyped_storage",
+        "_typed_storage",
+        "is_set_to",
+        "storage_offset",
+        "stride",
+        "_is_view",
+        "is_same_size",
+        "has_names",
+        "has_torch_function",
+        "is_tensor",
+        "is_storage",
+        "_has_compatible_shallow_copy_type",
+        "requires_grad_",
+        "detach_",
+        "set_",
+        "retain_grad",
+        "register_hook",
+        "register_post_accumulate_grad_hook",
+    ]
+)
+# What gives the shape; inside zero.Init it is the whole parameter's, elsewhere that of the value here: [0].
+_SHAPES = frozenset(["shape", "size", "numel", "nelement", "dim", "ndimension", "ndim", "__len__"])
+# What gives another tensor of the same elements; of a parameter that is away it is one of shape [0].
+_EMPTY = frozenset(
+    [
+        "data",
+        "detach",
+        "clone",
         "to",
         "cpu",
         "cuda",
@@ -141,29 +205,8 @@ _HARMLESS = frozenset(
         "half",
         "bfloat16",
         "double",
-        "clone",
         "pin_memory",
-        "_is_view",
-        "is_same_size",
-        "_typed_storage",
-        "storage",
-        "retain_grad",
-        "has_names",
-        "is_inference",
-        "is_sparse",
-        "set_",
-        "is_set_to",
-        "is_conj",
-        "is_neg",
-        "is_quantized",
-        "__reduce_ex__",
-        "__deepcopy__",
-        "_has_compatible_shallow_copy_type",
-        "has_torch_function",
-        "is_tensor",
-        "is_storage",
-        "__dir__",
-        "__setstate__",
+        "contiguous",
     ]
 )
 
@@ -181,14 +224,69 @@ class _Away(ShardedParameter):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name not in _HARMLESS and not name.endswith("__get__") and name not in ("__set__", "__delete__"):
-            for value in torch.utils._pytree.tree_leaves((args, kwargs)):
-                if isinstance(value, _Away):
-                    shards = value._shards
-                    if shards.fetch_for_use is None or not shards.fetch_for_use(shards):
-                        raise _unavailable(shards, f"torch function '{name}'")
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        if name in _HARMLESS:
+            return _plainly(func, args, kwargs)
+        first = args[0] if args and isinstance(args[0], _Away) else None
+        if first is not None and name in _SHAPES:
+            shards = first._shards
+            return (
+                _shape_fact(shards.shape, name, *args[1:], **kwargs)
+                if shards.building
+                else _plainly(func, args, kwargs)
+            )
+        if first is not None and name in _EMPTY and not first._shards.building:
+            empty = _plainly(func, args, kwargs)
+            return empty.as_subclass(AwayValue) if name in ("data", "detach") else empty
+        if first is not None and name == "copy_" and first._shards.loading:
+            first._shards.write(args[1])
+            return first
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, _Away):
+                shards = value._shards
+                if shards.builder is not None and shards.builder.active:
+                    shards.builder.fetch(shards)
+                elif shards.fetch_for_use is None or not shards.fetch_for_use(shards):
+                    raise _unavailable(shards, f"torch function '{name}'")
+        return _plainly(func, args, kwargs)
+
+
+class AwayValue(torch.Tensor):
+    """``.data`` of a parameter that is away: shape [0]. Writing to it raises, instead of doing nothing."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = name == "__setitem__" or (
+            name.endswith("_") and not name.startswith("_") and name not in _HARMLESS
+        )
+        if writes and args and isinstance(args[0], AwayValue):
+            raise UnavailableParameterError(
+                f"'{name}' would write to the value of a sharded parameter that is not here, and so do nothing. Fix: "
+                "write inside 'with zero.GatheredParameters(param, modifier_rank=0):'"
+            )
+        result = _plainly(func, args, kwargs or {})
+        return result.as_subclass(torch.Tensor) if isinstance(result, AwayValue) else result
+
+
+def _shape_fact(shape: torch.Size, name: str, dim: int | None = None) -> Any:
+    if name in ("shape", "size"):
+        return shape if dim is None else shape[dim]
+    if name == "__len__":
+        return shape[0]
+    return shape.numel() if name in ("numel", "nelement") else len(shape)
+
+
+def _plainly(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
 
 
 def _unavailable(shards: Shards, use: str) -> UnavailableParameterError:

@@ -9,8 +9,10 @@ has been gathered again.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -22,6 +24,15 @@ from zeropipe.runtime.zero.sharded_parameter import mark_available, mark_unavail
 from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType, check_transition
 
 GATHER = 1  # the channel of gathers: they need no order among other collectives
+
+
+class Builder(Protocol):
+    """A model under construction: while it is active any use of its parameters fetches them, and they show their
+    whole shape."""
+
+    active: bool
+
+    def fetch(self, shards: Shards) -> None: ...
 
 
 class Shards:
@@ -43,6 +54,11 @@ class Shards:
         self.active_modules: set[int] = set()  # what clients know as ds_active_sub_modules
         # Set by a coordinator: fetches for a use inside a forward and says whether it did.
         self.fetch_for_use: Callable[[Shards], bool] | None = None
+        self.builder: Builder | None = None  # zero.Init that made it
+        self.loading = False  # load_state_dict is about to copy a whole value in
+        self.contexts = 0  # GatheredParameters that hold it
+        self.pinned = False  # held by zero.unshard until zero.reshard
+        self.renewals = 0  # how often the shards changed under a gathered value
         self._param = weakref.ref(param)
         self._work: Work | None = None
         self.full = torch.zeros(self.layout.padded_numel, dtype=param.dtype, device=param.device)  # 1D
@@ -57,6 +73,10 @@ class Shards:
     @property
     def shard_numel(self) -> int:
         return self.layout.shard_numel
+
+    @property
+    def building(self) -> bool:
+        return self.builder is not None and self.builder.active
 
     @property
     def param(self) -> torch.nn.Parameter:
@@ -124,7 +144,45 @@ class Shards:
     def write_back(self) -> None:
         """Take this rank's shard anew from the gathered value (the same on every rank)."""
         assert self.status is ZeroParamStatus.AVAILABLE
-        self.source.copy_(self.full[self._own()])
+        self._renew(self.full[self._own()])
+
+    def write(self, value: torch.Tensor) -> None:
+        """Take this rank's shard from ``value`` (the whole, the same on every rank); not collective."""
+        cut = torch.zeros(self.shard_numel, dtype=self.dtype, device=self.source.device)
+        flat = value.detach().reshape(-1)
+        for piece in self.layout.pieces(self.group.rank):
+            cut[piece.offset : piece.offset + piece.numel].copy_(
+                flat[piece.start : piece.start + piece.numel]
+            )
+        self._renew(cut)
+        if self.status is ZeroParamStatus.AVAILABLE:
+            self.full[: self.numel].copy_(flat)
+
+    def whole(self) -> torch.Tensor:
+        """A new tensor with the whole value; collective unless it is gathered, and the state stays as it is."""
+        self.finish_gather()
+        if self.status is ZeroParamStatus.AVAILABLE:
+            return self.full[: self.numel].clone().view(self.shape)
+        value = torch.empty(self.layout.padded_numel, dtype=self.dtype, device=self.full.device)
+        own = value[self._own()]
+        own.copy_(self.source)
+        all_gather(value, own, self.group, label=self.name, channel=GATHER, guarded=True)
+        return value[: self.numel].view(self.shape)
+
+    def differs(self) -> bool:
+        """Whether this rank's elements of the gathered value are no longer those of its shard."""
+        own = self.full[self._own()].contiguous()
+        return not torch.equal(own.view(torch.uint8), self.source.to(own.device, own.dtype).view(torch.uint8))
+
+    def _renew(self, shard: torch.Tensor) -> None:
+        """Set the shard to ``shard`` (1D, in the parameter's dtype). An fp32 master keeps the bits of elements that
+        did not change in the parameter's precision."""
+        self.renewals += 1
+        if self.source.dtype != shard.dtype:
+            shard = shard.to(self.source.device)
+            same = shard == self.source.to(shard.dtype)
+            shard = torch.where(same, self.source, shard.to(self.source.dtype))
+        self.source.copy_(shard)
 
     def refresh(self) -> None:
         """After the shards changed: make a gathered value show them again. Collective if gathered."""
@@ -132,6 +190,21 @@ class Shards:
             own = self.full[self._own()]
             own.copy_(self.source)
             all_gather(self.full, own, self.group, label=self.name, channel=GATHER, guarded=True)
+
+    def duplicate(self, param: torch.nn.Parameter) -> torch.nn.Parameter:
+        """Another parameter with shards of the same value, at rest; not collective, as nothing is gathered."""
+        empty = torch.empty(0, dtype=self.dtype, device=self.full.device)
+        other = torch.nn.Parameter(empty, param.requires_grad)
+        shards = copy.copy(self)
+        shards._param = weakref.ref(other)
+        shards.source = self.source.to(self.dtype, copy=True)
+        shards.full = torch.empty_like(self.full)
+        shards.full.untyped_storage().resize_(0)
+        shards.persist, shards.holds, shards.contexts, shards.pinned = False, 0, 0, False
+        shards.active_modules = set()
+        other._zero = ZeroParam(self.name, shards=shards)  # type: ignore[attr-defined]
+        mark_unavailable(other, empty)
+        return other
 
 
 def shard_parameter(param: torch.nn.Parameter, name: str, ident: int, group: Group) -> Shards:
