@@ -12,7 +12,7 @@ from zeropipe.runtime.pipe.instructions import COMPUTE, Instruction, Op, Schedul
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.simulate import Event
 from zeropipe.runtime.pipe.stage import Stage
-from zeropipe.runtime.pipe.transfers import Message, made_by, needed_by, queues
+from zeropipe.runtime.pipe.transfers import Message, known_taken, made_by, needed_by, queues
 from zeropipe.runtime.pipe.wire import flatten, rebuild
 
 
@@ -53,6 +53,7 @@ class Executor:
         self.schedule, self._rank = schedule, rank
         self._stages, self._mailbox, self._host = stages, mailbox, host
         self._queues = queues(schedule)
+        self._known_taken = known_taken(schedule)
         self._train = schedule.has_backward
         self._here: dict[Message, Any] = {}  # values between two stages of this rank
         self._seeds: dict[
@@ -77,7 +78,7 @@ class Executor:
     def run(self) -> None:
         """Do every instruction in order. Whatever fails is told to the other ranks before it is raised."""
         self.events = []
-        self._mailbox.begin(self._queues)
+        self._mailbox.begin(self._queues, self._known_taken)
         try:
             self._host.start()
             for step in self.schedule.ranks[self._rank]:

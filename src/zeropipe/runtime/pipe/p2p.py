@@ -8,20 +8,23 @@ change, is preceded by its form. A rank that fails says so in every queue that i
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from zeropipe.comm.collectives import Work, recv, send
+from zeropipe.comm.collectives import Work, broadcast_object, recv, send
 from zeropipe.comm.group import Group
+from zeropipe.comm.record import SEAM
 from zeropipe.errors import CommunicationError, UsageError, describe
 from zeropipe.runtime.pipe.instructions import Op
 from zeropipe.runtime.pipe.transfers import Message
 from zeropipe.runtime.pipe.wire import FAILED, Form, farewell, form_of, pack, views
 
-_FORM_TAG, _VALUE_TAG = 6151, 6152  # apart from a user's own messages and from the collectives' tags
+_FORM_TAG, _VALUE_TAG = 0, 1  # added to the pipeline's own tag
+_TAGS = range(1 << 16, 1 << 30, 2)  # above a user's own messages and the collectives' tags
 _SIZES = 2  # int64: bytes of the form, bytes of the value; a negative form says the sender has failed
 
 Edge = tuple[int, int, Op]  # source stage, target stage, forward or backward
@@ -37,14 +40,20 @@ class Links:
     def __init__(self, pipe: Group, pairs: Mapping[tuple[int, int], Group] | None = None) -> None:
         self.pipe = pipe
         self._pairs = dict(pairs or {})
+        # Drawn anew for each pipeline, so that what a failed one left on its way never reaches the next.
+        self._tag: int = broadcast_object(secrets.choice(_TAGS), 0, pipe, label="pipeline tag")
 
     def send(self, tensor: torch.Tensor, target: int, tag: int, label: str) -> Work:
         group = self._pairs.get((self.pipe.rank, target), self.pipe)
-        return send(tensor, self._place(group, target), group, tag=tag, label=label, async_op=True)
+        return send(
+            tensor, self._place(group, target), group, tag=self._tag + tag, label=label, async_op=True
+        )
 
     def recv(self, tensor: torch.Tensor, source: int, tag: int, label: str) -> Work:
         group = self._pairs.get((source, self.pipe.rank), self.pipe)
-        return recv(tensor, self._place(group, source), group, tag=tag, label=label, async_op=True)
+        return recv(
+            tensor, self._place(group, source), group, tag=self._tag + tag, label=label, async_op=True
+        )
 
     def _place(self, group: Group, rank: int) -> int:
         return group.ranks.index(self.pipe.ranks[rank])
@@ -61,11 +70,11 @@ def label_of(message: Message) -> str:
 
 @dataclass(slots=True)
 class _Incoming:
-    """One message of a queue, from expected to arrived."""
+    """A message whose receive is open."""
 
     message: Message
-    work: Work | None = None
-    buffer: torch.Tensor | None = None
+    work: Work
+    buffer: torch.Tensor  # uint8, the message's bytes once the work is done
 
 
 @dataclass(slots=True)
@@ -78,6 +87,35 @@ class _Queue:
     arrived: dict[Message, tuple[Form, torch.Tensor]] = field(default_factory=dict)
 
 
+_Part = tuple[Work, torch.Tensor]  # a transfer and the buffer that it must find unchanged
+
+
+class _Outgoing:
+    """What was sent to one rank and may not have arrived; gloo tells only who waits, so waiting must be safe."""
+
+    def __init__(self) -> None:
+        self._messages: deque[list[_Part]] = deque()
+        self._forgotten = 0
+
+    @property
+    def begun(self) -> int:
+        return self._forgotten + len(self._messages)
+
+    @property
+    def works(self) -> list[Work]:
+        return [work for parts in self._messages for work, _ in parts]
+
+    def add(self, parts: list[_Part]) -> None:
+        self._messages.append(parts)
+
+    def forget(self, count: int) -> None:
+        """The first ``count`` messages ever are known to have arrived: free their buffers."""
+        while self._forgotten < count:
+            for work, _ in self._messages.popleft():
+                work.wait()
+            self._forgotten += 1
+
+
 class Mailbox:
     """This rank's end of all its queues. ``dynamic``: shapes may change from one message of an edge to the next."""
 
@@ -88,17 +126,22 @@ class Mailbox:
         self._known: dict[Edge, Form] = {}
         self._queues: dict[int, _Queue] = {}
         self._targets: dict[int, deque[Message]] = {}
-        self._out: deque[tuple[Work, torch.Tensor]] = deque()
+        self._out: dict[int, _Outgoing] = {}  # by target rank
+        self._taken: Mapping[Message, int] = {}
 
-    def begin(self, queues: Mapping[tuple[int, int], Sequence[Message]]) -> None:
-        """Start a step in which the messages of ``queues`` travel."""
+    def begin(
+        self, queues: Mapping[tuple[int, int], Sequence[Message]], taken: Mapping[Message, int]
+    ) -> None:
+        """Start a step in which the messages of ``queues`` travel; ``taken`` as `known_taken` gives it."""
         self._queues = {s: _Queue(s, deque(q)) for (s, t), q in queues.items() if t == self._rank}
         self._targets = {t: deque(q) for (s, t), q in queues.items() if s == self._rank}
+        self._out = {target: _Outgoing() for target in self._targets}
+        self._taken = taken
 
     def finish(self) -> None:
-        """Wait until everything that was sent has left."""
-        while self._out:
-            self._out.popleft()[0].wait()
+        """Wait until everything that was sent has arrived."""
+        for outgoing in self._out.values():
+            outgoing.forget(outgoing.begun)
 
     def forget_forms(self) -> None:
         """Tell and be told all forms anew: the batches of a new kind of step have other shapes."""
@@ -107,8 +150,6 @@ class Mailbox:
 
     def send(self, message: Message, target: int, tree: str, tensors: Sequence[torch.Tensor]) -> None:
         """Start sending; ``tensors`` are copied, so they may be freed or changed."""
-        while self._out and self._out[0][0].done():
-            self._out.popleft()[0].wait()
         form = form_of(tree, tensors)
         edge = edge_of(message)
         told = self._sent.get(edge)
@@ -125,14 +166,16 @@ class Mailbox:
                 )
             )
         label = label_of(message)
+        parts: list[_Part] = []
         if told is None or self._dynamic:
             data = torch.frombuffer(bytearray(form.to_bytes()), dtype=torch.uint8).to(self.device)
             sizes = torch.tensor([data.numel(), form.nbytes], dtype=torch.int64, device=self.device)
             for part in (sizes, data):
-                self._out.append((self._links.send(part, target, _FORM_TAG, f"form {label}"), part))
+                parts.append((self._links.send(part, target, _FORM_TAG, f"form {label}"), part))
             self._sent[edge] = form
         buffer = pack(form, tensors, self.device)
-        self._out.append((self._links.send(buffer, target, _VALUE_TAG, label), buffer))
+        parts.append((self._links.send(buffer, target, _VALUE_TAG, label), buffer))
+        self._out[target].add(parts)
         expected = self._targets[target].popleft()
         assert expected == message, f"sent {message}, the schedule has {expected}"
 
@@ -150,10 +193,10 @@ class Mailbox:
                 self._receive_with_form(queue)
                 continue
             incoming = queue.opened.popleft()
-            assert incoming.work is not None
-            assert incoming.buffer is not None
             incoming.work.wait()
             self._accept(queue, incoming.message, self._known[edge_of(incoming.message)], incoming.buffer)
+        if source in self._out:
+            self._out[source].forget(self._taken[message])
         form, buffer = queue.arrived.pop(message)
         return form, views(form, buffer)
 
@@ -168,7 +211,12 @@ class Mailbox:
             else:
                 part, tag = farewell(told.nbytes, self.device), _VALUE_TAG
             with contextlib.suppress(Exception):  # the peer may be gone already
-                self._out.append((self._links.send(part, target, tag, "failed"), part))
+                self._out[target].add([(self._links.send(part, target, tag, "failed"), part)])
+        # Others still need what was sent before, and the transport still uses the buffers.
+        for outgoing in self._out.values():
+            SEAM.abandoned += outgoing.works
+        for queue in self._queues.values():
+            SEAM.abandoned += [incoming.work for incoming in queue.opened]
 
     def _open_next(self, queue: _Queue) -> bool:
         """Open the receive of the next message; False where its form must come first."""

@@ -67,6 +67,27 @@ def queues(schedule: Schedule) -> dict[tuple[int, int], tuple[Message, ...]]:
     return {pair: tuple(messages) for pair, messages in found.items()}
 
 
+def known_taken(schedule: Schedule) -> dict[Message, int]:
+    """For each message: how many messages of the opposite queue its sender had taken before it made this one.
+
+    Whoever gets the message so learns, without an acknowledgement, which of its own messages have arrived.
+    """
+    sent = queues(schedule)
+    place = {message: at for queue in sent.values() for at, message in enumerate(queue)}
+    found: dict[Message, int] = {}
+    for rank, line in enumerate(schedule.ranks):
+        taken: dict[int, int] = {}  # by the rank that they came from
+        for step in line:
+            need = needed_by(step, schedule.num_stages)
+            if need is not None and schedule.stage_rank[need.source] != rank:
+                source = schedule.stage_rank[need.source]
+                taken[source] = max(taken.get(source, 0), place[need] + 1)
+            made = made_by(step, schedule.num_stages)
+            if made is not None and schedule.stage_rank[made.target] != rank:
+                found[made] = taken.get(schedule.stage_rank[made.target], 0)
+    return found
+
+
 def with_transfers(schedule: Schedule, ahead: int = 1) -> Schedule:
     """Add each SEND after the step that makes the value, each RECV ``ahead`` compute steps before its use.
 
