@@ -303,8 +303,8 @@ def digest(
         items["optimizer"] = type(optimizer).__name__
         for index, group in enumerate(optimizer.param_groups):
             plain = {k: v for k, v in group.items() if isinstance(v, int | float | str | tuple)}
-            held = ", ".join(names[param] for param in group["params"])
-            items[f"param group {index}"] = f"{plain} {held}"
+            items[f"param group {index}"] = ", ".join(names[param] for param in group["params"])
+            items[f"settings of param group {index}"] = str(plain)
     return items
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from zeropipe.comm.agree import agree
 from zeropipe.comm.collectives import all_reduce
 from zeropipe.comm.group import SELF, Group
 from zeropipe.errors import UsageError
@@ -151,7 +152,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """
         result = None if closure is None else closure()
         self.reducer.finish_window()
-        norm, unused = self._survey()
+        norm, unused, woken = self._survey()
+        if woken:
+            self._wake_in_step()
+            norm, unused, _ = self._survey()
         if self.options.refuse_unused:
             _refuse(unused)
         self.overflow = not norm < float("inf")  # true for inf and for NaN
@@ -175,12 +179,29 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         return result
 
     def wake(self) -> None:
-        """Take in parameters that were frozen and now require gradients; the same ones on every rank."""
-        if not any(param.requires_grad for _, param in self._dormant):
-            return
+        """Before a forward of stage 3: take in parameters that were frozen and now require gradients.
+
+        At the other stages that happens in ``step``, where all ranks can compare what they would take in.
+        """
+        if self.policy.shards_parameters and any(param.requires_grad for _, param in self._dormant):
+            self._wake()
+
+    def _wake(self) -> None:
         dormant, self._dormant = self._dormant, []
         for index in range(len(self._given)):
             self._adopt(index, [param for i, param in dormant if i == index])
+
+    def _wake_in_step(self) -> None:
+        """Take in what was unfrozen in this window, whose gradients are still whole; collective.
+
+        Raises DesyncError, on every rank, unless it is the same on all.
+        """
+        woken = [self._names[param] for _, param in self._dormant if param.requires_grad]
+        agree({"the parameters unfrozen since the last step": ", ".join(woken) or "none"}, self._group)
+        known = len(self.reducer.stores)
+        self._wake()
+        for store in self.reducer.stores[known:]:
+            self.reducer.reduce_late(store)
 
     def destroy(self) -> None:
         """Remove every hook and give the torch optimizer back its own parameters, without state."""
@@ -254,12 +275,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 self.optimizer.bind_shards(partition.views())
         param_group["params"] = masters
 
-    def _survey(self) -> tuple[float, list[tuple[AnyPartition, list[int]]]]:
-        """The unscaled global gradient norm, and the parameters that no rank used: one small collective,
-        two when some rank left a parameter out."""
+    def _survey(self) -> tuple[float, list[tuple[AnyPartition, list[int]]], bool]:
+        """The unscaled global gradient norm, the parameters that no rank used, and whether some rank unfroze one:
+        one small collective, two when some rank left a parameter out."""
         stores = self.reducer.stores
         device = stores[0].shard.device if stores else torch.device("cpu")
-        figures = torch.zeros(2, dtype=torch.float64, device=device)
+        figures = torch.zeros(3, dtype=torch.float64, device=device)
+        figures[2] += sum(param.requires_grad for _, param in self._dormant)
         own = self.reducer.keeps_own()
         if own:
             figures[0] += own_squares(stores, self._group.size, self.options.counts)
@@ -272,9 +294,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         all_reduce(figures, self._group, label="gradient norm")
         if self.options.model_group.size > 1:
             all_reduce(figures[:1], self.options.model_group, label="gradient norm of all stages")
-        squares, missing = figures.tolist()
+        squares, missing, woken = figures.tolist()
         unused = self._unused_everywhere(device) if missing else []
-        return squares**0.5 / self.loss_scale, unused
+        return squares**0.5 / self.loss_scale, unused, bool(woken)
 
     def _not_counted(self, store: AnyStore) -> torch.Tensor | float:
         """The squared norm of this rank's pieces of parameters whose copy on another rank counts."""

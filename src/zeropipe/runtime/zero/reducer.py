@@ -196,6 +196,18 @@ class Reducer:
             if wire is not store.shard:
                 store.shard.copy_(wire)
 
+    def reduce_late(self, store: AnyStore) -> None:
+        """Reduce the window's gradients of a store that was added after them: whole, in ``param.grad``."""
+        for bucket in store.buckets:
+            for index in bucket.tensors:
+                grad = store.partition.params[index].grad
+                if grad is None:
+                    continue
+                if self.watch is not None:
+                    self.watch.look(store.partition.names[index], grad)
+                store.accept(index, keep_grad=False)
+            store.launch(bucket).wait()
+
     def clear(self) -> None:
         """Forget the window's gradients."""
         self.finish_pass()
