@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 from torch import Tensor
 
 History = list[
@@ -27,14 +27,14 @@ class Board:
         self.history, self.active, self.total = history, active, total
         self.tokens, self.began = 0, time.perf_counter()
         columns = [
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
+            TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None),  # takes the room that the numbers leave
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         ]
         self.console = Console()
-        self.bar = Progress(*columns, console=self.console, disable=not (active and self.console.is_terminal))
+        hidden = not (active and self.console.is_terminal)
+        self.bar = Progress(*columns, console=self.console, disable=hidden, expand=True)
         self.task = self.bar.add_task("", total=total, completed=len(history))
         if history and active:
             self.console.print(f"Going on from the checkpoint of step {len(history)}.")
@@ -55,12 +55,12 @@ class Board:
         held_out = next((f"{r['held_out']:.3f}" for r in reversed(self.history) if "held_out" in r), "-")
         recent = [r["loss"] for r in self.history[-20:]]
         line = (
-            f"loss {sum(recent) / len(recent):.3f} | held-out {held_out} bits/byte | "
-            f"{self.tokens / (time.perf_counter() - self.began):,.0f} tokens/s | {peak_memory() / 2**20:,.0f} MiB"
+            f"loss {sum(recent) / len(recent):.3f}  held-out {held_out} bits/byte  "
+            f"{self.tokens / (time.perf_counter() - self.began):,.0f} tokens/s  {peak_memory() / 2**20:,.0f} MiB"
         )
         self.bar.update(self.task, description=line, completed=len(self.history))
         if not self.console.is_terminal and len(self.history) % max(1, self.total // 20) == 0:
-            self.console.print(f"step {len(self.history)}/{self.total} | {line}", soft_wrap=True)
+            self.console.print(f"step {len(self.history)}/{self.total}  {line}", soft_wrap=True)
 
 
 def peak_memory() -> int:
