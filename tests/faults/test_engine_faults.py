@@ -79,8 +79,11 @@ def test_a_different_model_or_config_on_one_rank_is_told_to_all(pool, odd, says)
 @pytest.mark.parametrize(
     ("odd", "own"),
     [
-        ({"config": {"gradient_cliping": 0.5}}, "ConfigError: config key 'gradient_cliping'"),
-        ({"config": {"train_batch_size": 4}}, "ConfigError: the batch sizes disagree: train_batch_size 4"),
+        ({"config": {"gradient_cliping": 0.5}}, "ConfigError: unknown config key 'gradient_cliping'"),
+        (
+            {"config": {"train_batch_size": 4}},
+            "ConfigError: the batch sizes have no solution: train_batch_size 4",
+        ),
         ({"config": {"optimizer": {"type": "Adamm"}}}, "ConfigError: optimizer.type"),
     ],
 )
@@ -88,9 +91,7 @@ def test_a_rank_that_fails_alone_in_initialize_tells_the_others(pool, odd, own):
     first, second, third = pool(3).run(initialize_alike, odd)
     assert second.startswith(own)
     for text in (first, third):
-        assert text.startswith(
-            "DesyncError: ranks disagree on the outcome of initialize: rank 1 has 'ConfigError"
-        )
+        assert text.startswith("DesyncError: ranks disagree on the outcome of initialize: rank 1 has ")
 
 
 def unfreeze_differently(rank: int, world: int, stage: int) -> str:
@@ -238,11 +239,12 @@ def forward_raises(rank: int, world: int) -> None:
         model=Broken(), config=config(2, world, wall_clock_breakdown=True, steps_per_print=1)
     )
     for numel in (4, 3, 4):
-        try:
+        if numel == 3:
+            with pytest.raises(ValueError, match=r"^wrong shape$"):  # the user's own error, not wrapped
+                engine(torch.ones(numel))
+        else:
             engine.backward(engine(torch.ones(numel)))
             engine.step()
-        except ValueError as error:
-            assert str(error) == "wrong shape"  # the user's own error, not wrapped
     assert engine.global_steps == 2
     engine.destroy()
 
