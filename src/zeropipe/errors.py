@@ -39,6 +39,10 @@ class CheckpointError(ZeropipeError, RuntimeError):
     """A checkpoint cannot be written or read; what was there before is intact."""
 
 
+class OffloadError(ZeropipeError, OSError):
+    """Offloaded state has no room where it should live, or no folder."""
+
+
 class ScheduleError(ZeropipeError, ValueError):
     """A pipeline schedule is malformed or would deadlock."""
 

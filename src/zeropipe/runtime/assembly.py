@@ -19,7 +19,7 @@ from zeropipe.runtime.zero.leaf import leaf_modules
 from zeropipe.runtime.zero.mics import Replication, mics_groups
 from zeropipe.runtime.zero.own_gradients import Communicates
 from zeropipe.runtime.zero.param import is_sharded, shards_of, zero_param
-from zeropipe.runtime.zero.policy import AUTO_BUCKET_NUMEL, Policy
+from zeropipe.runtime.zero.policy import AUTO_BUCKET_NUMEL, AUTO_SUB_GROUP_NUMEL, Place, Policy
 from zeropipe.runtime.zero.sharded_model import ShardedModel, Sharding
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -138,7 +138,14 @@ def policy_of(config: Config) -> Policy:
         overlap_comm=zero.overlap_comm,
         accumulate_dtype=None if accumulate is None else DTYPES[accumulate],
         reduce_dtype=None if wire is None else DTYPES[wire],
-        offload_optimizer=zero.offload_optimizer.device != "none",
+        optimizer_place=Place(zero.offload_optimizer.device if zero.stage > 0 else "none"),
+        param_place=Place(zero.offload_param.device if zero.stage == 3 else "none"),
+        optimizer_folder=zero.offload_optimizer.nvme_path or "",
+        param_folder=zero.offload_param.nvme_path or "",
+        pin_memory=zero.offload_optimizer.pin_memory and zero.offload_param.pin_memory,
+        sub_group_numel=zero.sub_group_size
+        if "sub_group_size" in zero.model_fields_set
+        else AUTO_SUB_GROUP_NUMEL,
     )
 
 
@@ -172,6 +179,16 @@ def shard_model(
     """At stage 3, make the module's parameters shards; None at the other stages."""
     zero = config.zero_optimization
     if zero.stage != 3:
+        sharded = next((name for name, param in module.named_parameters() if is_sharded(param)), None)
+        if sharded is not None:
+            raise ConfigError(
+                describe(
+                    f"the model was built under zero.Init (or trained at stage 3): '{sharded}' is shards",
+                    expected="config key zero_optimization.stage 3",
+                    found=zero.stage,
+                    fix="use stage 3, or call zero.unshard_module(model) first",
+                )
+            )
         return None
     given = zero.model_fields_set
 
@@ -319,7 +336,8 @@ def check_params(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> N
                     f"{where} holds a parameter of shape {tuple(param.shape)} that the model does not have. "
                     "Fix: build the optimizer from this model's parameters()"
                 )
-            if zero_param(param) is not None:
+            known = zero_param(param)
+            if known is not None and (known.partition is not None or known.shards is None):
                 raise UsageError(
                     f"{where} holds '{names[param]}', which another engine trains. Fix: call destroy() on that "
                     "engine first, or give each engine parameters of its own"

@@ -11,7 +11,7 @@ The work is cut into chunks that stay in cache: converting a whole shard would n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import inf
 
 import torch
@@ -36,10 +36,11 @@ def _chunk_norms(x: torch.Tensor, p: float) -> torch.Tensor:  # 1D fp64, one nor
     return torch.stack([torch.linalg.vector_norm(c, p, dtype=torch.float64) for c in chunks])
 
 
-def squared_norm(x: torch.Tensor) -> torch.Tensor:
+def squared_norm(x: torch.Tensor, read: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
     """Sum of squares of ``x`` (any shape, floating), as a 0-d fp64 tensor on its device.
 
-    Finite if and only if every element of ``x`` is (for dtypes up to fp32). Never waits for the device.
+    Finite if and only if every element of ``x`` is (for dtypes up to fp32). Never waits for the device. ``read`` is
+    told, on CPU, of each run of elements that is done with.
     """
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=x.device)
@@ -52,6 +53,8 @@ def squared_norm(x: torch.Tensor) -> torch.Tensor:
     for chunk in flat.split(_CPU_CHUNK):
         wide = buffer[: chunk.numel()].copy_(chunk)
         parts.append(torch.dot(wide, wide))
+        if read is not None:
+            read(chunk)
     return torch.stack(parts).sum()
 
 

@@ -36,6 +36,9 @@ class GradStore:
         """sharded: whole gradients that wait for their bucket."""
         yield from self._held.values()
 
+    def let_go(self, tensor: torch.Tensor) -> None:
+        """Nothing to do: the shard is in memory."""
+
     def view(self, index: int) -> torch.Tensor:
         """keeps_whole: parameter ``index``'s gradient in the buffer, in its shape."""
         start, stop = self.partition.layout.tensor_range(index)
@@ -106,7 +109,9 @@ class GradStore:
         if self.partition.group.size == 1:
             self._store_alone(bucket, parts, first)
             return Work("gradients")
-        dtype = self.policy.reduce_dtype or self.dtype  # also for one part: buckets must not show in the numbers
+        dtype = (
+            self.policy.reduce_dtype or self.dtype
+        )  # also for one part: buckets must not show in the numbers
         sizes = [self.partition.layout.tensors[index].numel for index in bucket.tensors]
         device = self.buffer.device
         filled = [

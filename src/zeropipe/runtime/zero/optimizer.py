@@ -22,6 +22,8 @@ from zeropipe.errors import UsageError
 from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
 from zeropipe.runtime.optimizers.registry import classify
 from zeropipe.runtime.optimizers.shard_view import ShardAware
+from zeropipe.runtime.zero.offload import Offload
+from zeropipe.runtime.zero.offload_step import step_in_pieces
 from zeropipe.runtime.zero.own_gradients import bind, hand_over, own_squares
 from zeropipe.runtime.zero.partition import Partition
 from zeropipe.runtime.zero.policy import Policy
@@ -79,6 +81,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.optimizer = optimizer
         self.policy = policy
         self.options = options
+        self.offload = Offload(policy)
         self.overflow = False
         self.last_nonfinite: NonFinite | None = None
         self.partitions: list[AnyPartition] = []
@@ -215,6 +218,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.partitions.clear()
         self.reducer.stores.clear()
         self._dormant.clear()
+        self.offload.close()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state: references, not copies; ``load_state_dict`` takes it at the same layout."""
@@ -279,7 +283,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """The unscaled global gradient norm, the parameters that no rank used, and whether some rank unfroze one:
         one small collective, two when some rank left a parameter out."""
         stores = self.reducer.stores
-        device = stores[0].shard.device if stores else torch.device("cpu")
+        device = stores[0].partition.params[0].device if stores else torch.device("cpu")
         figures = torch.zeros(3, dtype=torch.float64, device=device)
         figures[2] += sum(param.requires_grad for _, param in self._dormant)
         own = self.reducer.keeps_own()
@@ -289,7 +293,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             holder = self.options.replicas if store.partition.sharded else self._group
             counted_once = holder.rank == 0
             if counted_once:
-                figures[0] += squared_norm(store.shard) - self._not_counted(store)
+                figures[0] += squared_norm(store.shard, store.let_go) - self._not_counted(store)
             figures[1] += len(store.partition.params) - len(store.seen)
         all_reduce(figures, self._group, label="gradient norm")
         if self.options.model_group.size > 1:
@@ -329,14 +333,23 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 partition.publish()
             return
         idle = {id(partition) for partition, indices in unused if len(indices) == len(partition.params)}
-        for partition, store in zip(self.partitions, self.reducer.stores, strict=True):
-            if id(partition) not in idle:
-                partition.load_gradient(store.shard, factor)
+        busy = [
+            (partition, store.shard)
+            for partition, store in zip(self.partitions, self.reducer.stores, strict=True)
+            if id(partition) not in idle
+        ]
+        for partition, gradient in () if self.offload.pages_state else busy:
+            partition.load_gradient(gradient, factor)
         rest = [(partition, indices) for partition, indices in unused if id(partition) not in idle]
         for partition, indices in rest:
             partition.drop_gradients(indices)
         with untouched(self.optimizer, rest if self._flat else ()):
-            self.optimizer.step()
+            if not self.offload.pages_state:
+                self.optimizer.step()
+            else:
+                for partition, gradient in busy:
+                    assert isinstance(partition, ShardedPartition)
+                    step_in_pieces(self.optimizer, partition, gradient, factor)
         for partition in self.partitions:
             partition.drop_gradients()
             if id(partition) not in idle:

@@ -80,7 +80,9 @@ class Partition:
         offloaded = policy.offload_optimizer and self.values.device.type != "cpu"
         if self.dtype in (torch.float32, torch.float64) and not offloaded:
             return self.own_values
-        host = torch.empty(self.own_values.shape, dtype=torch.float32, pin_memory=True) if offloaded else None
+        host = None
+        if offloaded:
+            host = torch.empty(self.own_values.shape, dtype=torch.float32, pin_memory=policy.pin_memory)
         return self.own_values.float() if host is None else host.copy_(self.own_values)
 
     def _views(self) -> list[torch.nn.Parameter]:
@@ -205,7 +207,7 @@ class Partition:
         Collective over the group when the partition is sharded. Returns a new tensor of the parameter's shape.
         """
         spec = self.layout.tensors[index]
-        whole = torch.zeros(spec.numel, dtype=shard.dtype, device=shard.device)
+        whole = torch.zeros(spec.numel, dtype=shard.dtype, device=self.values.device)
         for piece in self.layout.tensor_pieces(index):
             view = whole[piece.start : piece.start + piece.numel]
             if piece.shard == self.shard:

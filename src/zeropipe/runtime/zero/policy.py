@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 
 AUTO_BUCKET_NUMEL = 2**21  # 8 MiB of fp32: past it no algorithm gains, and scratch stays small
+AUTO_SUB_GROUP_NUMEL = (
+    2**24
+)  # 64 MiB of fp32 for each of master, gradient and moments that a step reads from files
+
+
+class Place(Enum):
+    """Where tensors are at rest; the names are the config's."""
+
+    DEVICE = "none"  # with the parameters; on a CPU run HOST is the same
+    HOST = "cpu"  # costs host memory, pinned, and a copy on each use
+    FILE = "nvme"  # costs no memory beyond what is in use, and reads and writes of files
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +30,16 @@ class Policy:
     overlap_comm: bool = True
     accumulate_dtype: torch.dtype | None = None  # None: the parameter's own
     reduce_dtype: torch.dtype | None = None  # None: the accumulation's own
-    offload_optimizer: bool = False  # masters and moments live in host memory
+    optimizer_place: Place = Place.DEVICE  # of masters and moments; FILE at stage 3 only
+    param_place: Place = Place.DEVICE  # of what gathers read; stage 3 only
+    optimizer_folder: str = ""  # FILE: where the files are made
+    param_folder: str = ""
+    pin_memory: bool = True
+    sub_group_numel: int = AUTO_SUB_GROUP_NUMEL  # FILE: stepped at a time
+
+    @property
+    def offload_optimizer(self) -> bool:
+        return self.optimizer_place is not Place.DEVICE
 
     @property
     def shards_optimizer(self) -> bool:

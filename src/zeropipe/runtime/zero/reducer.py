@@ -26,7 +26,7 @@ from zeropipe.layout.buckets import Bucket
 from zeropipe.runtime.zero.grads import GradStore
 from zeropipe.runtime.zero.launch_order import Key, launch_order
 from zeropipe.runtime.zero.leaf import z3_leaf_parameter
-from zeropipe.runtime.zero.policy import Policy
+from zeropipe.runtime.zero.policy import Place, Policy
 from zeropipe.runtime.zero.sharded_grads import ShardedGradStore
 from zeropipe.runtime.zero.sharded_partition import ShardedPartition
 from zeropipe.runtime.zero.types import AnyPartition, AnyStore
@@ -188,13 +188,17 @@ class Reducer:
         """Average each shard over its replicas. Averaged terms and new ones may be mixed: the former are alike."""
         if self.replicas.size == 1:
             return
+        paged = self.policy.optimizer_place is Place.FILE
         for store in self.stores:
-            wire = (
-                store.shard if self.policy.reduce_dtype is None else store.shard.to(self.policy.reduce_dtype)
-            )
-            all_reduce(wire, self.replicas, op="avg", label="gradients of replicas")
-            if wire is not store.shard:
-                store.shard.copy_(wire)
+            shard = store.shard
+            dtype = self.policy.reduce_dtype or shard.dtype
+            device = store.partition.params[0].device
+            for part in shard.split(self.policy.sub_group_numel if paged else max(shard.numel(), 1)):
+                wire = part.to(device, dtype)
+                all_reduce(wire, self.replicas, op="avg", label="gradients of replicas")
+                if wire is not part:
+                    part.copy_(wire)
+                store.let_go(part)
 
     def reduce_late(self, store: AnyStore) -> None:
         """Reduce the window's gradients of a store that was added after them: whole, in ``param.grad``."""

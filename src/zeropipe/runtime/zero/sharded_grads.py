@@ -12,6 +12,7 @@ import torch
 from zeropipe.comm.collectives import Work, reduce_to_owners
 from zeropipe.layout.buckets import Bucket, cut_buckets
 from zeropipe.layout.flat import FlatShards, flat_shards
+from zeropipe.runtime.zero.offload import HostCopies
 from zeropipe.runtime.zero.policy import Policy
 from zeropipe.runtime.zero.sharded_partition import ShardedPartition
 
@@ -28,14 +29,25 @@ class ShardedGradStore:
         self.partition = partition
         self.policy = policy
         self.dtype = policy.accumulate_dtype or partition.dtype
-        self.shard = torch.zeros(
-            partition.local_layout.padded_numel, dtype=self.dtype, device=partition.device
-        )
+        self._offload = partition.owner.offload
+        self._shard = self._offload.state(partition.local_layout.padded_numel, self.dtype, partition.device)
+        self._copies = HostCopies(partition.device) if self._shard.device != partition.device else None
         self._whole: FlatShards = flat_shards(((s.name, tuple(s.shape), "") for s in partition.shards), 1)
         self.buckets = cut_buckets(self._whole, policy.bucket_numel)
         self.seen: set[int] = set()
         self._held: dict[int, torch.Tensor] = {}  # whole gradients that wait for their bucket, 1D
         self._written: set[int] = set()  # buckets (by first parameter) that the window has written
+
+    @property
+    def shard(self) -> torch.Tensor:  # 1D, as the master
+        """The average so far; waits for copies of it that are under way."""
+        if self._copies is not None:
+            self._copies.wait()
+        return self._shard
+
+    def let_go(self, tensor: torch.Tensor) -> None:
+        """A part of the shard was read and is not needed for a while."""
+        self._offload.let_go(tensor)
 
     @property
     def held(self) -> Iterator[torch.Tensor]:
@@ -75,13 +87,16 @@ class ShardedGradStore:
         def store() -> None:
             at = 0
             for index in bucket.tensors:
-                place = self.shard[slice(*self.partition.local_layout.tensor_range(index))]
+                place = self._shard[slice(*self.partition.local_layout.tensor_range(index))]
                 piece = own[at : at + place.numel()]
                 at += place.numel()
-                if first:
+                if self._copies is not None:
+                    self._copies.store(place, piece, add=not first)
+                elif first:
                     place.copy_(piece)
                 else:
                     place.add_(piece)
+                self._offload.let_go(place)
 
         return work.then(store)
 
@@ -95,7 +110,7 @@ class ShardedGradStore:
             if grad is not None and shards[index].layout.padding == 0:
                 return grad.to(dtype).view(size, shards[index].shard_numel)
         width = sum(shards[index].shard_numel for index, _ in parts)
-        wire = torch.zeros((size, width), dtype=dtype, device=self.shard.device)
+        wire = torch.zeros((size, width), dtype=dtype, device=self.partition.device)
         at = 0
         for index, grad in parts:
             layout = shards[index].layout

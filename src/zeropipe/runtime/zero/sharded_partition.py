@@ -21,7 +21,7 @@ from zeropipe.runtime.zero.param import ZeroParam, shards_of
 from zeropipe.runtime.zero.partition import ALIGN
 from zeropipe.runtime.zero.policy import Policy
 from zeropipe.runtime.zero.shards import Shards
-from zeropipe.runtime.zero.status import ZeroParamStatus
+from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
 
 if TYPE_CHECKING:
     from zeropipe.runtime.zero.optimizer import ZeroOptimizer
@@ -60,22 +60,38 @@ class ShardedPartition:
         self.shapes = tuple(tuple(shards.shape) for shards in self.shards)
         specs = ((s.name, (s.shard_numel,), "float32") for s in self.shards)
         self.local_layout: FlatShards = flat_shards(specs, 1, ALIGN)  # where each shard lies in the master
-        host = policy.offload_optimizer and self.device.type != "cpu"
-        master = torch.zeros(
-            self.local_layout.padded_numel,
-            dtype=torch.float32,
-            device="cpu" if host else self.device,
-            pin_memory=host,
-        )
+        offload = owner.offload
+        numel = self.local_layout.padded_numel
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        master = offload.state(numel, wide, self.device)
+        # What gathers read where that is not the master: 1D, as the master, in the parameters' dtype.
+        self.values: torch.Tensor | None = None
+        if not offload.gathers_read_masters(self.dtype, self.device):
+            self.values = offload.source(numel, self.dtype, self.device)
         for index, shards in enumerate(self.shards):
             piece = master[slice(*self.local_layout.tensor_range(index))]
-            piece.copy_(shards.source)
-            shards.source = piece
+            offload.copy(piece, shards.source)
+            self._place(index, piece)
             param = self.params[index]
             param._zero = ZeroParam(self.names[index], self, index, shards)  # type: ignore[attr-defined]
         self.master = torch.nn.Parameter(master)  # 1D, fp32
-        pieces = [torch.nn.Parameter(shards.source) for shards in self.shards]
-        self.stepped = [self.master] if flat else pieces
+        self.stepped = [self.master] if flat else [torch.nn.Parameter(piece) for piece in self.pieces(master)]
+
+    def _place(self, index: int, piece: torch.Tensor) -> None:
+        """Let parameter ``index`` have ``piece`` as its master, and gathers read the place meant for them."""
+        shards, offload = self.shards[index], self.owner.offload
+        shards.let_go = offload.let_go
+        shards.kind = ZeroParamType.REMOTE if offload.is_remote(self.device) else ZeroParamType.PARTITIONED
+        if self.values is None:
+            shards.source = piece
+            return
+        copy = self.values[slice(*self.local_layout.tensor_range(index))]
+        offload.copy(copy, shards.source)
+        shards.source, shards.master = copy, piece
+
+    def pieces(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """A master-sized tensor cut into each parameter's shard: 1D views."""
+        return [tensor[slice(*self.local_layout.tensor_range(index))] for index in range(len(self.params))]
 
     @property
     def used_numel(self) -> int:
@@ -103,7 +119,7 @@ class ShardedPartition:
             for key, value in state.items():
                 if torch.is_tensor(value) and tuple(value.shape) == self.shapes[index] and value.dim() > 0:
                     if target is self.master:
-                        self.scatter(merged.setdefault(key, torch.zeros_like(self.master)), index, value)
+                        self.scatter(merged.setdefault(key, self.new_state(value.dtype)), index, value)
                     else:
                         merged[key] = self._cut(index, value)
                 else:
@@ -111,10 +127,10 @@ class ShardedPartition:
 
     def load_gradient(self, shard: torch.Tensor, factor: float) -> None:
         """Set the master's gradient to ``factor`` times ``shard`` (1D, as the master); may scale it in place."""
-        if shard.dtype == torch.float32 and shard.device == self.master.device:
+        if shard.dtype == self.master.dtype and shard.device == self.master.device:
             grad = shard if factor == 1.0 else shard.mul_(factor)
         else:
-            grad = shard.to(torch.float32, copy=True).mul_(factor).to(self.master.device)
+            grad = shard.to(self.master.dtype, copy=True).mul_(factor).to(self.master.device)
         if self.stepped[0] is self.master:
             self.master.grad = grad
             return
@@ -132,6 +148,8 @@ class ShardedPartition:
 
     def publish(self) -> None:
         """Make the parameters that are gathered now show the stepped masters; the others are gathered at use."""
+        if self.values is not None:
+            self.owner.offload.copy(self.values, self.master.detach())
         gathered = [s for s in self.shards if s.status is ZeroParamStatus.AVAILABLE and s.numel]
         if not gathered:
             return
@@ -141,26 +159,38 @@ class ShardedPartition:
         )  # row r: rank r's shards of all that is gathered
         own = wire[self.shard]
         for index, shards in enumerate(gathered):
-            own[slice(*layout.tensor_range(index))].copy_(shards.source, non_blocking=True)
+            own[slice(*layout.tensor_range(index))].copy_(shards.source)
+            shards.let_go(shards.source)
         all_gather(wire.view(-1), own, self.group, label="persistent parameters")
         for index, shards in enumerate(gathered):
+            shards.renewals += 1
             whole = shards.full.view(self.group.size, shards.shard_numel)
             whole.copy_(wire[:, slice(*layout.tensor_range(index))])
 
     def refresh_master(self) -> None:
-        """Nothing to do: values have no existence of their own beside the master."""
+        """After the values were written: nothing to do where they have no existence of their own beside the master."""
+        if self.values is not None:
+            self.owner.offload.copy(self.master.detach(), self.values)
+
+    def new_state(self, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros for one kind of optimizer state, as the master, where this partition's state lives."""
+        return self.owner.offload.state(self.local_layout.padded_numel, dtype, self.device)
 
     def full(self, shard: torch.Tensor, index: int) -> torch.Tensor:
         """Parameter ``index``'s elements of a master-sized tensor, from all ranks; collective. A new tensor."""
         shards = self.shards[index]
-        own = shard[slice(*self.local_layout.tensor_range(index))].contiguous()
-        whole = torch.empty(shards.layout.padded_numel, dtype=shard.dtype, device=shard.device)
+        own = shard[slice(*self.local_layout.tensor_range(index))].to(self.device)
+        whole = torch.empty(shards.layout.padded_numel, dtype=shard.dtype, device=self.device)
         all_gather(whole, own, self.group, label=shards.name)
         return whole[: shards.numel].view(shards.shape)
 
     def scatter(self, shard: torch.Tensor, index: int, value: torch.Tensor) -> None:
         """Write this rank's piece of ``value`` (the parameter's shape) into a master-sized tensor."""
-        shard[slice(*self.local_layout.tensor_range(index))] = self._cut(index, value)
+        if self.device.type == "cuda":  # a copy from host memory may still be under way
+            torch.cuda.current_stream(self.device).synchronize()
+        place = shard[slice(*self.local_layout.tensor_range(index))]
+        place.copy_(self._cut(index, value))
+        self.owner.offload.let_go(place)
 
     def local(self, shard: torch.Tensor, index: int) -> torch.Tensor:
         """This rank's elements of parameter ``index`` in a master-sized tensor: a 1D view, without padding."""
@@ -171,8 +201,11 @@ class ShardedPartition:
     def write_value(self, index: int, value: torch.Tensor) -> None:
         """Set parameter ``index`` to ``value`` (its shape, the same on every rank)."""
         self.scatter(self.master.detach(), index, value)
+        if self.values is not None:
+            self.scatter(self.values, index, value)
         shards = self.shards[index]
         if shards.status is ZeroParamStatus.AVAILABLE:
+            shards.renewals += 1
             shards.full[: shards.numel].copy_(value.detach().reshape(-1))
 
     def state_keys(self) -> set[str]:
@@ -200,7 +233,9 @@ class ShardedPartition:
     def release(self) -> None:
         """Leave the parameters as shards without an optimizer."""
         for param, shards in zip(self.params, self.shards, strict=True):
-            shards.source = shards.source.to(self.device, self.dtype, copy=True)
+            if not self.owner.offload.is_remote(self.device):
+                shards.source = shards.source.to(self.device, self.dtype, copy=True)
+            shards.master = None
             param._zero = ZeroParam(shards.name, shards=shards)  # type: ignore[attr-defined]
 
     def _cut(self, index: int, value: torch.Tensor) -> torch.Tensor:  # 1D, shard_numel, this rank's

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -42,6 +42,7 @@ class Shards:
         self.name = name
         self.ident = ident
         self.group = group
+        self.everyone = group  # with those that hold the same shards (MiCS)
         self.shape = torch.Size(param.shape)
         self.dtype = param.dtype
         spec = (name, tuple(param.shape), str(param.dtype).removeprefix("torch."))
@@ -56,9 +57,14 @@ class Shards:
         self.fetch_for_use: Callable[[Shards], bool] | None = None
         self.builder: Builder | None = None  # zero.Init that made it
         self.loading = False  # load_state_dict is about to copy a whole value in
+        # The last state dict that has the whole value, and that value.
+        self.shown: tuple[weakref.ref[Any], weakref.ref[torch.Tensor]] | None = None
         self.contexts = 0  # GatheredParameters that hold it
         self.pinned = False  # held by zero.unshard until zero.reshard
         self.renewals = 0  # how often the shards changed under a gathered value
+        self.master: torch.Tensor | None = None  # 1D, shard_numel; where ``source`` is a copy of it
+        # Told of elements of ``source`` that were read and are not used for a while.
+        self.let_go: Callable[[torch.Tensor], None] = _keep
         self._param = weakref.ref(param)
         self._work: Work | None = None
         self.full = torch.zeros(self.layout.padded_numel, dtype=param.dtype, device=param.device)  # 1D
@@ -106,7 +112,8 @@ class Shards:
         self.status = check_transition(self.name, self.status, ZeroParamStatus.INFLIGHT)
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
         own = self.full[self._own()]
-        own.copy_(self.source)
+        own.copy_(self.source, non_blocking=True)
+        self.let_go(self.source)
         self._work = all_gather(
             self.full, own, self.group, label=self.name, async_op=True, channel=GATHER, guarded=True
         )
@@ -137,6 +144,19 @@ class Shards:
         mark_unavailable(self.param, self.full.new_empty(0))
         self.full.untyped_storage().resize_(0)
 
+    def leave(self) -> None:
+        """As ``release``, but the storage goes on to whoever holds a view of it."""
+        self.finish_gather()
+        if self.status is ZeroParamStatus.AVAILABLE:
+            self.status = check_transition(self.name, self.status, ZeroParamStatus.NOT_AVAILABLE)
+            mark_unavailable(self.param, self.full.new_empty(0))
+            self.full = torch.empty_like(self.full)
+            self.full.untyped_storage().resize_(0)
+
+    def end_loading(self) -> None:
+        self.loading = False
+        mark_unavailable(self.param, self.full.new_empty(0))
+
     def release_if_idle(self) -> None:
         if self.holds == 0 and not self.persist:
             self.release()
@@ -166,6 +186,7 @@ class Shards:
         value = torch.empty(self.layout.padded_numel, dtype=self.dtype, device=self.full.device)
         own = value[self._own()]
         own.copy_(self.source)
+        self.let_go(self.source)
         all_gather(value, own, self.group, label=self.name, channel=GATHER, guarded=True)
         return value[: self.numel].view(self.shape)
 
@@ -178,11 +199,15 @@ class Shards:
         """Set the shard to ``shard`` (1D, in the parameter's dtype). An fp32 master keeps the bits of elements that
         did not change in the parameter's precision."""
         self.renewals += 1
-        if self.source.dtype != shard.dtype:
-            shard = shard.to(self.source.device)
-            same = shard == self.source.to(shard.dtype)
-            shard = torch.where(same, self.source, shard.to(self.source.dtype))
-        self.source.copy_(shard)
+        for place in (self.source, self.master):
+            if place is None:
+                continue
+            if place.dtype == shard.dtype:
+                place.copy_(shard)
+            else:
+                new = shard.to(place.device)
+                place.copy_(torch.where(new == place.to(new.dtype), place, new.to(place.dtype)))
+            self.let_go(place)
 
     def refresh(self) -> None:
         """After the shards changed: make a gathered value show them again. Collective if gathered."""
@@ -198,13 +223,18 @@ class Shards:
         shards = copy.copy(self)
         shards._param = weakref.ref(other)
         shards.source = self.source.to(self.dtype, copy=True)
+        shards.master, shards.let_go = None, _keep
         shards.full = torch.empty_like(self.full)
         shards.full.untyped_storage().resize_(0)
         shards.persist, shards.holds, shards.contexts, shards.pinned = False, 0, 0, False
-        shards.active_modules = set()
+        shards.active_modules, shards.shown, shards.fetch_for_use = set(), None, None
         other._zero = ZeroParam(self.name, shards=shards)  # type: ignore[attr-defined]
         mark_unavailable(other, empty)
         return other
+
+
+def _keep(tensor: torch.Tensor) -> None:
+    """Memory that is nowhere else needs no telling."""
 
 
 def shard_parameter(param: torch.nn.Parameter, name: str, ident: int, group: Group) -> Shards:
