@@ -82,6 +82,21 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """Where the optimizer stands; ``phases.next()`` tells what the coming step does."""
         return self._phases
 
+    def check_ties(self, names: Sequence[str]) -> None:
+        """Raises UnsupportedOptimizerError for weights that several pipeline stages hold.
+
+        A tensor's scales depend on how the buffer that it lies in is cut, and each stage's is cut in its own way.
+        """
+        if names:
+            raise UnsupportedOptimizerError(
+                describe(
+                    f"{type(self).__name__} cannot train weights that pipeline stages share: each stage would "
+                    "compress its copy differently, and the copies would drift apart",
+                    found=", ".join(names),
+                    fix="untie them, keep their layers on one stage, or use Adam",
+                )
+            )
+
     def check_run(self, total_steps: object, warmup_steps: object) -> None:
         """Raises ConfigError where compression would never start, or start before the schedule's warm-up is over.
 
