@@ -1,4 +1,4 @@
-"""Any checkpoint loads at any other stage and number of ranks, bit for bit, and training goes on as if never stopped."""
+"""Any checkpoint loads at any other stage and number of ranks, bit for bit, and training goes on."""
 
 from __future__ import annotations
 

@@ -152,7 +152,9 @@ def load_torch(path: Path, *, trust: bool = False) -> Any:
     """
     try:
         if trust:
-            return torch.load(path, map_location="cpu", mmap=_is_zip(path), weights_only=False)
+            return torch.load(
+                path, map_location="cpu", mmap=_is_zip(path), weights_only=False, pickle_module=naming
+            )
         with torch.serialization.safe_globals(STAND_INS):
             return torch.load(path, map_location="cpu", mmap=_is_zip(path), weights_only=True)
     except OSError as error:
@@ -162,14 +164,19 @@ def load_torch(path: Path, *, trust: bool = False) -> Any:
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(
             describe(
-                f"{path} is not a file that torch.save wrote, or is damaged: {str(error).splitlines()[0]}",
+                f"{path} is not a file that torch.save wrote, or is damaged: {_first_line(error)}",
                 fix="use an earlier checkpoint; `zeropipe ckpt verify` lists what is whole",
             )
         ) from error
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _refusal(path: Path, reason: str) -> str:
-    found = next((line.strip() for line in reason.splitlines() if "GLOBAL" in line), reason.splitlines()[0])
+    lines = reason.splitlines() or ["an unknown object"]
+    found = next((line.strip() for line in lines if "GLOBAL" in line), lines[0])
     return describe(
         f"{path} was not opened: it holds something other than tensors and plain values, which could run code",
         expected="what zeropipe or DeepSpeed writes",

@@ -69,7 +69,9 @@ def collect(local: LocalState, *, copy: bool, buffers: HostBuffers | None = None
     if code and grid.rank == 0:
         trees[CODE_FILE] = code
     part = Part(grid.rank, (), tuple(module), tuple(flats), local.model.tied, local.model.excluded, rank_file)
-    return Outgoing(snapshot(trees, copy=copy, buffers=buffers), part)
+    # One by one: what two files hold of a storage differs, and each must hold no more than its own.
+    host = {name: snapshot(tree, copy=copy, buffers=buffers) for name, tree in trees.items()}
+    return Outgoing(host, part)
 
 
 def write(folder: Path, outgoing: Outgoing) -> Part:
