@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -220,31 +222,34 @@ class PipelineEngine(DeepSpeedEngine):
             )
         self._own, self._executor = plan, None
 
-    def pipeline_timeline(self, path: str) -> list[Event]:
-        """Write what the latest batch did, as a picture (PNG, SVG) or a trace (JSON); collective over the pipeline.
-
-        Returns the events of all ranks, in seconds from the first one.
-        """
-        from zeropipe.runtime.pipe.grid_text import chrome_trace
-        from zeropipe.runtime.pipe.picture import draw
-
+    def pipeline_events(self) -> list[Event]:
+        """What every rank of this pipeline did in the latest batch, in seconds from the first step; collective."""
         barrier(self.grid.pipe_group, label="timeline")
         clock = time.perf_counter()  # the same moment on every rank: aligns the clocks of several machines
         mine = [] if self._executor is None else self._executor.events
         everyone = all_gather_object((clock, mine), self.grid.pipe_group, label="timeline")
         begin = min((e.start - at for at, events in everyone for e in events), default=0.0)
-        events = [
+        return [
             Event(e.rank, e.step, e.start - at - begin, e.end - at - begin)
-            for at, found in everyone
-            for e in found
+            for at, events in everyone
+            for e in events
         ]
-        if self.grid.is_first_stage and self.grid.data_parallel_id == 0 and self.grid.slice_parallel_id == 0:
+
+    def pipeline_timeline(self, path: str | os.PathLike[str]) -> list[Event]:
+        """Write the latest batch as a picture (PNG, SVG) or a browser's trace (JSON); collective.
+
+        It is drawn as ``zeropipe pipe plan`` draws a plan. Returns the events.
+        """
+        from zeropipe.runtime.pipe.grid_text import chrome_trace
+        from zeropipe.runtime.pipe.picture import draw
+
+        events = self.pipeline_events()
+        if self.grid.global_rank == 0:
             ranks = self.grid.pipe_parallel_size
             if str(path).endswith(".json"):
-                with open(path, "w") as file:
-                    file.write(chrome_trace(events, ranks, microseconds=1e6))
+                Path(path).write_text(chrome_trace(events, ranks, microseconds=1e6))
             else:
-                draw(events, ranks, path, f"{self._name}, measured", unit="seconds")
+                draw(events, ranks, path, f"{self.schedule.name}, measured", unit="seconds")
         return events
 
     # What users set and ask.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from os import PathLike
 
 from zeropipe.errors import UsageError, describe
 from zeropipe.runtime.pipe.grid_text import NAMES
@@ -25,7 +25,7 @@ _INCH_PER_LABEL = 0.115  # a micro-batch number of one digit at the smallest siz
 
 
 def draw(
-    events: Sequence[Event], ranks: int, path: str | Path, title: str = "", unit: str = "unit cost"
+    events: Sequence[Event], ranks: int, path: str | PathLike[str], title: str = "", unit: str = "unit cost"
 ) -> None:
     """Write the run as a picture; the ending of ``path`` chooses PNG, SVG or PDF. Needs matplotlib.
 
