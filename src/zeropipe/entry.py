@@ -97,6 +97,7 @@ def initialize(
         assembly.place_module(model, device, parsed)
         base = assembly.make_optimizer(optimizer, model_parameters, model, parsed, device)
         schedule = assembly.make_scheduler(lr_scheduler, base, parsed)
+        assembly.check_offload(model, group, parsed)
         items = assembly.digest(model, base, parsed)
     agree({_OUTCOME: "prepared", **items}, group)
     parts = assembly.replication(parsed, group, mesh_param, model)

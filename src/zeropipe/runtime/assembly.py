@@ -11,12 +11,13 @@ import torch
 from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import SELF, Group, from_process_group, world
 from zeropipe.config.schema import Config
-from zeropipe.errors import ConfigError, UsageError, describe
+from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError, describe
 from zeropipe.runtime import lr_schedules
 from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
 from zeropipe.runtime.zero.leaf import leaf_modules
 from zeropipe.runtime.zero.mics import Replication, mics_groups
+from zeropipe.runtime.zero.offload import check_folders
 from zeropipe.runtime.zero.own_gradients import Communicates
 from zeropipe.runtime.zero.param import is_sharded, shards_of, zero_param
 from zeropipe.runtime.zero.policy import AUTO_BUCKET_NUMEL, AUTO_SUB_GROUP_NUMEL, Place, Policy
@@ -48,9 +49,7 @@ def replication(config: Config, group: Group, mesh: Any, module: torch.nn.Module
     zero = config.zero_optimization
     if zero.stage != 3:
         return Replication(group)
-    # Keeping what backward gathers inside a group is what users of hpZ are after; MiCS gives it, without a copy.
-    hpz = zero.zero_hpz_partition_size
-    size = zero.mics_shard_size if zero.mics_shard_size > 0 else hpz if hpz > 1 else None
+    size = shard_size(config)
     pair = None if mesh is None or not hasattr(mesh, "get_group") else _mesh_pair(mesh)
     if pair is not None:
         replicas, shard = (from_process_group(mesh.get_group(name)) for name in pair)
@@ -69,6 +68,15 @@ def replication(config: Config, group: Group, mesh: Any, module: torch.nn.Module
     made = (shards_of(param) for param in module.parameters())
     known = next((shards.group for shards in made if shards is not None and shards.group.size == size), None)
     return mics_groups(group, size, known)
+
+
+def shard_size(config: Config) -> int | None:
+    """Ranks that share one copy of the shards, where the config says so."""
+    zero = config.zero_optimization
+    if zero.mics_shard_size > 0:
+        return zero.mics_shard_size
+    # Keeping what backward gathers inside a group is what users of hpZ are after; MiCS gives it, without a copy.
+    return zero.zero_hpz_partition_size if zero.zero_hpz_partition_size > 1 else None
 
 
 def _mesh_pair(mesh: Any) -> tuple[str, str] | None:
@@ -207,6 +215,14 @@ def shard_model(
     return ShardedModel(module, group, sharding, device, dtype, leaf_modules(module, zero.leaf_module), parts)
 
 
+def check_offload(module: torch.nn.Module, group: Group, config: Config) -> None:
+    """Raise OffloadError unless the folders that the config names are there and have room for the state."""
+    policy = policy_of(config)
+    numel = sum(int(getattr(param, "ds_numel", param.numel())) for param in module.parameters())
+    size = policy.stage == 3 and shard_size(config)
+    check_folders(policy, numel, DTYPES[config.precision], size or group.size)
+
+
 def place_module(module: torch.nn.Module, device: torch.device, config: Config) -> None:
     """Move the module to ``device`` in the config's precision; parameters that are shards stay as they are."""
     dtype = DTYPES[config.precision]
@@ -284,7 +300,15 @@ def make_optimizer(
             )
         )
     check_params(optimizer, module)
-    require_shardable(optimizer, config.zero_optimization.stage, config.zero_allow_untested_optimizer)
+    kind = require_shardable(optimizer, config.zero_optimization.stage, config.zero_allow_untested_optimizer)
+    if kind != "elementwise" and policy_of(config).optimizer_place is Place.FILE:
+        raise UnsupportedOptimizerError(
+            describe(
+                f"{type(optimizer).__name__} cannot step piece by piece on files",
+                expected="an elementwise optimizer (AdamW, SGD, Lion, ...)",
+                fix="set zero_optimization.offload_optimizer.device to 'cpu', or use such an optimizer",
+            )
+        )
     if isinstance(optimizer, Communicates):
         optimizer.check_stage(config.zero_optimization.stage)
         ties = module.tie_plans() if hasattr(module, "tie_plans") else []

@@ -9,7 +9,7 @@ of its own, and the values are rounded from it after each step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,14 +102,8 @@ class Partition:
                 optimizer.state[tensor] = state
             return
         merged: dict[str, Any] = {}
-        # Of a 0-d parameter the shape alone does not tell a moment from a step count.
-        alike = [
-            {k for k, v in state.items() if torch.is_tensor(v) and v.shape == param.shape}
-            for param, state in zip(self.params, old, strict=True)
-        ]
-        sure = [keys for keys, param in zip(alike, self.params, strict=True) if param.dim() > 0]
-        per_element = set[str]().union(*sure) if sure else set[str]().union(*alike) - {"step"}
-        for index, (param, state) in enumerate(zip(self.params, old, strict=True)):
+        per_element = moment_keys(self.shapes, old)
+        for index, state in enumerate(old):
             for key, value in state.items():
                 if key in per_element:
                     shard = merged.setdefault(key, torch.zeros_like(self.master))
@@ -238,6 +232,17 @@ class Partition:
             param.data = param.data.clone()
             if getattr(param, "_zero", None) is not None and param._zero.partition is self:  # type: ignore[attr-defined]
                 del param._zero  # type: ignore[attr-defined]
+
+
+def moment_keys(shapes: Sequence[tuple[int, ...]], states: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The keys of state with one value per element, from the states of parameters of these shapes."""
+    # Of a 0-d parameter the shape alone does not tell a moment from a step count.
+    alike = [
+        {k for k, v in state.items() if torch.is_tensor(v) and tuple(v.shape) == shape}
+        for shape, state in zip(shapes, states, strict=True)
+    ]
+    sure = [keys for keys, shape in zip(alike, shapes, strict=True) if shape]
+    return set[str]().union(*sure) if sure else set[str]().union(*alike) - {"step"}
 
 
 def _flatten(params: Sequence[torch.nn.Parameter], layout: FlatShards) -> torch.Tensor:

@@ -18,7 +18,7 @@ from zeropipe.comm.group import Group
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.optimizers.shard_view import ShardView
 from zeropipe.runtime.zero.param import ZeroParam, shards_of
-from zeropipe.runtime.zero.partition import ALIGN
+from zeropipe.runtime.zero.partition import ALIGN, moment_keys
 from zeropipe.runtime.zero.policy import Policy
 from zeropipe.runtime.zero.shards import Shards
 from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
@@ -113,11 +113,12 @@ class ShardedPartition:
         old = [optimizer.state.pop(param, {}) for param in self.params]
         if not any(old):
             return
+        per_element = moment_keys(self.shapes, old)
         for index, state in enumerate(old):
             target = self.stepped[0] if self.stepped[0] is self.master else self.stepped[index]
             merged = optimizer.state[target]
             for key, value in state.items():
-                if torch.is_tensor(value) and tuple(value.shape) == self.shapes[index] and value.dim() > 0:
+                if key in per_element:
                     if target is self.master:
                         self.scatter(merged.setdefault(key, self.new_state(value.dtype)), index, value)
                     else:
