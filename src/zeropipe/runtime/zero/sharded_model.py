@@ -17,6 +17,7 @@ from zeropipe.runtime.zero.mics import Replication
 from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.reducer import Reducer
 from zeropipe.runtime.zero.shards import Shards, shard_parameter
+from zeropipe.runtime.zero.state_dict import install_state_dict
 
 AUTO_PREFETCH_NUMEL = 2**21  # elements at least: below this a gather's latency shows
 
@@ -136,8 +137,10 @@ def shard_module(
                     fix="give zero.Init (or MiCS_Init) the configuration that initialize gets",
                 )
             )
-        shards.name, shards.ident = name, ident
+        shards.name, shards.ident, shards.everyone = name, ident, group
         wanted = dtype if dtype is not None and shards.dtype.is_floating_point else shards.dtype
         shards.cast(wanted, device)
         made.append(shards)
+    for child in module.modules():
+        install_state_dict(child)
     return made

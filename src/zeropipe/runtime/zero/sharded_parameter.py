@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from zeropipe.errors import UnavailableParameterError
+from zeropipe.errors import UnavailableParameterError, UsageError
 from zeropipe.runtime.zero.status import ZeroParamStatus
 
 if TYPE_CHECKING:
@@ -214,6 +214,11 @@ _EMPTY = frozenset(
 class _Away(ShardedParameter):
     """The class of a sharded parameter while its whole value is not here."""
 
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        shards = self._shards
+        held = f"away: {shards.shard_numel} elements on this rank"
+        return f"Parameter '{shards.name}' {tuple(shards.shape)} {shards.dtype}, {held}"
+
     @classmethod
     def __torch_function__(
         cls,
@@ -226,9 +231,12 @@ class _Away(ShardedParameter):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", name)
+        first = args[0] if args and isinstance(args[0], _Away) else None
+        if name == "__set__" and first is not None and _converts(first, func, args[1]):
+            first._shards.cast(args[1].dtype, args[1].device)
+            return None
         if name in _HARMLESS:
             return _plainly(func, args, kwargs)
-        first = args[0] if args and isinstance(args[0], _Away) else None
         if first is not None and name in _SHAPES:
             shards = first._shards
             return (
@@ -240,6 +248,7 @@ class _Away(ShardedParameter):
             empty = _plainly(func, args, kwargs)
             return empty.as_subclass(AwayValue) if name in ("data", "detach") else empty
         if first is not None and name == "copy_" and first._shards.loading:
+            first._shards.end_loading()
             first._shards.write(args[1])
             return first
         for value in tree_leaves((args, kwargs)):
@@ -274,6 +283,21 @@ class AwayValue(torch.Tensor):
             )
         result = _plainly(func, args, kwargs or {})
         return result.as_subclass(torch.Tensor) if isinstance(result, AwayValue) else result
+
+
+def _converts(param: _Away, setter: Callable[..., Any], value: Any) -> bool:
+    """Whether ``param.data = value`` is what ``module.to(...)`` does to give the parameter a dtype or a device."""
+    shards = param._shards
+    if getattr(setter.__self__, "__name__", "") != "data" or not isinstance(value, torch.Tensor):  # type: ignore[attr-defined]
+        return False
+    if value.numel() or (value.dtype == shards.dtype and value.device == shards.full.device):
+        return False
+    if param._zero.partition is not None:
+        raise UsageError(
+            f"parameter '{shards.name}' is trained in {shards.dtype} on {shards.full.device} and cannot become "
+            f"{value.dtype} on {value.device}. Fix: choose the precision in the config (bf16 or fp16)"
+        )
+    return True
 
 
 def _shape_fact(shape: torch.Size, name: str, dim: int | None = None) -> Any:

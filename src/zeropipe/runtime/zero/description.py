@@ -1,0 +1,139 @@
+"""What zeropipe has made of each parameter, as rows that print as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from zeropipe.runtime.zero.param import zero_param
+from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterRow:
+    """One parameter on this rank. Bytes count its value only, not gradients and optimizer state."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: ZeroParamType
+    state: ZeroParamStatus
+    numel: int
+    bytes_here: int  # shard, and whole value while gathered
+    bytes_whole: int  # of one whole value
+    layout: str  # how it is cut
+    holders: tuple[int, ...]  # ranks that have a shard; () where every rank has it whole
+    persistent: bool  # stays gathered between uses
+    trained: bool  # an optimizer of zeropipe holds its master
+
+    @property
+    def held_by(self) -> str:
+        if not self.holders:
+            return "every rank"
+        first, last = self.holders[0], self.holders[-1]
+        if self.holders == tuple(range(first, last + 1)):
+            return f"ranks {first}-{last}" if last > first else f"rank {first}"
+        return "ranks " + " ".join(map(str, self.holders))
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """The parameters of one model on this rank, in the order of ``named_parameters``; ``str`` is a table."""
+
+    rows: tuple[ParameterRow, ...]
+
+    def __iter__(self) -> Iterator[ParameterRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> ParameterRow:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    @property
+    def bytes_here(self) -> int:
+        return sum(row.bytes_here for row in self.rows)
+
+    @property
+    def bytes_whole(self) -> int:
+        return sum(row.bytes_whole for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "dtype", "state", "here", "whole", "layout", "held by")
+        table = [head, *(_cells(row) for row in self.rows)]
+        table.append(("all", "", "", "", _size(self.bytes_here), _size(self.bytes_whole), "", ""))
+        widths = [max(len(line[column]) for line in table) for column in range(len(head))]
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in table
+        ]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def describe(model: torch.nn.Module) -> Description:
+    """State, bytes, layout and holders of every parameter of ``model`` on this rank; nothing is communicated."""
+    return Description(tuple(_row(name, param) for name, param in model.named_parameters()))
+
+
+def _row(name: str, param: torch.nn.Parameter) -> ParameterRow:
+    known = zero_param(param)
+    trained = known is not None and known.partition is not None
+    if known is None or known.shards is None:
+        nbytes = param.numel() * param.element_size()
+        return ParameterRow(
+            name,
+            tuple(param.shape),
+            param.dtype,
+            ZeroParamType.NORMAL,
+            ZeroParamStatus.AVAILABLE,
+            param.numel(),
+            nbytes,
+            nbytes,
+            "whole",
+            (),
+            True,
+            trained,
+        )
+    shards = known.shards
+    here = shards.source.numel() * shards.source.element_size() + shards.full.untyped_storage().nbytes()
+    size, each, spare = shards.layout.num_shards, shards.shard_numel, shards.layout.padding
+    return ParameterRow(
+        name,
+        tuple(shards.shape),
+        shards.dtype,
+        shards.kind,
+        shards.status,
+        shards.numel,
+        here,
+        shards.numel * shards.full.element_size(),
+        f"{size} x {each}" + (f" (pad {spare})" if spare else ""),
+        shards.group.ranks,
+        shards.persist,
+        trained,
+    )
+
+
+def _cells(row: ParameterRow) -> tuple[str, ...]:
+    state = row.state.name.lower().replace("_", " ")
+    if row.persistent and row.kind is not ZeroParamType.NORMAL:
+        state += ", stays"
+    shape = " x ".join(map(str, row.shape)) or "scalar"
+    dtype = str(row.dtype).removeprefix("torch.")
+    sizes = _size(row.bytes_here), _size(row.bytes_whole)
+    return row.name, shape, dtype, state, *sizes, row.layout, row.held_by
+
+
+def _size(nbytes: int) -> str:
+    number = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"

@@ -1,0 +1,384 @@
+"""zero.Init: inside it a model is built shard by shard, so that no rank ever holds more than one module whole.
+
+    with zero.Init(config_dict_or_path=config):
+        model = Model()
+
+When a module's outermost constructor returns, the module's parameters are cut and freed. Whatever the outer
+constructors then do with them (their own initialization, tying, ``apply``) gathers them again for as long as the
+constructor runs, and what was written is cut anew; so the weights are those of a plain construction.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from zeropipe.comm.collectives import announce, broadcast, meet
+from zeropipe.comm.group import Group, from_process_group, world
+from zeropipe.comm.record import SEAM
+from zeropipe.comm.startup import init_distributed
+from zeropipe.config.parse import parse_config
+from zeropipe.errors import CommunicationError, ConfigError, DesyncError, UsageError, describe
+from zeropipe.runtime.zero.fingerprint import Fingerprint, fingerprint
+from zeropipe.runtime.zero.module_patch import ModulePatch
+from zeropipe.runtime.zero.param import shards_of
+from zeropipe.runtime.zero.shards import GATHER, Shards, shard_parameter
+from zeropipe.runtime.zero.state_dict import install_state_dict
+from zeropipe.runtime.zero.status import ZeroParamType
+
+WINDOW = (
+    2**22
+)  # elements that stay gathered after a use; older ones are put back while the constructor runs on
+
+
+@dataclass(slots=True, eq=False)
+class _Fetched:
+    """A parameter that a constructor used. ``watched``: a view of it outlived the fetch, and what it showed."""
+
+    param: torch.nn.Parameter
+    shards: Shards
+    before: Fingerprint
+    watched: tuple[torch.Tensor, Fingerprint] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Frame:
+    """One constructor, or one function under ``apply``, that is running."""
+
+    module: torch.nn.Module | None
+    built: list[weakref.ref[torch.nn.Module]] = field(default_factory=list)
+    fetched: dict[int, _Fetched] = field(default_factory=dict)
+    put_back: list[_Fetched] = field(default_factory=list)  # those a view of which lives on
+
+
+class Build:
+    """One entry of a ``zero.Init``: shards what is built, in the place where it is built."""
+
+    def __init__(
+        self, group: Group, device: torch.device, dtype: torch.dtype | None, remote: str | None
+    ) -> None:
+        self.active = True
+        self.group = group
+        self.device = device
+        self.dtype = dtype
+        self.remote = remote
+        self._frames = [_Frame(None)]
+        self._ids = itertools.count()
+
+    # What a ModulePatch tells.
+
+    def begin(self, module: torch.nn.Module) -> bool:
+        if any(frame.module is module for frame in self._frames):
+            return False
+        self._frames.append(_Frame(module))
+        return True
+
+    def end(self, module: torch.nn.Module) -> None:
+        self._frames[-1].built.append(weakref.ref(module))
+        self._close(complete=True)
+
+    def abort(self, module: torch.nn.Module) -> None:
+        self._close(complete=False)
+
+    @contextmanager
+    def frame(self) -> Iterator[None]:
+        self._frames.append(_Frame(None))
+        try:
+            yield
+        except BaseException:
+            self._close(complete=False)
+            raise
+        self._close(complete=True)
+
+    def fetch(self, shards: Shards) -> None:
+        """Gather ``shards`` until the running constructor ends, or until it has used much else."""
+        frame = self._frames[-1]
+        param = shards.param
+        shards.gather()
+        shards.holds += 1
+        frame.fetched[id(shards)] = _Fetched(param, shards, fingerprint(shards.full))
+        while len(frame.fetched) > 1 and sum(f.shards.numel for f in frame.fetched.values()) > max(
+            WINDOW, shards.numel
+        ):
+            oldest = next(iter(frame.fetched))
+            self._put_back(frame, frame.fetched.pop(oldest))
+
+    # The end.
+
+    def finish(self) -> None:
+        """All is built: cut what is still whole, and make sure that every rank is here."""
+        self._settle(self._frames[-1])
+        self._shard(self._frames[-1])
+        meet("the end of zero.Init", self.group, channel=GATHER)
+        self.active = False
+
+    def abandon(self, error: BaseException) -> None:
+        """The block raised: tell the other ranks, which may be waiting for this one."""
+        self.active = False
+        for frame in self._frames:
+            self._drop(frame)
+        if not isinstance(error, DesyncError | CommunicationError):
+            with suppress(Exception):
+                said = announce(
+                    f"zero.Init raised {type(error).__name__}: {error}", self.group, channel=GATHER
+                )
+                SEAM.abandoned.append(said)  # its buffers must outlive the sending
+
+    def convert(self, module: torch.nn.Module) -> None:
+        """Shard a module that exists; what is on the meta device is made first, module by module."""
+        for child in module.modules():
+            _materialize(child, self.device)
+            self._frames[-1].built.append(weakref.ref(child))
+            self._shard(self._frames[-1])
+            self._frames[-1].built.clear()
+        self.active = False
+
+    def _close(self, complete: bool) -> None:
+        frame = self._frames[-1]
+        try:
+            if complete:
+                self._settle(frame)
+                self._shard(frame)
+            else:
+                self._drop(frame)
+        finally:
+            self._frames.remove(frame)
+            self._frames[-1].built.extend(frame.built)
+
+    def _settle(self, frame: _Frame) -> None:
+        while frame.fetched:
+            self._put_back(frame, frame.fetched.pop(next(iter(frame.fetched))))
+        for fetched in frame.put_back:
+            assert fetched.watched is not None
+            value, shown = fetched.watched
+            if not shown.matches(value):
+                raise UsageError(
+                    f"zero.Init: parameter '{fetched.shards.name}' was written through a tensor kept from before other "
+                    "parameters were used, and had been put back by then. Fix: take param.data anew before writing"
+                )
+        frame.put_back.clear()
+
+    def _put_back(self, frame: _Frame, fetched: _Fetched) -> None:
+        shards = fetched.shards
+        shards.holds -= 1
+        if not fetched.before.matches(shards.full):
+            meet(f"zero.Init: {shards.name} was written", shards.group, channel=GATHER)
+            broadcast(shards.full, 0, shards.group, label=shards.name)
+            shards.write_back()
+        if shards.holds or shards.persist:
+            return
+        kept = shards.full
+        shards.leave()
+        if _shared(kept):
+            fetched.watched = (kept, fingerprint(kept))
+            frame.put_back.append(fetched)
+
+    def _drop(self, frame: _Frame) -> None:
+        """After an exception: free what was gathered, unwritten."""
+        for fetched in frame.fetched.values():
+            fetched.shards.holds -= 1
+            if not fetched.shards.holds and not fetched.shards.persist:
+                fetched.shards.leave()
+        frame.fetched.clear()
+        frame.put_back.clear()
+
+    def _shard(self, frame: _Frame) -> None:
+        """Cut every whole parameter of the modules built in ``frame``; collective."""
+        modules = [module for module in (ref() for ref in frame.built) if module is not None]
+        whole: dict[int, tuple[str, torch.nn.Parameter]] = {}
+        for module in modules:
+            for name, param in module._parameters.items():
+                if param is not None and shards_of(param) is None and not _deferred(param):
+                    whole.setdefault(id(param), (f"{type(module).__name__}.{name}", param))
+        if whole:
+            shapes = ", ".join(f"{name} {tuple(param.shape)}" for name, param in whole.values())
+            meet(f"zero.Init: {shapes}", self.group, channel=GATHER)
+        for name, param in whole.values():
+            self._cut(name, param)
+        for module in modules:
+            if any(
+                param is not None and shards_of(param) is not None for param in module._parameters.values()
+            ):
+                install_state_dict(module)
+
+    def _cut(self, name: str, param: torch.nn.Parameter) -> None:
+        dtype = self.dtype if self.dtype is not None and param.is_floating_point() else param.dtype
+        value = param.detach().to(self.device, dtype).contiguous()
+        broadcast(value, 0, self.group, label=name)
+        param.data = value
+        shards = shard_parameter(param, name, next(self._ids), self.group)
+        shards.builder = self
+        if self.remote is not None:
+            shards.kind = ZeroParamType.REMOTE
+            shards.source = shards.source.cpu()  # offload moves it on, to pinned memory or files
+
+
+class Init:
+    """A context in which modules are built as shards. Collective: every rank builds the same model.
+
+    With the same seed the weights are, bit for bit, those that plain construction gives rank 0; in 16 bits, those
+    that it gives under ``torch.set_default_dtype``. Contexts nest and may be entered again.
+
+    Args:
+        module: an existing module: its parameters are sharded at once, those on the meta device after
+            ``to_empty`` and ``reset_parameters``. The context need not be entered then.
+        data_parallel_group: the ranks to divide by (a process group); default all. Must be the engine's.
+        remote_device: ``cpu`` or ``nvme``: the shards live in host memory (``initialize`` moves them on).
+        config_dict_or_path: the engine's config, "auto" values included. Its fp16 or bf16 section gives the dtype
+            of new parameters; a stage below 3 makes the context do nothing.
+        config: another name for ``config_dict_or_path``.
+        enabled: False makes it do nothing.
+        dtype: the dtype of new parameters; default the config's, else torch's default dtype.
+        mpu: an object with ``get_data_parallel_group()``.
+        zero_param_parallel_group, sequence_data_parallel_group: other names for ``data_parallel_group``.
+
+    The rest is accepted for the interface's sake: ``mem_efficient_linear`` (torch's linear saves no copies here),
+    ``pin_memory`` (the config's ``offload_param`` decides), ``param_swapper``.
+
+    Raises:
+        ConfigError: a wrong config or argument; DesyncError: another rank builds another model, or raised.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module | None = None,
+        data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: Any = None,
+        config: Any = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+        zero_param_parallel_group: Any = None,
+        zero_quantized_weights: bool = False,
+        zero_quantized_nontrainable_weights: bool = False,
+        sequence_data_parallel_group: Any = None,
+        param_swapper: Any = None,
+    ) -> None:
+        self._entered: list[tuple[Build, ModulePatch, torch.dtype]] = []
+        source = config_dict_or_path if config_dict_or_path is not None else config
+        self.enabled = enabled
+        if not enabled:
+            return
+        if zero_quantized_weights or zero_quantized_nontrainable_weights:
+            raise ConfigError(
+                "zero.Init: parameters are sent unquantized, so that numbers do not depend on the number of ranks. "
+                "Fix: leave zero_quantized_weights out"
+            )
+        if remote_device not in (None, "none", "cpu", "nvme"):
+            raise ConfigError(
+                describe("zero.Init: remote_device", expected="None, 'cpu' or 'nvme'", found=remote_device)
+            )
+        self.remote_device = None if remote_device == "none" else remote_device
+        self.dtype = _dtype(dtype, source)
+        if source is not None:
+            zero = parse_config(source).zero_optimization
+            if "stage" in zero.model_fields_set and zero.stage != 3:
+                self.enabled = False
+                return
+        init_distributed()
+        groups = (data_parallel_group, zero_param_parallel_group, sequence_data_parallel_group)
+        self.group = _group(next((group for group in groups if group is not None), None), mpu)
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        if module is not None:
+            self._build().convert(module)
+
+    def __enter__(self) -> Init:
+        if not self.enabled:
+            return self
+        build = self._build()
+        patch = ModulePatch(build, self._constructor())
+        default = torch.get_default_dtype()
+        patch.install()
+        if self.dtype is not None:
+            torch.set_default_dtype(self.dtype)
+        self._entered.append((build, patch, default))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.enabled:
+            return
+        build, patch, default = self._entered.pop()
+        patch.remove()
+        torch.set_default_dtype(default)
+        if error is not None:
+            build.abandon(error)
+            return
+        try:
+            build.finish()
+        except BaseException as late:
+            build.abandon(late)
+            raise
+
+    def _build(self) -> Build:
+        return Build(self.group, self.device, self.dtype, self.remote_device)
+
+    def _constructor(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """What wraps torch's tensor constructors: looked up now, as other libraries replace it."""
+        from zeropipe.runtime.zero import partition_parameters as names
+
+        dtype = self.dtype or torch.get_default_dtype()
+        return lambda function: names.zero_wrapper_for_fp_tensor_constructor(
+            function, target_fp_dtype=dtype, target_device=self.device
+        )
+
+
+def _group(given: Any, mpu: Any) -> Group:
+    if isinstance(given, Group):
+        return given
+    if given is None and mpu is not None:
+        own = getattr(mpu, "data_group", None)
+        return own if isinstance(own, Group) else from_process_group(mpu.get_data_parallel_group())
+    return world() if given is None else from_process_group(given)
+
+
+def _dtype(given: torch.dtype | None, source: Any) -> torch.dtype | None:
+    """None: each parameter keeps the dtype that it is made with."""
+    if given is not None:
+        if not given.is_floating_point:
+            raise ConfigError(describe("zero.Init: dtype", expected="a floating-point dtype", found=given))
+        return given
+    precision = "fp32" if source is None else parse_config(source).precision
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+
+
+def _deferred(param: torch.nn.Parameter) -> bool:
+    """Whether the value does not exist yet."""
+    return torch.nn.parameter.is_lazy(param) or param.is_meta
+
+
+def _materialize(module: torch.nn.Module, device: torch.device) -> None:
+    """Give ``module``'s own tensors on the meta device their memory and first values."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    if not any(tensor is not None and tensor.is_meta for tensor in own):
+        return
+    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    if reset is None:
+        raise UsageError(
+            f"zero.Init: a {type(module).__name__} is on the meta device and has no reset_parameters() that would give "
+            "it values. Fix: add that method, or build the model inside the context instead of on meta"
+        )
+    module.to_empty(device=device, recurse=False)
+    reset()
+
+
+def _shared(value: torch.Tensor) -> bool:
+    """Whether somebody else holds a tensor on the same storage as ``value``."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    storage = value.untyped_storage()
+    return count is not None and count(storage._cdata) > _OWN_REFERENCES
+
+
+_OWN_REFERENCES = 2  # the tensor and the Python object of its storage
