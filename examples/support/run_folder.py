@@ -26,18 +26,26 @@ def open_run(run: Path, settings: dict[str, Any], fresh: bool) -> TextIO:
         sys.exit(
             f"Another process is training in {run}. Wait for it, stop it, or use another folder with --folder."
         )
-    if fresh:
-        for item in run.iterdir():
-            if item.is_dir():
-                shutil.rmtree(item)
-            elif item.name not in (LOCK, SETTINGS):  # the settings go last: they mark the folder as ours
-                item.unlink()
-        (run / SETTINGS).unlink(missing_ok=True)
-    if (run / SETTINGS).exists():
-        _check(run, settings)
-    else:
-        _write(run / SETTINGS, json.dumps(settings, indent=2))
+    try:
+        if fresh:
+            _empty(run)
+        if (run / SETTINGS).exists():
+            _check(run, settings)
+        else:
+            _write(run / SETTINGS, json.dumps(settings, indent=2))
+    except BaseException:
+        lock.close()
+        raise
     return lock
+
+
+def _empty(run: Path) -> None:
+    for item in run.iterdir():
+        if item.is_dir():
+            shutil.rmtree(item)
+        elif item.name not in (LOCK, SETTINGS):  # the settings go last: they mark the folder as ours
+            item.unlink()
+    (run / SETTINGS).unlink(missing_ok=True)
 
 
 def _check(run: Path, settings: dict[str, Any]) -> None:
@@ -55,7 +63,8 @@ def _check(run: Path, settings: dict[str, Any]) -> None:
         )
     if (run / REPORT).exists():
         print((run / REPORT).read_text())
-        sys.exit(f"This run is finished; all of it is in {run}. To start anew: make train ARGS=--fresh")
+        print(f"This run is finished; all of it is in {run}. To start anew: make train ARGS=--fresh")
+        sys.exit(0)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

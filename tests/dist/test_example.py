@@ -109,8 +109,9 @@ def test_killed_twice_and_started_again_ends_with_the_same_weights(
 
     with start([*command, f"--folder={broken}"]) as run:
         assert run.wait(TIME_LIMIT)
-        assert "This run is finished" in run.stderr()
-        assert "--fresh" in run.stderr()
+        assert run.process.returncode == 0
+        assert "This run is finished" in run.stdout()
+        assert "--fresh" in run.stdout()
         assert weights(run.stdout()) == weights(expected)
 
 
@@ -174,13 +175,17 @@ def test_two_runs_in_one_folder_are_refused(run_folder: ModuleType, tmp_path: Pa
         run_folder.open_run(tmp_path / "run", SETTINGS, fresh=True)
 
 
-def test_fresh_forgets_everything(run_folder: ModuleType, tmp_path: Path) -> None:
+def test_fresh_forgets_everything(
+    run_folder: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     run_folder.open_run(run, SETTINGS, fresh=False).close()
     (run / "global_step2").mkdir()
     run_folder.finish(run, "a report")
-    with pytest.raises(SystemExit, match="This run is finished"):
+    with pytest.raises(SystemExit) as end:
         run_folder.open_run(run, SETTINGS, fresh=False)
+    assert end.value.code == 0
+    assert "This run is finished" in capsys.readouterr().out
     run_folder.open_run(run, SETTINGS, fresh=True).close()
     assert {path.name for path in run.iterdir()} == {"lock", "settings.json"}
 
