@@ -20,6 +20,7 @@ SUBCOMMANDS: Final = {
     "ckpt": "zeropipe.cli.ckpt",
     "config": "zeropipe.cli.config",
     "onebit": "zeropipe.cli.onebit",
+    "pipe": "zeropipe.cli.pipe",
 }
 
 

@@ -60,6 +60,7 @@ class Executor:
             int, torch.Tensor
         ] = {}  # by micro-batch: the gradient of the loss with respect to itself
         self.events: list[Event] = []
+        self._start = 0.0  # of the step in progress
         self._methods: dict[Op, Callable[[Instruction], None]] = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
@@ -82,10 +83,10 @@ class Executor:
         try:
             self._host.start()
             for step in self.schedule.ranks[self._rank]:
-                start = time.perf_counter()
+                self._start = time.perf_counter()
                 self._methods[step.op](step)
                 if step.op in COMPUTE:
-                    self.events.append(Event(self._rank, step, start, time.perf_counter()))
+                    self.events.append(Event(self._rank, step, self._start, time.perf_counter()))
             self._mailbox.finish()
         except BaseException:
             self._mailbox.say_failed()
@@ -141,6 +142,7 @@ class Executor:
         if source == self._rank:
             return self._here.pop(message)
         form, tensors = self._mailbox.receive(message, source)
+        self._start = time.perf_counter()  # what was spent waiting is idle time, not the step's
         return form.tree, tensors, [t.needs_grad for t in form.tensors]
 
     def _give(self, message: Message, tree: str, tensors: list[torch.Tensor]) -> None:

@@ -44,7 +44,8 @@ def draw(
         raise UsageError(describe("nothing to draw: no compute step was recorded"))
     begin = min(e.start for e in computed)
     length = max(e.end for e in computed) - begin
-    shortest = min((e.end - e.start for e in computed if e.end > e.start), default=1.0)
+    steps = sorted(e.end - e.start for e in computed if e.end > e.start) or [1.0]
+    shortest = max(steps[0], steps[len(steps) // 2] / 2)  # a measured run has a few steps of next to no time
     whole = min(_WIDTH * _MOST_ROWS, max(7.0, length / shortest * _INCH_PER_STEP))
     rows = math.ceil(whole / _WIDTH)
     # Rows break between steps where all steps are multiples of the shortest.
