@@ -23,8 +23,11 @@ class GradStore:
         layout = partition.layout
         numel = layout.padded_numel if self.keeps_whole else layout.shard_numel
         self.buffer = torch.zeros(numel, dtype=self.dtype, device=partition.values.device)
-        start, stop = layout.shard_range(partition.shard)
-        self.shard = self.buffer[start:stop] if self.keeps_whole else self.buffer
+        self.replace(self.buffer)
+        alone = not self.keeps_whole and layout.num_shards == 1
+        # keeps_whole, or a group of one: each parameter's gradient in the buffer, in its shape. Kept, because making
+        # a view for every parameter in every step is what a small model would notice.
+        self._views = self._cut_views() if self.keeps_whole or alone else []
         self.buckets = cut_buckets(layout, policy.bucket_numel)
         self.seen: set[int] = set()  # parameters with a gradient in this window
         self.reduced = False  # keeps_whole: the buffer holds reduced values
@@ -36,13 +39,26 @@ class GradStore:
         """sharded: whole gradients that wait for their bucket."""
         yield from self._held.values()
 
+    def replace(self, buffer: torch.Tensor) -> None:
+        """Let ``buffer`` (the same elements, maybe elsewhere) take the place of the buffer."""
+        start, stop = self.partition.layout.shard_range(self.partition.shard)
+        self.buffer = buffer
+        self.shard = buffer[start:stop] if self.keeps_whole else buffer
+
     def let_go(self, tensor: torch.Tensor) -> None:
         """Nothing to do: the shard is in memory."""
 
     def view(self, index: int) -> torch.Tensor:
         """keeps_whole: parameter ``index``'s gradient in the buffer, in its shape."""
-        start, stop = self.partition.layout.tensor_range(index)
-        return self.buffer[start:stop].view(self.partition.layout.tensors[index].shape)
+        return self._views[index]
+
+    def _cut_views(self) -> list[torch.Tensor]:
+        layout = self.partition.layout
+        ranges = (layout.tensor_range(index) for index in range(len(layout.tensors)))
+        return [
+            self.buffer[start:stop].view(spec.shape)
+            for (start, stop), spec in zip(ranges, layout.tensors, strict=True)
+        ]
 
     def accept(self, index: int, keep_grad: bool) -> None:
         """Take ``param.grad`` in. With ``keep_grad`` (whole gradients only) it becomes a view of the buffer."""
@@ -52,7 +68,7 @@ class GradStore:
         if grad.layout != torch.strided:
             grad = grad.to_dense()
         if self.keeps_whole:
-            view = self.view(index)
+            view = self._views[index]
             if grad.data_ptr() != view.data_ptr() or grad.numel() == 0:
                 if index in self.seen:
                     view.add_(grad)
@@ -61,7 +77,7 @@ class GradStore:
             param.grad = view if keep_grad and view.dtype == param.dtype else None
         else:
             held = self._held.get(index)
-            flat = grad.detach().reshape(-1)
+            flat = (grad.detach() if grad.requires_grad else grad).reshape(-1)
             self._held[index] = flat if held is None else held.to(self.dtype).add(flat)
             param.grad = None
         self.seen.add(index)
@@ -86,7 +102,7 @@ class GradStore:
     def _launch_whole(self, bucket: Bucket) -> Work:
         for index in bucket.tensors:
             if index not in self.seen:
-                self.view(index).zero_()
+                self._views[index].zero_()
         region = self.buffer[bucket.start : bucket.start + bucket.numel]
         wire = (
             region
@@ -133,19 +149,25 @@ class GradStore:
 
     def _store_alone(self, bucket: Bucket, parts: list[torch.Tensor | None], first: bool) -> None:
         """A group of one: no wire, straight into the shard."""
-        for index, part in zip(bucket.tensors, parts, strict=True):
-            start, stop = self.partition.layout.tensor_range(index)
-            place = self.shard[start:stop]
-            if part is not None:
-                _copy(place, part) if first else place.add_(part)
-            elif first:
-                place.zero_()
+        found = [
+            (self._views[i].view(-1), g) for i, g in zip(bucket.tensors, parts, strict=True) if g is not None
+        ]
+        if first:
+            for index, part in zip(bucket.tensors, parts, strict=True):
+                if part is None:
+                    self._views[index].zero_()
+        if found:
+            places, grads = (list(column) for column in zip(*found, strict=True))
+            if first:
+                torch._foreach_copy_(places, grads)
+            else:
+                torch._foreach_add_(places, grads)
 
     def show(self) -> None:
         """Let every ``.grad`` be its view of the reduced buffer, where this rank has the whole of it."""
         if self.keeps_whole and not self.partition.sharded and self.dtype == self.partition.dtype:
             for index in self.seen:
-                self.partition.params[index].grad = self.view(index)
+                self.partition.params[index].grad = self._views[index]
 
     def clear(self) -> None:
         """Start a new window."""

@@ -284,9 +284,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         one small collective, two when some rank left a parameter out."""
         stores = self.reducer.stores
         device = stores[0].partition.params[0].device if stores else torch.device("cpu")
-        figures = torch.zeros(3, dtype=torch.float64, device=device)
-        figures[2] += sum(param.requires_grad for _, param in self._dormant)
         own = self.reducer.keeps_own()
+        unseen = 0 if own else sum(len(store.partition.params) - len(store.seen) for store in stores)
+        awake = sum(param.requires_grad for _, param in self._dormant)
+        figures = torch.tensor([0.0, unseen, awake], dtype=torch.float64, device=device)
         if own:
             figures[0] += own_squares(stores, self._group.size, self.options.counts)
         for store in () if own else stores:
@@ -294,7 +295,6 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             counted_once = holder.rank == 0
             if counted_once:
                 figures[0] += squared_norm(store.shard, store.let_go) - self._not_counted(store)
-            figures[1] += len(store.partition.params) - len(store.seen)
         all_reduce(figures, self._group, label="gradient norm")
         if self.options.model_group.size > 1:
             all_reduce(figures[:1], self.options.model_group, label="gradient norm of all stages")

@@ -119,6 +119,7 @@ class Reducer:
         else:
             store = GradStore(partition, self.policy)
         self.stores.append(store)
+        self._order = []
         self._learned = ()
         for index, param in enumerate(partition.params):
             self._handles.append(param.register_post_accumulate_grad_hook(self._hook(store, index)))
@@ -268,20 +269,25 @@ class Reducer:
             store.reopen()
         if not self._reducing:
             return
+        if not self._order:
+            self._plan()
+        for entry in self._order:
+            entry.waiting.update(entry.bucket.tensors)
+        self._next = self._waited = self._common = 0
+        self._complete = []
+
+    def _plan(self) -> None:
+        """Lay down the order of the buckets for this pass and those that follow it."""
         late = {
             (at, number)
             for at, store in enumerate(self.stores)
             for number, bucket in enumerate(store.buckets)
             if any(z3_leaf_parameter(store.partition.params[index]) for index in bucket.tensors)
         }
-        self._order = []
         for key in launch_order([len(store.buckets) for store in self.stores], late, self._learned):
             store = self.stores[key[0]]
-            bucket = store.buckets[key[1]]
-            self._order.append(_Open(key, store, bucket, set(bucket.tensors)))
+            self._order.append(_Open(key, store, store.buckets[key[1]]))
         self._place = {(id(o.store), index): o for o in self._order for index in o.bucket.tensors}
-        self._next = self._waited = self._common = 0
-        self._complete = []
 
     def _launch_next(self) -> None:
         entry = self._order[self._next]
@@ -311,3 +317,4 @@ class Reducer:
             return
         group = self.stores[0].partition.group
         self._learned = tuple(broadcast_object(self._complete, 0, group, label="order of gradients"))
+        self._order = []
