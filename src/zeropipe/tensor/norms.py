@@ -55,7 +55,7 @@ def squared_norm(x: torch.Tensor, read: Callable[[torch.Tensor], None] | None = 
         parts.append(torch.dot(wide, wide))
         if read is not None:
             read(chunk)
-    return torch.stack(parts).sum()
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def norm_term(x: torch.Tensor, p: float = 2.0) -> torch.Tensor:
