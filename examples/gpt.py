@@ -121,11 +121,12 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def generate(model: nn.Module, prompt: bytes, count: int, device: torch.device) -> bytes:
-    """`count` bytes after `prompt`, drawn at temperature 0.7 from a generator of its own (same on every rank)."""
+    """`count` bytes after `prompt`, each drawn among the ten likeliest; every rank draws the same."""
     generator = torch.Generator().manual_seed(0)
     text = list(prompt)
     for _ in range(count):
         x = torch.tensor([text[-GPTConfig.context :]], device=device)
-        chances = F.softmax(model(x)[0, -1].cpu() / 0.7, dim=-1)
-        text.append(int(torch.multinomial(chances, 1, generator=generator)))
+        likeliest, which = model(x)[0, -1].float().cpu().topk(10)
+        pick = torch.multinomial(F.softmax(likeliest / 0.7, dim=-1), 1, generator=generator)
+        text.append(int(which[pick]))
     return bytes(text)

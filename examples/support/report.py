@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from torch import Tensor
 
+from support.text import shown
+
 History = list[
     dict[str, float]
 ]  # one row a step: step, loss, and held_out where it was measured (both in bits)
@@ -101,7 +103,7 @@ def summary(
         _memory_table(memory),
         table("Communication of one step, on each rank", ("", "for", "calls", "bytes"), state["traffic"]),
         "A sample:",
-        sample.decode("utf-8", errors="replace"),
+        shown(sample),
         "",
         f"Step {last['step']}: {last['held_out']:.3f} bits per byte on held-out text.",
         curve,

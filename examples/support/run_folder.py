@@ -10,13 +10,15 @@ from typing import Any, TextIO
 SETTINGS = "settings.json"
 REPORT = "report.txt"
 LOCK = "lock"
+JUST_BEGUN = {LOCK, "settings.tmp"}  # what a run leaves that was killed before its settings were written
 
 
 def open_run(run: Path, settings: dict[str, Any], fresh: bool) -> TextIO:
     """Make or check `run` and return its lock, to be held open while training; exits with a plain sentence
     when the run is finished, when it was made with other settings, or when it is being trained right now.
     """
-    if run.exists() and any(run.iterdir()) and not (run / SETTINGS).exists():
+    names = {path.name for path in run.iterdir()} if run.exists() else set()
+    if names - JUST_BEGUN and SETTINGS not in names:
         sys.exit(f"{run} holds files that are not a run of this example. Give another folder with --folder.")
     run.mkdir(parents=True, exist_ok=True)
     lock = (run / LOCK).open("w")

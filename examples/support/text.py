@@ -1,10 +1,14 @@
 """Text as bytes: a folder or a file, cut once into what is trained on and what is held out.
 
+Four spaces of indentation become one tab, as which code is shorter and easier to learn, and which `shown` turns
+back. Bits per byte are those of the text in this form.
+
 Which bytes a rank sees is a pure function of (step, micro-batch, rank). Nothing has to be remembered, so a run
 that was stopped and goes on sees exactly what a run that never stopped would have seen.
 """
 
 import hashlib
+import re
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -13,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+INDENT = 4  # spaces
 HELD_OUT = 20  # one file, or one byte, in so many
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 # Tests, tables and third-party packages: not prose that anyone would want to imitate.
@@ -45,7 +50,7 @@ def read_text(source: Path | None, context: int) -> Text:
     if not root.exists():
         sys.exit(f"--text {root}: there is no such file or folder.")
     files = [root] if root.is_file() else sorted(p for p in root.rglob(f"*{suffix}") if _wanted(p, root))
-    documents = [data for data in (path.read_bytes() for path in files) if b"\0" not in data]
+    documents = [_with_tabs(data) for data in (path.read_bytes() for path in files) if b"\0" not in data]
     if len(documents) >= HELD_OUT:
         held_out = b"".join(documents[HELD_OUT // 2 :: HELD_OUT])
         train = b"".join(d for i, d in enumerate(documents) if i % HELD_OUT != HELD_OUT // 2)
@@ -60,6 +65,15 @@ def read_text(source: Path | None, context: int) -> Text:
         )
     digest = hashlib.sha256(train + held_out).hexdigest()[:16]
     return Text(_bytes(train), _bytes(held_out), str(root), digest)
+
+
+def shown(text: bytes) -> str:
+    """What the model wrote, for people."""
+    return text.decode("utf-8", errors="replace").expandtabs(INDENT)
+
+
+def _with_tabs(data: bytes) -> bytes:
+    return re.sub(rb"(?m)^(?: {4})+", lambda spaces: b"\t" * (len(spaces[0]) // INDENT), data)
 
 
 def _wanted(path: Path, root: Path) -> bool:

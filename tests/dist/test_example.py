@@ -167,6 +167,13 @@ def test_a_folder_with_other_files_is_never_touched(run_folder: ModuleType, tmp_
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_killed_before_anything_was_written(run_folder: ModuleType, tmp_path: Path) -> None:
+    for name in ("lock", "settings.tmp"):
+        (tmp_path / name).write_text("{")
+    run_folder.open_run(tmp_path, SETTINGS, fresh=False).close()
+    run_folder.open_run(tmp_path, SETTINGS, fresh=False).close()
+
+
 def test_two_runs_in_one_folder_are_refused(run_folder: ModuleType, tmp_path: Path) -> None:
     with (
         run_folder.open_run(tmp_path / "run", SETTINGS, fresh=False),
