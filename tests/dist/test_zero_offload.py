@@ -16,7 +16,7 @@ from tests.dist.test_zero3 import NOTHING_PERSISTS, train3
 from tests.helpers.data import gpt_batch, token_batch
 from tests.helpers.referee import assert_bitwise
 from tests.helpers.train import config, train
-from zeropipe.errors import OffloadError, UnsupportedOptimizerError
+from zeropipe.errors import OffloadError, UnsupportedOptimizerError, UsageError
 
 PIECE = 4096  # sub_group_size of these tests: the models step in several pieces
 
@@ -157,6 +157,76 @@ def _save_and_go_on(rank: int, world: int, settings: dict[str, Any], folder: Pat
     third = make(config(3, world))
     third.load_checkpoint(folder)
     return uninterrupted, resumed, finish(third)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_states_go_and_come_back(pool, stage, precision):
+    extra = {} if precision == "fp32" else {precision: {"enabled": True}}
+    settings = config(stage, 2, gas=2, **extra)
+    for ours, expected, moved in pool(2).run(_there_and_back, settings):
+        assert_bitwise(ours, expected)
+        assert moved
+
+
+def _there_and_back(rank: int, world: int, settings: dict[str, Any]) -> Any:
+    """Weights of a run that moves its states between calls, of one that does not, and whether storage moved."""
+    import zeropipe
+    from zeropipe.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    weights, moved = [], []
+    for moves in (True, False):
+        engine, optimizer, _, _ = zeropipe.initialize(model=nasty(), config=settings)
+        params = dict(engine.module.named_parameters())
+
+        def go(*include: str, engine: Any = engine, optimizer: Any = optimizer, moves: bool = moves) -> None:
+            before = {t.data_ptr() for t in _storages(optimizer)}
+            if moves:
+                engine.offload_states(include or None)
+                moved.append(before != {t.data_ptr() for t in _storages(optimizer)})
+
+        for step in range(3):
+            for micro in range(2):
+                go("optim_states", "lp_params")
+                loss = engine(*token_batch(step, rank, micro))
+                go()
+                engine.reload_states()
+                engine.backward(loss)
+                go("lp_grads", "hp_params")
+                engine.step()
+            go()
+            state = safe_get_full_optimizer_state(params["wide.weight"], "exp_avg")
+            assert torch.isfinite(state).all()
+        weights.append({n: safe_get_full_fp32_param(p) for n, p in params.items()})
+        engine.destroy()
+    return weights[0], weights[1], any(moved)
+
+
+def _storages(optimizer: Any) -> list[torch.Tensor]:
+    tensors = [partition.master for partition in optimizer.partitions]
+    tensors += [partition.values for partition in optimizer.partitions if partition.values is not None]
+    for state in optimizer.state.values():
+        tensors += [value for value in state.values() if value.dim()]
+    return [t for t in tensors if t.numel()]
+
+
+def test_what_cannot_be_moved_is_said(pool):
+    device, kind = pool(1).run(_refusals)[0]
+    assert "expected cpu, found nvme" in device
+    assert "found moments" in kind
+
+
+def _refusals(rank: int, world: int) -> list[str]:
+    import zeropipe
+
+    engine = zeropipe.initialize(model=gpt(), config=config(1, 1))[0]
+    texts = []
+    for arguments in ({"device": "nvme"}, {"include": ["moments"]}):
+        with pytest.raises(UsageError) as error:
+            engine.offload_states(**arguments)
+        texts.append(str(error.value))
+    engine.destroy()
+    return texts
 
 
 def test_nothing_is_left_after_destroy(pool, tmp_path):

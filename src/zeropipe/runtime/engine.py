@@ -27,6 +27,7 @@ from zeropipe.runtime.dataloader import ZeroDataLoader, build_dataloader
 from zeropipe.runtime.engine_checkpoint import EngineCheckpoint
 from zeropipe.runtime.engine_facts import EngineFacts
 from zeropipe.runtime.engine_memory import MemoryRow, memory_report
+from zeropipe.runtime.engine_offload import EngineOffload
 from zeropipe.runtime.engine_report import Reporter, Status
 from zeropipe.runtime.engine_weights import EngineWeights
 from zeropipe.runtime.plain_backward import Gate
@@ -50,7 +51,7 @@ class Parts:
     sharded: ShardedModel | None = None  # stage 3
 
 
-class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineWeights, torch.nn.Module):
+class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeights, torch.nn.Module):
     """A module that trains in parallel; everything it does not define itself is the module's.
 
     Attributes users read: ``module`` (the object passed in), ``optimizer``, ``lr_scheduler`` (assignable; None
@@ -91,6 +92,7 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineWeights, torch.nn.Mod
         if self.optimizer is None:
             with self._autocast():
                 return self.module(*self._cast(args), **self._cast(kwargs))
+        self._reload_for_forward()
         self.optimizer.wake()
         with self._report.phase("forward"), self._autocast():
             args, kwargs = self._gate.enter(self._cast(args)), self._gate.enter(self._cast(kwargs))
@@ -131,6 +133,7 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineWeights, torch.nn.Mod
         """
         optimizer = self._need_optimizer("step")
         self.raise_failed_save()
+        self.reload_states()
         with self._report.phase("step"):
             self._end_pass(optimizer)
             if self._sharded is not None:

@@ -24,10 +24,6 @@ class GradStore:
         numel = layout.padded_numel if self.keeps_whole else layout.shard_numel
         self.buffer = torch.zeros(numel, dtype=self.dtype, device=partition.values.device)
         self.replace(self.buffer)
-        alone = not self.keeps_whole and layout.num_shards == 1
-        # keeps_whole, or a group of one: each parameter's gradient in the buffer, in its shape. Kept, because making
-        # a view for every parameter in every step is what a small model would notice.
-        self._views = self._cut_views() if self.keeps_whole or alone else []
         self.buckets = cut_buckets(layout, policy.bucket_numel)
         self.seen: set[int] = set()  # parameters with a gradient in this window
         self.reduced = False  # keeps_whole: the buffer holds reduced values
@@ -44,6 +40,10 @@ class GradStore:
         start, stop = self.partition.layout.shard_range(self.partition.shard)
         self.buffer = buffer
         self.shard = buffer[start:stop] if self.keeps_whole else buffer
+        alone = not self.keeps_whole and self.partition.layout.num_shards == 1
+        # keeps_whole, or a group of one: each parameter's gradient in the buffer, in its shape. Kept, because making
+        # a view for every parameter in every step is what a small model would notice.
+        self._views = self._cut_views() if self.keeps_whole or alone else []
 
     def let_go(self, tensor: torch.Tensor) -> None:
         """Nothing to do: the shard is in memory."""

@@ -9,7 +9,7 @@ of its own, and the values are rounded from it after each step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -225,6 +225,25 @@ class Partition:
             if piece.shard == self.shard:
                 return shard[piece.offset : piece.offset + piece.numel]
         return shard[:0]
+
+    def move_values(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Let the values (in fp32 the master with them) be ``move`` of themselves."""
+        with_master = self.master_is_values
+        self.values = move(self.values)
+        self.own_values = self.values[slice(*self.layout.shard_range(self.shard))]
+        for index, param in enumerate(self.params):
+            param.data = self.values_of(index).view(param.shape)
+        if with_master:
+            self.master.data = self.own_values
+
+    def move_master(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Let a master that is a tensor of its own be ``move`` of itself."""
+        if self.master_is_values:
+            return
+        self.master.data = move(self.master.data)
+        if self.stepped[0] is not self.master:
+            for index, tensor in enumerate(self.stepped):
+                tensor.data = self.master.data[slice(*self.layout.tensor_range(index))].view(tensor.shape)
 
     def release(self) -> None:
         """Give the parameters storage of their own again and forget them."""

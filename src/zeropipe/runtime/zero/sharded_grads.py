@@ -45,6 +45,10 @@ class ShardedGradStore:
             self._copies.wait()
         return self._shard
 
+    def replace(self, shard: torch.Tensor) -> None:
+        """Let ``shard`` (the same elements, maybe elsewhere) take the place of the shard."""
+        self._shard = shard
+
     def let_go(self, tensor: torch.Tensor) -> None:
         """A part of the shard was read and is not needed for a while."""
         self._offload.let_go(tensor)

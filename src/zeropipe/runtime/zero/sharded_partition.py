@@ -8,7 +8,7 @@ No second copy exists: in fp32 as in 16 bits a gather reads the master.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -230,6 +230,25 @@ class ShardedPartition:
             if key in state.get(tensor, {}):
                 whole[slice(*self.local_layout.tensor_range(index))] = state[tensor][key]
         return whole
+
+    def move_values(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Let what gathers read, where it is a copy of the masters, be ``move`` of itself."""
+        if self.values is None:
+            return
+        self.values = move(self.values)
+        for shards, piece in zip(self.shards, self.pieces(self.values), strict=True):
+            shards.source = piece
+
+    def move_master(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Let the master be ``move`` of itself; gathers go on reading it, wherever it is."""
+        self.master.data = move(self.master.data)
+        for index, piece in enumerate(self.pieces(self.master.data)):
+            if self.values is None:
+                self.shards[index].source = piece
+            else:
+                self.shards[index].master = piece
+            if self.stepped[0] is not self.master:
+                self.stepped[index].data = piece
 
     def release(self) -> None:
         """Leave the parameters as shards without an optimizer."""
