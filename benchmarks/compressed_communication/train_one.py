@@ -37,9 +37,11 @@ def configuration(name: str, steps: int, warm: float) -> dict[str, Any]:
             "params": {
                 **adam,
                 "var_freeze_step": freeze,
-                "var_update_scaler": 16,
+                # In a run this short the variance cannot wait: it is updated at every step until it is frozen.
+                # The papers' 16 is for warm-ups of ten thousand steps.
+                "var_update_scaler": freeze,
                 "local_step_scaler": max(1, steps // 5),
-                "local_step_clipper": 16,
+                "local_step_clipper": 4,
             },
         },
         "LAMB": {"type": "OneBitLamb", "params": {**lamb, "freeze_step": 10 * steps}},

@@ -266,6 +266,33 @@ def test_bytes_of_a_compressed_step(pool: Pools) -> None:
     assert pool(2).run(traffic, 1)[0] == [*exchange, ("all_gather", 2 * numel, "parameters")]
 
 
+def pipeline(rank: int, size: int) -> None:
+    """Two stages by two replicas: each stage's replicas exchange bits among themselves; tied weights are refused."""
+    from tests.dist.pipe_models import specs
+    from tests.dist.test_pipe_engine import config, engine_of, train
+
+    found, losses = [], []
+    for stage in (0, 1):
+        settings = config(stage, optimizer={"type": "OneBitAdam", "params": {"lr": 1e-2, "freeze_step": 3}})
+        engine = engine_of(2, 2, specs(), settings)
+        with record() as events:
+            losses.append(train(engine, steps=8))
+        assert engine.optimizer.optimizer.size == 2
+        exchanges = [event for event in events if event.op == "all_to_all"]
+        assert len(exchanges) == 8 - 3 and all(event.group_size == 2 for event in exchanges)
+        found.append(weights(engine))
+        engine.destroy()
+    settings = config(0, optimizer={"type": "OneBitAdam", "params": {"lr": 1e-2}})
+    with pytest.raises(UnsupportedOptimizerError, match=r"pipeline stages share.*found embed"):
+        engine_of(2, 2, specs(tied=True), settings)
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_pipeline(pool: Pools) -> None:
+    pool(4).run(pipeline)
+
+
 def refused(rank: int, size: int) -> None:
     for stage in (2, 3):
         with pytest.raises((UnsupportedOptimizerError, ConfigError), match=f"OnebitAdam.*stage {stage}"):
