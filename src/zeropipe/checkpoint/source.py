@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
 from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.manifest import FlatEntry, Manifest, TensorEntry
 from zeropipe.checkpoint.state import FP32, PARAM, TrainState
@@ -105,7 +106,12 @@ class OurSource:
         return dict(self._flat(entry, 0)["scalars"])
 
     def module_tensor(self, entry: TensorEntry) -> torch.Tensor:
-        return self.files[entry.file]["module"][entry.name]
+        tree = self.files[entry.file]
+        if entry.file.startswith(
+            LAYER_FILE_PREFIX
+        ):  # a pipeline layer's state dict, without the layer's number
+            return tree[entry.name.split(".", 1)[1]]
+        return tree["module"][entry.name]
 
     def train_state(self, rank: int) -> TrainState:
         lead = self._lead()

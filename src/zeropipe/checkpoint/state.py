@@ -81,6 +81,8 @@ class ModelState:
     slices: dict[str, Slice] = field(default_factory=dict)  # tensor parallelism only
     excluded: tuple[str, ...] = ()  # left out on purpose (exclude_frozen_parameters)
     extra: dict[str, Any] = field(default_factory=dict)  # non-tensor entries (get_extra_state)
+    # Pipelines only: (layer, key in that layer's file, name in ``tensors``); such tensors go to files by layer.
+    layers: tuple[tuple[int, str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from zeropipe.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from zeropipe.errors import CheckpointError, describe
 
 LATEST = "latest"
+LATEST_UNIVERSAL = "latest_universal"
 _INCOMPLETE = ".incomplete"
 _REPLACED = ".replaced"
 
@@ -107,9 +108,14 @@ def is_checkpoint(path: Path) -> bool:
     )
 
 
-def _latest(folder: Path) -> str | None:
+def latest_universal(folder: Path) -> str | None:
+    """The tag of the universal checkpoint made last, None where there is none."""
+    return _latest(folder, LATEST_UNIVERSAL)
+
+
+def _latest(folder: Path, name: str = LATEST) -> str | None:
     try:
-        text = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        text = (folder / name).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
     return text or None

@@ -20,6 +20,7 @@ from zeropipe.checkpoint.peer_keys import model_keys, optimizer_keys, whole_opti
 from zeropipe.checkpoint.snapshot import HostBuffers, snapshot
 from zeropipe.checkpoint.state import FlatState, LocalState
 from zeropipe.checkpoint.utils import (
+    get_layer_ckpt_name_for_rank,
     get_model_ckpt_name_for_rank,
     get_zero3_model_ckpt_name_for_rank,
     get_zero_ckpt_name_for_rank,
@@ -57,6 +58,10 @@ def collect(local: LocalState, *, copy: bool, buffers: HostBuffers | None = None
             flats += [_entry(f, local, model_name) for f in mine]
         trees[model_name] = tree
         if grid.dp_rank == 0:
+            by_layer = _layer_trees(local)
+            for name in local.model.tensors.keys() & _layer_file_of(local).keys():
+                tree["module"].pop(name, None)
+            trees |= by_layer
             module += _module_entries(local, model_name)
     rank_file = optim_name
     rank_state = {"per_rank": local.train.per_rank}
@@ -124,6 +129,11 @@ def _model_tree(local: LocalState, code: dict[str, Any], lead: bool) -> dict[str
             if name in local.model.tensors:
                 module[other] = local.model.tensors[name]
         module.update({k: v for k, v in local.model.extra.items() if is_plain(v)})
+    if local.stage >= 3:
+        # A strict load in DeepSpeed wants every name; it too keeps sharded parameters as empty tensors here.
+        held = [spec.name for flat in local.flats for spec in flat.layout.tensors]
+        for name in (*held, *local.model.tied):
+            module.setdefault(name, torch.empty(0, dtype=getattr(torch, local.dtype)))
     tree = model_keys(local, module, common.get("lr_scheduler"))
     for key, value in safe.items():
         tree.setdefault(key, value)
@@ -155,16 +165,34 @@ def _entry(flat: FlatState, local: LocalState, file: str) -> FlatEntry:
     )
 
 
+def _layer_trees(local: LocalState) -> dict[str, dict[str, torch.Tensor]]:
+    """The files of this rank's pipeline layers: each holds its layer's state dict and nothing else."""
+    trees: dict[str, dict[str, torch.Tensor]] = {}
+    for layer, key, name in local.model.layers:
+        file = get_layer_ckpt_name_for_rank("", layer, local.grid.tp_rank)
+        trees.setdefault(file, {})[key] = local.model.tensors[name]
+    return trees
+
+
+def _layer_file_of(local: LocalState) -> dict[str, str]:
+    """The layer file in which each tensor is found; a tied one is in several, and the first counts."""
+    found: dict[str, str] = {}
+    for layer, _, name in local.model.layers:
+        found.setdefault(name, get_layer_ckpt_name_for_rank("", layer, local.grid.tp_rank))
+    return found
+
+
 def _module_entries(local: LocalState, file: str) -> list[TensorEntry]:
     model = local.model
     kinds = dict.fromkeys(model.frozen, "frozen") | dict.fromkeys(model.buffers, "buffer")
+    layer_files = _layer_file_of(local)
     return [
         TensorEntry(
             name,
             tuple(tensor.shape),
             _dtype(tensor),
             kinds.get(name, "param"),
-            file,
+            layer_files.get(name, file),
             local.grid.mp_rank,
             model.slices.get(name),
         )

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from zeropipe.checkpoint.loader import load, nothing_there
 from zeropipe.checkpoint.saver import Saver
 from zeropipe.checkpoint.source import Source, pieces_of, read_full, value_key
 from zeropipe.checkpoint.state import LoadedState
+from zeropipe.checkpoint.tags import latest_universal
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.group import Group, world
 from zeropipe.errors import CheckpointError, describe
@@ -93,6 +95,8 @@ class EngineCheckpoint:
             self._saver.wait()
         group = self._checkpoint_group()
         name = None if tag is None else str(tag)
+        if name is None and engine._config.checkpoint.load_universal:
+            name = latest_universal(Path(load_dir))
         with_optimizer = load_optimizer_states and not load_module_only
         into = translate.local_state(engine, with_rng=False)
         if custom_load_fn is not None:

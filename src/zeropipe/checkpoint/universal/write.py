@@ -17,9 +17,8 @@ from zeropipe.checkpoint.manifest import FlatEntry
 from zeropipe.checkpoint.peer_keys import PEER_VERSION
 from zeropipe.checkpoint.source import Source, read_full
 from zeropipe.checkpoint.state import FP32, PARAM
+from zeropipe.checkpoint.tags import LATEST_UNIVERSAL
 from zeropipe.checkpoint.weights import Weight, weights
-
-LATEST_UNIVERSAL = "latest_universal"
 
 
 def write_universal(
