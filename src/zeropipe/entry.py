@@ -22,6 +22,7 @@ from zeropipe.runtime.accumulation import Clock
 from zeropipe.runtime.engine import DeepSpeedEngine, Parts
 from zeropipe.runtime.pipe.engine import PipelineEngine
 from zeropipe.runtime.pipe.module import PipelineModule
+from zeropipe.runtime.zero.offload import Offload
 from zeropipe.runtime.zero.optimizer import StepOptions, ZeroOptimizer
 
 _log = logging.getLogger("zeropipe")
@@ -125,6 +126,8 @@ def initialize(
         )
         if sharded is not None:
             sharded.conduct(wrapped.reducer)
+    if sharded is not None:
+        sharded.place(Offload(assembly.policy_of(parsed)) if wrapped is None else wrapped.offload)
     assembly.synchronize_module(model, group)
     kind = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
     engine = kind(Parts(model, parsed, clock, group, device, wrapped, schedule, mpu, collate_fn, sharded))

@@ -151,3 +151,43 @@ def _refused(rank: int, world: int) -> str:
     with pytest.raises(ConfigError) as error:
         zeropipe.initialize(model=gpt(), config=mics(3, 2))
     return next(part for part in ("use one of 1, 3",) if part in str(error.value))
+
+
+@pytest.mark.parametrize("name", ["MiCS_Init", "Init"])
+def test_a_model_built_as_shards_in_groups_trains_to_the_same_bits(pool, name):
+    expected = pool(4).run(train3, gpt, gpt_batch, mics(4, 2), 2)
+    for result in pool(4).run(_built_sharded, name):
+        assert_bitwise(result, expected[0]["weights"])
+
+
+def _built_sharded(rank: int, world: int, name: str) -> Any:
+    import torch
+
+    import zeropipe
+    from tests.helpers.models import TinyGPT
+    from zeropipe.utils import safe_get_full_fp32_param
+
+    settings = mics(4, 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rank)  # rank 0's values count, in every replica
+        with getattr(zeropipe.zero, name)(config_dict_or_path=settings):
+            model = TinyGPT()
+    engine = zeropipe.initialize(model=model, config=settings)[0]
+    for step in range(2):
+        engine.backward(engine(*gpt_batch(step, rank)))
+        engine.step()
+    weights = {n: safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters()}
+    engine.destroy()
+    return weights
+
+
+def test_mics_init_insists_on_a_size(pool):
+    assert pool(1).run(_no_size) == [True]
+
+
+def _no_size(rank: int, world: int) -> bool:
+    import zeropipe
+
+    with pytest.raises(ConfigError, match="mics_shard_size"):
+        zeropipe.zero.MiCS_Init(config_dict_or_path=config(3, 1))
+    return True

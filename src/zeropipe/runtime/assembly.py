@@ -16,11 +16,11 @@ from zeropipe.runtime import lr_schedules
 from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
 from zeropipe.runtime.zero.leaf import leaf_modules
-from zeropipe.runtime.zero.mics import Replication, mics_groups
 from zeropipe.runtime.zero.offload import check_folders
 from zeropipe.runtime.zero.own_gradients import Communicates
 from zeropipe.runtime.zero.param import is_sharded, shards_of, zero_param
 from zeropipe.runtime.zero.policy import AUTO_BUCKET_NUMEL, AUTO_SUB_GROUP_NUMEL, Place, Policy
+from zeropipe.runtime.zero.replication import Replication, mics_groups, shard_size
 from zeropipe.runtime.zero.sharded_model import ShardedModel, Sharding
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,7 +49,7 @@ def replication(config: Config, group: Group, mesh: Any, module: torch.nn.Module
     zero = config.zero_optimization
     if zero.stage != 3:
         return Replication(group)
-    size = shard_size(config)
+    size = shard_size(zero)
     pair = None if mesh is None or not hasattr(mesh, "get_group") else _mesh_pair(mesh)
     if pair is not None:
         replicas, shard = (from_process_group(mesh.get_group(name)) for name in pair)
@@ -68,15 +68,6 @@ def replication(config: Config, group: Group, mesh: Any, module: torch.nn.Module
     made = (shards_of(param) for param in module.parameters())
     known = next((shards.group for shards in made if shards is not None and shards.group.size == size), None)
     return mics_groups(group, size, known)
-
-
-def shard_size(config: Config) -> int | None:
-    """Ranks that share one copy of the shards, where the config says so."""
-    zero = config.zero_optimization
-    if zero.mics_shard_size > 0:
-        return zero.mics_shard_size
-    # Keeping what backward gathers inside a group is what users of hpZ are after; MiCS gives it, without a copy.
-    return zero.zero_hpz_partition_size if zero.zero_hpz_partition_size > 1 else None
 
 
 def _mesh_pair(mesh: Any) -> tuple[str, str] | None:
@@ -219,7 +210,7 @@ def check_offload(module: torch.nn.Module, group: Group, config: Config) -> None
     """Raise OffloadError unless the folders that the config names are there and have room for the state."""
     policy = policy_of(config)
     numel = sum(int(getattr(param, "ds_numel", param.numel())) for param in module.parameters())
-    size = policy.stage == 3 and shard_size(config)
+    size = policy.stage == 3 and shard_size(config.zero_optimization)
     check_folders(policy, numel, DTYPES[config.precision], size or group.size)
 
 

@@ -28,7 +28,10 @@ from zeropipe.config.parse import parse_config
 from zeropipe.errors import CommunicationError, ConfigError, DesyncError, UsageError, describe
 from zeropipe.runtime.zero.fingerprint import Fingerprint, fingerprint
 from zeropipe.runtime.zero.module_patch import ModulePatch
+from zeropipe.runtime.zero.offload import arena_of
+from zeropipe.runtime.zero.offload_files import Arena
 from zeropipe.runtime.zero.param import shards_of
+from zeropipe.runtime.zero.replication import shard_group, shard_size
 from zeropipe.runtime.zero.shards import GATHER, Shards, shard_parameter
 from zeropipe.runtime.zero.state_dict import install_state_dict
 from zeropipe.runtime.zero.status import ZeroParamType
@@ -62,10 +65,18 @@ class Build:
     """One entry of a ``zero.Init``: shards what is built, in the place where it is built."""
 
     def __init__(
-        self, group: Group, device: torch.device, dtype: torch.dtype | None, remote: str | None
+        self,
+        group: Group,
+        within: Group,  # the part of ``group`` that shares one copy of the shards
+        device: torch.device,
+        dtype: torch.dtype | None,
+        remote: str | None,
+        arena: Arena | None,
     ) -> None:
         self.active = True
         self.group = group
+        self.within = within
+        self.arena = arena
         self.device = device
         self.dtype = dtype
         self.remote = remote
@@ -83,6 +94,10 @@ class Build:
     def end(self, module: torch.nn.Module) -> None:
         self._frames[-1].built.append(weakref.ref(module))
         self._close(complete=True)
+        for name, param in module.named_parameters():
+            shards = shards_of(param)
+            if shards is not None and shards.builder is self:
+                shards.name = f"{type(module).__name__}.{name}#{shards.ident}"  # unlike any other's
 
     def abort(self, module: torch.nn.Module) -> None:
         self._close(complete=False)
@@ -138,6 +153,10 @@ class Build:
             self._frames[-1].built.append(weakref.ref(child))
             self._shard(self._frames[-1])
             self._frames[-1].built.clear()
+        for name, param in module.named_parameters():
+            shards = shards_of(param)
+            if shards is not None and shards.builder is self:
+                shards.name = name
         self.active = False
 
     def _close(self, complete: bool) -> None:
@@ -170,7 +189,7 @@ class Build:
         shards.holds -= 1
         if not fetched.before.matches(shards.full):
             meet(f"zero.Init: {shards.name} was written", shards.group, channel=GATHER)
-            broadcast(shards.full, 0, shards.group, label=shards.name)
+            broadcast(shards.full, 0, shards.everyone, label=shards.name)
             shards.write_back()
         if shards.holds or shards.persist:
             return
@@ -213,11 +232,15 @@ class Build:
         value = param.detach().to(self.device, dtype).contiguous()
         broadcast(value, 0, self.group, label=name)
         param.data = value
-        shards = shard_parameter(param, name, next(self._ids), self.group)
+        ident = next(self._ids)
+        shards = shard_parameter(param, f"{name}#{ident}", ident, self.within)
+        shards.everyone = self.group
         shards.builder = self
         if self.remote is not None:
             shards.kind = ZeroParamType.REMOTE
-            shards.source = shards.source.cpu()  # offload moves it on, to pinned memory or files
+            shards.source = shards.source.cpu()  # offload moves it on, to pinned memory
+        if self.arena is not None:
+            shards.source, shards.let_go = self.arena.keep(shards.source), self.arena.files.let_go
 
 
 class Init:
@@ -230,7 +253,8 @@ class Init:
         module: an existing module: its parameters are sharded at once, those on the meta device after
             ``to_empty`` and ``reset_parameters``. The context need not be entered then.
         data_parallel_group: the ranks to divide by (a process group); default all. Must be the engine's.
-        remote_device: ``cpu`` or ``nvme``: the shards live in host memory (``initialize`` moves them on).
+        remote_device: where shards live: ``cpu``, or ``nvme`` for files in the config's ``offload_param.nvme_path``;
+            default the config's ``offload_param.device``.
         config_dict_or_path: the engine's config, "auto" values included. Its fp16 or bf16 section gives the dtype
             of new parameters; a stage below 3 makes the context do nothing.
         config: another name for ``config_dict_or_path``.
@@ -280,14 +304,19 @@ class Init:
             )
         self.remote_device = None if remote_device == "none" else remote_device
         self.dtype = _dtype(dtype, source)
-        if source is not None:
-            zero = parse_config(source).zero_optimization
+        zero = None if source is None else parse_config(source).zero_optimization
+        if zero is not None:
             if "stage" in zero.model_fields_set and zero.stage != 3:
                 self.enabled = False
                 return
+            if remote_device is None and zero.offload_param.device != "none":
+                self.remote_device = zero.offload_param.device
         init_distributed()
         groups = (data_parallel_group, zero_param_parallel_group, sequence_data_parallel_group)
         self.group = _group(next((group for group in groups if group is not None), None), mpu)
+        size = None if zero is None else shard_size(zero)
+        self.within = self.group if size is None else shard_group(self.group, size)
+        self._arena = arena_of(zero) if self.remote_device == "nvme" else None
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         if module is not None:
@@ -323,7 +352,7 @@ class Init:
             raise
 
     def _build(self) -> Build:
-        return Build(self.group, self.device, self.dtype, self.remote_device)
+        return Build(self.group, self.within, self.device, self.dtype, self.remote_device, self._arena)
 
     def _constructor(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """What wraps torch's tensor constructors: looked up now, as other libraries replace it."""

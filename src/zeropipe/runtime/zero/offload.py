@@ -12,7 +12,9 @@ import os
 
 import torch
 
-from zeropipe.runtime.zero.offload_files import Files, check_folder
+from zeropipe.config.schema_zero import ZeroOptimization
+from zeropipe.errors import ConfigError
+from zeropipe.runtime.zero.offload_files import Arena, Files, check_folder
 from zeropipe.runtime.zero.policy import Place, Policy
 
 _COPY_NUMEL = 2**22  # elements that a copy from or to a file holds in memory at a time
@@ -112,6 +114,17 @@ def check_folders(policy: Policy, numel: int, dtype: torch.dtype, ranks: int) ->
         needs[policy.param_folder] = needs.get(policy.param_folder, 0) + shard * dtype.itemsize
     for folder, nbytes in needs.items():
         check_folder(folder, nbytes)
+
+
+def arena_of(zero: ZeroOptimization | None) -> Arena:
+    """Where zero.Init puts shards that live in files. Raises ConfigError where the config names no folder."""
+    folder = None if zero is None else zero.offload_param.nvme_path
+    if not folder:
+        raise ConfigError(
+            "zero.Init: remote_device 'nvme' without a folder. Fix: pass config_dict_or_path= a config with "
+            "zero_optimization.offload_param.nvme_path"
+        )
+    return Arena(folder)
 
 
 class HostCopies:

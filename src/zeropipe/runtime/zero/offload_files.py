@@ -100,6 +100,25 @@ class Files:
         return mapping, start, first + tensor.numel() * tensor.element_size() - start
 
 
+class Arena:
+    """Puts many small tensors into few files, one after the other."""
+
+    def __init__(self, folder: str, chunk_bytes: int = 2**26) -> None:
+        self.files = Files(folder)
+        self._chunk_bytes = chunk_bytes
+        self._rest: dict[torch.dtype, torch.Tensor] = {}  # what is left of the last chunk
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of ``tensor`` (1-D, on any device) in a file."""
+        dtype, numel = tensor.dtype, tensor.numel()
+        rest = self._rest.get(dtype)
+        if rest is None or rest.numel() < numel:
+            rest = self.files.zeros(max(self._chunk_bytes // dtype.itemsize, numel), dtype)
+        kept, self._rest[dtype] = rest[:numel].copy_(tensor), rest[numel:]
+        self.files.let_go(kept)
+        return kept
+
+
 def check_folder(folder: str, nbytes: int) -> None:
     """Raise OffloadError unless ``folder`` is there, takes files, and has ``nbytes`` free."""
     problem = None

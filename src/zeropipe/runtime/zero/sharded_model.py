@@ -10,14 +10,17 @@ import torch
 from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError, describe
+from zeropipe.layout.flat import flat_shards
 from zeropipe.runtime.zero.coordinator import Coordinator
 from zeropipe.runtime.zero.fetch_plan import Budget
 from zeropipe.runtime.zero.hooks import ModelHooks
-from zeropipe.runtime.zero.mics import Replication
-from zeropipe.runtime.zero.param import shards_of
+from zeropipe.runtime.zero.offload import Offload
+from zeropipe.runtime.zero.param import shards_of, zero_param
 from zeropipe.runtime.zero.reducer import Reducer
+from zeropipe.runtime.zero.replication import Replication
 from zeropipe.runtime.zero.shards import Shards, shard_parameter
 from zeropipe.runtime.zero.state_dict import install_state_dict
+from zeropipe.runtime.zero.status import ZeroParamType
 
 AUTO_PREFETCH_NUMEL = 2**21  # elements at least: below this a gather's latency shows
 
@@ -59,6 +62,7 @@ class ShardedModel:
         parts: Replication | None = None,
     ) -> None:
         self.module = module
+        self._offload: Offload | None = None
         self.parts = Replication(group) if parts is None else parts
         self.group = self.parts.shard
         self.shards = shard_module(module, group, device, dtype, self.group)
@@ -88,6 +92,23 @@ class ShardedModel:
         for shards in self.persistent:
             shards.persist = False
             shards.release_if_idle()
+        if self._offload is not None:
+            self._offload.close()
+
+    def place(self, offload: Offload) -> None:
+        """Put the shards that no optimizer holds where the policy wants what gathers read."""
+        self._offload = offload
+        rest = [
+            s for s in self.shards if s.master is None and _untrained(s) and offload.is_remote(s.full.device)
+        ]
+        for dtype in {shards.dtype for shards in rest}:
+            members = [shards for shards in rest if shards.dtype == dtype]
+            layout = flat_shards(((s.name, (s.shard_numel,), "") for s in members), 1)
+            flat = offload.source(layout.numel, dtype, members[0].full.device)
+            for index, shards in enumerate(members):
+                piece = flat[slice(*layout.tensor_range(index))]
+                offload.copy(piece, shards.source)
+                shards.source, shards.let_go, shards.kind = piece, offload.let_go, ZeroParamType.REMOTE
 
     def _persist(self, sharding: Sharding) -> list[Shards]:
         """Gather the small parameters once and for all, as far as the model's threshold allows."""
@@ -103,6 +124,11 @@ class ShardedModel:
         for shards in chosen:
             shards.finish_gather()
         return chosen
+
+
+def _untrained(shards: Shards) -> bool:
+    zp = zero_param(shards.param)
+    return zp is None or zp.partition is None
 
 
 def shard_module(
