@@ -172,7 +172,7 @@ def all_gather(
             own.copy_(shard)
         if group.size == 1:
             return Work(what)
-        work = gather_exchange(cuts, group, what, channel)
+        work = gather_exchange(cuts, group, what, channel, label=label if guarded else "")
         if guarded:
             work.greeting = greet(label, group, channel)
         return _settle(work, async_op)

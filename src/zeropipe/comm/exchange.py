@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ _TAG = 7919  # keeps our exchanges apart from a user's own send and recv on the 
 _TAGS_PER_CHANNEL = 3
 SECOND_HOP = 1  # is sent when the first hop is waited for, so it must not queue behind later first hops
 _GREETING = 2  # says which collective the sender is about to do
+_LABELS = 2**30  # tags from here on belong to labels
 _GREETING_BYTES = 192
 _NOTE_BYTES = 8  # of them: a number that need not be the same everywhere
 
@@ -152,9 +154,16 @@ def greet(label: str, group: Group, channel: int, note: int = 0) -> Callable[[],
     return compare
 
 
-def gather_exchange(cuts: Sequence[Cut], group: Group, what: str, channel: int = 0, hop: int = 0) -> Work:
-    """Send the own cut to all, receive every other cut into its place."""
-    tag = tag_of(channel, hop)
+def gather_exchange(
+    cuts: Sequence[Cut], group: Group, what: str, channel: int = 0, hop: int = 0, label: str = ""
+) -> Work:
+    """Send the own cut to all, receive every other cut into its place.
+
+    ``label``: only exchanges with the same label meet. Gloo ends the process where a message is larger than the
+    buffer that waits for it, so exchanges of different things must not.
+    """
+    size = sum(view.numel() for _, view in cuts)
+    tag = _LABELS + crc32(f"{label} {size}".encode()) % _LABELS if label else tag_of(channel, hop)
     own = dict(cuts).get(group.rank)
     handles = [send_to(own, peer, group, tag) for peer in peers(group)] if own is not None else []
     handles += [receive_from(view, owner, group, tag) for owner, view in cuts if owner != group.rank]
