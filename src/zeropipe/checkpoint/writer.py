@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
 from zeropipe.checkpoint.files import FileRecord, write_torch
 from zeropipe.checkpoint.manifest import FlatEntry, Part, TensorEntry
 from zeropipe.checkpoint.naming import is_plain
@@ -20,7 +21,6 @@ from zeropipe.checkpoint.peer_keys import model_keys, optimizer_keys, whole_opti
 from zeropipe.checkpoint.snapshot import HostBuffers, snapshot
 from zeropipe.checkpoint.state import FlatState, LocalState
 from zeropipe.checkpoint.utils import (
-    get_layer_ckpt_name_for_rank,
     get_model_ckpt_name_for_rank,
     get_zero3_model_ckpt_name_for_rank,
     get_zero_ckpt_name_for_rank,
@@ -92,6 +92,11 @@ def model_file(local: LocalState) -> str:
     if local.stage >= 3:
         return get_zero3_model_ckpt_name_for_rank("", local.grid.dp_rank, mp_rank)
     return get_model_ckpt_name_for_rank("", f"{mp_rank:02d}")
+
+
+def layer_file(layer: int, tp_rank: int) -> str:
+    """The file of one pipeline layer, under the name that DeepSpeed's pipeline gives it."""
+    return f"{LAYER_FILE_PREFIX}{layer:02d}-model_{tp_rank:02d}-model_states.pt"
 
 
 def optimizer_file(local: LocalState) -> str:
@@ -169,7 +174,7 @@ def _layer_trees(local: LocalState) -> dict[str, dict[str, torch.Tensor]]:
     """The files of this rank's pipeline layers: each holds its layer's state dict and nothing else."""
     trees: dict[str, dict[str, torch.Tensor]] = {}
     for layer, key, name in local.model.layers:
-        file = get_layer_ckpt_name_for_rank("", layer, local.grid.tp_rank)
+        file = layer_file(layer, local.grid.tp_rank)
         trees.setdefault(file, {})[key] = local.model.tensors[name]
     return trees
 
@@ -178,7 +183,7 @@ def _layer_file_of(local: LocalState) -> dict[str, str]:
     """The layer file in which each tensor is found; a tied one is in several, and the first counts."""
     found: dict[str, str] = {}
     for layer, _, name in local.model.layers:
-        found.setdefault(name, get_layer_ckpt_name_for_rank("", layer, local.grid.tp_rank))
+        found.setdefault(name, layer_file(layer, local.grid.tp_rank))
     return found
 
 

@@ -24,6 +24,7 @@ from zeropipe.checkpoint.state import (
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.group import world
 from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.own_gradients import Communicates
 from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.partition import Partition
@@ -110,7 +111,10 @@ def model_state(module: torch.nn.Module, exclude_frozen: bool = False) -> ModelS
         elif shards_of(value) is not None:
             continue
         tensors[name] = value.detach()
-    return ModelState(tensors, tuple(buffers), tuple(frozen), tied, {}, tuple(excluded), extra)
+    rows = module.layer_tensors() if isinstance(module, PipelineModule) else ()
+    layers = [(layer, key, first.get(id(tensor), "")) for layer, key, tensor in rows]
+    in_files = tuple(row for row in layers if row[2] in tensors)
+    return ModelState(tensors, tuple(buffers), tuple(frozen), tied, {}, tuple(excluded), extra, in_files)
 
 
 @dataclass(frozen=True, slots=True)
