@@ -16,6 +16,7 @@ import torch
 
 from zeropipe.checkpoint import constants as k
 from zeropipe.errors import CheckpointError, describe
+from zeropipe.layout.flat import FlatShards, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,8 @@ def split(
         subs = whole.split(list(sizes), how.dim)
         return torch.cat([_part(sub, how.dim, rank, count) for sub in subs], how.dim)
     if how.vocabulary is not None:
-        rows = padded_rows or -(-whole.shape[0] // count) * count
+        even = FlatShards((TensorSpec("rows", (whole.shape[0],), ""),), count).padded_numel
+        rows = padded_rows or even
         padding = whole.new_zeros((rows - whole.shape[0], *whole.shape[1:]))
         whole = torch.cat([whole, padding])
     return _part(whole, how.dim, rank, count)
