@@ -22,11 +22,24 @@ if TYPE_CHECKING:
     from zeropipe.runtime.zero.access import safe_set_local_fp32_param as safe_set_local_fp32_param
     from zeropipe.runtime.zero.access import safe_set_local_grad as safe_set_local_grad
     from zeropipe.runtime.zero.access import safe_set_local_optimizer_state as safe_set_local_optimizer_state
+    from zeropipe.runtime.zero.leaf import get_z3_leaf_modules as get_z3_leaf_modules
+    from zeropipe.runtime.zero.leaf import set_z3_leaf_module as set_z3_leaf_module
+    from zeropipe.runtime.zero.leaf import set_z3_leaf_modules as set_z3_leaf_modules
+    from zeropipe.runtime.zero.leaf import unset_z3_leaf_modules as unset_z3_leaf_modules
+    from zeropipe.runtime.zero.leaf import z3_leaf_module as z3_leaf_module
+    from zeropipe.runtime.zero.leaf import z3_leaf_parameter as z3_leaf_parameter
 
 # public name -> module that defines it: by path, as most of them live above this one in the layers.
 _ACCESS = "zeropipe.runtime.zero.access"
+_LEAF = "zeropipe.runtime.zero.leaf"
 _LAZY = MappingProxyType(
     {
+        "get_z3_leaf_modules": _LEAF,
+        "set_z3_leaf_module": _LEAF,
+        "set_z3_leaf_modules": _LEAF,
+        "unset_z3_leaf_modules": _LEAF,
+        "z3_leaf_module": _LEAF,
+        "z3_leaf_parameter": _LEAF,
         "RepeatingLoader": "zeropipe.runtime.dataloader",
         **{
             f"safe_{verb}_{extent}_{what}": _ACCESS
