@@ -63,6 +63,13 @@ def test_no_line_unless_asked_for(pool, never):
     assert pool(2).run(logged, {"steps_per_print": never}) == [[], []]
 
 
+def test_dump_state(pool):
+    (line,), second = pool(2).run(logged, {"dump_state": True})
+    assert second == []
+    assert "engine on cpu, batch 4 = 1 per rank x 2 accumulation x 2 rank(s)" in line
+    assert "zero_optimization.stage 2" in line and "optimizer.type 'AdamW'" in line
+
+
 def test_wall_clock_and_memory_breakdown(pool):
     first, second = pool(2).run(logged, {"wall_clock_breakdown": True, "memory_breakdown": True}, 2)
     assert second == []

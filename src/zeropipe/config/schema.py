@@ -29,6 +29,11 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Anything = dict[str, Any]
 
 
+_AVERAGE = (
+    "gradients are averaged in fp32 (gloo), or divided before they are summed (NCCL), so nothing overflows"
+)
+
+
 def _absent(why: str, fix: str = "remove the section") -> Refused:
     return Refused(why, fix, in_use=enabled_somewhere)
 
@@ -69,8 +74,10 @@ class Config(Section):
     gradient_clipping: Real = key(
         1.0, "Clip the global gradient norm to this; 0 turns clipping off.", ge=0, allow_inf_nan=False
     )
-    prescale_gradients: bool = key(False, "Divide gradients by the number of ranks before they are summed.")
-    gradient_predivide_factor: Real = key(
+    prescale_gradients: Annotated[bool, NoEffect(_AVERAGE)] = key(
+        False, "Divide gradients by the number of ranks before they are summed."
+    )
+    gradient_predivide_factor: Annotated[Real, NoEffect(_AVERAGE)] = key(
         1.0, "Without prescale_gradients: divide by this before the sum, and by the rest after it.",
         gt=0, allow_inf_nan=False,
     )  # fmt: skip

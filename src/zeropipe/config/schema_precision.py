@@ -52,9 +52,9 @@ class TorchAutocast(Section):
 
     enabled: bool = key(False, "Turn torch.autocast on.")
     dtype: Dtype | None = key(None, "The dtype of autocast; unset: torch's default for the device.")
-    lower_precision_safe_modules: list[str] | None = key(
-        None, "Class names of modules whose parameters may be communicated in the lower precision."
-    )
+    lower_precision_safe_modules: Annotated[
+        list[str] | None, NoEffect("all gradients travel in communication_data_type")
+    ] = key(None, "Class names of modules whose parameters may be communicated in the lower precision.")
 
 
 class DataTypes(Section):

@@ -95,8 +95,10 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         self._reload_for_forward()
         self.optimizer.wake()
         with self._report.phase("forward"), self._autocast():
-            args, kwargs = self._gate.enter(self._cast(args)), self._gate.enter(self._cast(kwargs))
-            return self._gate.leave(self.module(*args, **kwargs))
+            args, kwargs = self._cast(args), self._cast(kwargs)
+            if self._plain_factor() == 1.0:
+                return self.module(*args, **kwargs)
+            return self._gate.leave(self.module(*self._gate.enter(args), **self._gate.enter(kwargs)))
 
     def backward(
         self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True

@@ -43,6 +43,9 @@ class Reporter:
         self._every = int(every) if first and every is not None and math.isfinite(every) else 0
         self._memory = first and config.memory_breakdown
         self._timers = PhaseTimers(device) if first and config.wall_clock_breakdown else None
+        if first and config.dump_state:
+            changed = ", ".join(f"{key} {value!r}" for key, value in config.settings(changed=True).items())
+            _log.info("engine on %s, batch %s; settings: %s", device, clock.batch, changed)
         self.monitor = MonitorMaster(config, enabled=first)
         self.throughput: ThroughputTimer | None = None
         if self._every and config.timers.throughput.enabled:

@@ -34,7 +34,7 @@ class Gate:
         return self._map(outputs, lambda tensor: _Enter.apply(tensor, self))
 
     def _map(self, tree: Any, through: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        if self.factor() == 1.0 or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self.factor() == 1.0:
             return tree
         return tree_map_only(torch.Tensor, lambda t: through(t) if t.requires_grad else t, tree)
 
