@@ -191,3 +191,35 @@ def _no_size(rank: int, world: int) -> bool:
     with pytest.raises(ConfigError, match="mics_shard_size"):
         zeropipe.zero.MiCS_Init(config_dict_or_path=config(3, 1))
     return True
+
+
+@pytest.mark.parametrize("later", ["mics", "stage 3", "stage 1"])
+def test_a_checkpoint_of_groups_goes_on_in_any_shape(pool, tmp_path, later):
+    settings = mics(4, 2) if later == "mics" else config(int(later[-1]), 4)
+    for saved, loaded in pool(4).run(_save_and_load, settings, tmp_path):
+        assert_bitwise(loaded, saved)
+
+
+def _save_and_load(rank: int, world: int, settings: dict[str, Any], folder: Any) -> Any:
+    """(master, moment) of every parameter: when saved with MiCS, and after a load under ``settings``."""
+    import zeropipe
+    from zeropipe.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    def state(engine: Any) -> Any:
+        trained = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+        return {
+            n: (safe_get_full_fp32_param(p), safe_get_full_optimizer_state(p, "exp_avg_sq"))
+            for n, p in trained.items()
+        }
+
+    first = zeropipe.initialize(model=nasty(), config=mics(4, 2))[0]
+    first.backward(first(*token_batch(0, rank)))
+    first.step()
+    first.save_checkpoint(folder)
+    saved = state(first)
+    first.destroy()
+    second = zeropipe.initialize(model=nasty(), config=settings)[0]
+    second.load_checkpoint(folder)
+    loaded = state(second)
+    second.destroy()
+    return saved, loaded

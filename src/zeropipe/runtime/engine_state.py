@@ -22,12 +22,14 @@ from zeropipe.checkpoint.state import (
     TrainState,
 )
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
-from zeropipe.comm.group import world
+from zeropipe.comm.group import SELF, world
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.own_gradients import Communicates
 from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.partition import Partition
+from zeropipe.runtime.zero.sharded_partition import ShardedPartition
+from zeropipe.runtime.zero.types import AnyPartition
 
 if TYPE_CHECKING:
     from zeropipe.runtime.engine import DeepSpeedEngine
@@ -124,13 +126,19 @@ class Holding:
     flat: FlatState
     owner: torch.nn.Parameter  # the key in ``optimizer.state``
     where: slice  # the flat's elements in the owner, in 1D
+    partition: AnyPartition
+
+    def new_state(self, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros for one kind of state of the owner, where its state lives."""
+        if isinstance(self.partition, ShardedPartition) and self.owner is self.partition.master:
+            return self.partition.new_state(dtype)
+        return torch.zeros_like(self.owner, dtype=dtype, requires_grad=False)
 
 
 def optimizer_flats(optimizer: ZeroOptimizer) -> Iterator[Holding]:
     """Every flat of the optimizer on this rank: per partition at stages 0 to 2, per parameter at stage 3."""
     for partition in optimizer.partitions:
-        replicas = 1 if partition.sharded else partition.group.size
-        replica = partition.group.rank if replicas > 1 else 0
+        replicas = partition.replicas
         whole = partition.stepped[0] is partition.master
         if whole or partition.sharded:
             owners = [partition.master] * len(partition.names) if whole else list(partition.stepped)
@@ -148,8 +156,8 @@ def optimizer_flats(optimizer: ZeroOptimizer) -> Iterator[Holding]:
             moments, scalars = _split(optimizer.state.get(owner, {}), owner, where)
             tensors = {FP32: owner.detach().reshape(-1)[where]} | moments
             index = partition.group_index
-            flat = FlatState(name, layout, shard, tensors, scalars, index, replica, replicas)
-            yield Holding(flat, owner, where)
+            flat = FlatState(name, layout, shard, tensors, scalars, index, replicas.rank, replicas.size)
+            yield Holding(flat, owner, where, partition)
 
 
 def _split(
@@ -169,13 +177,23 @@ def frozen_flats(engine: DeepSpeedEngine, exclude_frozen: bool = False) -> list[
     """Sharded parameters that no optimizer holds: one flat each."""
     flats = []
     held = {id(p) for part in engine.optimizer.partitions for p in part.params} if engine.optimizer else set()
+    replicas = SELF if engine._sharded is None else engine._sharded.parts.replicas
     for name, param in engine.module.named_parameters():
         shards = shards_of(param)
         if shards is None or id(param) in held or (exclude_frozen and not param.requires_grad):
             continue
         spec = TensorSpec(name, tuple(shards.shape), str(shards.dtype).removeprefix("torch."))
         layout = FlatShards((spec,), shards.layout.num_shards, shards.layout.align)
-        flats.append(FlatState(name, layout, shards.group.rank, {PARAM: shards.source.detach()}))
+        flats.append(
+            FlatState(
+                name,
+                layout,
+                shards.group.rank,
+                {PARAM: shards.source.detach()},
+                replica=replicas.rank,
+                num_replicas=replicas.size,
+            )
+        )
     return flats
 
 
@@ -271,7 +289,7 @@ def adopt_flats(optimizer: ZeroOptimizer, loaded: Mapping[str, LoadedFlat]) -> N
                 state[key] = base.state[owner][key]
                 continue
             if key not in state:
-                state[key] = torch.zeros_like(owner, dtype=tensor.dtype, requires_grad=False)
+                state[key] = held.new_state(tensor.dtype)
             state[key].view(-1)[held.where].copy_(tensor)
     for owner, state in fresh.items():
         if state:

@@ -106,7 +106,7 @@ class Offload:
 def check_folders(policy: Policy, numel: int, dtype: torch.dtype, ranks: int) -> None:
     """Raise OffloadError unless the folders of ``policy`` are there and have room for this machine's shards of
     ``numel`` trained elements among ``ranks`` ranks."""
-    shard = -(-numel // ranks) * min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    shard = numel * min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) // ranks
     needs: dict[str, int] = {}
     if policy.optimizer_place is Place.FILE:
         needs[policy.optimizer_folder] = shard * _STATE_BYTES

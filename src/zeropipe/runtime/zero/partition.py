@@ -137,6 +137,11 @@ class Partition:
             self.stepped[index].grad = None
 
     @property
+    def replicas(self) -> Group:
+        """The ranks that hold the same shard as this one."""
+        return SELF if self.sharded else self.group
+
+    @property
     def used_numel(self) -> int:
         return self.layout.numel
 
