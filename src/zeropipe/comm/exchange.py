@@ -6,6 +6,7 @@ result has the same bits however the tensor was cut.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 from zlib import crc32
@@ -119,39 +120,66 @@ def receive_from(tensor: torch.Tensor, src: int, group: Group, tag: int = _TAG) 
 def greet(label: str, group: Group, channel: int, note: int = 0) -> Callable[[], int]:
     """Tell every member what is about to be done; the result waits for their words and compares.
 
-    ``note``: a number of this member's; the result returns the lowest of all members' notes.
+    ``note``: a number of this member's; the result returns the lowest of all members' notes. Words are compared in
+    the order in which they were said, earlier ones too: a peer stops at the first difference and says no more.
     """
-    size = _GREETING_BYTES - _NOTE_BYTES
-    words = label.encode()[-size:].ljust(size)
-    mine = torch.frombuffer(bytearray(words + note.to_bytes(_NOTE_BYTES)), dtype=torch.uint8)
-    tag = tag_of(channel, _GREETING)
-    heard = {peer: torch.empty_like(mine) for peer in peers(group)}
-    handles = [send_to(mine, peer, group, tag) for peer in peers(group)]
-    handles += [receive_from(buffer, peer, group, tag) for peer, buffer in heard.items()]
+    queue = SEAM.greetings.setdefault((group.ranks, channel), deque())
+    greeting = _Greeting(label, group, channel, note)
+    queue.append(greeting)
 
     def compare() -> int:
-        for handle in handles:
-            handle.wait()
-        lowest = note
-        for peer, buffer in heard.items():
-            said = bytes(buffer.tolist())
-            if said[:size] != words:
-                theirs = said[:size].decode(errors="replace").strip()
-                other = group.ranks[peer]
-                raise DesyncError(
-                    describe(
-                        f"ranks went different ways: this one is at '{label}', rank {other} is at '{theirs}'",
-                        rank=group.ranks[group.rank],
-                        expected="the same modules in the same order on every rank",
-                        found=f"'{label}' here and '{theirs}' there",
-                        fix="make control flow equal on all ranks, or mark the module around both with "
-                        "set_z3_leaf_modules so that it is gathered whole",
-                    )
-                )
-            lowest = min(lowest, int.from_bytes(said[size:]))
-        return lowest
+        try:
+            while greeting.lowest is None:
+                queue[0].compare()
+                queue.popleft()
+        except BaseException:
+            SEAM.abandoned.extend(queue)  # the transport still writes into their buffers
+            queue.clear()
+            raise
+        return greeting.lowest
 
     return compare
+
+
+class _Greeting:
+    """One member's word, on its way to the others, and theirs, on their way here."""
+
+    def __init__(self, label: str, group: Group, channel: int, note: int) -> None:
+        size = _GREETING_BYTES - _NOTE_BYTES
+        self.label = label
+        self.group = group
+        self.words = label.encode()[-size:].ljust(size)
+        self.lowest: int | None = None  # of all notes, once compared
+        self._note = note
+        self._mine = torch.frombuffer(bytearray(self.words + note.to_bytes(_NOTE_BYTES)), dtype=torch.uint8)
+        tag = tag_of(channel, _GREETING)
+        self._heard = {peer: torch.empty_like(self._mine) for peer in peers(group)}
+        self._handles = [send_to(self._mine, peer, group, tag) for peer in peers(group)]
+        self._handles += [receive_from(buffer, peer, group, tag) for peer, buffer in self._heard.items()]
+
+    def compare(self) -> None:
+        for handle in self._handles:
+            handle.wait()
+        notes = [self._note]
+        for peer, buffer in self._heard.items():
+            said = bytes(buffer.tolist())
+            if said[: len(self.words)] != self.words:
+                theirs = said[: len(self.words)].decode(errors="replace").strip()
+                raise self._difference(self.group.ranks[peer], theirs)
+            notes.append(int.from_bytes(said[len(self.words) :]))
+        self.lowest = min(notes)
+
+    def _difference(self, other: int, theirs: str) -> DesyncError:
+        return DesyncError(
+            describe(
+                f"ranks went different ways: this one is at '{self.label}', rank {other} is at '{theirs}'",
+                rank=self.group.ranks[self.group.rank],
+                expected="the same modules in the same order on every rank",
+                found=f"'{self.label}' here and '{theirs}' there",
+                fix="make control flow equal on all ranks, or mark the module around both with "
+                "set_z3_leaf_modules so that it is gathered whole",
+            )
+        )
 
 
 def gather_exchange(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,8 @@ class Seam:
     """Who listens to this process's collectives. Process groups belong to the process, and so does this."""
 
     def __init__(self) -> None:
+        # (ranks, channel) -> what was said and not compared yet
+        self.greetings: dict[tuple[tuple[int, ...], int], deque[Any]] = {}
         self._listeners: list[Callable[[Event], None]] = []
         self.abandoned: list[
             object

@@ -11,11 +11,13 @@ comes after such a meeting, so that every peer is on its way to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from zeropipe.comm.collectives import announce, greets, meet
 from zeropipe.comm.group import Group
@@ -81,6 +83,8 @@ class Coordinator:
         self._replaying = False
         self._backward: list[Use] = []  # backward uses that have not ended
         self._loose: list[Use] = []  # hold what a root returned of its parameters
+        self._silent = 0  # contexts in which every parameter is held whole
+        self.until_settled: list[RemovableHandle] = []  # hooks on tensors that outlive their pass
         self._told: Callable[[], int] | None = None  # an error told to the peers: whether they have the same
 
     def add_unit(self, name: str, shards: Iterable[Shards]) -> Unit:
@@ -109,11 +113,22 @@ class Coordinator:
 
     def meet(self, what: str) -> None:
         """Go on when every rank is about to do ``what``; DesyncError when one is not."""
+        if self._silent:
+            return
         if self._told is not None:
             told, self._told = self._told, None
             told()
         for circle in self.circles:
             meet(what, circle, channel=GATHER)
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """While every parameter is held whole, ranks need not agree on what they run."""
+        self._silent += 1
+        try:
+            yield
+        finally:
+            self._silent -= 1
 
     def start(self, unit: Unit, phase: Phase) -> Use:
         """Make the unit's parameters available; they stay so until the use ends."""
@@ -136,6 +151,9 @@ class Coordinator:
             use.held.append(shards)
         return use
 
+    def is_open(self, use: Use) -> bool:
+        return use in self.running or use in self._backward
+
     def _compare_reductions(self, unit: Unit, reductions: Reductions) -> None:
         """Now and then tell the reducer which reductions every rank has started."""
         self._unmet += unit.numel
@@ -149,9 +167,9 @@ class Coordinator:
 
         ``returned``: those of which the module gave a view to its caller, which holds them from now on.
         """
-        forward = use in self.running
-        if not forward and use not in self._backward:
+        if not self.is_open(use):
             return
+        forward = use in self.running
         (self.running if forward else self._backward).remove(use)
         for shards in returned:
             self._hand_up(shards)
@@ -166,7 +184,11 @@ class Coordinator:
 
     def tell(self, error: BaseException, where: str) -> None:
         """Tell the peers, who would wait for this rank, that it has raised; they may have, too."""
-        if self._told is None and not isinstance(error, DesyncError | CommunicationError):
+        if (
+            self._told is None
+            and not self._silent
+            and not isinstance(error, DesyncError | CommunicationError)
+        ):
             self._told = announce(f"{type(error).__name__} raised in {where}", self.group, channel=GATHER)
 
     def fetch_for_use(self, shards: Shards) -> bool:
@@ -190,6 +212,8 @@ class Coordinator:
         for unit in self.units:
             for shards in unit.shards:
                 shards.release_if_idle()
+        while self.until_settled:
+            self.until_settled.pop().remove()
 
     def _hand_up(self, shards: Shards) -> None:
         """Let the caller of a module hold what that module returned of a parameter."""

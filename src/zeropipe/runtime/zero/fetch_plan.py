@@ -66,11 +66,22 @@ class Step:
         return cls(Visit.parse(words[0]), tuple(map(int, numbers)), keep)
 
 
+def show_plan(steps: Sequence[Step]) -> str:
+    """The plan in one line."""
+    return " | ".join(map(str, steps))
+
+
+def parse_plan(text: str) -> tuple[Step, ...]:
+    """The plan that ``show_plan`` wrote."""
+    return tuple(Step.parse(step) for step in text.split("|") if step.strip())
+
+
 def plan(visits: Sequence[Visit], numel: Sequence[int], budget: Budget) -> tuple[Step, ...]:
     """The steps for ``visits``; ``numel[u]`` is the number of elements of unit ``u``.
 
     A unit is always fetched by its visit. Ahead of that, units are fetched in the order of their visits while
     what is fetched and not yet used fits ``prefetch_bucket_size`` and what is live fits ``max_live_parameters``.
+    So what is live is at most ``max_live_parameters`` and the visited unit.
     """
     following = _next_visits(visits)
     live: set[int] = set()

@@ -20,40 +20,46 @@ from torch.utils.hooks import RemovableHandle
 
 from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.coordinator import Coordinator, Unit, Use
+from zeropipe.runtime.zero.external import (
+    external_shards,
+    hide_external_parameters,
+    show_external_parameters,
+)
 from zeropipe.runtime.zero.fetch_plan import Phase
 from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.shards import Shards
 
 
 class _Call:
-    """One forward of a unit with gradients: waits for the two moments of its backward."""
+    """One forward of a unit with gradients: waits for the two moments of its backward, or of several."""
 
-    __slots__ = ("coordinator", "over", "unit", "use", "waiting")
+    __slots__ = ("coordinator", "inputs", "unit", "use", "waiting")
 
     def __init__(self, coordinator: Coordinator, unit: Unit, inputs: Iterable[torch.Tensor]) -> None:
         self.coordinator = coordinator
         self.unit = unit
         self.use: Use | None = None
-        self.over = False
+        self.inputs = [id(tensor) for tensor in inputs]
         self.waiting = 0
         for tensor in inputs:
-            self.waiting += 1
-            _once(tensor, self._input_done)
+            handle = tensor.register_hook(_untraced(self._input_done))
+            if tensor.grad_fn is None:  # the tensor outlives the graph, and so would the hook
+                coordinator.until_settled.append(handle)
 
     def watch(self, outputs: Iterable[torch.Tensor]) -> None:
         for tensor in outputs:
-            _once(tensor, self._output_arrives)
+            if id(tensor) not in self.inputs:
+                tensor.register_hook(_untraced(self._output_arrives))
 
-    def _output_arrives(self) -> None:
-        if self.use is None and not self.over:
+    def _output_arrives(self, _: torch.Tensor) -> None:
+        if self.use is None or not self.coordinator.is_open(self.use):
+            self.waiting = len(self.inputs)
             self.use = self.coordinator.start(self.unit, Phase.BACKWARD)
 
-    def _input_done(self) -> None:
+    def _input_done(self, _: torch.Tensor) -> None:
         self.waiting -= 1
-        if self.waiting == 0:
-            self.over = True
-            if self.use is not None:
-                self.coordinator.end(self.use)
+        if self.waiting == 0 and self.use is not None:
+            self.coordinator.end(self.use)
 
 
 class ModelHooks:
@@ -82,6 +88,8 @@ class ModelHooks:
     def remove(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        for module in self.units:
+            hide_external_parameters(module)
         for unit in self.coordinator.units:
             for shards in unit.shards:
                 shards.fetch_for_use = None
@@ -89,6 +97,7 @@ class ModelHooks:
     def _add(self, module: torch.nn.Module, name: str, force: bool = False) -> None:
         whole = module in self._whole
         shards = _direct(module.parameters() if whole else module._parameters.values())
+        shards += external_shards(module)
         for one in shards if whole else ():
             one.in_leaf = True
         if shards or force or whole:
@@ -102,6 +111,7 @@ class ModelHooks:
     def _hook(self, module: torch.nn.Module, name: str, shards: list[Shards]) -> None:
         unit = self.coordinator.add_unit(name, shards)
         self.units[module] = unit
+        show_external_parameters(module)
         hooks = _UnitHooks(self.coordinator, unit)
         self._handles.append(module.register_forward_pre_hook(_untraced(hooks.before), with_kwargs=True))
         self._handles.append(module.register_forward_hook(_untraced(hooks.after), always_call=True))
@@ -116,7 +126,9 @@ class _UnitHooks:
         # use, its backward where it will have one, and the exception that was being handled when it began
         self.calls: list[tuple[Use, _Call | None, BaseException | None]] = []
 
-    def before(self, _: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        for shards in external_shards(module):
+            self.unit.add(shards)
         if torch._C._functorch.maybe_current_level() is not None:
             raise UsageError(
                 f"{self.unit.name}: a functorch transform (torch.func.grad, vmap, ...) around a module of stage 3. "
@@ -128,7 +140,7 @@ class _UnitHooks:
         call = None
         if torch.is_grad_enabled():
             call = _Call(
-                self.coordinator, self.unit, (t for t in _tensors((args, kwargs)) if t.requires_grad)
+                self.coordinator, self.unit, [t for t in _tensors((args, kwargs)) if t.requires_grad]
             )
         self.calls.append((use, call, handling))
 
@@ -201,18 +213,6 @@ def _attributes(thing: Any) -> list[Any]:
         getattr(thing, name, None) for cls in type(thing).__mro__ for name in getattr(cls, "__slots__", ())
     ]
     return [*getattr(thing, "__dict__", {}).values(), *slots]
-
-
-def _once(tensor: torch.Tensor, react: Callable[[], None]) -> None:
-    """Call ``react`` when the gradient of ``tensor`` is known, the first time only."""
-    handles: list[RemovableHandle] = []
-
-    def hook(_: torch.Tensor) -> None:
-        if handles:
-            handles.pop().remove()
-            react()
-
-    handles.append(tensor.register_hook(_untraced(hook)))
 
 
 def _untraced(hook: Callable[..., None]) -> Callable[..., None]:

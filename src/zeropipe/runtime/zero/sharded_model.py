@@ -82,8 +82,9 @@ class ShardedModel:
         self.coordinator.settle()
 
     def settle(self) -> None:
-        """Free what a finished or failed pass left gathered."""
+        """A micro-step ends: free what a finished or failed pass left gathered; every rank does so now."""
         self.coordinator.settle()
+        self.coordinator.meet("step")
 
     def destroy(self) -> None:
         """Remove every hook; the parameters stay shards (``zero.unshard_module`` makes them whole)."""

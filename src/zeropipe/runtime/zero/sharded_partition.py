@@ -20,7 +20,7 @@ from zeropipe.runtime.optimizers.shard_view import ShardView
 from zeropipe.runtime.zero.param import ZeroParam, shards_of
 from zeropipe.runtime.zero.partition import ALIGN, moment_keys
 from zeropipe.runtime.zero.policy import Policy
-from zeropipe.runtime.zero.shards import Shards
+from zeropipe.runtime.zero.shards import GATHER, Shards
 from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class ShardedPartition:
         shards = self.shards[index]
         own = shard[slice(*self.local_layout.tensor_range(index))].to(self.device)
         whole = torch.empty(shards.layout.padded_numel, dtype=shard.dtype, device=self.device)
-        all_gather(whole, own, self.group, label=shards.name)
+        all_gather(whole, own, self.group, label=shards.name, channel=GATHER, guarded=True)
         return whole[: shards.numel].view(shards.shape)
 
     def scatter(self, shard: torch.Tensor, index: int, value: torch.Tensor) -> None:
