@@ -89,10 +89,9 @@ def optimizer_keys(local: LocalState) -> dict[str, Any]:
         k.DS_VERSION: PEER_VERSION,
         "dynamic_loss_scale": bool((local.train.loss_scaler or {}).get("dynamic")),
     }
-    if local.train.loss_scaler is not None:
-        scaler = LossScalerValues()
-        scaler.__setstate__(dict(local.train.loss_scaler))
-        state[k.LOSS_SCALER] = scaler
+    scaler = LossScalerValues()  # DeepSpeed's stage 3 insists on one, whatever the precision
+    scaler.__setstate__(dict(local.train.loss_scaler or {"cur_scale": 1.0, "dynamic": False}))
+    state[k.LOSS_SCALER] = scaler
     if local.stage >= 3:
         state |= {
             k.PARTITION_COUNT: local.grid.dp_degree,
