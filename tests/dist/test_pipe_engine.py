@@ -16,7 +16,7 @@ from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.specs import LayerSpec
 from zeropipe.runtime.pipe.topology import PipeDataParallelTopology
 
-STEPS, MICRO, LINE = 6, 4, 16
+STEPS, LONG, MICRO, LINE = 6, 20, 4, 16
 # A tied weight's gradient is (all uses here) + (all uses there) instead of one sum by micro-batch: last bits differ.
 # SGD keeps them last bits; Adam would blow up those of gradients that are zero but for rounding.
 TIED_LOSS, TIED_WEIGHT = 1e-5, 1e-6
@@ -110,21 +110,21 @@ def same_as_plain(
     rank: int, world: int, pp: int, stage: int, schedule: str | None, micro: int = MICRO
 ) -> None:
     layers = specs(blocks=2 * pp - 1)
-    weights, losses = reference(layers, dp=world // pp)
+    weights, losses = reference(layers, steps, dp=world // pp)
     engine = engine_of(pp, world // pp, layers, config(stage), schedule=schedule)
-    assert train(engine) == losses
+    assert train(engine, steps) == losses
     compare(engine, weights)
     engine.destroy()
 
 
 @pytest.mark.parametrize(("world", "pp"), [(1, 1), (2, 2), (3, 3), (4, 4)])
 def test_pipelines_train_like_one_process_bitwise(pool, world, pp):
-    pool(world).run(same_as_plain, pp, 0, None, timeout=90)
+    pool(world).run(same_as_plain, pp, 0, None, LONG, timeout=90)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_pipeline_and_zero_train_like_one_process_bitwise(pool, stage):
-    pool(4).run(same_as_plain, 2, stage, None, timeout=90)
+    pool(4).run(same_as_plain, 2, stage, None, LONG, timeout=90)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zb-h1", "interleaved-zb", "zbv", "dualpipev"])
