@@ -84,6 +84,31 @@ def test_live_state_is_the_budget(pool, world, dtype):
             assert total <= live <= total * SLACK + 512  # bytes of 0-d tensors
 
 
+def sharded_report(rank: int, world: int, extra: dict[str, Any]) -> Any:
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    engine, *_ = zeropipe.initialize(
+        model=build(Deep), config=config(3, world, zero_optimization=zero, **extra)
+    )
+    dtype = torch.bfloat16 if extra else torch.float32
+    for step in range(2):
+        engine.backward(engine(torch.randn(2, WIDTH, generator=generator(step, rank)).to(dtype)))
+        engine.step()
+    rows = {row.kind: (row.bytes, row.formula) for row in engine.memory_report()}
+    gathered = sum(param.numel() * param.element_size() for param in engine.module.parameters())
+    engine.destroy()
+    return rows, gathered
+
+
+@pytest.mark.parametrize(("extra", "budget"), [({}, (4, 4, 8)), ({"bf16": {"enabled": True}}, (0, 2, 12))])
+def test_the_report_at_stage_3(pool, extra, budget):
+    for rows, gathered in pool(2).run(sharded_report, extra):
+        kinds = ("parameters", "gradients", "optimizer state")
+        for kind, per_parameter, more in zip(kinds, budget, (gathered, 0, 0), strict=True):
+            measured, formula = rows[kind]
+            assert formula == P * per_parameter / 2 + more
+            assert formula <= measured <= formula * SLACK
+
+
 def nasty_report(rank: int, world: int) -> None:
     for stage in STAGES:
         engine, *_ = zeropipe.initialize(model=build(NastyModel), config=config(stage, world))

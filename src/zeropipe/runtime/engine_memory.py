@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from zeropipe.runtime.zero.optimizer import ZeroOptimizer
-from zeropipe.runtime.zero.partition import Partition
+from zeropipe.runtime.zero.sharded_partition import ShardedPartition
+from zeropipe.runtime.zero.types import AnyPartition
 
 ADAM_MOMENTS = 2  # state that an Adam-like optimizer keeps per element, before it has made any
 
@@ -54,19 +55,10 @@ def memory_report(module: torch.nn.Module, optimizer: ZeroOptimizer | None) -> t
     live_grads = _bytes(_gradient_tensors(optimizer, params), counted)
     live_state = _bytes(_state_tensors(optimizer), counted)
     others = sum(p.numel() * p.element_size() for p in params if id(p) not in trained)
-    policy = optimizer.policy
-    form_params, form_grads, form_state = others, 0, 0
-    for partition in partitions:
-        size, layout = partition.dtype.itemsize, partition.layout
-        accumulated = (policy.accumulate_dtype or partition.dtype).itemsize
-        master = partition.master.element_size()
-        copied = partition.dtype != partition.master.dtype or partition.master.device != params[0].device
-        if policy.shards_parameters:
-            form_params += 0 if copied else layout.shard_numel * size
-        else:
-            form_params += layout.padded_numel * size
-        form_grads += (layout.shard_numel if policy.shards_gradients else layout.padded_numel) * accumulated
-        form_state += layout.shard_numel * (master * moments(optimizer, partition) + master * copied)
+    budgets = [_budget(optimizer, partition) for partition in partitions]
+    form_params, form_grads, form_state = (
+        sum(column) for column in zip((others, 0, 0), *budgets, strict=True)
+    )
     return (
         MemoryRow("parameters", live_params, form_params),
         MemoryRow("gradients", live_grads, form_grads),
@@ -74,19 +66,37 @@ def memory_report(module: torch.nn.Module, optimizer: ZeroOptimizer | None) -> t
     )
 
 
-def moments(optimizer: ZeroOptimizer, partition: Partition) -> int:
+def moments(optimizer: ZeroOptimizer, partition: AnyPartition) -> int:
     """How many values of optimizer state there are per element: those that are there, 2 for Adam before."""
     if not optimizer.optimizer.state:
         return ADAM_MOMENTS if "betas" in optimizer.defaults else 0
     return len(partition.state_keys())
 
 
-def _parameter_tensors(partition: Partition) -> list[torch.Tensor]:
-    values = getattr(partition, "values", None)
-    if not isinstance(values, torch.Tensor):
-        return []
-    # Where the values are stored and the master is a part of them, it is no state of its own.
-    return [values, partition.master.detach()] if partition.master_is_values else [values]
+def _budget(optimizer: ZeroOptimizer, partition: AnyPartition) -> tuple[int, int, int]:
+    """Bytes of the partition's parameters, gradients and optimizer state on this rank."""
+    size, master = partition.dtype.itemsize, partition.master.element_size()
+    accumulated = (optimizer.policy.accumulate_dtype or partition.dtype).itemsize
+    if isinstance(partition, ShardedPartition):
+        own = whole = partition.local_layout.padded_numel
+        copied = partition.values is not None or partition.dtype != partition.master.dtype
+        gathered = sum(param.numel() * size for param in partition.params)  # one that is a shard has none
+        values = (0 if partition.values is None and copied else own * size) + gathered
+    else:
+        own, whole = partition.layout.shard_numel, partition.layout.padded_numel
+        copied = not partition.master_is_values and own > 0
+        values = whole * size
+    grads = (own if optimizer.policy.shards_gradients else whole) * accumulated
+    return values, grads, own * master * (moments(optimizer, partition) + copied)
+
+
+def _parameter_tensors(partition: AnyPartition) -> list[torch.Tensor]:
+    """Where values are stored; in fp32 the master is a part of them, so no state of its own."""
+    if isinstance(partition, ShardedPartition):
+        if partition.values is not None:
+            return [partition.values]
+        return [partition.master.detach()] if partition.dtype == partition.master.dtype else []
+    return [partition.values]
 
 
 def _gradient_tensors(
