@@ -33,7 +33,7 @@ from zeropipe.runtime.zero.shards import Shards
 class _Call:
     """One forward of a unit with gradients: waits for the two moments of its backward, or of several."""
 
-    __slots__ = ("coordinator", "inputs", "unit", "use", "waiting")
+    __slots__ = ("coordinator", "inputs", "signs", "unit", "use", "waiting")
 
     def __init__(self, coordinator: Coordinator, unit: Unit, inputs: Iterable[torch.Tensor]) -> None:
         self.coordinator = coordinator
@@ -45,6 +45,13 @@ class _Call:
             handle = tensor.register_hook(_untraced(self._input_done))
             if tensor.grad_fn is None:  # the tensor outlives the graph, and so would the hook
                 coordinator.until_settled.append(handle)
+        self.signs = len(self.inputs)  # of the end of the backward
+        if not self.inputs:
+            trained = [s.param for s in unit.shards if s.param.requires_grad]
+            self.signs = len(trained)
+            for param in trained:
+                handle = param.register_post_accumulate_grad_hook(_untraced(self._input_done))
+                coordinator.until_settled.append(handle)
 
     def watch(self, outputs: Iterable[torch.Tensor]) -> None:
         for tensor in outputs:
@@ -53,7 +60,7 @@ class _Call:
 
     def _output_arrives(self, _: torch.Tensor) -> None:
         if self.use is None or not self.coordinator.is_open(self.use):
-            self.waiting = len(self.inputs)
+            self.waiting = self.signs
             self.use = self.coordinator.start(self.unit, Phase.BACKWARD)
 
     def _input_done(self, _: torch.Tensor) -> None:

@@ -98,7 +98,7 @@ class TiledLinear(nn.Module):
         for row in self.linears:
             total = None
             for tile, part in zip(row, parts, strict=True):  # type: ignore[call-overload]
-                result = tile(part)
+                result = tile(_own(part))
                 total = result if total is None else total + result
             outputs.append(total)
         return self._combine(outputs)
@@ -178,7 +178,7 @@ class TiledLinearReturnBias(TiledLinear):
         for row in self.linears:
             total, kept = None, None
             for tile, part in zip(row, parts, strict=True):  # type: ignore[call-overload]
-                result, bias = tile(part)
+                result, bias = tile(_own(part))
                 total = result if total is None else total + result
                 if bias is not None:
                     kept = bias if kept is None else kept + bias
@@ -187,6 +187,12 @@ class TiledLinearReturnBias(TiledLinear):
         if all(bias is None for bias in biases):
             return self._combine(outputs), None
         return self._combine(outputs), self._combine(biases)
+
+
+def _own(part: torch.Tensor) -> torch.Tensor:
+    """``part`` as a tile's own tensor: its gradient is known as soon as that tile's backward is done, which tells
+    stage 3 to free the tile, while that of ``part`` waits for all tiles."""
+    return part.view_as(part) if part.requires_grad and torch.is_grad_enabled() else part
 
 
 class _Whole:
