@@ -107,7 +107,7 @@ def compare(engine: Any, weights: dict[str, torch.Tensor]) -> None:
 
 
 def same_as_plain(
-    rank: int, world: int, pp: int, stage: int, schedule: str | None, micro: int = MICRO
+    rank: int, world: int, pp: int, stage: int, schedule: str | None, steps: int = STEPS
 ) -> None:
     layers = specs(blocks=2 * pp - 1)
     weights, losses = reference(layers, steps, dp=world // pp)
