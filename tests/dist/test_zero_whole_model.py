@@ -161,6 +161,26 @@ def test_a_state_dict_on_one_rank_is_an_error(pool):
         pool(2).run(lonely, timeout=20)
 
 
+def lonely_before_a_barrier(rank: int, world: int) -> None:
+    """The classic: rank 0 saves, the others wait for it."""
+    from datetime import timedelta
+
+    from zeropipe.comm.collectives import barrier
+    from zeropipe.comm.group import world as everyone
+    from zeropipe.runtime.zero import state_dict
+
+    state_dict.PATIENCE = timedelta(seconds=1)
+    engine = make_engine(build(TinyGPT), world)
+    if rank == 0:
+        engine.module.state_dict()
+    barrier(everyone())
+
+
+def test_a_state_dict_that_others_never_call_gives_up(pool):
+    with pytest.raises(RankFailure, match="call it on every rank"):
+        pool(2).run(lonely_before_a_barrier, timeout=20)
+
+
 def generation(rank: int, world: int) -> Any:
     """Ranks generate different numbers of tokens."""
     from zeropipe import zero

@@ -8,6 +8,7 @@ for every cut of the tensor: all_reduce = reduce_scatter + all_gather = reduce_t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -233,16 +234,19 @@ def recv(
     return _settle(Work(what, [] if handle is None else [handle]), async_op)
 
 
-def meet(what: str, group: Group, *, channel: int = 0, note: int = 0) -> int:
+def meet(
+    what: str, group: Group, *, channel: int = 0, note: int = 0, patience: timedelta | None = None
+) -> int:
     """Return when every member says the same ``what`` on this channel, where guarded gathers speak too.
 
     Returns the lowest of the members' notes. Raises DesyncError on every member when one is about to do something
-    else. Without gloo it does nothing.
+    else, CommunicationError when one says nothing for as long as ``patience`` (None: the group's timeout). Without
+    gloo it does nothing.
     """
     if group.size > 1 and greets(group):
         SEAM.pass_through("meet", group.size, 0, what, False)
         work = Work(f"[rank {group.ranks[group.rank]}] {what} (with ranks {list(group.ranks)})")
-        work.greeting = greet(what, group, channel, note)
+        work.greeting = greet(what, group, channel, note, patience)
         work.wait()
         return work.heard
     return note

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 from zlib import crc32
 
@@ -117,14 +118,16 @@ def receive_from(tensor: torch.Tensor, src: int, group: Group, tag: int = _TAG) 
     return dist.irecv(tensor, group.ranks[src], group.pg, tag) if tensor.numel() else None
 
 
-def greet(label: str, group: Group, channel: int, note: int = 0) -> Callable[[], int]:
+def greet(
+    label: str, group: Group, channel: int, note: int = 0, patience: timedelta | None = None
+) -> Callable[[], int]:
     """Tell every member what is about to be done; the result waits for their words and compares.
 
     ``note``: a number of this member's; the result returns the lowest of all members' notes. Words are compared in
     the order in which they were said, earlier ones too: a peer stops at the first difference and says no more.
     """
     queue = SEAM.greetings.setdefault((group.ranks, channel), deque())
-    greeting = _Greeting(label, group, channel, note)
+    greeting = _Greeting(label, group, channel, note, patience)
     queue.append(greeting)
 
     def compare() -> int:
@@ -144,7 +147,8 @@ def greet(label: str, group: Group, channel: int, note: int = 0) -> Callable[[],
 class _Greeting:
     """One member's word, on its way to the others, and theirs, on their way here."""
 
-    def __init__(self, label: str, group: Group, channel: int, note: int) -> None:
+    def __init__(self, label: str, group: Group, channel: int, note: int, patience: timedelta | None) -> None:
+        self._limit = () if patience is None else (patience,)
         size = _GREETING_BYTES - _NOTE_BYTES
         self.label = label
         self.group = group
@@ -159,7 +163,7 @@ class _Greeting:
 
     def compare(self) -> None:
         for handle in self._handles:
-            handle.wait()
+            handle.wait(*self._limit)
         notes = [self._note]
         for peer, buffer in self._heard.items():
             said = bytes(buffer.tolist())

@@ -10,13 +10,20 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
 
+from zeropipe.comm.collectives import meet
+from zeropipe.errors import CommunicationError, DesyncError, describe
 from zeropipe.runtime.zero.param import shards_of
-from zeropipe.runtime.zero.shards import Shards
+from zeropipe.runtime.zero.shards import GATHER, Shards
 from zeropipe.runtime.zero.status import ZeroParamStatus
+
+PATIENCE = timedelta(
+    minutes=5
+)  # ranks may come to a state dict at different times, rank 0 after an evaluation
 
 
 def install_state_dict(module: torch.nn.Module) -> None:
@@ -42,10 +49,31 @@ def remove_state_dict(module: torch.nn.Module) -> None:
 
 def _gather_whole(module: torch.nn.Module, state: Any, prefix: str, metadata: Any) -> None:
     """After ``module`` has put its own parameters into ``state``: replace them by whole values, new tensors."""
-    for name, param, shards in _own(module):
-        key = prefix + name
-        if key in state and state[key] is not param:  # keep_vars gives the parameter itself
+    wanted = {
+        prefix + name: shards for name, param, shards in _own(module) if state.get(prefix + name) is not param
+    }
+    away = [shards for shards in wanted.values() if shards.status is not ZeroParamStatus.AVAILABLE]
+    if away:  # keep_vars gives the parameters themselves
+        _meet(away[0])
+    for key, shards in wanted.items():
+        if key in state:
             state[key] = _once(state, shards)
+
+
+def _meet(shards: Shards) -> None:
+    """Go on when every rank wants the state dict, which is not so where somebody calls it on rank 0 only."""
+    try:
+        meet(f"state_dict at {shards.name}", shards.group, channel=GATHER, patience=PATIENCE)
+    except CommunicationError as error:
+        raise DesyncError(
+            describe(
+                "state_dict of a model in shards gathers them, and other ranks did not answer",
+                rank=shards.group.ranks[shards.group.rank],
+                expected=f"a call on every one of the ranks {list(shards.group.ranks)}",
+                found=f"none within {PATIENCE} on some",
+                fix="call it on every rank and use the result on one; or engine.save_16bit_model, save_checkpoint",
+            )
+        ) from error
 
 
 def _once(state: Any, shards: Shards) -> torch.Tensor:
