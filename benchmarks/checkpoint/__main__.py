@@ -99,7 +99,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list[float
         plain = tree(local)
         note(
             "torch.save, one file per rank (not synced)",
-            timed(lambda: torch.save(plain, folder / f"t{rank}.pt"))  # noqa: B023,
+            timed(lambda: torch.save(plain, folder / f"t{rank}.pt")),  # noqa: B023,
         )
         note("torch.load", timed(lambda: torch.load(folder / f"t{rank}.pt", weights_only=True)))
         if dist.is_initialized():

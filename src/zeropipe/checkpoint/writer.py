@@ -135,6 +135,7 @@ def _model_tree(local: LocalState, code: dict[str, Any], lead: bool) -> dict[str
                 module[other] = local.model.tensors[name]
         module.update({k: v for k, v in local.model.extra.items() if is_plain(v)})
     if local.stage >= 3:
+        module.update({name: local.model.tensors[name] for name in local.model.buffers})
         # A strict load in DeepSpeed wants every name; it too keeps sharded parameters as empty tensors here.
         held = [spec.name for flat in local.flats for spec in flat.layout.tensors]
         for name in (*held, *local.model.tied):
