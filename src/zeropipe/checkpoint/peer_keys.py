@@ -70,10 +70,10 @@ def _frozen(local: LocalState) -> tuple[Any, Any]:
     for flat in local.flats:
         if PARAM not in flat.tensors or FP32 in flat.tensors:
             continue
-        for piece in flat.layout.pieces(flat.shard):
-            spec = flat.layout.tensors[piece.tensor]
-            shapes[spec.name] = torch.Size(spec.shape)
-            parts[spec.name] = flat.tensors[PARAM][piece.offset : piece.offset + piece.numel]
+        assert len(flat.layout.tensors) == 1, "frozen parameters are sharded one by one"
+        (spec,) = flat.layout.tensors
+        shapes[spec.name] = torch.Size(spec.shape)
+        parts[spec.name] = flat.tensors[PARAM]  # with its padding
     return shapes, parts
 
 
