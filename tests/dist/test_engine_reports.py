@@ -176,6 +176,39 @@ def sixteen_bit(rank: int, world: int, folder: str) -> None:
             engine.destroy()
 
 
+def sharded_weights(rank: int, world: int, folder: str) -> None:
+    for gather in (False, True):
+        zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": gather}
+        model = build(NastyModel)
+        engine, *_ = zeropipe.initialize(
+            model=model, config=config(3, world, zero_optimization=zero, bf16={"enabled": True})
+        )
+        engine.backward(engine(*token_batch(0, rank)))
+        engine.step()
+        assert engine.save_16bit_model(folder, "sharded.bin") is gather
+        whole = dict(model.state_dict())  # collective
+        if gather:
+            found = torch.load(f"{folder}/sharded.bin", weights_only=True)
+            assert_bitwise(found, whole)
+            assert found["embed.weight"].data_ptr() == found["head.weight"].data_ptr()
+            stage_2, *_ = zeropipe.initialize(
+                model=build(NastyModel), config=config(2, world, bf16={"enabled": True})
+            )
+            stage_2.backward(stage_2(*token_batch(0, rank)))
+            stage_2.step()
+            assert_bitwise(found, dict(stage_2.module.state_dict()))
+            stage_2.destroy()
+        engine.destroy()
+
+
+def test_save_16bit_model_at_stage_3_gathers_if_it_may(pool, tmp_path):
+    pool(2).run(sharded_weights, str(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["sharded.bin"]
+    first, second = pool(2).outputs()
+    assert "stage3_gather_16bit_weights_on_model_save: true" in first
+    assert second == ""
+
+
 def test_save_16bit_model(pool, tmp_path):
     pool(2).run(sixteen_bit, str(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["trained.bin", "weights.bin"]

@@ -107,10 +107,11 @@ class EngineWeights:
         """
         zero = self._config.zero_optimization
         if zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save:
-            _log.warning(
-                "save_16bit_model wrote nothing: at stage 3 it needs the config key "
-                "zero_optimization.stage3_gather_16bit_weights_on_model_save: true"
-            )
+            if self._group.ranks[self._group.rank] == 0:
+                _log.warning(
+                    "save_16bit_model wrote nothing: at stage 3 it needs the config key "
+                    "zero_optimization.stage3_gather_16bit_weights_on_model_save: true"
+                )
             return False
         state = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
         problem = None
