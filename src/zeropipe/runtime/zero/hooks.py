@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from zeropipe.errors import UsageError
@@ -58,15 +58,41 @@ class _Call:
             if id(tensor) not in self.inputs:
                 tensor.register_hook(_untraced(self._output_arrives))
 
-    def _output_arrives(self, _: torch.Tensor) -> None:
+    def anchor(self, output: Any) -> Any:
+        """``output`` with its tensors passed through a node of autograd that starts the backward."""
+        nothing = torch.empty(0, requires_grad=True)
+
+        def through(tensor: torch.Tensor) -> torch.Tensor:
+            return _Anchor.apply(tensor, nothing, self) if tensor.is_floating_point() else tensor
+
+        return tree_map_only(torch.Tensor, through, output)
+
+    def start(self) -> None:
         if self.use is None or not self.coordinator.is_open(self.use):
-            self.waiting = self.signs
+            self.waiting = len(self.inputs)
             self.use = self.coordinator.start(self.unit, Phase.BACKWARD)
+
+    def _output_arrives(self, _: torch.Tensor) -> None:
+        self.start()
 
     def _input_done(self, _: torch.Tensor) -> None:
         self.waiting -= 1
         if self.waiting == 0 and self.use is not None:
             self.coordinator.end(self.use)
+
+
+class _Anchor(torch.autograd.Function):
+    """The identity; its backward starts that of a call."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, nothing: torch.Tensor, call: _Call) -> torch.Tensor:
+        ctx.call = call
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        ctx.call.start()
+        return grad, None, None
 
 
 class ModelHooks:
@@ -108,26 +134,30 @@ class ModelHooks:
         for one in shards if whole else ():
             one.in_leaf = True
         if shards or force or whole:
-            self._hook(module, name or type(module).__name__, shards)
+            self._hook(module, name or type(module).__name__, shards, whole)
         if whole:
             return
         for child_name, child in module.named_children():
             if child not in self.units:
                 self._add(child, f"{name}.{child_name}" if name else child_name)
 
-    def _hook(self, module: torch.nn.Module, name: str, shards: list[Shards]) -> None:
+    def _hook(self, module: torch.nn.Module, name: str, shards: list[Shards], whole: bool = False) -> None:
         unit = self.coordinator.add_unit(name, shards)
         self.units[module] = unit
         show_external_parameters(module)
-        hooks = _UnitHooks(self.coordinator, unit)
+        hooks = _UnitHooks(self.coordinator, unit, whole)
         self._handles.append(module.register_forward_pre_hook(_untraced(hooks.before), with_kwargs=True))
         self._handles.append(module.register_forward_hook(_untraced(hooks.after), always_call=True))
 
 
 class _UnitHooks:
-    """The hooks of one unit; forwards in progress are several when the module nests itself."""
+    """The hooks of one unit; forwards in progress are several when the module nests itself.
 
-    def __init__(self, coordinator: Coordinator, unit: Unit) -> None:
+    ``anchored``: its backward is visited on every rank, also where none of its parameters was used.
+    """
+
+    def __init__(self, coordinator: Coordinator, unit: Unit, anchored: bool) -> None:
+        self.anchored = anchored
         self.coordinator = coordinator
         self.unit = unit
         # use, its backward where it will have one, and the exception that was being handled when it began
@@ -151,18 +181,21 @@ class _UnitHooks:
             )
         self.calls.append((use, call, handling))
 
-    def after(self, _: torch.nn.Module, args: Any, output: Any) -> None:
+    def after(self, _: torch.nn.Module, args: Any, output: Any) -> Any:
         if not self.calls:
-            return  # ``before`` has not been reached
+            return None  # ``before`` has not been reached
         use, call, handling = self.calls.pop()
         error = sys.exc_info()[1]
         if output is None and error is not None and error is not handling:
             self.coordinator.failed(use, error)
-            return
+            return None
+        if call is not None and self.anchored:
+            output = call.anchor(output)
         tensors = _tensors(output)
         if call is not None:
             call.watch(t for t in tensors if t.requires_grad and t.grad_fn is not None)
         self.coordinator.end(use, _returned(use, tensors))
+        return output
 
 
 def _returned(use: Use, tensors: Iterable[torch.Tensor]) -> list[Shards]:
@@ -222,11 +255,11 @@ def _attributes(thing: Any) -> list[Any]:
     return [*getattr(thing, "__dict__", {}).values(), *slots]
 
 
-def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
+def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Keep torch.compile out of ``hook``: what ``torch.compiler.disable`` sets, without importing the compiler."""
 
-    def untraced(*args: Any) -> None:
-        hook(*args)
+    def untraced(*args: Any) -> Any:
+        return hook(*args)
 
     untraced._torchdynamo_disable = True  # type: ignore[attr-defined]
     return untraced

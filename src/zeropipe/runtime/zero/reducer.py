@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from zeropipe.comm.collectives import Work, all_reduce, broadcast_object
+from zeropipe.comm.collectives import Work, all_reduce, broadcast
 from zeropipe.comm.group import SELF, Group
 from zeropipe.layout.buckets import Bucket
 from zeropipe.runtime.zero.grads import GradStore
@@ -315,6 +315,12 @@ class Reducer:
         """Take over the order in which rank 0's backward completed its buckets, once."""
         if self._learned or not self.policy.shards_gradients or len(self._order) < 2:
             return
-        group = self.stores[0].partition.group
-        self._learned = tuple(broadcast_object(self._complete, 0, group, label="order of gradients"))
+        store = self.stores[0]
+        keys = [entry.key for entry in self._order]
+        places = {key: at for at, key in enumerate(keys)}
+        order = torch.full((len(keys),), -1, dtype=torch.int64, device=store.shard.device)
+        for at, key in enumerate(self._complete):
+            order[at] = places[key]
+        broadcast(order, 0, store.partition.group, label="order of gradients")
+        self._learned = tuple(keys[place] for place in order.tolist() if place >= 0)
         self._order = []
