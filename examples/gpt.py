@@ -121,12 +121,12 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def generate(model: nn.Module, prompt: bytes, count: int, device: torch.device) -> bytes:
-    """`count` bytes after `prompt`, each drawn among the ten likeliest; every rank draws the same."""
+    """`count` bytes after `prompt`, each drawn among the ten likeliest; every rank draws the same ones."""
     generator = torch.Generator().manual_seed(0)
     text = list(prompt)
     for _ in range(count):
         x = torch.tensor([text[-GPTConfig.context :]], device=device)
         likeliest, which = model(x)[0, -1].float().cpu().topk(10)
-        pick = torch.multinomial(F.softmax(likeliest / 0.7, dim=-1), 1, generator=generator)
+        pick = torch.multinomial(F.softmax(likeliest / 0.5, dim=-1), 1, generator=generator)
         text.append(int(which[pick]))
     return bytes(text)

@@ -25,7 +25,9 @@ def read(description: str | None) -> argparse.Namespace:
     add("--steps", type=_positive, default=1400, help="length of the run (default: %(default)s)")
     add("--save-every", type=_positive, default=50, metavar="STEPS")
     add("--measure-every", type=_positive, default=100, metavar="STEPS", help="on held-out text")
-    add("--prompt", default="class ", help="what the printed sample begins with")
+    add(
+        "--prompt", default="class Server:\n\tdef __init__(self, ", help="what the printed sample begins with"
+    )
     add("--sample", type=_positive, default=600, metavar="BYTES", help="length of the printed sample")
     return parser.parse_args()
 
