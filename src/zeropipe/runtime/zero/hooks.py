@@ -33,7 +33,7 @@ from zeropipe.runtime.zero.shards import Shards
 class _Call:
     """One forward of a unit with gradients: waits for the two moments of its backward, or of several."""
 
-    __slots__ = ("coordinator", "inputs", "signs", "unit", "use", "waiting")
+    __slots__ = ("coordinator", "inputs", "unit", "use", "waiting")
 
     def __init__(self, coordinator: Coordinator, unit: Unit, inputs: Iterable[torch.Tensor]) -> None:
         self.coordinator = coordinator
@@ -44,13 +44,6 @@ class _Call:
         for tensor in inputs:
             handle = tensor.register_hook(_untraced(self._input_done))
             if tensor.grad_fn is None:  # the tensor outlives the graph, and so would the hook
-                coordinator.until_settled.append(handle)
-        self.signs = len(self.inputs)  # of the end of the backward
-        if not self.inputs:
-            trained = [s.param for s in unit.shards if s.param.requires_grad]
-            self.signs = len(trained)
-            for param in trained:
-                handle = param.register_post_accumulate_grad_hook(_untraced(self._input_done))
                 coordinator.until_settled.append(handle)
 
     def watch(self, outputs: Iterable[torch.Tensor]) -> None:
@@ -69,11 +62,22 @@ class _Call:
 
     def start(self) -> None:
         if self.use is None or not self.coordinator.is_open(self.use):
-            self.waiting = len(self.inputs)
+            self.waiting = len(self.inputs) or self._watch_parameters()
             self.use = self.coordinator.start(self.unit, Phase.BACKWARD)
 
     def _output_arrives(self, _: torch.Tensor) -> None:
         self.start()
+
+    def _watch_parameters(self) -> int:
+        """Where no input tells the end, the last gradient of the parameters does; not so with a frozen one among
+        them, which may be read even later."""
+        params = [shards.param for shards in self.unit.shards]
+        if not all(param.requires_grad for param in params):
+            return 0
+        for param in params:
+            handle = param.register_post_accumulate_grad_hook(_untraced(self._input_done))
+            self.coordinator.until_settled.append(handle)
+        return len(params)
 
     def _input_done(self, _: torch.Tensor) -> None:
         self.waiting -= 1
