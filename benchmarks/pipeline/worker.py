@@ -83,9 +83,8 @@ def config(micro_batch: int, micro_batches: int, **more: Any) -> dict[str, Any]:
 
 
 def zeropipe_step(size: Size, schedule: str, micro_batches: int) -> tuple[Step, Callable[[], float | None]]:
-    from zeropipe.pipe import LayerSpec, PipelineModule
-
     import zeropipe
+    from zeropipe.pipe import LayerSpec, PipelineModule
 
     ranks = dist.get_world_size()
     module = PipelineModule(

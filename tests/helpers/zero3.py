@@ -26,8 +26,10 @@ def settings(stage: int, world: int, **extra: Any) -> dict[str, Any]:
 
 
 def engine_of(model: nn.Module, stage: int, world: int, **extra: Any) -> Any:
-    kwargs = {key: extra.pop(key) for key in ("optimizer", "model_parameters") if key in extra}
-    return zeropipe.initialize(model=model, config=settings(stage, world, **extra), **kwargs)[0]
+    chosen = settings(stage, world, **extra)
+    if "optimizer_section" in chosen:
+        chosen["optimizer"] = chosen.pop("optimizer_section")  # instead of AdamW, not merged with it
+    return zeropipe.initialize(model=model, config=chosen)[0]
 
 
 def whole(module: nn.Module) -> dict[str, torch.Tensor]:

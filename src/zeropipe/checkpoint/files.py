@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,6 +144,10 @@ def missing_text(path: Path, error: OSError) -> str:
     )
 
 
+# torch's list of allowed classes belongs to the process: a thread that leaves the block takes them from the others.
+_LOADING = threading.Lock()
+
+
 def load_torch(path: Path, *, trust: bool = False) -> Any:
     """Open a ``torch.save`` file without running code from it; tensors stay on the disk until they are read.
 
@@ -155,7 +160,7 @@ def load_torch(path: Path, *, trust: bool = False) -> Any:
             return torch.load(
                 path, map_location="cpu", mmap=_is_zip(path), weights_only=False, pickle_module=naming
             )
-        with torch.serialization.safe_globals(STAND_INS):
+        with _LOADING, torch.serialization.safe_globals(STAND_INS):
             return torch.load(path, map_location="cpu", mmap=_is_zip(path), weights_only=True)
     except OSError as error:
         raise CheckpointError(missing_text(path, error)) from error

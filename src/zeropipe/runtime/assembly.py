@@ -302,7 +302,8 @@ def make_optimizer(
         )
     if isinstance(optimizer, Communicates):
         optimizer.check_stage(config.zero_optimization.stage)
-        ties = module.tie_plans() if hasattr(module, "tie_plans") else []
+        tie_plans: Any = getattr(module, "tie_plans", list)
+        ties = tie_plans()
         optimizer.check_ties([plan.key for plan, _, _ in ties if len(plan.ranks) > 1])
         schedule = config.scheduler.params or {}
         optimizer.check_run(schedule.get("total_num_steps"), schedule.get("warmup_num_steps"))

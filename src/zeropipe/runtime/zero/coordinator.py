@@ -145,11 +145,21 @@ class Coordinator:
         for other in () if step is None else step.fetch:
             for shards in self.units[other].shards:
                 shards.start_gather()
+        if step is not None:
+            self._read_ahead()
         for shards in unit.shards:
             shards.finish_gather()
             shards.holds += 1
             use.held.append(shards)
         return use
+
+    def _read_ahead(self) -> None:
+        """Shards that live in files: let those that the next visit gathers be read while this unit runs."""
+        steps, at = self._plans[self._grad], len(self._visits)
+        if at < len(steps):
+            for index in (steps[at].visit.unit, *steps[at].fetch):
+                for shards in self.units[index].shards:
+                    shards.read_ahead(shards.source)
 
     def is_open(self, use: Use) -> bool:
         return use in self.running or use in self._backward

@@ -109,7 +109,8 @@ class ShardedModel:
             for index, shards in enumerate(members):
                 piece = flat[slice(*layout.tensor_range(index))]
                 offload.copy(piece, shards.source)
-                shards.source, shards.let_go, shards.kind = piece, offload.let_go, ZeroParamType.REMOTE
+                shards.source, shards.kind = piece, ZeroParamType.REMOTE
+                shards.let_go, shards.read_ahead = offload.let_go, offload.read_ahead
 
     def _persist(self, sharding: Sharding) -> list[Shards]:
         """Gather the small parameters once and for all, as far as the model's threshold allows."""

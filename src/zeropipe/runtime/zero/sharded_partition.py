@@ -81,6 +81,8 @@ class ShardedPartition:
         """Let parameter ``index`` have ``piece`` as its master, and gathers read the place meant for them."""
         shards, offload = self.shards[index], self.owner.offload
         shards.let_go = offload.let_go
+        if offload.is_remote(self.device):
+            shards.read_ahead = offload.read_ahead
         shards.kind = ZeroParamType.REMOTE if offload.is_remote(self.device) else ZeroParamType.PARTITIONED
         if self.values is None:
             shards.source = piece

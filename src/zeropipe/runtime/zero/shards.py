@@ -65,6 +65,7 @@ class Shards:
         self.master: torch.Tensor | None = None  # 1D, shard_numel; where ``source`` is a copy of it
         # Told of elements of ``source`` that were read and are not used for a while.
         self.let_go: Callable[[torch.Tensor], None] = _keep
+        self.read_ahead: Callable[[torch.Tensor], None] = _keep  # told of elements that will be read soon
         self._param = weakref.ref(param)
         self._work: Work | None = None
         self.full = torch.zeros(self.layout.padded_numel, dtype=param.dtype, device=param.device)  # 1D
@@ -223,7 +224,7 @@ class Shards:
         shards = copy.copy(self)
         shards._param = weakref.ref(other)
         shards.source = self.source.to(self.dtype, copy=True)
-        shards.master, shards.let_go = None, _keep
+        shards.master, shards.let_go, shards.read_ahead = None, _keep, _keep
         shards.full = torch.empty_like(self.full)
         shards.full.untyped_storage().resize_(0)
         shards.persist, shards.holds, shards.contexts, shards.pinned = False, 0, 0, False
