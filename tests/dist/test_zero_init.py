@@ -436,6 +436,72 @@ def test_what_is_used_again_is_put_back_as_the_constructor_goes_on(pool):
         assert_bitwise(sharded, plain)
 
 
+def whole_while_building(rank: int, world: int) -> Any:
+    """Elements of parameters that are whole at one time, at most, while a model of equal modules is built."""
+    from zeropipe import zero
+    from zeropipe.comm.record import inject
+
+    rows: list[Row] = []
+    counts = []
+
+    class Noted(Row):
+        def __init__(self) -> None:
+            rows.append(self)
+            super().__init__(WIDTH)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.deep = nn.Sequential(*(nn.Sequential(Noted(), Noted()) for _ in range(6)))
+
+    def measure(event: Any) -> None:
+        whole = (
+            row.weight.data.untyped_storage().nbytes() // 4
+            for row in rows
+            if "weight" in vars(row)["_parameters"]
+        )
+        counts.append(sum(whole))
+
+    with inject(measure), zero.Init():
+        model = Model()
+    assert len(rows) == 12 and all(row.weight.numel() == 0 for row in rows)
+    return max(counts), len(list(model.parameters()))
+
+
+def test_one_module_is_whole_at_a_time(pool):
+    assert pool(2).run(whole_while_building) == [(WIDTH, 12)] * 2
+
+
+def meta_to_an_engine(rank: int, world: int) -> Any:
+    import zeropipe
+    from zeropipe import zero
+    from zeropipe.errors import UsageError
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4))
+    with pytest.raises(UsageError, match=r"meta.*zero\.Init\(module="):
+        zeropipe.initialize(model=model, config=config(3, world))
+    zero.Init(module=model)
+    engine = zeropipe.initialize(model=model, config=config(3, world))[0]
+    state = engine.module.state_dict()
+    assert torch.equal(state["1.weight"], torch.ones(4)) and torch.equal(
+        state["2.running_var"], torch.ones(4)
+    )
+    loss = engine(torch.randn(3, 4)).square().mean()
+    engine.backward(loss)
+    engine.step()
+    engine.destroy()
+    with torch.device("meta"):
+        bare = Row(3)
+    with pytest.raises(UsageError, match="reset_parameters"):
+        zero.Init(module=bare)
+
+
+def test_a_model_on_meta_is_made_module_by_module(pool):
+    pool(2).run(meta_to_an_engine)
+
+
 def stage_2(rank: int, world: int) -> None:
     import zeropipe
     from zeropipe import zero

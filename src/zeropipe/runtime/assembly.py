@@ -221,6 +221,12 @@ def place_module(module: torch.nn.Module, device: torch.device, config: Config) 
     def place(tensor: torch.Tensor) -> torch.Tensor:
         if is_sharded(tensor):
             return tensor
+        if tensor.is_meta:
+            raise UsageError(
+                f"initialize: a tensor of shape {tuple(tensor.shape)} is on the meta device and has no value. Fix: "
+                "call zero.Init(module=model, config_dict_or_path=config) first, which makes it module by module, or "
+                "model.to_empty(device=...) and initialize it"
+            )
         cast = dtype != torch.float32 and tensor.is_floating_point()
         placed = tensor.to(device, dtype) if cast else tensor.to(device)
         if placed is not tensor and isinstance(tensor, torch.nn.Parameter) and zero_param(tensor) is not None:
