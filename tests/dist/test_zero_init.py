@@ -455,11 +455,8 @@ def whole_while_building(rank: int, world: int) -> Any:
             self.deep = nn.Sequential(*(nn.Sequential(Noted(), Noted()) for _ in range(6)))
 
     def measure(event: Any) -> None:
-        whole = (
-            row.weight.data.untyped_storage().nbytes() // 4
-            for row in rows
-            if "weight" in vars(row)["_parameters"]
-        )
+        made = [row.weight for row in rows if "weight" in row._parameters]
+        whole = (p.numel() for p in made if type(p).__name__ != "_Away")
         counts.append(sum(whole))
 
     with inject(measure), zero.Init():
