@@ -97,7 +97,9 @@ def grouped(rank: int, world: int, stage: int) -> tuple[dict[str, torch.Tensor],
     model = build(Stack)
     bias = [p for n, p in model.named_parameters() if n.endswith("bias")]
     rest = [p for n, p in model.named_parameters() if not n.endswith("bias")]
-    optimizer = torch.optim.AdamW([{"params": rest, "lr": 0.02}, {"params": bias, "weight_decay": 0.0}], lr=0.01)
+    optimizer = torch.optim.AdamW(
+        [{"params": rest, "lr": 0.02}, {"params": bias, "weight_decay": 0.0}], lr=0.01
+    )
     engine = zeropipe.initialize(model=model, optimizer=optimizer, config=settings(stage, world))[0]
     for step in range(3):
         engine.optimizer.param_groups[0]["lr"] *= 0.5

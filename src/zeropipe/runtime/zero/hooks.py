@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
@@ -260,10 +261,15 @@ def _attributes(thing: Any) -> list[Any]:
 
 
 def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep torch.compile out of ``hook``: what ``torch.compiler.disable`` sets, without importing the compiler."""
+    """Keep torch.compile out of ``hook`` and all that it calls: what ``torch.compiler.disable`` does, without
+    importing the compiler."""
 
     def untraced(*args: Any) -> Any:
-        return hook(*args)
+        before = set_eval_frame(None)
+        try:
+            return hook(*args)
+        finally:
+            set_eval_frame(before)
 
     untraced._torchdynamo_disable = True  # type: ignore[attr-defined]
     return untraced
