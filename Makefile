@@ -7,13 +7,14 @@ ARGS   ?=
 
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: train test check unit soak bench docs clean
+.PHONY: train test check soak clean
 
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,plot]'
-	touch $@
+	@echo "installing the pinned packages into $(VENV) (once, a minute or two)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,plot]'
+	@touch $@
 
 train: $(STAMP)  ## train a small GPT on the Python standard library's source, ZeRO stage 2, two ranks
 	@$(BIN)/python examples/train_gpt.py $(ARGS)
