@@ -36,6 +36,7 @@ class Files:
         self.folder = folder
         self._mappings: dict[int, _Mapping] = {}  # by the address of their first byte
         self._reader: ThreadPoolExecutor | None = None  # one thread that asks the system to read ahead
+        self._closed = False
 
     def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A new 1-D tensor of zeros; its file goes when the last view of it goes."""
@@ -77,7 +78,7 @@ class Files:
     def read_ahead(self, tensor: torch.Tensor) -> None:
         """Let the system begin to read ``tensor`` from its disk; returns at once."""
         found = self._range(tensor)
-        if found is not None:
+        if found is not None and not self._closed:
             if self._reader is None:
                 self._reader = ThreadPoolExecutor(1, "zeropipe-read-ahead")
             mapping, start, length = found
@@ -86,6 +87,7 @@ class Files:
 
     def close(self) -> None:
         """End the thread. Tensors that somebody still holds stay valid."""
+        self._closed = True
         if self._reader is not None:
             self._reader.shutdown(wait=True)
             self._reader = None
