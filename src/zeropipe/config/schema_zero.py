@@ -11,6 +11,9 @@ _QUANTIZED = Refused(
     "zeropipe sends parameters and gradients unquantized, so that numbers do not depend on the number of ranks",
     "remove the key or set it to false",
 )
+_MAPPED = NoEffect("files are mapped into memory and need no buffers")
+_CACHED = NoEffect("the system keeps as much of the files in memory as is free")
+_PIPELINED = NoEffect("the next piece is read, and the last one written, while the current one steps")
 _UNLIMITED = 2**63 - 1
 
 
@@ -19,9 +22,11 @@ class OffloadParam(Section):
 
     device: Device = key("none", "none, cpu, or nvme (files under nvme_path).")
     nvme_path: str | None = key(None, "A folder on a fast local disk; needed with nvme.")
-    buffer_count: Count = key(5, "Buffers for reading and writing files.", ge=0)
-    buffer_size: Count = key(100_000_000, "Elements of one file buffer.", ge=0)
-    max_in_cpu: Count = key(1_000_000_000, "Elements that stay in CPU memory beside files.", ge=0)
+    buffer_count: Annotated[Count, _MAPPED] = key(5, "Buffers for reading and writing files.", ge=0)
+    buffer_size: Annotated[Count, _MAPPED] = key(100_000_000, "Elements of one file buffer.", ge=0)
+    max_in_cpu: Annotated[Count, _CACHED] = key(
+        1_000_000_000, "Elements that stay in CPU memory beside files.", ge=0
+    )
     pin_memory: bool = key(True, "Pin CPU memory, so that copies to the GPU run beside computation.")
 
 
@@ -30,11 +35,15 @@ class OffloadOptimizer(Section):
 
     device: Device = key("none", "none, cpu, or nvme (files under nvme_path; stage 3).")
     nvme_path: str | None = key(None, "A folder on a fast local disk; needed with nvme.")
-    buffer_count: Count = key(4, "Buffers for reading and writing files.", ge=0)
+    buffer_count: Annotated[Count, _MAPPED] = key(4, "Buffers for reading and writing files.", ge=0)
     pin_memory: bool = key(True, "Pin CPU memory, so that copies run beside computation.")
-    pipeline_read: bool = key(False, "Read the next piece of state while the current one steps.")
-    pipeline_write: bool = key(False, "Write the last piece of state while the current one steps.")
-    pipeline: bool = key(False, "Both pipeline_read and pipeline_write.")
+    pipeline_read: Annotated[bool, _PIPELINED] = key(
+        False, "Read the next piece of state while the current one steps."
+    )
+    pipeline_write: Annotated[bool, _PIPELINED] = key(
+        False, "Write the last piece of state while the current one steps."
+    )
+    pipeline: Annotated[bool, _PIPELINED] = key(False, "Both pipeline_read and pipeline_write.")
     fast_init: Annotated[bool, NoEffect("files are written once, at the first step")] = key(
         False, "Write the files quickly at the start."
     )
@@ -94,7 +103,11 @@ class ZeroOptimization(Section):
     load_from_fp32_weights: bool = key(
         True, "Restore fp32 masters from the checkpoint, instead of from its 16-bit weights."
     )
-    sub_group_size: Count = key(1_000_000_000, "Elements that the optimizer steps at a time (stage 3).", ge=0)
+    sub_group_size: Count = key(
+        1_000_000_000,
+        "Elements that the optimizer steps at a time, from files (stage 3); default 2**24.",
+        ge=0,
+    )
     offload_param: OffloadParam = key(OffloadParam(), "Move parameter shards off the device (stage 3).")
     offload_optimizer: OffloadOptimizer = key(OffloadOptimizer(), "Move optimizer state off the device.")
 
@@ -130,9 +143,11 @@ class ZeroOptimization(Section):
     mics_shard_size: Count = key(
         -1, "Ranks that share one copy of the shards (MiCS, stage 3); -1: all of them.", ge=-1
     )
-    mics_hierarchical_params_gather: bool = key(False, "Gather first between nodes, then inside each.")
+    mics_hierarchical_params_gather: Annotated[
+        bool, NoEffect("the backend's gather knows the nodes, and the values are the same")
+    ] = key(False, "Gather first between nodes, then inside each.")
     zero_hpz_partition_size: Count = key(
-        1, "Ranks of a second copy of the parameter shards for backward (stage 3); 1: none.", ge=0
+        1, "Another name for mics_shard_size, for those who know hpZ (stage 3); 1: off.", ge=0
     )
     memory_efficient_linear: bool = key(True, "zero.Init makes linear layers save only their inputs.")
     override_module_apply: bool = key(True, "Under stage 3, Module.apply sees whole parameters.")

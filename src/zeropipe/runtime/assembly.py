@@ -142,7 +142,7 @@ def policy_of(config: Config) -> Policy:
         optimizer_folder=zero.offload_optimizer.nvme_path or "",
         param_folder=zero.offload_param.nvme_path or "",
         pin_memory=zero.offload_optimizer.pin_memory and zero.offload_param.pin_memory,
-        sub_group_numel=zero.sub_group_size
+        sub_group_numel=max(zero.sub_group_size, 1)
         if "sub_group_size" in zero.model_fields_set
         else AUTO_SUB_GROUP_NUMEL,
     )
