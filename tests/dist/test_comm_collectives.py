@@ -432,14 +432,14 @@ def list_events(rank: int, size: int) -> list[Event]:
 def test_records_have_counts_bytes_and_labels(pool: Pools) -> None:
     for events in pool(2).run(list_events):
         assert events == [
-            Event("all_reduce", 2, 40, "a", False),
-            Event("reduce_scatter", 2, 32, "b", True),
-            Event("all_gather", 2, 12, "c", False),
-            Event("broadcast", 2, 16, "", False),
-            Event("all_to_all", 2, 16, "", False),
-            Event("reduce_to_owners", 2, 48, "", False),
+            Event("all_reduce", 2, 40, "a", False, (0, 1)),
+            Event("reduce_scatter", 2, 32, "b", True, (0, 1)),
+            Event("all_gather", 2, 12, "c", False, (0, 1)),
+            Event("broadcast", 2, 16, "", False, (0, 1)),
+            Event("all_to_all", 2, 16, "", False, (0, 1)),
+            Event("reduce_to_owners", 2, 48, "", False, (0, 1)),
             Event("barrier", 2, 0, "z", False),
-            Event("all_reduce", 2, 0, "", False),
+            Event("all_reduce", 2, 0, "", False, (0, 1)),
         ]
 
 

@@ -133,6 +133,8 @@ def greet(
     def compare() -> int:
         try:
             while greeting.lowest is None:
+                if not queue:
+                    raise DesyncError(f"'{label}' was given up: ranks had gone different ways before it")
                 queue[0].compare()
                 queue.popleft()
         except BaseException:
