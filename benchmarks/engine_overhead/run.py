@@ -53,7 +53,7 @@ def main() -> None:
             )
         numbers[name] = turns
     if importlib.util.find_spec("deepspeed") is None:
-        lines.append(f"\nDeepSpeed was left out: {sys.executable} does not have it.")
+        lines.append("\nDeepSpeed was left out: this interpreter does not have it.")
     report.write(
         args.out, "What the engine adds to a step, in one process", "\n".join(lines), {"turns": numbers}
     )
