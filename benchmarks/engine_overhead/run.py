@@ -10,7 +10,6 @@ import argparse
 import importlib.util
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
