@@ -22,7 +22,7 @@ def read(description: str | None) -> argparse.Namespace:
     add("--nproc", type=_positive, default=torch.cuda.device_count() or 2, help="ranks on this machine")
     add("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage (default: the config's, or 2)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="precision (default: the config's, or fp32)")
-    add("--steps", type=_positive, default=1400, help="length of the run (default: %(default)s)")
+    add("--steps", type=_positive, default=1000, help="length of the run (default: %(default)s)")
     add("--save-every", type=_positive, default=50, metavar="STEPS")
     add("--measure-every", type=_positive, default=100, metavar="STEPS", help="on held-out text")
     add(
