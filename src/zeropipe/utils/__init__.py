@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from zeropipe.runtime.zero.leaf import unset_z3_leaf_modules as unset_z3_leaf_modules
     from zeropipe.runtime.zero.leaf import z3_leaf_module as z3_leaf_module
     from zeropipe.runtime.zero.leaf import z3_leaf_parameter as z3_leaf_parameter
+    from zeropipe.utils.init_on_device import OnDevice as OnDevice
+    from zeropipe.utils.logging import log_dist as log_dist
 
 # public name -> module that defines it: by path, as most of them live above this one in the layers.
 _ACCESS = "zeropipe.runtime.zero.access"
@@ -40,7 +42,9 @@ _LAZY = MappingProxyType(
         "unset_z3_leaf_modules": _LEAF,
         "z3_leaf_module": _LEAF,
         "z3_leaf_parameter": _LEAF,
+        "OnDevice": "zeropipe.utils.init_on_device",
         "RepeatingLoader": "zeropipe.runtime.dataloader",
+        "log_dist": "zeropipe.utils.logging",
         **{
             f"safe_{verb}_{extent}_{what}": _ACCESS
             for verb in ("get", "set")
@@ -49,13 +53,16 @@ _LAZY = MappingProxyType(
         },
     }
 )
+_MODULES = ("groups", "init_on_device", "logging", "tensor_fragment", "zero_to_fp32")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_MODULES})

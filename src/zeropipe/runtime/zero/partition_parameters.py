@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from zeropipe.accelerator import get_accelerator
 from zeropipe.runtime.zero.external import register_external_parameter, unregister_external_parameter
 from zeropipe.runtime.zero.gather import GatheredParameters
 from zeropipe.runtime.zero.init import Init
@@ -37,24 +37,3 @@ def zero_wrapper_for_fp_tensor_constructor(
     The dtype is torch's default dtype, which ``Init`` sets, so that an explicit ``dtype=`` is respected.
     """
     return fn
-
-
-class _Accelerator:
-    """The two questions that replacements of the above ask of a device."""
-
-    def device_name(self, device_index: int | str | None = None) -> str:
-        """``cuda``, ``cuda:1`` or ``cpu``."""
-        if not torch.cuda.is_available():
-            return "cpu"
-        return "cuda" if device_index is None else f"cuda:{int(device_index)}"
-
-    def current_device_name(self) -> str:
-        return self.device_name(torch.cuda.current_device() if torch.cuda.is_available() else None)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cuda if torch.cuda.is_available() else torch.cpu, name)
-
-
-def get_accelerator() -> _Accelerator:
-    """The device that this process computes on."""
-    return _Accelerator()

@@ -1,0 +1,170 @@
+"""Makes ``import deepspeed`` and everything below it give zeropipe's own modules and objects, as the table says.
+
+A second import of the same files under another name would make second classes: ``isinstance`` would fail and a
+patch would not be seen. So a loader here returns the module that exists.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Sequence
+from email.message import Message
+from importlib import metadata
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, cast
+
+from zeropipe.compat.table import ABSENT, MODULES, NAMES, VERSION
+from zeropipe.errors import UsageError, describe
+
+ROOT = "deepspeed"
+
+
+def absent(path: str) -> str:
+    """The message for a name below ``deepspeed`` that zeropipe does not offer."""
+    known = next((key for key in ABSENT if path == key or path.startswith(key + ".")), None)
+    return describe(
+        f"{ROOT}.{path} is not part of zeropipe, which stands in for deepspeed here",
+        fix=None if known is None else ABSENT[known],
+    )
+
+
+def _exists(path: str) -> bool:
+    return path == "" or path in MODULES or path in NAMES
+
+
+def _resolve(target: str) -> Any:
+    module, _, name = target.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+class _AliasLoader(Loader):
+    """Hands out the real module of an alias, or makes the module of a table of names."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        if self._path in MODULES:
+            real = importlib.import_module(MODULES[self._path])
+            self._spec = real.__spec__, getattr(real, "__loader__", None), real.__package__
+            return real
+        return ModuleType(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if self._path in MODULES:
+            # The import system has written the alias's spec over the module's own.
+            module.__spec__, module.__loader__, module.__package__ = self._spec
+        else:
+            fill(module, self._path)
+
+    def get_code(self, fullname: str) -> Any:
+        """For ``python -m deepspeed.launcher.runner``: the code of the real module."""
+        spec = importlib.util.find_spec(MODULES[self._path]) if self._path in MODULES else None
+        loader = None if spec is None else cast(Any, spec.loader)
+        return None if loader is None else loader.get_code(loader.name)
+
+
+def fill(module: ModuleType, path: str) -> None:
+    """Make ``module`` answer for the names that the table has under ``path``."""
+    names = NAMES[path]
+
+    def lookup(name: str) -> Any:
+        below = _below(path, name)
+        if name in names:
+            value = _resolve(names[name])
+        elif _exists(below):
+            value = importlib.import_module(f"{ROOT}.{below}")
+        elif name.startswith("__"):
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+        else:
+            raise AttributeError(absent(below))
+        setattr(module, name, value)
+        return value
+
+    prefix = path + "." if path else ""
+    children = {key[len(prefix) :] for key in (*MODULES, *NAMES) if key and key.startswith(prefix)}
+    offered = sorted({*names, *(child for child in children if child and "." not in child)})
+    module.__doc__ = f"zeropipe, under the name {module.__name__}."
+    module.__path__ = []
+    vars(module).update(__getattr__=lookup, __dir__=lambda: sorted({*vars(module), *offered}))
+    if path == "":
+        vars(module).update(__version__=VERSION, __zeropipe__=True)
+
+
+class AliasFinder(MetaPathFinder):
+    """Finds ``deepspeed`` and the modules below it.
+
+    ``with_metadata``: also answer ``importlib.metadata.version("deepspeed")``, where no distribution does.
+    """
+
+    def __init__(self, with_metadata: bool) -> None:
+        self._with_metadata = with_metadata
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of an alias. Raises ModuleNotFoundError for a name below deepspeed that is not offered."""
+        root, _, below = fullname.partition(".")
+        if root != ROOT:
+            return None
+        if not _exists(below):
+            # Without ``name``: ``from deepspeed import x`` would hide an error that carries it.
+            raise ModuleNotFoundError(absent(below))
+        holds_more = below in NAMES or any(key.startswith(below + ".") for key in MODULES)
+        return ModuleSpec(fullname, _AliasLoader(below), origin="zeropipe", is_package=holds_more)
+
+    def find_distributions(
+        self, context: metadata.DistributionFinder.Context | None = None
+    ) -> Iterable[metadata.Distribution]:
+        name = getattr(context, "name", None)
+        return [_Distribution()] if self._with_metadata and name in (ROOT, None) else []
+
+
+class _Distribution(metadata.Distribution):
+    """What ``importlib.metadata`` says of deepspeed in a process where only the alias is there."""
+
+    def read_text(self, filename: str) -> str | None:
+        if filename == "METADATA":
+            message = Message()
+            message["Metadata-Version"] = "2.1"
+            message["Name"] = ROOT
+            message["Version"] = VERSION
+            message["Requires-Dist"] = "zeropipe"
+            return str(message)
+        return ROOT + "\n" if filename == "top_level.txt" else None
+
+    def locate_file(self, path: Any) -> Any:
+        raise FileNotFoundError(f"{path}: deepspeed is an alias in this process, not an installed package")
+
+
+def install_as_deepspeed() -> ModuleType:
+    """Have this process import zeropipe under the name ``deepspeed``; may be repeated. Returns that module.
+
+    Call it before libraries are imported that look for deepspeed (transformers and accelerate keep the answer),
+    in every process. Raises UsageError where the real package has been imported already.
+    """
+    present = sys.modules.get(ROOT)
+    if present is not None and getattr(present, "__zeropipe__", False):
+        return present
+    if present is not None and not getattr(present, "__zeropipe_shim__", False):
+        raise UsageError(
+            describe(
+                "install_as_deepspeed: the real deepspeed is imported already",
+                found=getattr(present, "__file__", None),
+                fix="call zeropipe.compat.install_as_deepspeed() first, before any other import",
+            )
+        )
+    sys.meta_path.insert(0, AliasFinder(with_metadata=present is None))
+    if present is None:
+        return importlib.import_module(ROOT)
+    fill(present, "")
+    return present

@@ -1,0 +1,125 @@
+"""Which object of zeropipe stands behind each name of the package ``deepspeed``: data, read by the finder."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Final
+
+import zeropipe
+
+PEER_VERSION: Final = "0.19.8"  # whose interface this is; clients compare against it
+VERSION: Final = f"{PEER_VERSION}+zeropipe.{zeropipe.__version__}"
+
+# Path below ``deepspeed`` -> the module that it is: the same object, so that patches and pickles agree.
+MODULES: Final = MappingProxyType(
+    {
+        "accelerator": "zeropipe.accelerator",
+        "checkpoint": "zeropipe.checkpoint",
+        "checkpoint.constants": "zeropipe.checkpoint.constants",
+        "checkpoint.deepspeed_checkpoint": "zeropipe.checkpoint.deepspeed_checkpoint",
+        "checkpoint.reshape_3d_utils": "zeropipe.checkpoint.reshape_3d_utils",
+        "checkpoint.reshape_meg_2d": "zeropipe.checkpoint.reshape_meg_2d",
+        "checkpoint.reshape_utils": "zeropipe.checkpoint.reshape_utils",
+        "checkpoint.universal_checkpoint": "zeropipe.checkpoint.universal_checkpoint",
+        "checkpoint.utils": "zeropipe.checkpoint.utils",
+        "checkpoint.zero_checkpoint": "zeropipe.checkpoint.zero_checkpoint",
+        "checkpointing": "zeropipe.checkpointing",
+        "comm": "zeropipe.comm",
+        "comm.comm": "zeropipe.comm",
+        "launcher.runner": "zeropipe.compat.runner",
+        "pipe": "zeropipe.pipe",
+        "runtime.activation_checkpointing.checkpointing": "zeropipe.checkpointing",
+        "runtime.base_optimizer": "zeropipe.runtime.base_optimizer",
+        "runtime.dataloader": "zeropipe.runtime.dataloader",
+        "runtime.engine": "zeropipe.runtime.engine",
+        "runtime.fp16": "zeropipe.runtime.fp16",
+        "runtime.fp16.loss_scaler": "zeropipe.runtime.fp16.loss_scaler",
+        "runtime.fp16.onebit": "zeropipe.runtime.fp16.onebit",
+        "runtime.fp16.onebit.adam": "zeropipe.runtime.fp16.onebit.adam",
+        "runtime.fp16.onebit.lamb": "zeropipe.runtime.fp16.onebit.lamb",
+        "runtime.fp16.onebit.zoadam": "zeropipe.runtime.fp16.onebit.zoadam",
+        "runtime.lr_schedules": "zeropipe.runtime.lr_schedules",
+        "runtime.pipe": "zeropipe.runtime.pipe",
+        "runtime.pipe.engine": "zeropipe.runtime.pipe.engine",
+        "runtime.pipe.module": "zeropipe.runtime.pipe.module",
+        "runtime.pipe.schedule": "zeropipe.runtime.pipe.schedule",
+        "runtime.pipe.topology": "zeropipe.runtime.pipe.topology",
+        "runtime.utils": "zeropipe.runtime.utils",
+        "runtime.zero": "zeropipe.runtime.zero",
+        "runtime.zero.config": "zeropipe.runtime.zero.config",
+        "runtime.zero.mics": "zeropipe.runtime.zero.mics",
+        "runtime.zero.partition_parameters": "zeropipe.runtime.zero.partition_parameters",
+        "runtime.zero.tiling": "zeropipe.runtime.zero.tiling",
+        "utils": "zeropipe.utils",
+        "utils.groups": "zeropipe.utils.groups",
+        "utils.logging": "zeropipe.utils.logging",
+        "utils.tensor_fragment": "zeropipe.utils.tensor_fragment",
+        "utils.zero_to_fp32": "zeropipe.utils.zero_to_fp32",
+        "zero": "zeropipe.runtime.zero",
+    }
+)
+
+_FUSED: Final = "zeropipe.runtime.optimizers.fused"
+# Path below ``deepspeed`` of a module that is made of names of several -> {name: "module:object" or "module"}.
+NAMES: Final = MappingProxyType(
+    {
+        "": {
+            "DeepSpeedEngine": "zeropipe.runtime.engine:DeepSpeedEngine",
+            "DeepSpeedOptimizer": "zeropipe.runtime.base_optimizer:DeepSpeedOptimizer",
+            "OnDevice": "zeropipe.utils:OnDevice",
+            "PipelineEngine": "zeropipe.runtime.pipe.engine:PipelineEngine",
+            "PipelineModule": "zeropipe.runtime.pipe.module:PipelineModule",
+            "add_config_arguments": "zeropipe.entry:add_config_arguments",
+            "add_tuning_arguments": "zeropipe.runtime.lr_schedules:add_tuning_arguments",
+            "get_accelerator": "zeropipe.accelerator:get_accelerator",
+            "init_distributed": "zeropipe.comm.startup:init_distributed",
+            "initialize": "zeropipe.entry:initialize",
+            "log_dist": "zeropipe.utils.logging:log_dist",
+            "logger": "zeropipe.utils.logging:logger",
+        },
+        "launcher": {},
+        "ops": {},
+        "ops.adagrad": {"DeepSpeedCPUAdagrad": f"{_FUSED}:DeepSpeedCPUAdagrad"},
+        "ops.adagrad.cpu_adagrad": {"DeepSpeedCPUAdagrad": f"{_FUSED}:DeepSpeedCPUAdagrad"},
+        "ops.adam": {
+            "DeepSpeedCPUAdam": f"{_FUSED}:DeepSpeedCPUAdam",
+            "FusedAdam": f"{_FUSED}:FusedAdam",
+        },
+        "ops.adam.cpu_adam": {"DeepSpeedCPUAdam": f"{_FUSED}:DeepSpeedCPUAdam"},
+        "ops.adam.fused_adam": {"FusedAdam": f"{_FUSED}:FusedAdam"},
+        "ops.lamb": {"FusedLamb": f"{_FUSED}:FusedLamb"},
+        "ops.lamb.fused_lamb": {"FusedLamb": f"{_FUSED}:FusedLamb"},
+        "ops.lion": {
+            "DeepSpeedCPULion": f"{_FUSED}:DeepSpeedCPULion",
+            "FusedLion": f"{_FUSED}:FusedLion",
+        },
+        "ops.lion.cpu_lion": {"DeepSpeedCPULion": f"{_FUSED}:DeepSpeedCPULion"},
+        "ops.lion.fused_lion": {"FusedLion": f"{_FUSED}:FusedLion"},
+        "runtime": {},
+        "runtime.activation_checkpointing": {},
+        "utils.init_on_device": {"OnDevice": "zeropipe.utils:OnDevice"},
+    }
+)
+
+# What people ask for and is not here -> what to do instead.
+ABSENT: Final = MappingProxyType(
+    {
+        "autotuning": "measure a few values of train_micro_batch_size_per_gpu with your own script",
+        "compression": "compress the trained model with another library",
+        "elasticity": "a checkpoint loads at any number of ranks; torchrun restarts the job",
+        "inference": "serve the exported weights with an inference engine",
+        "init_inference": "serve the exported weights with an inference engine",
+        "linear": "use peft for adapters",
+        "model_implementations": "serve the exported weights with an inference engine",
+        "module_inject": "use torch.distributed.tensor.parallel",
+        "moe": "write the experts as modules and mark them with set_z3_leaf_modules",
+        "nebula": "checkpoints go to a file system",
+        "ops.sparse_attention": "use torch.nn.attention.flex_attention",
+        "ops.transformer": "use the model's own layers",
+        "profiling": "use torch.profiler, or wall_clock_breakdown in the configuration",
+        "runtime.sequence_parallel": "use torch.distributed.tensor.experimental.context_parallel",
+        "runtime.tensor_parallel": "use torch.distributed.tensor.parallel",
+        "sequence": "use torch.distributed.tensor.experimental.context_parallel",
+        "tp_model_init": "use torch.distributed.tensor.parallel",
+    }
+)

@@ -1,0 +1,48 @@
+"""The process groups that every rank has when nothing but data is divided, under the names that clients ask for.
+
+A model that is divided in other ways carries its groups itself, in the grid of its ``PipelineModule``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zeropipe.comm.group import world
+
+
+def get_world_group() -> Any:
+    """The process group of all ranks."""
+    return world().pg
+
+
+def get_data_parallel_group() -> Any:
+    """The process group of all ranks, which all hold different data."""
+    return world().pg
+
+
+def get_data_parallel_rank() -> int:
+    return world().rank
+
+
+def get_data_parallel_world_size() -> int:
+    return world().size
+
+
+def get_model_parallel_rank() -> int:
+    """0: tensors are not divided among ranks."""
+    return 0
+
+
+def get_model_parallel_world_size() -> int:
+    """1: tensors are not divided among ranks."""
+    return 1
+
+
+def _get_sequence_parallel_rank() -> int:
+    """0: sequences are not divided among ranks."""
+    return 0
+
+
+def _get_sequence_parallel_world_size() -> int:
+    """1: sequences are not divided among ranks."""
+    return 1
