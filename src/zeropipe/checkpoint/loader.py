@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zeropipe.checkpoint import tags
+from zeropipe.checkpoint.dcp import DcpSource
 from zeropipe.checkpoint.files import check_file
 from zeropipe.checkpoint.legacy import open_peer
 from zeropipe.checkpoint.manifest import Manifest, read_manifest
@@ -15,6 +16,7 @@ from zeropipe.checkpoint.source import OurSource, Source
 from zeropipe.checkpoint.state import LoadedState, LocalState
 from zeropipe.checkpoint.universal.read import UniversalSource
 from zeropipe.comm.collectives import all_gather_object, broadcast_object
+from zeropipe.comm.dcp import INDEX_NAME
 from zeropipe.comm.group import SELF, Group
 from zeropipe.errors import CheckpointError, describe
 
@@ -26,14 +28,12 @@ def open_source(
     trust: bool = False,
     order: Sequence[Sequence[str]] = (),
 ) -> Source:
-    """Open a checkpoint of ours or DeepSpeed's for reading, in one process.
+    """Open a checkpoint of ours, DeepSpeed's or torch's DCP for reading, in one process.
 
     ``folder`` may be a tag's folder itself. ``order``: names of the optimizer's parameters by group, which
     DeepSpeed's stage 0 files do not tell. Raises CheckpointError when there is none, or it cannot be read.
     """
     root = Path(folder)
-    if tag is None and tags.is_checkpoint(root):
-        return open_folder(root, root.name, trust=trust, order=order)
     choice = tags.choose(root, tag)
     errors = list(choice.notices)
     for candidate in choice.candidates:
@@ -52,6 +52,8 @@ def open_folder(path: Path, tag: str, *, trust: bool = False, order: Sequence[Se
         return OurSource(path, manifest, trust=trust)
     if (path / "zero").is_dir():
         return UniversalSource(path, tag, trust=trust)
+    if (path / INDEX_NAME).exists():
+        return DcpSource(path, tag, trust=trust)
     return open_peer(path, tag, trust=trust, order=order)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zeropipe.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from zeropipe.comm.dcp import INDEX_NAME
 from zeropipe.errors import CheckpointError, describe
 
 LATEST = "latest"
@@ -62,11 +63,16 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def choose(folder: Path, tag: str | None) -> Choice:
-    """Which folders to try, best first; no candidate where there is nothing at all."""
+    """Which folders to try, best first; no candidate where there is nothing at all.
+
+    Without a tag, ``folder`` may be a tag's folder itself, or one that torch's DCP wrote.
+    """
     if tag is not None:
         found = _locate(folder, tag)
         missing = () if found else (f"there is no checkpoint {tag!r} in {folder}",)
         return Choice((found,) if found else (), missing, True)
+    if is_checkpoint(folder):
+        return Choice((Candidate(folder.name, folder),), (), True)
     notices: list[str] = []
     named = _latest(folder)
     first = None
@@ -105,6 +111,7 @@ def is_checkpoint(path: Path) -> bool:
         or any(path.glob("*_model_states.pt"))
         or any(path.glob("*-model_states.pt"))
         or (path / "zero").is_dir()
+        or (path / INDEX_NAME).exists()
     )
 
 

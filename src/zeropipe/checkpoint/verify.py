@@ -9,6 +9,7 @@ from pathlib import Path
 
 from zeropipe.checkpoint.files import check_file, load_torch
 from zeropipe.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from zeropipe.comm.dcp import INDEX_NAME, read_chunk, read_index
 from zeropipe.errors import CheckpointError
 
 
@@ -35,14 +36,16 @@ class Finding:
 def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) -> list[Finding]:
     """One finding per file of a tag's folder. ``progress`` gets the bytes of each file done.
 
-    Without a manifest (files of DeepSpeed) each file is opened, which finds truncation but not flipped bytes.
+    Without a manifest (files of DeepSpeed, of torch's DCP) each file is opened, which finds truncation but not
+    flipped bytes.
     """
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return [Finding(MANIFEST_NAME, _size(folder / MANIFEST_NAME), FileState.DAMAGED, str(error))]
     if manifest is None:
-        return [_open(path, progress) for path in sorted(folder.glob("**/*.pt"))]
+        chunks = _chunks(folder, progress) if (folder / INDEX_NAME).exists() else []
+        return chunks + [_open(path, progress) for path in sorted(folder.glob("**/*.pt"))]
     findings = [Finding(MANIFEST_NAME, _size(folder / MANIFEST_NAME), FileState.WHOLE)]
     for record in manifest.files:
         path = folder / record.name
@@ -68,6 +71,27 @@ def _open(path: Path, progress: Callable[[int], None]) -> Finding:
         finding = Finding(path.name, _size(path), FileState.DAMAGED, str(error))
     progress(finding.bytes)
     return finding
+
+
+def _chunks(folder: Path, progress: Callable[[int], None]) -> list[Finding]:
+    """DCP: every chunk that the index names is read."""
+    try:
+        index = read_index(folder)
+    except CheckpointError as error:
+        return [Finding(INDEX_NAME, _size(folder / INDEX_NAME), FileState.DAMAGED, str(error))]
+    faults: dict[str, str] = {chunk.file: "" for stored in index.values() for chunk in stored.chunks}
+    for stored in index.values():
+        for chunk in stored.chunks:
+            try:
+                read_chunk(folder, chunk)
+            except CheckpointError as error:
+                faults[chunk.file] = faults[chunk.file] or str(error)
+            progress(chunk.length)
+    found = [Finding(INDEX_NAME, _size(folder / INDEX_NAME), FileState.UNCHECKED)]
+    for file, fault in sorted(faults.items()):
+        lost = FileState.DAMAGED if (folder / file).exists() else FileState.MISSING
+        found.append(Finding(file, _size(folder / file), lost if fault else FileState.UNCHECKED, fault))
+    return found
 
 
 def _size(path: Path) -> int:

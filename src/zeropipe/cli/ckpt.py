@@ -23,6 +23,7 @@ from rich.table import Table
 from zeropipe.checkpoint import tags
 from zeropipe.checkpoint.compare import compare
 from zeropipe.checkpoint.convert import convert as convert_checkpoint
+from zeropipe.checkpoint.dcp import write_dcp
 from zeropipe.checkpoint.export import export as export_weights
 from zeropipe.checkpoint.loader import open_source
 from zeropipe.checkpoint.manifest import read_manifest
@@ -150,7 +151,7 @@ def diff(
 def convert(
     folder: Folder,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT")],
-    to: Annotated[str, typer.Option("--to", help="deepspeed, zeropipe or universal.")] = "deepspeed",
+    to: Annotated[str, typer.Option("--to", help="deepspeed, zeropipe, universal or dcp.")] = "deepspeed",
     dp: Annotated[
         int | None, typer.Option("--dp", min=1, help="Ranks of the result; default: as saved.")
     ] = None,
@@ -163,13 +164,18 @@ def convert(
     if to == "universal":
         with _bar("writing", len(list(weights(source))), files=False) as advance:
             path = write_universal(source, output, progress=advance)
+    elif to == "dcp":
+        with _bar("writing", len(list(weights(source))), files=False) as advance:
+            path = write_dcp(source, output, progress=advance)
     elif to in ("deepspeed", "zeropipe"):
         ranks = source.degrees.get("dp", 1) if dp is None else dp
         with _bar("writing", ranks, files=False) as advance:
             at = source.stage if stage is None else stage
             path = convert_checkpoint(source, output, stage=at, dp=ranks, progress=advance)
     else:
-        raise CheckpointError(describe("convert --to", expected="deepspeed, zeropipe or universal", found=to))
+        raise CheckpointError(
+            describe("convert --to", expected="deepspeed, zeropipe, universal or dcp", found=to)
+        )
     Console(soft_wrap=True).print(f"wrote {path}", highlight=False, markup=False)
 
 
@@ -228,8 +234,6 @@ def prune(
 
 
 def _locate(folder: Path, tag: str | None) -> Path:
-    if tag is None and tags.is_checkpoint(folder):
-        return folder
     choice = tags.choose(folder, tag)
     if not choice.candidates:
         raise CheckpointError("; ".join(choice.notices))

@@ -1,0 +1,237 @@
+"""torch's distributed checkpoints (DCP), as FSDP and others save them: opened as a source, and written from one.
+
+The keys are those of ``{"model": get_model_state_dict(...), "optim": get_optimizer_state_dict(...)}``:
+
+    model.NAME   optim.state.NAME.exp_avg   optim.state.NAME.step   optim.param_groups.0.lr   ...
+
+Read are also ``module``/``app`` and ``optimizer`` as first words, the weights without a first word, and the form
+of ``flatten_optimizer_state_dict=True``. What DCP has no place for (counters, schedule, scale, random states,
+client state) goes into one more value, ``zeropipe``, which readers that do not ask for it never see.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeropipe.checkpoint.files import sync_folder
+from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
+from zeropipe.checkpoint.naming import is_plain
+from zeropipe.checkpoint.source import Source, read_full
+from zeropipe.checkpoint.state import FP32, PARAM, TrainState
+from zeropipe.checkpoint.weights import aliases, weights
+from zeropipe.comm.dcp import Key, Lazy, Stored, flatten, read_chunk, read_index, read_tensor, write
+from zeropipe.errors import CheckpointError, describe
+from zeropipe.layout.flat import FlatShards, TensorSpec
+
+OURS = "zeropipe"
+_MODELS = ("model", "module", "app", "state_dict")
+_OPTIMIZERS = ("optim", "optimizer", "optimizers")
+_GROUPS = "param_groups"
+
+
+class DcpSource:
+    """A folder with DCP's ``.metadata``. Raises CheckpointError when it cannot be read safely, or has no weights."""
+
+    def __init__(self, folder: Path, tag: str, *, trust: bool = False) -> None:
+        self.folder = folder
+        self.tag = tag
+        self._trust = trust
+        self._values: dict[str, Stored] = {}  # parameter or buffer -> its value
+        self._state: dict[str, dict[str, Stored]] = {}  # parameter -> "exp_avg", "step", ...
+        self._groups: list[dict[str, Any]] = []
+        self._kept: tuple[tuple[str, str], torch.Tensor] | None = None  # the tensor read last
+        index = read_index(folder)
+        ours = next((s for s in index.values() if s.key == (OURS,)), None)
+        self._ours: dict[str, Any] = {} if ours is None else self._value(ours)
+        self._sort(index)
+        if not self._values:
+            raise CheckpointError(
+                describe(
+                    f"{folder} is a DCP checkpoint without weights that can be told apart",
+                    expected="keys such as model.NAME, or NAME alone",
+                    found=", ".join(list(index)[:5]) or "no key",
+                    fix='save {"model": get_model_state_dict(...), "optim": get_optimizer_state_dict(...)}',
+                )
+            )
+        self.stage = int(self._ours.get("stage", 0))
+        self.degrees = dict(self._ours.get("degrees") or {"dp": 1, "tp": 1, "pp": 1})
+        self.world = len(self._ours.get("per_rank") or [None])
+        self.optimizer = str(self._ours.get("optimizer", ""))
+        self.tied: Mapping[str, str] = dict(self._ours.get("tied") or {})
+        group_of = {n: i for i, g in enumerate(self._groups) for n in g.get("params", ())}
+        self.flats = tuple(
+            self._flat(name, group_of.get(name, 0)) for name in self._values if name in self._state
+        )
+        kinds: Mapping[str, str] = self._ours.get("kinds") or {}
+        self.module = tuple(
+            TensorEntry(n, s.shape, s.dtype, kinds.get(n, self._kind(n, s)), s.chunks[0].file)
+            for n, s in self._values.items()
+            if n not in self.tied
+        )
+        first = next((e.dtype for e in self.module if e.kind == "param"), "float32")
+        self.dtype = str(self._ours.get("dtype", first))
+
+    @property
+    def param_groups(self) -> tuple[dict[str, Any], ...]:
+        return tuple(
+            {k: v for k, v in g.items() if k != "params"} | {"param_names": list(g.get("params", ()))}
+            for g in self._groups
+        )
+
+    def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
+        if self._kept is None or self._kept[0] != (entry.name, key):
+            self._kept = None  # one tensor at a time
+            stored = self._values[entry.name] if key == FP32 else self._state[entry.name][key]
+            self._kept = ((entry.name, key), read_tensor(self.folder, stored).reshape(-1))
+        return self._kept[1]
+
+    def flat_scalars(self, entry: FlatEntry) -> dict[str, Any]:
+        found = self._state[entry.name]
+        return {
+            key: read_tensor(self.folder, s).view(()) if s.dtype else self._value(s)
+            for key, s in found.items()
+            if key not in entry.keys
+        }
+
+    def module_tensor(self, entry: TensorEntry) -> torch.Tensor:
+        return read_tensor(self.folder, self._values[entry.name])
+
+    def train_state(self, rank: int) -> TrainState:
+        per_rank = self._ours.get("per_rank") or []
+        train = dict(self._ours.get("train") or {})
+        return TrainState(**train, per_rank=per_rank[rank] if rank < len(per_rank) else {})
+
+    def _value(self, stored: Stored) -> Any:
+        return read_chunk(self.folder, stored.chunks[0], trust=self._trust)
+
+    def _sort(self, index: Mapping[str, Stored]) -> None:
+        """Tell weights, optimizer state and hyperparameters apart by their keys."""
+        flat_groups: dict[str, dict[str, Any]] = {}
+        for name, stored in index.items():
+            key = stored.key if len(stored.key) > 1 else tuple(name.split("."))
+            head, rest = str(key[0]), key[1:]
+            if head in _OPTIMIZERS and rest:
+                self._sort_optimizer(rest, stored, flat_groups)
+            elif stored.dtype and head != OURS:
+                words = rest if head in _MODELS and rest else key
+                self._values[".".join(map(str, words))] = stored
+        if not self._groups and flat_groups:
+            self._groups = _same_hyperparameters(flat_groups)
+
+    def _sort_optimizer(self, key: Key, stored: Stored, flat_groups: dict[str, dict[str, Any]]) -> None:
+        """``key``: what follows ``optim``; parts of it may be joined by dots."""
+        words = ".".join(map(str, key)).split(".")
+        if words[0] == "state":
+            self._state.setdefault(".".join(words[1:-1]), {})[words[-1]] = stored
+        elif words[0] == _GROUPS and words[1].isdigit() and len(words) == 3:
+            while len(self._groups) <= int(words[1]):
+                self._groups.append({})
+            value = read_tensor(self.folder, stored) if stored.dtype else self._value(stored)
+            self._groups[int(words[1])][words[2]] = value
+        elif words[0] == _GROUPS:
+            value = read_tensor(self.folder, stored) if stored.dtype else self._value(stored)
+            flat_groups.setdefault(".".join(words[1:-1]), {})[words[-1]] = value
+
+    def _flat(self, name: str, group: int) -> FlatEntry:
+        value = self._values[name]
+        tensors = {k: s.dtype for k, s in self._state[name].items() if s.dtype and s.shape == value.shape}
+        tensors.pop("step", None)  # the step of a scalar parameter has its shape
+        if value.dtype == "float32":
+            tensors[FP32] = value.dtype
+        layout = FlatShards((TensorSpec(name, value.shape, value.dtype),), 1)
+        return FlatEntry(name, 0, group, layout, tensors, {}, (value.chunks[0].file,))
+
+    def _kind(self, name: str, stored: Stored) -> str:
+        if name in self._state or not self._state:
+            return "param"
+        return "param" if stored.dtype in ("float32", "bfloat16", "float16") else "buffer"
+
+
+def _same_hyperparameters(flat: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Param groups of the parameters whose hyperparameters are equal, in order of their first member."""
+    groups: list[dict[str, Any]] = []
+    for name, values in flat.items():
+        for group in groups:
+            if {k: v for k, v in group.items() if k != "params"} == values:
+                group["params"].append(name)
+                break
+        else:
+            groups.append(values | {"params": [name]})
+    return groups
+
+
+def write_dcp(
+    source: Source,
+    output: str | os.PathLike[str],
+    *,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Path:
+    """Write the folder ``output`` as torch's DCP would: fp32 weights, optimizer state, hyperparameters, the rest.
+
+    ``dcp.load(..., checkpoint_id=output)`` reads it at any number of ranks, whole or sharded. A tied tensor is
+    written under each of its names, as in a module's state dict. One tensor is in memory at a time; ``progress``
+    gets 1 per weight. An older folder of that name is replaced once the new one is whole.
+    """
+    final = Path(output)
+    work = final.with_name(f".{final.name}.incomplete")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write(work, _items(source, progress))
+    sync_folder(work)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(work, final)
+    sync_folder(final.parent)
+    return final
+
+
+def _items(source: Source, progress: Callable[[int], None]) -> Iterator[tuple[Key, Any]]:
+    others = aliases(source)
+    kinds: dict[str, str] = {}
+    for weight in weights(source):
+        kinds[weight.name] = weight.kind
+        for name in (weight.name, *others.get(weight.name, ())):
+            yield ("model", name), Lazy(weight.shape, weight.dtype, weight.read)
+        progress(1)
+    names: dict[int, list[str]] = {}
+    for flat in source.flats:
+        scalars = source.flat_scalars(flat)
+        for spec in flat.layout.tensors if set(flat.keys) - {PARAM} else ():
+            names.setdefault(flat.group_index, []).append(spec.name)
+            for key, dtype in flat.keys.items():
+                if key not in (FP32, PARAM):
+                    read = partial(read_full, source, flat, spec.name, key)
+                    yield ("optim", "state", spec.name, key), Lazy(spec.shape, getattr(torch, dtype), read)
+            for key, value in scalars.items():
+                counts = key == "step" and isinstance(value, (int, float))
+                yield ("optim", "state", spec.name, key), torch.tensor(float(value)) if counts else value
+    groups = [
+        {k: v for k, v in group.items() if k not in ("params", "param_names")} | {"params": names.get(i, [])}
+        for i, group in enumerate(source.param_groups)
+    ]
+    yield from flatten({"optim": {_GROUPS: groups}})
+    yield (OURS,), _rest(source, kinds)
+
+
+def _rest(source: Source, kinds: dict[str, str]) -> dict[str, Any]:
+    train = source.train_state(0)
+    shared = {f.name: getattr(train, f.name) for f in fields(TrainState) if f.name != "per_rank"}
+    shared["client_state"] = {k: v for k, v in train.client_state.items() if is_plain(v)}
+    return {
+        "stage": source.stage,
+        "dtype": source.dtype,
+        "degrees": dict(source.degrees),
+        "optimizer": source.optimizer,
+        "tied": dict(source.tied),
+        "kinds": kinds,
+        "train": {k: v for k, v in shared.items() if is_plain(v)},
+        "per_rank": [source.train_state(rank).per_rank for rank in range(source.world)],
+    }
