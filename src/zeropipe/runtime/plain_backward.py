@@ -7,6 +7,9 @@ Gradients outside the model are then plain: a model may be fed its own outputs, 
 
 While the engine's own backward runs, the loss was scaled already: outputs pass gradients on as they are, and only
 inputs that come from elsewhere divide.
+
+What passes through is the same memory with the same version counter, but no view to autograd, which would refuse
+to let a caller change it in place (``loss *= scale``).
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, gate: Gate) -> torch.Tensor:
         ctx.gate = gate
-        return tensor.view_as(tensor)
+        return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
@@ -71,7 +74,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, gate: Gate, own: bool) -> torch.Tensor:
         ctx.gate, ctx.own = gate, own
-        return tensor.view_as(tensor)
+        return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]

@@ -86,3 +86,28 @@ def test_the_factor_is_the_one_at_the_time_of_backward() -> None:
     scale[0] = 8.0
     loss.backward()
     assert weight.grad.item() == 24.0
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_outputs_and_inputs_may_be_changed_in_place_as_those_of_any_module(closed: bool) -> None:
+    """transformers' Trainer writes ``loss *= scale``."""
+    gate, layer, before = Gate(lambda: 4.0), nn.Linear(3, 3), nn.Linear(3, 3)
+    x = torch.randn(2, 3)
+    (layer(before(x) * 3).sum() * 2).backward()
+    expected, outer = layer.weight.grad * 4, before.weight.grad.clone()
+    layer.zero_grad()
+    before.zero_grad()
+    gate.closed = closed
+    loss = gate.leave(layer(gate.enter(before(x)).mul_(3)).sum())
+    loss *= 8 if closed else 2
+    loss.backward()
+    assert torch.equal(layer.weight.grad, expected)
+    assert torch.equal(before.weight.grad, outer)
+
+
+def test_an_output_that_backward_needs_is_still_guarded_against_change() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    output = Gate(lambda: 2.0).leave(weight.exp())
+    output *= 2
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
