@@ -24,6 +24,7 @@ from zeropipe.runtime.pipe.engine import PipelineEngine
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.offload import Offload
 from zeropipe.runtime.zero.optimizer import StepOptions, ZeroOptimizer
+from zeropipe.runtime.zero.parameter_offload import ParameterOffload
 
 _log = logging.getLogger("zeropipe")
 _OUTCOME = "the outcome of initialize"
@@ -126,6 +127,7 @@ def initialize(
         )
         if sharded is not None:
             sharded.conduct(wrapped.reducer)
+            wrapped.parameter_offload = ParameterOffload(sharded.hooks)
     if sharded is not None:
         sharded.place(Offload(assembly.policy_of(parsed)) if wrapped is None else wrapped.offload)
     assembly.synchronize_module(model, group)

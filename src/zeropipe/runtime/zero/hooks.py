@@ -109,12 +109,10 @@ class ModelHooks:
         self.module = module
         self.coordinator = coordinator
         self.units: dict[torch.nn.Module, Unit] = {}
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []  # on modules; some clients take them off for a while
+        self._hooked: list[tuple[torch.nn.Module, _UnitHooks]] = []
         self._whole = set(leaves)
-        root = type(module).__name__
-        self._handles.append(
-            module.register_forward_pre_hook(_untraced(lambda *_: coordinator.begin_pass(root)))
-        )
+        self._attach_root()
         self._add(module, "", force=True)
 
     def unit_of(self, module: torch.nn.Module) -> Unit:
@@ -123,9 +121,15 @@ class ModelHooks:
             self._hook(module, type(module).__name__, [])
         return self.units[module]
 
+    def attach(self) -> None:
+        """Put the hooks back on the modules, where a client took them off."""
+        self._take_off()
+        self._attach_root()
+        for module, hooks in self._hooked:
+            self._attach(module, hooks)
+
     def remove(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._take_off()
         for module in self.units:
             hide_external_parameters(module)
         for unit in self.coordinator.units:
@@ -150,9 +154,21 @@ class ModelHooks:
         unit = self.coordinator.add_unit(name, shards)
         self.units[module] = unit
         show_external_parameters(module)
-        hooks = _UnitHooks(self.coordinator, unit, whole)
-        self._handles.append(module.register_forward_pre_hook(_untraced(hooks.before), with_kwargs=True))
-        self._handles.append(module.register_forward_hook(_untraced(hooks.after), always_call=True))
+        self._hooked.append((module, _UnitHooks(self.coordinator, unit, whole)))
+        self._attach(*self._hooked[-1])
+
+    def _attach_root(self) -> None:
+        coordinator, root = self.coordinator, type(self.module).__name__
+        begin = _untraced(lambda *_: coordinator.begin_pass(root))
+        self.handles.append(self.module.register_forward_pre_hook(begin))
+
+    def _attach(self, module: torch.nn.Module, hooks: _UnitHooks) -> None:
+        self.handles.append(module.register_forward_pre_hook(_untraced(hooks.before), with_kwargs=True))
+        self.handles.append(module.register_forward_hook(_untraced(hooks.after), always_call=True))
+
+    def _take_off(self) -> None:
+        while self.handles:
+            self.handles.pop().remove()
 
 
 class _UnitHooks:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -34,6 +34,9 @@ from zeropipe.runtime.zero.untouched import untouched
 from zeropipe.runtime.zero.watch import Watch
 from zeropipe.tensor.norms import clip_coefficient, squared_norm
 from zeropipe.tensor.overflow import NonFinite
+
+if TYPE_CHECKING:
+    from zeropipe.runtime.zero.parameter_offload import ParameterOffload
 
 
 class Scaler(Protocol):
@@ -67,6 +70,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     ``names``: dotted name of every parameter of the module. ``is_boundary`` and ``micro_step``: the engine's
     clock. Raises UsageError for a parameter that is not in ``names``.
     """
+
+    parameter_offload: ParameterOffload  # at stage 3 only: clients ask with hasattr
 
     def __init__(
         self,
