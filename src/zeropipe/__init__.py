@@ -25,6 +25,9 @@ _NAMES = MappingProxyType(
         "PipelineEngine": "zeropipe.runtime.pipe.engine",
         "PipelineModule": "zeropipe.runtime.pipe.module",
         "add_tuning_arguments": "zeropipe.runtime.lr_schedules",
+        "OnDevice": "zeropipe.utils.init_on_device",
+        "get_accelerator": "zeropipe.accelerator",
+        "log_dist": "zeropipe.utils.logging",
         "logger": "zeropipe.utils.logging",
     }
 )
@@ -35,7 +38,17 @@ _MODULES = MappingProxyType(
         "pipe": "zeropipe.runtime.pipe",
         **{
             name: f"zeropipe.{name}"
-            for name in ("checkpoint", "checkpointing", "comm", "errors", "runtime", "utils")
+            for name in (
+                "accelerator",
+                "checkpoint",
+                "checkpointing",
+                "comm",
+                "compat",
+                "errors",
+                "ops",
+                "runtime",
+                "utils",
+            )
         },
     }
 )

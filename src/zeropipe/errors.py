@@ -51,6 +51,10 @@ class UsageError(ZeropipeError, RuntimeError):
     """A call that cannot work in this state; the message says which call to make instead."""
 
 
+class InstallationError(ZeropipeError, ImportError):
+    """Files of two packages of the same name are mixed; what is imported would be neither."""
+
+
 def describe(
     what: str,
     *,

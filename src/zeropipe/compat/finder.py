@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Iterable, Sequence
 from email.message import Message
 from importlib import metadata
@@ -18,7 +17,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from zeropipe.compat.table import ABSENT, MODULES, NAMES, VERSION
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import describe
 
 ROOT = "deepspeed"
 
@@ -144,27 +143,3 @@ class _Distribution(metadata.Distribution):
 
     def locate_file(self, path: Any) -> Any:
         raise FileNotFoundError(f"{path}: deepspeed is an alias in this process, not an installed package")
-
-
-def install_as_deepspeed() -> ModuleType:
-    """Have this process import zeropipe under the name ``deepspeed``; may be repeated. Returns that module.
-
-    Call it before libraries are imported that look for deepspeed (transformers and accelerate keep the answer),
-    in every process. Raises UsageError where the real package has been imported already.
-    """
-    present = sys.modules.get(ROOT)
-    if present is not None and getattr(present, "__zeropipe__", False):
-        return present
-    if present is not None and not getattr(present, "__zeropipe_shim__", False):
-        raise UsageError(
-            describe(
-                "install_as_deepspeed: the real deepspeed is imported already",
-                found=getattr(present, "__file__", None),
-                fix="call zeropipe.compat.install_as_deepspeed() first, before any other import",
-            )
-        )
-    sys.meta_path.insert(0, AliasFinder(with_metadata=present is None))
-    if present is None:
-        return importlib.import_module(ROOT)
-    fill(present, "")
-    return present

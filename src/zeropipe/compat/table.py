@@ -27,6 +27,17 @@ MODULES: Final = MappingProxyType(
         "comm": "zeropipe.comm",
         "comm.comm": "zeropipe.comm",
         "launcher.runner": "zeropipe.compat.runner",
+        "ops": "zeropipe.ops",
+        "ops.adagrad": "zeropipe.ops.adagrad",
+        "ops.adagrad.cpu_adagrad": "zeropipe.ops.adagrad",
+        "ops.adam": "zeropipe.ops.adam",
+        "ops.adam.cpu_adam": "zeropipe.ops.adam",
+        "ops.adam.fused_adam": "zeropipe.ops.adam",
+        "ops.lamb": "zeropipe.ops.lamb",
+        "ops.lamb.fused_lamb": "zeropipe.ops.lamb",
+        "ops.lion": "zeropipe.ops.lion",
+        "ops.lion.cpu_lion": "zeropipe.ops.lion",
+        "ops.lion.fused_lion": "zeropipe.ops.lion",
         "pipe": "zeropipe.pipe",
         "runtime.activation_checkpointing.checkpointing": "zeropipe.checkpointing",
         "runtime.base_optimizer": "zeropipe.runtime.base_optimizer",
@@ -48,10 +59,13 @@ MODULES: Final = MappingProxyType(
         "runtime.zero": "zeropipe.runtime.zero",
         "runtime.zero.config": "zeropipe.runtime.zero.config",
         "runtime.zero.mics": "zeropipe.runtime.zero.mics",
+        "runtime.zero.offload_config": "zeropipe.runtime.zero.offload_states",
+        "runtime.zero.parameter_offload": "zeropipe.runtime.zero.parameter_offload",
         "runtime.zero.partition_parameters": "zeropipe.runtime.zero.partition_parameters",
         "runtime.zero.tiling": "zeropipe.runtime.zero.tiling",
         "utils": "zeropipe.utils",
         "utils.groups": "zeropipe.utils.groups",
+        "utils.init_on_device": "zeropipe.utils.init_on_device",
         "utils.logging": "zeropipe.utils.logging",
         "utils.tensor_fragment": "zeropipe.utils.tensor_fragment",
         "utils.zero_to_fp32": "zeropipe.utils.zero_to_fp32",
@@ -59,14 +73,13 @@ MODULES: Final = MappingProxyType(
     }
 )
 
-_FUSED: Final = "zeropipe.runtime.optimizers.fused"
-# Path below ``deepspeed`` of a module that is made of names of several -> {name: "module:object" or "module"}.
+# Path below ``deepspeed`` of a package that only holds others, or names of several -> {name: "module:object"}.
 NAMES: Final = MappingProxyType(
     {
         "": {
             "DeepSpeedEngine": "zeropipe.runtime.engine:DeepSpeedEngine",
             "DeepSpeedOptimizer": "zeropipe.runtime.base_optimizer:DeepSpeedOptimizer",
-            "OnDevice": "zeropipe.utils:OnDevice",
+            "OnDevice": "zeropipe.utils.init_on_device:OnDevice",
             "PipelineEngine": "zeropipe.runtime.pipe.engine:PipelineEngine",
             "PipelineModule": "zeropipe.runtime.pipe.module:PipelineModule",
             "add_config_arguments": "zeropipe.entry:add_config_arguments",
@@ -78,26 +91,8 @@ NAMES: Final = MappingProxyType(
             "logger": "zeropipe.utils.logging:logger",
         },
         "launcher": {},
-        "ops": {},
-        "ops.adagrad": {"DeepSpeedCPUAdagrad": f"{_FUSED}:DeepSpeedCPUAdagrad"},
-        "ops.adagrad.cpu_adagrad": {"DeepSpeedCPUAdagrad": f"{_FUSED}:DeepSpeedCPUAdagrad"},
-        "ops.adam": {
-            "DeepSpeedCPUAdam": f"{_FUSED}:DeepSpeedCPUAdam",
-            "FusedAdam": f"{_FUSED}:FusedAdam",
-        },
-        "ops.adam.cpu_adam": {"DeepSpeedCPUAdam": f"{_FUSED}:DeepSpeedCPUAdam"},
-        "ops.adam.fused_adam": {"FusedAdam": f"{_FUSED}:FusedAdam"},
-        "ops.lamb": {"FusedLamb": f"{_FUSED}:FusedLamb"},
-        "ops.lamb.fused_lamb": {"FusedLamb": f"{_FUSED}:FusedLamb"},
-        "ops.lion": {
-            "DeepSpeedCPULion": f"{_FUSED}:DeepSpeedCPULion",
-            "FusedLion": f"{_FUSED}:FusedLion",
-        },
-        "ops.lion.cpu_lion": {"DeepSpeedCPULion": f"{_FUSED}:DeepSpeedCPULion"},
-        "ops.lion.fused_lion": {"FusedLion": f"{_FUSED}:FusedLion"},
         "runtime": {},
         "runtime.activation_checkpointing": {},
-        "utils.init_on_device": {"OnDevice": "zeropipe.utils:OnDevice"},
     }
 )
 

@@ -1,0 +1,5 @@
+"""``from zeropipe.ops.adagrad import DeepSpeedCPUAdagrad``."""
+
+from zeropipe.runtime.optimizers.fused import DeepSpeedCPUAdagrad
+
+__all__ = ["DeepSpeedCPUAdagrad"]
