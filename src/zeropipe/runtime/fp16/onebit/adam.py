@@ -25,6 +25,7 @@ from zeropipe.runtime.fp16.onebit.base import CompressedOptimizer
 from zeropipe.runtime.fp16.onebit.exchange import Topology
 from zeropipe.runtime.fp16.onebit.formulas import adam_update, move_moments
 from zeropipe.runtime.fp16.onebit.lane import Lane
+from zeropipe.runtime.fp16.onebit.options import Common
 from zeropipe.runtime.fp16.onebit.phases import OneBitPhases, Phase
 
 
@@ -57,25 +58,21 @@ class OnebitAdam(CompressedOptimizer):
         comm_backend_name: str = "nccl",
         node_size: int = 1,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "bias_correction": bias_correction,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm,
-        }
-        super().__init__(
-            params,
-            defaults,
-            OneBitPhases(freeze_step),
+        common = Common(
             deepspeed=deepspeed,
+            lr=lr,
+            bias_correction=bias_correction,
+            betas=betas,
+            eps=eps,
             eps_inside_sqrt=eps_inside_sqrt,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
             amsgrad=amsgrad,
             cuda_aware=cuda_aware,
             comm_backend_name=comm_backend_name,
             node_size=node_size,
         )
+        super().__init__(params, OneBitPhases(freeze_step), common)
         self.freeze_step = freeze_step
 
     @property

@@ -18,6 +18,7 @@ Every rank of the group calls ``step`` equally often.
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,13 +30,14 @@ from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError, 
 from zeropipe.runtime.fp16.onebit.exchange import Topology
 from zeropipe.runtime.fp16.onebit.gradients import averaged, clip_, own_gradient, put_gradients
 from zeropipe.runtime.fp16.onebit.lane import Lane, View
+from zeropipe.runtime.fp16.onebit.options import Common
 from zeropipe.runtime.fp16.onebit.phases import OneBitPhases, Phase, ZeroOnePhases, check_against_run
 from zeropipe.runtime.fp16.onebit.rank_state import RankState, check_complete, is_of, lane_state, redistribute
 from zeropipe.runtime.fp16.onebit.shown_state import publish, restore_tensors, saved_phases
 
 
-class CompressedOptimizer(torch.optim.Optimizer):
-    """Base of OnebitAdam, OnebitLamb and ZeroOneAdam."""
+class CompressedOptimizer(torch.optim.Optimizer, ABC):
+    """Base of OnebitAdam, OnebitLamb and ZeroOneAdam, which add what a dense and what a compressed step does."""
 
     communicates = True  # an engine asks for this before it takes over the averaging of gradients
     rank_state_keys = ("worker_error", "server_error")  # differ by rank; not shards of anything
@@ -43,20 +45,15 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        defaults: dict[str, Any],
         phases: OneBitPhases | ZeroOnePhases,
-        *,
-        deepspeed: Any,
-        eps_inside_sqrt: bool,
-        amsgrad: bool,
-        cuda_aware: bool,
-        comm_backend_name: str,
-        node_size: int,
+        common: Common,
+        **further: Any,
     ) -> None:
-        name = type(self).__name__
-        if amsgrad:
-            raise UsageError(f"{name} has no AMSGrad variant. Fix: leave out amsgrad=True")
-        check_hyperparameters(name, defaults)
+        """``further``: options that a param group of this optimizer holds beside those in ``common``.
+
+        Raises ValueError (UsageError for ``amsgrad``) for an option that cannot be.
+        """
+        common.check(type(self).__name__)
         self._lanes: list[Lane] = []
         self._phases = phases
         self._topology: Topology | None = None
@@ -64,13 +61,13 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._local: dict[nn.Parameter, torch.Tensor] = {}
         self._engine_averages = False
         self._started = False  # whether lanes exist that have stepped
-        self._node_size = node_size
-        super().__init__(params, defaults)
-        self.deepspeed = deepspeed
-        self.eps_mode = 0 if eps_inside_sqrt else 1
-        self.cuda_aware = cuda_aware
-        self.comm_backend_name = comm_backend_name
-        self.using_pipeline = bool(getattr(deepspeed, "pipeline_parallelism", False))
+        self._node_size = common.node_size
+        super().__init__(params, common.of_a_group() | further)
+        self.deepspeed = common.deepspeed
+        self.eps_mode = 0 if common.eps_inside_sqrt else 1
+        self.cuda_aware = common.cuda_aware
+        self.comm_backend_name = common.comm_backend_name
+        self.using_pipeline = bool(getattr(common.deepspeed, "pipeline_parallelism", False))
 
     @property
     def size(self) -> int:
@@ -194,11 +191,13 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._publish()
         return loss
 
+    @abstractmethod
     def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
-        raise NotImplementedError
+        """Step with ``gradient``, the average over ranks: 1-D float32, lane.numel."""
 
+    @abstractmethod
     def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase, topology: Topology) -> None:
-        raise NotImplementedError
+        """Step with ``gradient``, this rank's own over the whole buffer: 1-D float32, lane.layout.numel."""
 
     # -- lanes ----------------------------------------------------------------------------------------------
 
@@ -370,17 +369,3 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def _load_rank_tensors(self, lane: Lane, tensors: dict[str, torch.Tensor]) -> None:
         """Take over what ``_rank_tensors`` gave, redistributed."""
-
-
-def check_hyperparameters(name: str, values: Mapping[str, Any]) -> None:
-    """Raises ValueError for a hyperparameter outside of its range."""
-    beta1, beta2 = values["betas"]
-    rules = {
-        "lr": (values["lr"] >= 0, "at least 0"),
-        "eps": (values["eps"] >= 0, "at least 0"),
-        "weight_decay": (values["weight_decay"] >= 0, "at least 0"),
-        "betas": (0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
-    }
-    for key, (good, rule) in rules.items():
-        if not good:
-            raise ValueError(describe(f"{name}: {key} is out of range", expected=rule, found=values[key]))

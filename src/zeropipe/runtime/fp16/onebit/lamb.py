@@ -34,6 +34,7 @@ from zeropipe.runtime.fp16.onebit.base import CompressedOptimizer
 from zeropipe.runtime.fp16.onebit.exchange import Topology
 from zeropipe.runtime.fp16.onebit.formulas import corrections, denominator, direction, follow, move_moments
 from zeropipe.runtime.fp16.onebit.lane import Lane
+from zeropipe.runtime.fp16.onebit.options import Common, check_ranges
 from zeropipe.runtime.fp16.onebit.phases import OneBitPhases, Phase
 
 
@@ -71,37 +72,31 @@ class OnebitLamb(CompressedOptimizer):
         factor_threshold: float = 0.1,
         node_size: int = 1,
     ) -> None:
-        if not 0 < min_coeff <= max_coeff or not 0 < factor_min <= factor_max:
-            raise ValueError(
-                f"OnebitLamb: bounds must be positive and in order; found min_coeff {min_coeff}, "
-                f"max_coeff {max_coeff}, factor_min {factor_min}, factor_max {factor_max}"
-            )
-        if not 0 <= coeff_beta < 1 or factor_threshold < 0:
-            raise ValueError(
-                "OnebitLamb: coeff_beta lies in [0, 1) and factor_threshold is at least 0; "
-                f"found {coeff_beta} and {factor_threshold}"
-            )
-        defaults = {
-            "lr": lr,
-            "bias_correction": bias_correction,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm,
-            "max_coeff": max_coeff,
-            "min_coeff": min_coeff,
-        }
-        super().__init__(
-            params,
-            defaults,
-            OneBitPhases(freeze_step),
+        bounds = "positive bounds in order"
+        check_ranges(
+            type(self).__name__,
+            {
+                "min_coeff, max_coeff": (0 < min_coeff <= max_coeff, bounds, (min_coeff, max_coeff)),
+                "factor_min, factor_max": (0 < factor_min <= factor_max, bounds, (factor_min, factor_max)),
+                "coeff_beta": (0 <= coeff_beta < 1, "a number in [0, 1)", coeff_beta),
+                "factor_threshold": (factor_threshold >= 0, "at least 0", factor_threshold),
+            },
+        )
+        common = Common(
             deepspeed=deepspeed,
+            lr=lr,
+            bias_correction=bias_correction,
+            betas=betas,
+            eps=eps,
             eps_inside_sqrt=eps_inside_sqrt,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
             amsgrad=amsgrad,
             cuda_aware=cuda_aware,
             comm_backend_name=comm_backend_name,
             node_size=node_size,
         )
+        super().__init__(params, OneBitPhases(freeze_step), common, max_coeff=max_coeff, min_coeff=min_coeff)
         self.freeze_step = freeze_step
         self.coeff_beta = coeff_beta
         self.factor_max, self.factor_min = factor_max, factor_min

@@ -32,6 +32,7 @@ from zeropipe.runtime.fp16.onebit.base import CompressedOptimizer
 from zeropipe.runtime.fp16.onebit.exchange import Topology
 from zeropipe.runtime.fp16.onebit.formulas import adam_update, corrections, denominator, follow, move_moments
 from zeropipe.runtime.fp16.onebit.lane import Lane, View
+from zeropipe.runtime.fp16.onebit.options import Common
 from zeropipe.runtime.fp16.onebit.phases import Phase, ZeroOnePhases, ZeroOneRules
 
 _LOCAL = ("momentum_accumulator", "last_synced")  # u and y
@@ -72,25 +73,21 @@ class ZeroOneAdam(CompressedOptimizer):
         node_size: int = 1,
     ) -> None:
         rules = ZeroOneRules(var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper)
-        defaults = {
-            "lr": lr,
-            "bias_correction": bias_correction,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm,
-        }
-        super().__init__(
-            params,
-            defaults,
-            ZeroOnePhases(rules),
+        common = Common(
             deepspeed=deepspeed,
+            lr=lr,
+            bias_correction=bias_correction,
+            betas=betas,
+            eps=eps,
             eps_inside_sqrt=eps_inside_sqrt,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
             amsgrad=amsgrad,
             cuda_aware=cuda_aware,
             comm_backend_name=comm_backend_name,
             node_size=node_size,
         )
+        super().__init__(params, ZeroOnePhases(rules), common)
         self.var_freeze_step = rules.var_freeze_step
         self.var_update_scaler = rules.var_update_scaler
         self.local_step_scaler = rules.local_step_scaler
