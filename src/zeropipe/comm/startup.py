@@ -61,3 +61,11 @@ def init_distributed(
         )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **limits)
+
+
+def backends() -> tuple[str, ...]:
+    """The backends that this build of torch can communicate with."""
+    if not dist.is_available():
+        return ()
+    known = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available, "mpi": dist.is_mpi_available}
+    return tuple(name for name, there in known.items() if there())
