@@ -144,7 +144,7 @@ def check_same_bits(rank: int, size: int, dtype: str, numel: int) -> torch.Tenso
     cuts = list(zip(owners, views, strict=True))
     own = dict(cuts).get(rank)
     output = None if own is None else own.clone()
-    comm.reduce_to_owners(cuts, output, world())
+    comm.reduce_to_owners(cuts, [] if output is None else [output], world())
     at = sum(view.numel() for owner, view in cuts if owner > rank)
     if output is not None:
         assert_bitwise(output, reduced[at : at + output.numel()], "reduce_to_owners against all_reduce")
@@ -293,7 +293,7 @@ def check_channels(rank: int, size: int) -> None:
 
     def reduce(i: int) -> comm.Work:
         cuts = list(enumerate((inputs[rank] * (i + 1)).tensor_split(size)))
-        return comm.reduce_to_owners(cuts, sums[i], g, async_op=True, channel=2)
+        return comm.reduce_to_owners(cuts, [sums[i]], g, async_op=True, channel=2)
 
     works = []
     if rank == 0:
@@ -421,7 +421,7 @@ def list_events(rank: int, size: int) -> list[Event]:
         comm.all_gather(torch.empty(3 * size, dtype=torch.bfloat16), torch.ones(3).bfloat16(), g, label="c")
         comm.broadcast(torch.ones(2, dtype=torch.int64), 0, g)
         comm.all_to_all(torch.empty(2 * size), torch.ones(2 * size), g)
-        comm.reduce_to_owners([(0, torch.ones(5)), (size - 1, torch.ones(7))], torch.empty(5 + 2 * rank), g)
+        comm.reduce_to_owners([(0, torch.ones(5)), (size - 1, torch.ones(7))], [torch.empty(5 + 2 * rank)], g)
         comm.barrier(g, label="z")
         comm.all_reduce(torch.empty(0), g)
     comm.all_reduce(torch.ones(1), g)  # after the block: not recorded

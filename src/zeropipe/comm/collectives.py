@@ -79,7 +79,7 @@ def all_reduce(
     if flat.numel() <= _SMALL:
         return _settle(one_hop(flat, group, op, what), async_op)
     cuts = list(enumerate(flat.tensor_split(group.size)))
-    reduced = reduce_exchange(cuts, cuts[group.rank][1], group, op, what)
+    reduced = reduce_exchange(cuts, [cuts[group.rank][1]], group, op, what)
     return _settle(then(reduced, lambda: gather_exchange(cuts, group, what, hop=SECOND_HOP), what), async_op)
 
 
@@ -106,12 +106,12 @@ def reduce_scatter(
         handle = _reduce_scatter_native(output, input, _NATIVE_OPS[op], group.pg, async_op=True)
         return _settle(Work(what, [handle]), async_op)
     cuts = list(enumerate(input.view(-1).tensor_split(group.size)))
-    return _settle(reduce_exchange(cuts, output, group, op, what), async_op)
+    return _settle(reduce_exchange(cuts, [output], group, op, what), async_op)
 
 
 def reduce_to_owners(
     cuts: Sequence[Cut],
-    output: torch.Tensor | None,
+    outputs: Sequence[torch.Tensor],
     group: Group,
     *,
     op: str = "sum",
@@ -121,30 +121,36 @@ def reduce_to_owners(
 ) -> Work:
     """Reduce each cut onto its owner: the general form of reduce_scatter, for cuts of any sizes.
 
-    ``cuts``: at most one (owner, 1-D contiguous view) per owner, with the same sizes on every rank, all of one
-    dtype. ``output``: where this rank's own cut goes (None where it owns none); it may be that cut itself.
+    ``cuts``: (owner, 1-D contiguous view), in the same order with the same sizes on every rank, all of one dtype; an
+    owner may have several, and each travels from where it lies. ``outputs``: where this rank's own cuts go, in their
+    order; each is the cut itself or shares no memory with it. Raises UsageError where they do not fit.
     """
     if not cuts:
         return Work("reduce_to_owners of nothing")
     nbytes = sum(view.numel() * view.element_size() for _, view in cuts)
     first = cuts[0][1]
     what = _enter("reduce_to_owners", first, group, label, async_op, op, nbytes)
+    own = [view for owner, view in cuts if owner == group.rank]
+    if [view.numel() for view in own] != [output.numel() for output in outputs]:
+        raise UsageError(
+            f"{what}: the outputs must hold this rank's {[view.numel() for view in own]} elements, "
+            f"found {[output.numel() for output in outputs]}"
+        )
+
+    def keep() -> None:
+        for view, output in zip(own, outputs, strict=True):
+            if output.data_ptr() != view.data_ptr():
+                output.copy_(view)
+
     if group.size == 1:
-        if output is not None and output.data_ptr() != first.data_ptr():
-            output.copy_(first)
+        keep()
         return Work(what)
     if _point_to_point(first, group):
-        return _settle(reduce_exchange(cuts, output, group, op, what, channel), async_op)
+        return _settle(reduce_exchange(cuts, outputs, group, op, what, channel), async_op)
     handles = [
         dist.reduce(view, group.ranks[owner], _NATIVE_OPS[op], group.pg, async_op=True)
         for owner, view in cuts
     ]
-    own = dict(cuts).get(group.rank)
-
-    def keep() -> None:
-        if output is not None and own is not None and output.data_ptr() != own.data_ptr():
-            output.copy_(own)
-
     return _settle(Work(what, handles, keep), async_op)
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from zeropipe.comm.group import Group
 from zeropipe.comm.record import SEAM
-from zeropipe.errors import CommunicationError, DesyncError, UsageError, describe
+from zeropipe.errors import CommunicationError, DesyncError, describe
 
 # Point-to-point messages match in order per tag, so each purpose has its own. A channel (0, 1, ...) is a stream of
 # collectives that needs no order among those of other channels.
@@ -28,6 +28,7 @@ _GREETING = 2  # says which collective the sender is about to do
 _LABELS = 2**30  # tags from here on belong to labels
 _GREETING_BYTES = 192
 _NOTE_BYTES = 8  # of them: a number that need not be the same everywhere
+_IN_CACHE = 2**16  # elements summed at a time on CPU: what the next operation needs is still in cache
 
 Cut = tuple[int, torch.Tensor]  # (owner: index in the group, view of the elements that it owns)
 
@@ -205,22 +206,26 @@ def gather_exchange(
 
 
 def reduce_exchange(
-    cuts: Sequence[Cut], output: torch.Tensor | None, group: Group, op: str, what: str, channel: int = 0
+    cuts: Sequence[Cut], outputs: Sequence[torch.Tensor], group: Group, op: str, what: str, channel: int = 0
 ) -> Work:
-    """Send each cut to its owner; the owner reduces what it received in rank order."""
+    """Send each cut to its owner; the owner reduces what it received in rank order into ``outputs``."""
     tag = tag_of(channel)
-    views = dict(cuts)
-    handles = [send_to(views[peer], peer, group, tag) for peer in peers(group) if peer in views]
-    own = views.get(group.rank)
-    if own is None or own.numel() == 0:
-        return Work(what, [h for h in handles if h is not None])
-    if output is None or output.numel() != own.numel():
-        raise UsageError(f"{what}: the output must hold this rank's {own.numel()} elements")
-    received = {peer: torch.empty_like(own) for peer in peers(group)}
-    handles += [receive_from(buffer, peer, group, tag) for peer, buffer in received.items()]
-    received[group.rank] = own
-    parts = [received[member] for member in range(group.size)]
-    return Work(what, [h for h in handles if h is not None], lambda: reduce_in_order(parts, output, op))
+    handles = [send_to(view, owner, group, tag) for owner, view in cuts if owner != group.rank]
+    sums: list[tuple[list[torch.Tensor], torch.Tensor]] = []
+    own = [view for owner, view in cuts if owner == group.rank]
+    for view, output in zip(own, outputs, strict=True):
+        # Of two members the other's values may arrive where the sum goes.
+        straight = group.size == 2 and output.data_ptr() != view.data_ptr() and output.dtype == view.dtype
+        received = {peer: output if straight else torch.empty_like(view) for peer in peers(group)}
+        handles += [receive_from(buffer, peer, group, tag) for peer, buffer in received.items()]
+        received[group.rank] = view
+        sums.append(([received[member] for member in range(group.size)], output))
+
+    def reduce() -> None:
+        for parts, output in sums:
+            reduce_in_order(parts, output, op)
+
+    return Work(what, [h for h in handles if h is not None], reduce)
 
 
 def one_hop(flat: torch.Tensor, group: Group, op: str, what: str) -> Work:
@@ -234,10 +239,20 @@ def one_hop(flat: torch.Tensor, group: Group, op: str, what: str) -> Work:
 
 
 def reduce_in_order(parts: Sequence[torch.Tensor], output: torch.Tensor, op: str) -> None:
-    """Reduce ``parts`` in member order into ``output``, which may be one of them.
+    """Reduce ``parts`` (1-D) in member order into ``output``, which may be one of them.
 
     16-bit sums run in fp32 and round once, so that neither the number of ranks nor the range of fp16 shows.
     """
+    numel = output.numel()
+    if output.device.type != "cpu" or numel <= _IN_CACHE:
+        _reduce_run(parts, output, op)
+        return
+    for start in range(0, numel, _IN_CACHE):
+        run = slice(start, start + _IN_CACHE)
+        _reduce_run([part[run] for part in parts], output[run], op)
+
+
+def _reduce_run(parts: Sequence[torch.Tensor], output: torch.Tensor, op: str) -> None:
     if op in ("max", "min"):
         reduce = torch.maximum if op == "max" else torch.minimum
         total = reduce(parts[0], parts[1])

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zeropipe.layout.flat import FlatShards
+from zeropipe.layout.flat import FlatShards, Piece
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The part of a bucket that one shard owns."""
+    """A part of a bucket that one shard owns and that travels as one message."""
 
     shard: int
     offset: int  # first element, counted in the shard
     start: int  # first element, counted in the bucket
     numel: int
+    pieces: tuple[Piece, ...]  # the runs of tensors that fill it, in buffer order
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,12 @@ class Bucket:
     spans: tuple[Span, ...]  # in buffer order; they cover the bucket once
 
 
-def cut_buckets(layout: FlatShards, max_numel: int) -> tuple[Bucket, ...]:
-    """Buckets of at most ``max_numel`` elements (at least one tensor each), from the end of the buffer."""
+def cut_buckets(layout: FlatShards, max_numel: int, alone_numel: int | None = None) -> tuple[Bucket, ...]:
+    """Buckets of at most ``max_numel`` elements (at least one tensor each), from the end of the buffer.
+
+    A run of at least ``alone_numel`` elements of one tensor is a span of its own, so that it can be sent from where
+    it lies; None: one span per shard.
+    """
     groups: list[list[int]] = []
     size = 0
     for tensor in reversed(range(len(layout.tensors))):
@@ -40,17 +45,24 @@ def cut_buckets(layout: FlatShards, max_numel: int) -> tuple[Bucket, ...]:
             size = 0
         groups[-1].append(tensor)
         size += numel
-    return tuple(_bucket(layout, tuple(reversed(group))) for group in groups)
+    return tuple(_bucket(layout, tuple(reversed(group)), alone_numel) for group in groups)
 
 
-def _bucket(layout: FlatShards, tensors: tuple[int, ...]) -> Bucket:
+def _bucket(layout: FlatShards, tensors: tuple[int, ...], alone_numel: int | None) -> Bucket:
     start, stop = layout.offsets[tensors[0]], layout.offsets[tensors[-1] + 1]
-    spans: list[Span] = []
+    runs: list[list[Piece]] = []
+    open_to_more = False
     for piece in layout.cut(start, stop):
-        at = layout.offsets[piece.tensor] + piece.start - start
-        if spans and spans[-1].shard == piece.shard:
-            last = spans[-1]
-            spans[-1] = Span(last.shard, last.offset, last.start, last.numel + piece.numel)
+        small = alone_numel is None or piece.numel < alone_numel
+        if open_to_more and small and runs[-1][-1].shard == piece.shard:
+            runs[-1].append(piece)
         else:
-            spans.append(Span(piece.shard, piece.offset, at, piece.numel))
-    return Bucket(tensors, start, stop - start, tuple(spans))
+            runs.append([piece])
+        open_to_more = small
+    return Bucket(tensors, start, stop - start, tuple(_span(layout, run, start) for run in runs))
+
+
+def _span(layout: FlatShards, run: list[Piece], bucket_start: int) -> Span:
+    first = run[0]
+    start = layout.offsets[first.tensor] + first.start - bucket_start
+    return Span(first.shard, first.offset, start, sum(piece.numel for piece in run), tuple(run))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.unit.layout.strategies import layouts
 from zeropipe.layout.buckets import Bucket, Span, cut_buckets
-from zeropipe.layout.flat import FlatShards, flat_shards
+from zeropipe.layout.flat import FlatShards, Piece, flat_shards
 
 limits = st.one_of(st.integers(0, 60), st.just(10**12))
 
@@ -77,8 +77,27 @@ def test_a_huge_limit_makes_one_bucket_and_a_tiny_one_a_bucket_each(layout: Flat
 def test_an_example() -> None:
     layout = flat_shards([("a", (6,), "float32"), ("b", (2,), "float32"), ("c", (3,), "float32")], 2)
     assert layout.shard_numel == 6
+    a, b, c = Piece(0, 0, 0, 0, 6), Piece(1, 0, 1, 0, 2), Piece(2, 0, 1, 2, 3)
     assert cut_buckets(layout, 5) == (
-        Bucket((1, 2), 6, 5, (Span(1, 0, 0, 5),)),
-        Bucket((0,), 0, 6, (Span(0, 0, 0, 6),)),
+        Bucket((1, 2), 6, 5, (Span(1, 0, 0, 5, (b, c)),)),
+        Bucket((0,), 0, 6, (Span(0, 0, 0, 6, (a,)),)),
     )
-    assert cut_buckets(layout, 100) == (Bucket((0, 1, 2), 0, 11, (Span(0, 0, 0, 6), Span(1, 0, 6, 5))),)
+    assert cut_buckets(layout, 100) == (
+        Bucket((0, 1, 2), 0, 11, (Span(0, 0, 0, 6, (a,)), Span(1, 0, 6, 5, (b, c)))),
+    )
+    assert cut_buckets(layout, 100, alone_numel=3) == (
+        Bucket((0, 1, 2), 0, 11, (Span(0, 0, 0, 6, (a,)), Span(1, 0, 6, 2, (b,)), Span(1, 2, 8, 3, (c,)))),
+    )
+
+
+@given(layouts(), limits, st.integers(1, 30))
+def test_large_runs_travel_alone_and_small_ones_together(layout: FlatShards, limit: int, alone: int) -> None:
+    for bucket in cut_buckets(layout, limit, alone):
+        pieces = [piece for span in bucket.spans for piece in span.pieces]
+        assert pieces == list(layout.cut(bucket.start, bucket.start + bucket.numel))
+        for span in bucket.spans:
+            assert span.numel == sum(piece.numel for piece in span.pieces)
+            assert len(span.pieces) == 1 or all(piece.numel < alone for piece in span.pieces)
+        for one, following in pairwise(bucket.spans):
+            small = all(piece.numel < alone for span in (one, following) for piece in span.pieces)
+            assert one.shard != following.shard or not small, "these two could be one message"

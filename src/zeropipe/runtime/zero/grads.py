@@ -1,4 +1,8 @@
-"""The gradients of one partition of stages 0 to 2: whole and reduced once per window, or a shard that is added to."""
+"""The gradients of one partition of stages 0 to 2: whole and reduced once per window, or a shard that is added to.
+
+Where the optimizer is sharded a gradient that a reduction follows at once is not copied into the buffer: it waits
+in its own memory, and a large one is sent from there.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,12 @@ from collections.abc import Iterator
 import torch
 
 from zeropipe.comm.collectives import Work, all_reduce, reduce_to_owners
-from zeropipe.layout.buckets import Bucket, cut_buckets
+from zeropipe.layout.buckets import Bucket, Span, cut_buckets
 from zeropipe.runtime.zero.partition import Partition
 from zeropipe.runtime.zero.policy import Policy
+
+# Elements from which a message of its own costs less than a copy into a common one; only gloo sends one by one.
+ALONE_NUMEL = 2**16
 
 
 class GradStore:
@@ -24,15 +31,16 @@ class GradStore:
         numel = layout.padded_numel if self.keeps_whole else layout.shard_numel
         self.buffer = torch.zeros(numel, dtype=self.dtype, device=partition.values.device)
         self.replace(self.buffer)
-        self.buckets = cut_buckets(layout, policy.bucket_numel)
+        on_gloo = self.buffer.device.type == "cpu"
+        self.buckets = cut_buckets(layout, policy.bucket_numel, ALONE_NUMEL if on_gloo else None)
         self.seen: set[int] = set()  # parameters with a gradient in this window
         self.reduced = False  # keeps_whole: the buffer holds reduced values
-        self._held: dict[int, torch.Tensor] = {}  # sharded: gradients that wait for their bucket
+        self._held: dict[int, torch.Tensor] = {}  # gradients that wait for their bucket, 1D
         self._written: set[int] = set()  # sharded: buckets (by first tensor) that the window has written
 
     @property
     def held(self) -> Iterator[torch.Tensor]:
-        """sharded: whole gradients that wait for their bucket."""
+        """Whole gradients that wait for their bucket."""
         yield from self._held.values()
 
     def replace(self, buffer: torch.Tensor) -> None:
@@ -61,13 +69,14 @@ class GradStore:
         ]
 
     def accept(self, index: int, keep_grad: bool) -> None:
-        """Take ``param.grad`` in. With ``keep_grad`` (whole gradients only) it becomes a view of the buffer."""
+        """Take ``param.grad`` in. ``keep_grad`` (whole gradients only): no reduction follows, and it becomes a view of
+        the buffer."""
         param = self.partition.params[index]
         grad = param.grad
         assert grad is not None
         if grad.layout != torch.strided:
             grad = grad.to_dense()
-        if self.keeps_whole:
+        if self.keeps_whole and (keep_grad or not self._may_wait(index, grad)):
             view = self._views[index]
             if grad.data_ptr() != view.data_ptr() or grad.numel() == 0:
                 if index in self.seen:
@@ -81,6 +90,14 @@ class GradStore:
             self._held[index] = flat if held is None else held.to(self.dtype).add(flat)
             param.grad = None
         self.seen.add(index)
+
+    def _may_wait(self, index: int, grad: torch.Tensor) -> bool:
+        """keeps_whole: whether the gradient need not go through the buffer, which may hold some and may round."""
+        return (
+            self.partition.sharded
+            and (index not in self.seen or index in self._held)
+            and torch.promote_types(grad.dtype, self.dtype) == self.dtype
+        )
 
     def reopen(self) -> None:
         """Make the reduced buffer one more local term: own shard times size, zero elsewhere, so that the next
@@ -97,71 +114,85 @@ class GradStore:
 
     def launch(self, bucket: Bucket) -> Work:
         """Start the reduction of ``bucket``; when the work is done the shard holds (or has added) its average."""
-        return self._launch_whole(bucket) if self.keeps_whole else self._launch_sharded(bucket)
-
-    def _launch_whole(self, bucket: Bucket) -> Work:
+        if self.partition.sharded:
+            return self._launch_to_owners(bucket)
         for index in bucket.tensors:
             if index not in self.seen:
                 self._views[index].zero_()
         region = self.buffer[bucket.start : bucket.start + bucket.numel]
-        wire = (
-            region
-            if self.policy.reduce_dtype in (None, region.dtype)
-            else region.to(self.policy.reduce_dtype)
-        )
-        group = self.partition.group
-        if self.partition.sharded:
-            cuts = [(span.shard, wire[span.start : span.start + span.numel]) for span in bucket.spans]
-            own = dict(cuts).get(self.partition.shard)
-            work = reduce_to_owners(cuts, own, group, op="avg", label="gradients", async_op=True)
-        else:
-            work = all_reduce(wire, group, op="avg", label="gradients", async_op=True)
+        wire = region.to(self.policy.reduce_dtype or region.dtype)
+        work = all_reduce(wire, self.partition.group, op="avg", label="gradients", async_op=True)
         return work if wire is region else work.then(lambda: _copy(region, wire))
 
-    def _launch_sharded(self, bucket: Bucket) -> Work:
-        parts = [self._held.pop(index, None) for index in bucket.tensors]
-        first = bucket.tensors[0] not in self._written
+    def _launch_to_owners(self, bucket: Bucket) -> Work:
+        held = {index: self._held.pop(index) for index in bucket.tensors if index in self._held}
+        fresh = self.keeps_whole or bucket.tensors[0] not in self._written
         self._written.add(bucket.tensors[0])
         if self.partition.group.size == 1:
-            self._store_alone(bucket, parts, first)
+            self._store_alone(bucket, held, fresh)
             return Work("gradients")
-        dtype = (
-            self.policy.reduce_dtype or self.dtype
-        )  # also for one part: buckets must not show in the numbers
-        sizes = [self.partition.layout.tensors[index].numel for index in bucket.tensors]
-        device = self.buffer.device
-        filled = [
-            torch.zeros(size, dtype=dtype, device=device) if part is None else part.to(dtype)
-            for part, size in zip(parts, sizes, strict=True)
-        ]
-        wire = filled[0] if len(filled) == 1 else torch.cat(filled)
-        cuts = [(span.shard, wire[span.start : span.start + span.numel]) for span in bucket.spans]
-        own = dict(cuts).get(self.partition.shard)
-        work = reduce_to_owners(cuts, own, self.partition.group, op="avg", label="gradients", async_op=True)
+        dtype = self.policy.reduce_dtype or self.dtype  # also for a gradient alone: buckets must not show
+        cuts: list[tuple[int, torch.Tensor]] = []
+        outputs: list[torch.Tensor] = []
+        detours: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for span in bucket.spans:
+            wire = self._wire(span, bucket.start + span.start, held, dtype)
+            cuts.append((span.shard, wire))
+            if span.shard != self.partition.shard:
+                continue
+            place = self.shard[span.offset : span.offset + span.numel]
+            straight = fresh and dtype == place.dtype
+            outputs.append(place if straight else wire)
+            if not straight:
+                detours.append((place, wire))
+        work = reduce_to_owners(
+            cuts, outputs, self.partition.group, op="avg", label="gradients", async_op=True
+        )
 
         def store() -> None:
-            for span in bucket.spans:
-                if span.shard == self.partition.shard and own is not None:
-                    place = self.shard[span.offset : span.offset + span.numel]
-                    _copy(place, own) if first else place.add_(own)
+            for place, reduced in detours:
+                _copy(place, reduced) if fresh else place.add_(reduced)
 
-        return work.then(store)
+        return work.then(store) if detours else work
 
-    def _store_alone(self, bucket: Bucket, parts: list[torch.Tensor | None], first: bool) -> None:
-        """A group of one: no wire, straight into the shard."""
-        found = [
-            (self._views[i].view(-1), g) for i, g in zip(bucket.tensors, parts, strict=True) if g is not None
-        ]
-        if first:
-            for index, part in zip(bucket.tensors, parts, strict=True):
-                if part is None:
-                    self._views[index].zero_()
-        if found:
-            places, grads = (list(column) for column in zip(*found, strict=True))
-            if first:
-                torch._foreach_copy_(places, grads)
+    def _wire(
+        self, span: Span, start: int, held: dict[int, torch.Tensor], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The span's elements (they begin at ``start`` of the buffer) as they are sent; a view where that does."""
+        sources = [self._source(piece.tensor, held) for piece in span.pieces]
+        if len(sources) == 1 and sources[0] is not None and sources[0].dtype == dtype:
+            return sources[0][span.pieces[0].start : span.pieces[0].start + span.numel]
+        if self.keeps_whole and not any(piece.tensor in held for piece in span.pieces):
+            for piece, source in zip(span.pieces, sources, strict=True):
+                if source is None:
+                    self._views[piece.tensor].zero_()
+            return self.buffer[start : start + span.numel].to(dtype)
+        wire = torch.empty(span.numel, dtype=dtype, device=self.buffer.device)
+        at = 0
+        for piece, source in zip(span.pieces, sources, strict=True):
+            part = wire[at : at + piece.numel]
+            at += piece.numel
+            if source is None:
+                part.zero_()
             else:
-                torch._foreach_add_(places, grads)
+                part.copy_(source[piece.start : piece.start + piece.numel])
+        return wire
+
+    def _source(self, index: int, held: dict[int, torch.Tensor]) -> torch.Tensor | None:
+        """Parameter ``index``'s gradient, 1D; None where there is none."""
+        if index in held:
+            return held[index]
+        return self._views[index].view(-1) if self.keeps_whole and index in self.seen else None
+
+    def _store_alone(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> None:
+        """A group of one: no wire, straight into the shard."""
+        if fresh:
+            for index in bucket.tensors:
+                if index not in held and not (self.keeps_whole and index in self.seen):
+                    self._views[index].zero_()
+        if held:
+            store = torch._foreach_copy_ if fresh else torch._foreach_add_
+            store([self._views[index].view(-1) for index in held], list(held.values()))
 
     def show(self) -> None:
         """Let every ``.grad`` be its view of the reduced buffer, where this rank has the whole of it."""

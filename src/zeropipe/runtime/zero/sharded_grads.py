@@ -12,6 +12,7 @@ import torch
 from zeropipe.comm.collectives import Work, reduce_to_owners
 from zeropipe.layout.buckets import Bucket, cut_buckets
 from zeropipe.layout.flat import FlatShards, flat_shards
+from zeropipe.runtime.zero.grads import ALONE_NUMEL
 from zeropipe.runtime.zero.offload import HostCopies
 from zeropipe.runtime.zero.policy import Policy
 from zeropipe.runtime.zero.sharded_partition import ShardedPartition
@@ -79,49 +80,72 @@ class ShardedGradStore:
 
     def launch(self, bucket: Bucket) -> Work:
         """Start the reduction of ``bucket``; when the work is done the shard holds (or has added) its average."""
-        parts = [(index, self._held.pop(index, None)) for index in bucket.tensors]
+        held = {index: self._held.pop(index) for index in bucket.tensors if index in self._held}
         first = bucket.tensors[0] not in self._written
         self._written.add(bucket.tensors[0])
-        wire = self._wire(parts)  # [ranks, elements of the bucket per rank]
-        group = self.partition.group
-        own = wire[self.partition.shard]
-        cuts = [(rank, wire[rank]) for rank in range(group.size)]
-        work = reduce_to_owners(cuts, own, group, op="avg", label="gradients", async_op=True, channel=REDUCE)
+        group, rank = self.partition.group, self.partition.shard
+        dtype = self.policy.reduce_dtype or self.dtype
+        cuts: list[tuple[int, torch.Tensor]] = []
+        outputs: list[torch.Tensor] = []
+        runs = list(self._runs(bucket))
+        for run in runs:
+            wire = self._wire(run, held, dtype)  # [ranks, elements of the run per rank]
+            cuts += [(owner, wire[owner]) for owner in range(group.size)]
+            straight = first and self._copies is None and len(run) == 1 and dtype == self.dtype
+            outputs.append(self._place(run[0]) if straight else wire[rank])
+        work = reduce_to_owners(
+            cuts, outputs, group, op="avg", label="gradients", async_op=True, channel=REDUCE
+        )
 
         def store() -> None:
-            at = 0
-            for index in bucket.tensors:
-                place = self._shard[slice(*self.partition.local_layout.tensor_range(index))]
-                piece = own[at : at + place.numel()]
-                at += place.numel()
-                if self._copies is not None:
-                    self._copies.store(place, piece, add=not first)
-                elif first:
-                    place.copy_(piece)
-                else:
-                    place.add_(piece)
-                self._offload.let_go(place)
+            for run, own in zip(runs, outputs, strict=True):
+                at = 0
+                for index in run:
+                    place = self._place(index)
+                    piece = own[at : at + place.numel()]
+                    at += place.numel()
+                    if self._copies is not None:
+                        self._copies.store(place, piece, add=not first)
+                    elif not first:
+                        place.add_(piece)
+                    elif piece.data_ptr() != place.data_ptr():
+                        place.copy_(piece)
+                    self._offload.let_go(place)
 
         return work.then(store)
 
-    def _wire(self, parts: list[tuple[int, torch.Tensor | None]]) -> torch.Tensor:
-        """The bucket laid out rank by rank; a lone gradient that needs no padding is sent as it is."""
+    def _place(self, index: int) -> torch.Tensor:
+        """Where parameter ``index``'s average goes: 1D, this rank's part."""
+        return self._shard[slice(*self.partition.local_layout.tensor_range(index))]
+
+    def _runs(self, bucket: Bucket) -> Iterator[list[int]]:
+        """The bucket's parameters by message: a large one without padding is sent from where it lies."""
+        together: list[int] = []
+        on_gloo = self.partition.device.type == "cpu"
+        for index in bucket.tensors:
+            layout = self.partition.shards[index].layout
+            if on_gloo and layout.padding == 0 and layout.shard_numel >= ALONE_NUMEL:
+                yield [index]
+            else:
+                together.append(index)
+        if together:
+            yield together
+
+    def _wire(self, run: list[int], held: dict[int, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The run laid out rank by rank; a lone gradient that needs no padding is sent as it is."""
         size = self.partition.group.size
         shards = self.partition.shards
-        dtype = self.policy.reduce_dtype or self.dtype
-        if len(parts) == 1:
-            index, grad = parts[0]
-            if grad is not None and shards[index].layout.padding == 0:
-                return grad.to(dtype).view(size, shards[index].shard_numel)
-        width = sum(shards[index].shard_numel for index, _ in parts)
+        if len(run) == 1 and run[0] in held and shards[run[0]].layout.padding == 0:
+            return held[run[0]].to(dtype).view(size, shards[run[0]].shard_numel)
+        width = sum(shards[index].shard_numel for index in run)
         wire = torch.zeros((size, width), dtype=dtype, device=self.partition.device)
         at = 0
-        for index, grad in parts:
+        for index in run:
             layout = shards[index].layout
-            if grad is not None:
+            if index in held:
                 for piece in layout.tensor_pieces(0):
                     row = wire[piece.shard, at + piece.offset : at + piece.offset + piece.numel]
-                    row.copy_(grad[piece.start : piece.start + piece.numel])
+                    row.copy_(held[index][piece.start : piece.start + piece.numel])
             at += layout.shard_numel
         return wire
 
