@@ -27,6 +27,7 @@ _WHERE: Final = MappingProxyType(
         "SubparamShape": "universal_checkpoint",
     }
 )
+_MODULES: Final = frozenset({"utils", *_WHERE.values()})  # reached as attributes, as DeepSpeed's are
 _CONSTANTS: Final = tuple(name for name in vars(_constants) if name.isupper())
 __all__ = [*_WHERE, *_CONSTANTS]
 
@@ -34,6 +35,8 @@ __all__ = [*_WHERE, *_CONSTANTS]
 def __getattr__(name: str) -> Any:
     if name in _CONSTANTS:
         return getattr(_constants, name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from zeropipe.checkpoint.manifest import FlatEntry
+from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.source import Source, read_full
 from zeropipe.checkpoint.state import FP32, PARAM
 from zeropipe.checkpoint.weights import weights
@@ -27,6 +28,7 @@ def compare(
     left: Source, right: Source, progress: Callable[[int], None] = lambda done: None
 ) -> Iterator[Difference]:
     """Every difference in weights, moments, scalars, counters and hyperparameters; nothing if they are equal."""
+    left, right = joined(left), joined(right)
     for name in ("global_steps", "global_samples", "skipped_steps", "lr_scheduler", "loss_scaler"):
         a, b = getattr(left.train_state(0), name), getattr(right.train_state(0), name)
         if not same(a, b):

@@ -24,6 +24,7 @@ import torch
 from zeropipe.checkpoint.files import sync_folder
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.naming import is_plain
+from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.source import Source, read_full
 from zeropipe.checkpoint.state import FP32, PARAM, TrainState
 from zeropipe.checkpoint.weights import aliases, weights
@@ -39,6 +40,8 @@ _GROUPS = "param_groups"
 
 class DcpSource:
     """A folder with DCP's ``.metadata``. Raises CheckpointError when it cannot be read safely, or has no weights."""
+
+    universal_info: Mapping[str, Any] | None = None  # its tensors are whole
 
     def __init__(self, folder: Path, tag: str, *, trust: bool = False) -> None:
         self.folder = folder
@@ -194,6 +197,7 @@ def write_dcp(
 
 
 def _items(source: Source, progress: Callable[[int], None]) -> Iterator[tuple[Key, Any]]:
+    source = joined(source)
     others = aliases(source)
     kinds: dict[str, str] = {}
     for weight in weights(source):

@@ -19,6 +19,7 @@ from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.source import Files, Source
 from zeropipe.checkpoint.stand_ins import LossScalerValues
 from zeropipe.checkpoint.state import FP32, PARAM, TrainState
+from zeropipe.checkpoint.universal.patterns import rules_in
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
@@ -88,6 +89,10 @@ class PeerSource:
         self.dtype = next((e.dtype for e in module if e.kind == "param" and e.file), "float32")
         if any(name.startswith("bf16_") for name in self._optims.values()):
             self.dtype = "bfloat16"
+
+    @property
+    def universal_info(self) -> Mapping[str, Any] | None:
+        return rules_in(self._lead())
 
     def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
         return self._tensors[(entry.name, key, shard, str(entry.mp_rank))]

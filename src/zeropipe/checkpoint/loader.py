@@ -11,6 +11,7 @@ from zeropipe.checkpoint.dcp import DcpSource
 from zeropipe.checkpoint.files import check_file
 from zeropipe.checkpoint.legacy import open_peer
 from zeropipe.checkpoint.manifest import Manifest, read_manifest
+from zeropipe.checkpoint.parallel import Place, seen_from
 from zeropipe.checkpoint.reader import Reader
 from zeropipe.checkpoint.source import OurSource, Source
 from zeropipe.checkpoint.state import LoadedState, LocalState
@@ -108,7 +109,8 @@ def _try(
         if manifest is not None:
             _check_share(candidate.path, manifest, group, verify)
         order = [list(g.get("param_names") or ()) for g in into.param_groups]
-        source = open_folder(candidate.path, candidate.tag, trust=trust, order=order)
+        opened = open_folder(candidate.path, candidate.tag, trust=trust, order=order)
+        source = seen_from(opened, _place(into), into.model.universal_info)
         reader = Reader(source, into)
         reader.check_shapes()
         source.train_state(into.grid.rank)  # opens the files that hold it, so that refusals come now
@@ -118,6 +120,12 @@ def _try(
     except Exception as error:
         what = f"{candidate.path} cannot be read: {type(error).__name__}: {error}"
         return None, None, describe(what, rank=rank, fix="`zeropipe ckpt verify` says which file is at fault")
+
+
+def _place(into: LocalState) -> Place:
+    shapes = {name: tuple(tensor.shape) for name, tensor in into.model.tensors.items()}
+    shapes |= {spec.name: spec.shape for flat in into.flats for spec in flat.layout.tensors}
+    return Place(into.grid.tp_rank, into.grid.tp_degree, into.grid.pp_rank, shapes)
 
 
 def _check_share(path: Path, manifest: Manifest, group: Group, verify: bool) -> None:

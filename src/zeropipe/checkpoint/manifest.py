@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zeropipe.checkpoint.files import FileRecord, checksum_text, missing_text
-from zeropipe.checkpoint.state import Slice
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards
 
@@ -33,10 +32,9 @@ class TensorEntry:
     kind: str  # "param", "frozen" or "buffer"
     file: str
     mp_rank: int = 0
-    slice: Slice | None = None
 
     def to_json(self) -> dict[str, Any]:
-        data: dict[str, Any] = {
+        return {
             "name": self.name,
             "shape": list(self.shape),
             "dtype": self.dtype,
@@ -44,13 +42,9 @@ class TensorEntry:
             "file": self.file,
             "mp_rank": self.mp_rank,
         }
-        if self.slice is not None:
-            data["slice"] = {"shape": list(self.slice.global_shape), "start": list(self.slice.start)}
-        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TensorEntry:
-        part = data.get("slice")
         return cls(
             data["name"],
             tuple(data["shape"]),
@@ -58,7 +52,6 @@ class TensorEntry:
             data["kind"],
             data["file"],
             data["mp_rank"],
-            None if part is None else Slice(tuple(part["shape"]), tuple(part["start"])),
         )
 
 
@@ -73,7 +66,6 @@ class FlatEntry:
     keys: dict[str, str]  # "fp32", "exp_avg", ... -> dtype
     scalars: dict[str, Any]  # plain values
     files: tuple[str, ...]  # by shard; "" where nobody has reported it yet
-    slices: dict[str, Slice] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -83,7 +75,6 @@ class FlatEntry:
             "keys": self.keys,
             "scalars": self.scalars,
             "files": list(self.files),
-            "slices": {n: [list(s.global_shape), list(s.start)] for n, s in self.slices.items()},
             "layout": self.layout.to_json(),
         }
 
@@ -97,7 +88,6 @@ class FlatEntry:
             data["keys"],
             data["scalars"],
             tuple(data["files"]),
-            {n: Slice(tuple(shape), tuple(start)) for n, (shape, start) in data["slices"].items()},
         )
 
 
@@ -232,7 +222,6 @@ def join_flats(parts: Iterable[FlatEntry]) -> tuple[FlatEntry, ...]:
         files = tuple(a or b for a, b in zip(before.files, entry.files, strict=True))
         joined[key] = FlatEntry(
             before.name, before.mp_rank, before.group_index, before.layout, before.keys, before.scalars, files,
-            before.slices,
         )  # fmt: skip
     for entry in joined.values():
         if "" in entry.files:

@@ -54,7 +54,16 @@ def model_keys(local: LocalState, module: Any, lr_scheduler: Any) -> dict[str, A
         },
         "ds_config": train.ds_config,
         k.DS_VERSION: PEER_VERSION,
+        **(
+            {}
+            if model.universal_info is None
+            else {k.UNIVERSAL_CHECKPOINT_INFO: _versioned(model.universal_info)}
+        ),
     }
+
+
+def _versioned(info: dict[str, Any]) -> dict[str, Any]:
+    return {k.UNIVERSAL_CHECKPOINT_VERSION_KEY: k.UNIVERSAL_CHECKPOINT_VERSION_VALUE} | info
 
 
 def _frozen(local: LocalState) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.source import Source, read_full, value_key
-from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LoadedFlat, LocalState, Slice
+from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LoadedFlat, LocalState
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.copy_plan import copy_plan
 from zeropipe.layout.flat import FlatShards, TensorSpec
@@ -31,12 +31,11 @@ class Filled:
 
 
 class Reader:
-    """Reads one source for one rank. ``slices``: this rank's blocks of tensor-parallel tensors."""
+    """Reads one source, as this rank sees it (``parallel.seen_from``), for one rank."""
 
     def __init__(self, source: Source, into: LocalState) -> None:
         self._source = source
         self._into = into
-        self._slices = into.model.slices
         self._flats: dict[str, list[FlatEntry]] = {}
         self._module: dict[str, list[TensorEntry]] = {}
         for flat in source.flats:
@@ -77,8 +76,6 @@ class Reader:
             out.copy_(self._source.module_tensor(entry))
         elif flat is not None:
             self._copy_value(flat, self._first_name(name, self._flats), out)
-        elif (whole := self._regrid(name, None)) is not None:
-            out.copy_(whole.view(out.shape))
         else:
             self._report.missing.append(name)
 
@@ -97,21 +94,16 @@ class Reader:
             out.copy_(read_full(self._source, flat, name, key))
 
     def _module_entry(self, name: str) -> TensorEntry | None:
-        mine = self._slices.get(name)
         entries = self._module.get(self._first_name(name, self._module), ())
-        return next((e for e in entries if e.slice == mine and self._held(e)), None)
+        return next((e for e in entries if self._held(e)), None)
 
     def _held(self, entry: TensorEntry) -> bool:
         """Whether the file holds the value; stage 3 files of DeepSpeed name parameters without it."""
         return entry.file != ""
 
     def _value_flat(self, name: str) -> FlatEntry | None:
-        mine = self._slices.get(name)
         name = self._first_name(name, self._flats)
-        for entry in self._flats.get(name, ()):
-            if entry.slices.get(name) == mine and value_key(entry) is not None:
-                return entry
-        return None
+        return next((e for e in self._flats.get(name, ()) if value_key(e) is not None), None)
 
     def _first_name(self, name: str, index: Mapping[str, Any]) -> str:
         """The name under which the source keeps a tied tensor."""
@@ -178,7 +170,6 @@ class Reader:
                 for own, asked in zip(flat.layout.tensors, wanted.tensors, strict=True)
                 if asked.name in here
             }
-        filled |= self._fill_regridded(flat, key, out, filled)
         return filled
 
     def _renamed(self, layout: FlatShards, entry: FlatEntry, done: set[str]) -> FlatShards:
@@ -186,53 +177,8 @@ class Reader:
         specs = []
         for spec in layout.tensors:
             name = self._first_name(spec.name, self._flats)
-            same_block = entry.slices.get(name) == self._slices.get(spec.name)
-            specs.append(
-                TensorSpec(name if same_block and spec.name not in done else f"\0{spec.name}", spec.shape, "")
-            )
+            specs.append(TensorSpec(f"\0{spec.name}" if spec.name in done else name, spec.shape, ""))
         return FlatShards(tuple(specs), layout.num_shards, layout.align)
-
-    def _fill_regridded(self, flat: FlatState, key: str, out: torch.Tensor, done: set[str]) -> set[str]:
-        """Tensors that the source cuts into other tensor-parallel blocks: whole first, then this rank's block."""
-        filled: set[str] = set()
-        for piece in flat.layout.pieces(flat.shard):
-            name = flat.layout.tensors[piece.tensor].name
-            if name in done:
-                continue
-            block = self._regrid(name, key)
-            if block is None:
-                continue
-            run = block.reshape(-1)[piece.start : piece.start + piece.numel]
-            out[piece.offset : piece.offset + piece.numel].copy_(run)
-            filled.add(name)
-        return filled
-
-    def _regrid(self, name: str, key: str | None) -> torch.Tensor | None:
-        """This rank's block of a tensor that is cut differently there; None where the source lacks it."""
-        mine = self._slices.get(name)
-        blocks: list[tuple[Slice | None, torch.Tensor]] = []
-        if key is None:
-            for held in self._module.get(name, ()):
-                blocks.append((held.slice, self._source.module_tensor(held)))
-        for entry in self._flats.get(name, ()) if not blocks else ():
-            kept = value_key(entry) if key in (None, FP32, PARAM) else key
-            if kept in entry.keys and kept is not None:
-                blocks.append((entry.slices.get(name), read_full(self._source, entry, name, kept)))
-        if not blocks or (blocks[0][0] is None and mine is None):
-            return None
-        if blocks[0][0] is None:
-            whole = blocks[0][1]
-        else:
-            whole = torch.empty(blocks[0][0].global_shape, dtype=blocks[0][1].dtype)
-            for part, values in blocks:
-                assert part is not None
-                whole[_region(part, tuple(values.shape))] = values
-        return whole if mine is None else whole[_region(mine, self._local_shape(name))]
-
-    def _local_shape(self, name: str) -> tuple[int, ...]:
-        if name in self._into.model.tensors:
-            return tuple(self._into.model.tensors[name].shape)
-        return next(t.shape for f in self._into.flats for t in f.layout.tensors if t.name == name)
 
     def _from_module(self, flat: FlatState, name: str, out: torch.Tensor) -> bool:
         """Masters that the source does not have (saved without an optimizer, or frozen) from its module."""
@@ -267,8 +213,6 @@ class Reader:
         for flat in self._into.flats:
             wanted |= {t.name: t.shape for t in flat.layout.tensors}
         for name, shape in wanted.items():
-            if name in self._slices:
-                continue
             for found in self._shapes_there(name):
                 # A scalar may have been stored as one element; anything else must match.
                 if found != shape and not (found in ((), (1,)) and shape in ((), (1,))):
@@ -282,15 +226,8 @@ class Reader:
                     )
 
     def _shapes_there(self, name: str) -> list[tuple[int, ...]]:
-        shapes = [e.shape for e in self._module.get(name, ()) if e.slice is None]
-        for entry in self._flats.get(name, ()):
-            if name not in entry.slices:
-                shapes.append(entry.layout.tensors[entry.layout.index(name)].shape)
-        return shapes
-
-
-def _region(part: Slice, shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(part.start, shape, strict=True))
+        shapes = [e.shape for e in self._module.get(name, ())]
+        return shapes + [e.layout.tensors[e.layout.index(name)].shape for e in self._flats.get(name, ())]
 
 
 def _equal(a: object, b: object) -> bool:

@@ -16,6 +16,7 @@ from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
 from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.manifest import FlatEntry, Manifest, TensorEntry
 from zeropipe.checkpoint.state import FP32, PARAM, TrainState
+from zeropipe.checkpoint.universal.patterns import rules_in
 from zeropipe.checkpoint.writer import CODE_FILE, OURS
 from zeropipe.errors import CheckpointError, describe
 
@@ -52,6 +53,11 @@ class Source(Protocol):
     tied: Mapping[str, str]
 
     @property
+    def universal_info(self) -> Mapping[str, Any] | None:
+        """How slices of tensor-parallel ranks make a whole; None where the checkpoint does not say."""
+        ...
+
+    @property
     def param_groups(self) -> tuple[dict[str, Any], ...]:
         """Hyperparameters of each param group."""
         ...
@@ -85,6 +91,10 @@ class OurSource:
         self.module = manifest.module
         self.flats = manifest.flats
         self.tied: Mapping[str, str] = manifest.tied
+
+    @property
+    def universal_info(self) -> Mapping[str, Any] | None:
+        return rules_in(self._lead())
 
     @property
     def param_groups(self) -> tuple[dict[str, Any], ...]:

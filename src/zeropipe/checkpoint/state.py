@@ -58,14 +58,6 @@ class FlatState:
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
-    """The block of a global tensor that a tensor-parallel rank holds; absent means the whole tensor."""
-
-    global_shape: tuple[int, ...]
-    start: tuple[int, ...]  # first index of the block in each dim
-
-
-@dataclass(frozen=True, slots=True)
 class ModelState:
     """The module's state dict on this rank: full tensors (of this tp and pp rank), tied names share a tensor.
 
@@ -78,7 +70,8 @@ class ModelState:
     tied: dict[str, str] = field(
         default_factory=dict
     )  # other name -> the name that the tensor is saved under
-    slices: dict[str, Slice] = field(default_factory=dict)  # tensor parallelism only
+    # How slices of tensor-parallel ranks make a whole (``universal_checkpoint_info``); None: not known.
+    universal_info: dict[str, Any] | None = None
     excluded: tuple[str, ...] = ()  # left out on purpose (exclude_frozen_parameters)
     extra: dict[str, Any] = field(default_factory=dict)  # non-tensor entries (get_extra_state)
     # Pipelines only: (layer, key in that layer's file, name in ``tensors``); such tensors go to files by layer.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
+from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.source import Source, read_full, value_key
 
 
@@ -40,10 +41,11 @@ class Weight:
 
 
 def weights(source: Source, *, exclude_frozen: bool = False) -> Iterator[Weight]:
-    """Each weight and buffer once, parameters from their fp32 masters where there are any.
+    """Each weight and buffer once and whole, parameters from their fp32 masters where there are any.
 
     Tied names are not repeated: ``source.tied`` has them. Order: as in the module, then what only shards hold.
     """
+    source = joined(source)
     holders: dict[str, FlatEntry] = {}
     for held in source.flats:
         if value_key(held) is not None:

@@ -158,7 +158,6 @@ def _flat_trees(flats: list[FlatState]) -> dict[str, Any]:
 
 def _entry(flat: FlatState, local: LocalState, file: str) -> FlatEntry:
     files = tuple(file if s == flat.shard else "" for s in range(flat.layout.num_shards))
-    names = {t.name for t in flat.layout.tensors}
     return FlatEntry(
         flat.name,
         local.grid.mp_rank,
@@ -167,7 +166,6 @@ def _entry(flat: FlatState, local: LocalState, file: str) -> FlatEntry:
         {key: _dtype(tensor) for key, tensor in flat.tensors.items()},
         {key: _figure(value) for key, value in flat.scalars.items() if _figure(value) is not None},
         files,
-        {name: part for name, part in local.model.slices.items() if name in names},
     )
 
 
@@ -200,7 +198,6 @@ def _module_entries(local: LocalState, file: str) -> list[TensorEntry]:
             kinds.get(name, "param"),
             layer_files.get(name, file),
             local.grid.mp_rank,
-            model.slices.get(name),
         )
         for name, tensor in model.tensors.items()
     ]

@@ -156,6 +156,10 @@ def convert(
         int | None, typer.Option("--dp", min=1, help="Ranks of the result; default: as saved.")
     ] = None,
     stage: Annotated[int | None, typer.Option("--stage", min=0, max=3, help="Default: as saved.")] = None,
+    tp: Annotated[
+        int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks; default: as saved.")
+    ] = None,
+    pp: Annotated[int | None, typer.Option("--pp", min=1, help="Pipeline stages: as saved, or 1.")] = None,
     tag: Tag = None,
     trust: Trust = False,
 ) -> None:
@@ -169,9 +173,10 @@ def convert(
             path = write_dcp(source, output, progress=advance)
     elif to in ("deepspeed", "zeropipe"):
         ranks = source.degrees.get("dp", 1) if dp is None else dp
-        with _bar("writing", ranks, files=False) as advance:
+        model = (tp or source.degrees.get("tp", 1)) * (pp or source.degrees.get("pp", 1))
+        with _bar("writing", ranks * model, files=False) as advance:
             at = source.stage if stage is None else stage
-            path = convert_checkpoint(source, output, stage=at, dp=ranks, progress=advance)
+            path = convert_checkpoint(source, output, stage=at, dp=ranks, tp=tp, pp=pp, progress=advance)
     else:
         raise CheckpointError(
             describe("convert --to", expected="deepspeed, zeropipe, universal or dcp", found=to)

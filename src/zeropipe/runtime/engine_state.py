@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zeropipe.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+from zeropipe.checkpoint.parallel import info_of, plain_info
 from zeropipe.checkpoint.state import (
     FP32,
     PARAM,
@@ -57,7 +59,11 @@ def local_state(
         grid=grid_of(engine),
         stage=3 if any(PARAM in f.tensors for f in flats) else stage,
         dtype={"fp16": "float16", "bf16": "bfloat16"}.get(engine._config.precision, "float32"),
-        model=model_state(engine.module, exclude_frozen),
+        model=replace(
+            model_state(engine.module, exclude_frozen),
+            universal_info=plain_info((client_state or {}).get(UNIVERSAL_CHECKPOINT_INFO))
+            or info_of(engine.module),
+        ),
         flats=tuple(flats),
         param_groups=tuple(groups),
         optimizer_name=engine.get_type() or "",

@@ -78,6 +78,14 @@ def joining_of(name: str, info: Mapping[str, Any], shapes: Sequence[tuple[int, .
     return Joining(Rule.CONCAT, dim, vocabulary=rows)
 
 
+def rules_in(tree: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The rules that a model file carries; None where it has only the format's version, or nothing."""
+    found = tree.get(k.UNIVERSAL_CHECKPOINT_INFO)
+    if not isinstance(found, Mapping) or not set(found) - {k.UNIVERSAL_CHECKPOINT_VERSION_KEY}:
+        return None
+    return dict(found)
+
+
 def join(slices: Sequence[torch.Tensor], how: Joining) -> torch.Tensor:
     """The whole tensor of the ranks' slices, in order of ranks.
 

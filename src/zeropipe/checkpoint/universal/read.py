@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.legacy import KNOWN_KEYS
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.state import FP32, TrainState
+from zeropipe.checkpoint.universal.patterns import rules_in
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
@@ -41,8 +43,10 @@ class UniversalSource:
         self.degrees = {"dp": int(self._model.get("dp_world_size", 1)), "tp": 1, "pp": 1}
         self.tied: Mapping[str, str] = dict(self._model.get("shared_params") or {})
         self.optimizer = str((self._model.get("ds_config") or {}).get("optimizer", {}).get("type", ""))
-        groups = self._model.get(k.PARAM_SHAPES) or []
-        self._group = {name: index for index, names in enumerate(groups) for name in names}
+        self._group: dict[str, int] = {}  # each pipeline stage's file names its own parameters
+        for path in models:
+            groups = load_torch(path, trust=trust).get(k.PARAM_SHAPES) or []
+            self._group |= {name: index for index, names in enumerate(groups) for name in names}
         buffers = set(self._model.get(k.BUFFER_NAMES) or ())
         module = {n: t for n, t in (self._model.get("module") or {}).items() if isinstance(t, torch.Tensor)}
         folders = {path.name: path for path in sorted((folder / "zero").iterdir()) if path.is_dir()}
@@ -54,6 +58,30 @@ class UniversalSource:
             if n not in self.tied and (t.numel() or n in buffers or n not in folders)
         )
         self.dtype = next((e.dtype for e in self.module if e.kind == "param"), "float32")
+
+    @property
+    def universal_info(self) -> Mapping[str, Any] | None:
+        """The model file's rules, else those that the parameters' own files give: DeepSpeed writes only these."""
+        given = rules_in(self._model)
+        if given is not None:
+            return given
+        rules: dict[str, Any] = {}
+        for flat in self.flats:
+            held = load_torch(self.folder / "zero" / flat.name / f"{FP32}.pt", trust=self._trust)
+            held = held if isinstance(held, dict) else {}
+            key = ""
+            if held.get(k.CAT_DIM) is None:
+                key = k.TP_REPLICATED_PARAMETER_PATTERNS
+            elif held.get(k.PARAM_N_SUB_PARAMS) == 2:
+                key = k.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0
+            elif held[k.CAT_DIM] == 1:
+                key = k.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS
+            elif held.get(k.VOCAB_TENSOR):
+                key = k.VOCABULARY_PARAMETER_PATTERNS
+                rules[k.ORIGINAL_VOCAB_SIZE] = flat.layout.tensors[0].shape[0]
+            if key:
+                rules.setdefault(key, []).append(re.escape(flat.name) + "$")
+        return rules or None
 
     @property
     def param_groups(self) -> tuple[dict[str, Any], ...]:

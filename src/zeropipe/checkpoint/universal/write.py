@@ -14,10 +14,12 @@ import torch
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.files import replace_text, sync_folder, write_torch
 from zeropipe.checkpoint.manifest import FlatEntry
+from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.peer_keys import PEER_VERSION
 from zeropipe.checkpoint.source import Source, read_full
 from zeropipe.checkpoint.state import FP32, PARAM
 from zeropipe.checkpoint.tags import LATEST_UNIVERSAL
+from zeropipe.checkpoint.universal.patterns import Joining, Rule, joining_of
 from zeropipe.checkpoint.weights import Weight, weights
 
 
@@ -33,6 +35,8 @@ def write_universal(
     No temporary copy of the data is made; at most ``workers`` parameters are in memory. ``progress`` gets 1 per
     parameter. Returns ``output``. An older folder of that name is replaced once the new one is whole.
     """
+    source = joined(source)
+    rules = source.universal_info
     final = Path(output)
     work = final.with_name(f".{final.name}.incomplete")
     shutil.rmtree(work, ignore_errors=True)
@@ -43,7 +47,10 @@ def write_universal(
     everything = list(weights(source))
 
     def one(weight: Weight) -> None:
-        _parameter(source, weight, holders.get(weight.name), work / "zero" / weight.name)
+        cut = joining_of(weight.name, rules or {})
+        if cut.dim >= len(weight.shape):
+            cut = Joining(Rule.REPLICATED)
+        _parameter(source, weight, holders.get(weight.name), work / "zero" / weight.name, _slicing(cut))
         progress(1)
 
     with ThreadPoolExecutor(workers) as threads:
@@ -58,16 +65,25 @@ def write_universal(
     return final
 
 
-def _parameter(source: Source, weight: Weight, flat: FlatEntry | None, folder: Path) -> None:
+def _slicing(how: Joining) -> dict[str, Any]:
+    """What a parameter's file tells DeepSpeed of how tensor-parallel ranks slice it."""
+    if how.rule in (Rule.REPLICATED, Rule.AVERAGE):
+        return {}
+    if how.rule is Rule.SUB_PARAMS and how.sub_count:
+        return {k.CAT_DIM: how.dim, k.PARAM_N_SUB_PARAMS: how.sub_count}
+    return {k.CAT_DIM: how.dim} | ({k.VOCAB_TENSOR: True} if how.vocabulary is not None else {})
+
+
+def _parameter(
+    source: Source, weight: Weight, flat: FlatEntry | None, folder: Path, slicing: dict[str, Any]
+) -> None:
     folder.mkdir()
-    write_torch(folder / "fp32.pt", {k.PARAM: weight.contiguous(), k.CAT_DIM: 0})
+    write_torch(folder / "fp32.pt", {k.PARAM: weight.contiguous()} | slicing)
     if flat is None:
         return
     for key in flat.keys:
         if key not in (FP32, PARAM):
-            write_torch(
-                folder / f"{key}.pt", {k.PARAM: read_full(source, flat, weight.name, key), k.CAT_DIM: 0}
-            )
+            write_torch(folder / f"{key}.pt", {k.PARAM: read_full(source, flat, weight.name, key)} | slicing)
     step = source.flat_scalars(flat).get("step")
     if step is not None:
         write_torch(folder / "step.pt", torch.as_tensor(step, dtype=torch.float32))
@@ -114,6 +130,7 @@ def _model(source: Source, everything: list[Weight]) -> dict[str, Any]:
         k.DS_VERSION: PEER_VERSION,
         k.UNIVERSAL_CHECKPOINT_INFO: {
             k.UNIVERSAL_CHECKPOINT_VERSION_KEY: k.UNIVERSAL_CHECKPOINT_VERSION_VALUE
-        },
-        **{key: value for key, value in train.client_state.items() if isinstance(key, str)},
+        }
+        | dict(source.universal_info or {}),
+        **{key: v for key, v in train.client_state.items() if key != k.UNIVERSAL_CHECKPOINT_INFO},
     }
