@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from zeropipe.comm.group import world
+from zeropipe.errors import UsageError, describe
 
 
 def get_world_group() -> Any:
@@ -46,3 +47,13 @@ def _get_sequence_parallel_rank() -> int:
 def _get_sequence_parallel_world_size() -> int:
     """1: sequences are not divided among ranks."""
     return 1
+
+
+def _get_sequence_parallel_group() -> Any:
+    """Raises UsageError."""
+    raise UsageError(
+        describe(
+            "sequence parallelism (Ulysses) is not part of zeropipe",
+            fix="use torch.distributed.tensor.experimental.context_parallel, or shorter sequences",
+        )
+    )

@@ -30,6 +30,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "DeepSpeedEngine":
         return importlib.import_module("zeropipe.runtime.engine").DeepSpeedEngine
+    if name == "onebit":
+        return importlib.import_module(f"{__name__}.onebit")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

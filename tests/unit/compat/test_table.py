@@ -1,0 +1,159 @@
+"""The alias is a second name, never a second copy: same modules, same classes, one place to patch."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import pickle
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.unit.compat.names import MEMBERS, PACKAGE, Name
+from zeropipe.compat.table import ABSENT, MODULES, NAMES
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def resolve(target: str) -> Any:
+    module, _, name = target.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
+
+
+@pytest.mark.parametrize("name", PACKAGE, ids=lambda name: name.name)
+def test_a_name_is_the_same_object(deepspeed: ModuleType, name: Name) -> None:
+    ours = resolve(name.same)
+    found: Any = deepspeed
+    for part in name.name.split("."):  # as attributes, without importing anything but deepspeed
+        found = getattr(found, part)
+    assert found is ours
+    path, _, last = f"deepspeed.{name.name}".rpartition(".")
+    if path != "deepspeed.zero" and path != "deepspeed":
+        assert getattr(importlib.import_module(path), last) is ours  # as an import
+
+
+@pytest.mark.parametrize("name", [*PACKAGE, *MEMBERS], ids=lambda name: name.name)
+def test_each_name_has_a_test_of_its_meaning(name: Name) -> None:
+    file, _, test = name.shown.partition("::")
+    tree = ast.parse((ROOT / file).read_text())
+    assert test in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert name.by and name.use
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_a_module_is_zeropipes_own_and_keeps_its_name(deepspeed: ModuleType, path: str) -> None:
+    ours = importlib.import_module(MODULES[path])
+    package = getattr(ours, "__path__", None)
+    found = importlib.import_module(f"deepspeed.{path}")
+    assert found is ours
+    assert ours.__name__ == MODULES[path]
+    assert ours.__spec__ is not None and ours.__spec__.name == MODULES[path]
+    assert getattr(ours, "__path__", None) is package
+
+
+def test_an_alias_hides_nothing_of_zeropipe() -> None:
+    """Importing deepspeed.a.b sets the attribute b of what deepspeed.a is; that must not replace another b."""
+    for path, target in MODULES.items():
+        parent, _, name = path.rpartition(".")
+        if parent in MODULES:
+            there = getattr(importlib.import_module(MODULES[parent]), name, None)
+            assert there is None or there is importlib.import_module(target), path
+
+
+def test_parents_of_every_module_exist() -> None:
+    for path in (*MODULES, *NAMES):
+        parent = path.rpartition(".")[0]
+        assert parent in MODULES or parent in NAMES, path
+        assert path not in MODULES or path not in NAMES, path
+        assert path not in ABSENT, path
+        # What is imported below a module must have a package to be in.
+        assert parent not in MODULES or hasattr(importlib.import_module(MODULES[parent]), "__path__"), path
+
+
+def test_the_names_of_every_table_exist(deepspeed: ModuleType) -> None:
+    for path, names in NAMES.items():
+        module = importlib.import_module(f"deepspeed.{path}" if path else "deepspeed")
+        for name, target in names.items():
+            assert getattr(module, name) is resolve(target)
+            assert name in dir(module)
+    assert {"zero", "comm", "ops", "runtime"} <= set(dir(deepspeed))
+
+
+def test_a_patch_through_the_alias_is_seen_by_zeropipe(deepspeed: ModuleType, monkeypatch) -> None:
+    import zeropipe.runtime.zero.partition_parameters as ours
+
+    alias = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+    mark = object()
+    monkeypatch.setattr(alias, "zero_wrapper_for_fp_tensor_constructor", mark)
+    assert ours.zero_wrapper_for_fp_tensor_constructor is mark
+
+
+def test_pickles_and_isinstance_agree(deepspeed: ModuleType) -> None:
+    from zeropipe.runtime.lr_schedules import WarmupLR
+    from zeropipe.runtime.zero.status import ZeroParamStatus
+
+    alias = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus
+    assert isinstance(ZeroParamStatus.AVAILABLE, alias)
+    assert pickle.loads(pickle.dumps(alias.INFLIGHT)) is ZeroParamStatus.INFLIGHT
+    by_name = b"cdeepspeed.runtime.zero.partition_parameters\nZeroParamStatus\n(I1\ntR."
+    assert pickle.loads(by_name) is ZeroParamStatus.AVAILABLE
+    assert pickle.loads(b"cdeepspeed.runtime.lr_schedules\nWarmupLR\n.") is WarmupLR
+    assert b"deepspeed" not in pickle.dumps(alias.INFLIGHT)  # read back without the alias, too
+
+
+@pytest.mark.parametrize("path", ABSENT)
+def test_what_is_not_offered_says_so(deepspeed: ModuleType, path: str) -> None:
+    says = rf"^deepspeed\.{path} is not part of zeropipe.*Fix: "
+    with pytest.raises(ModuleNotFoundError, match=says):
+        importlib.import_module(f"deepspeed.{path}")
+    with pytest.raises(ModuleNotFoundError, match=r"is not part of zeropipe"):
+        importlib.import_module(f"deepspeed.{path}.anything.below")
+    parent, _, name = path.rpartition(".")
+    if parent in NAMES:
+        owner: Any = importlib.import_module(f"deepspeed.{parent}" if parent else "deepspeed")
+        with pytest.raises(AttributeError, match=says):
+            getattr(owner, name)
+        assert not hasattr(owner, name)
+        with pytest.raises(ImportError, match=says):
+            exec(f"from {owner.__name__} import {name}")
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        "from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF",  # Ulysses
+        "import deepspeed; deepspeed.tp_model_init(model=None, tp_size=2)",  # tensor-parallel injection
+        "import deepspeed; deepspeed.init_inference(None)",
+        "from deepspeed.moe.layer import MoE",
+        "from deepspeed.autotuning import Autotuner",
+        "from deepspeed.compression.compress import init_compression",
+        "from deepspeed.ops.op_builder import CPUAdamBuilder",
+        "import deepspeed.nothing_like_it",
+    ],
+)
+def test_asking_for_what_stays_out_is_a_clear_error(deepspeed: ModuleType, asks: str) -> None:
+    with pytest.raises((ImportError, AttributeError), match=r"deepspeed\.[\w.]+ is not part of zeropipe"):
+        exec(asks)
+
+
+def test_a_try_around_an_import_works_as_ever(deepspeed: ModuleType) -> None:
+    try:
+        import deepspeed.inference
+    except ImportError:
+        found = None
+    else:
+        found = deepspeed.inference
+    assert found is None
+    assert "deepspeed.inference" not in sys.modules
+
+
+def test_code_of_a_module_is_found_for_python_m(deepspeed: ModuleType) -> None:
+    spec = importlib.util.find_spec("deepspeed.launcher.runner")
+    assert spec is not None and spec.loader is not None
+    code = spec.loader.get_code("deepspeed.launcher.runner")  # type: ignore[attr-defined]
+    assert code.co_filename.endswith("compat/runner.py")
