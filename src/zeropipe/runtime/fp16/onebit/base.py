@@ -27,12 +27,20 @@ from torch import nn
 
 from zeropipe.comm.group import Group, world
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError, describe
+from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.fp16.onebit.exchange import Topology
 from zeropipe.runtime.fp16.onebit.gradients import averaged, clip_, own_gradient, put_gradients
 from zeropipe.runtime.fp16.onebit.lane import Lane, View
 from zeropipe.runtime.fp16.onebit.options import Common
 from zeropipe.runtime.fp16.onebit.phases import OneBitPhases, Phase, ZeroOnePhases, check_against_run
-from zeropipe.runtime.fp16.onebit.rank_state import RankState, check_complete, is_of, lane_state, redistribute
+from zeropipe.runtime.fp16.onebit.rank_state import (
+    RankState,
+    groups_of,
+    is_own,
+    lane_state,
+    own_debt,
+    shared_debt,
+)
 from zeropipe.runtime.fp16.onebit.shown_state import publish, restore_tensors, saved_phases
 
 
@@ -268,7 +276,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         info = state_dict.get("onebit") or {}
         self._load_entries(entries, info.get("phases"))
         state, topology = info.get("rank_state"), self._ready()
-        if state is not None and is_of(state, topology):
+        if state is not None and is_own(state, self._layouts(topology), topology):
             self.load_rank_states([state])
         elif self._phases.step and self._compressed() and topology.group.size > 1:
             warnings.warn(
@@ -316,7 +324,8 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         self._refresh()
         if not self._compressed() or not self._phases.step:
             return ""
-        if own is not None and is_of(own, self._ready()):
+        topology = self._ready()
+        if own is not None and is_own(own, self._layouts(topology), topology):
             self.load_rank_states([own])
             return ""
         states = everyone()
@@ -328,23 +337,29 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
     def load_rank_states(self, states: Sequence[RankState]) -> None:
         """Take over the error feedback of a run of any size, after ``load_state_dict``.
 
-        ``states``: one per rank of the saving run, or this rank's own alone if the ranks are the same. The rule is
-        in ``rank_state``. Nothing is done in a dense phase.
+        ``states``: one per rank of the saving run (of all pipeline stages), or this rank's own alone if the ranks
+        are the same. The rule is in ``rank_state``. Nothing is done in a dense phase.
         Raises CheckpointError when they belong to other parameters, or some ranks' are missing.
         """
         self._refresh()
         topology = self._ready()
-        if len(states) != 1 or not is_of(states[0], topology):
-            check_complete(states)
+        layouts = self._layouts(topology)
+        own = next((state for state in states if is_own(state, layouts, topology)), None)
+        groups = [] if own is not None and len(states) == 1 else groups_of(states)
         if not self._compressed():
             return
-        for number, lane in enumerate(self._lanes):
-            worker, server, further = redistribute(states, number, lane.exchange(topology).layout, topology)
-            if worker is not None and server is not None:
-                for target, source in zip(lane.errors(topology), (worker, server), strict=True):
+        for number, (lane, layout) in enumerate(zip(self._lanes, layouts, strict=True)):
+            debt = shared_debt(groups, number, layout, topology) if own is None else own_debt(own, number)
+            if debt.worker_error is not None and debt.server_error is not None:
+                for target, source in zip(
+                    lane.errors(topology), (debt.worker_error, debt.server_error), strict=True
+                ):
                     target.copy_(source)
-            self._load_rank_tensors(lane, further)
+            self._load_rank_tensors(lane, debt.further)
         self._publish()
+
+    def _layouts(self, topology: Topology) -> list[FlatShards]:
+        return [lane.exchange(topology).layout for lane in self._lanes]
 
     def _publish(self) -> None:
         for lane in self._lanes:

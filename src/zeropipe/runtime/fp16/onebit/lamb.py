@@ -36,6 +36,9 @@ from zeropipe.runtime.fp16.onebit.formulas import corrections, denominator, dire
 from zeropipe.runtime.fp16.onebit.lane import Lane
 from zeropipe.runtime.fp16.onebit.options import Common, check_ranges
 from zeropipe.runtime.fp16.onebit.phases import OneBitPhases, Phase
+from zeropipe.runtime.fp16.onebit.shown_state import per_tensor
+
+_COMPRESSED = ("last_factor", "scaling_coeff")  # per tensor, in the compressed phase
 
 
 class OnebitLamb(CompressedOptimizer):
@@ -183,16 +186,13 @@ class OnebitLamb(CompressedOptimizer):
             lane.per_tensor["scaling_coeff"] = torch.where(size > 0, united / size, 1.0)
 
     def _more_own(self, entry: Mapping[str, Any]) -> tuple[str, ...]:
-        complete = all(name in entry for name in ("exp_avg_sq_fresh", "last_factor", "scaling_coeff"))
-        return ("exp_avg_sq_fresh",) if complete and self.lamb_freeze_key else ()
+        return ("exp_avg_sq_fresh",) if "exp_avg_sq_fresh" in entry and self.lamb_freeze_key else ()
 
     def _restored(self, lane: Lane, entries: Sequence[Mapping[str, Any]]) -> None:
-        names = ["lamb_coeff", "lamb_coeff_freeze"]
-        if "exp_avg_sq_fresh" in lane.own:
-            names += ["last_factor", "scaling_coeff"]
-        for name in names:
-            if all(name in entry for entry in entries):
-                found = [
-                    torch.as_tensor(entry[name], dtype=torch.float64).reshape(-1).cpu() for entry in entries
-                ]
-                lane.per_tensor[name] = torch.cat(found)
+        for names in (("lamb_coeff", "lamb_coeff_freeze"), _COMPRESSED):
+            found = {name: per_tensor(lane, name, entries) for name in names}
+            whole = {name: value for name, value in found.items() if value is not None}
+            if len(whole) == len(names) and (names is not _COMPRESSED or "exp_avg_sq_fresh" in lane.own):
+                lane.per_tensor.update(whole)
+        if not all(name in lane.per_tensor for name in _COMPRESSED):
+            lane.own.pop("exp_avg_sq_fresh", None)  # the compressed phase begins anew

@@ -12,6 +12,7 @@ from zeropipe.runtime.fp16.onebit.exchange import Topology
 from zeropipe.runtime.fp16.onebit.lane import Lane
 
 _PHASE = "phase_"  # prefix of keys in ``state``
+_OF = " of "  # in keys of numbers that belong to one tensor of a master: "last_factor of blocks.0.weight"
 Entry = Mapping[str, Any]  # one parameter's part of ``optimizer.state``
 
 
@@ -29,11 +30,13 @@ def publish(
     """
     common = {"step": lane.step, "variance_steps": lane.variance_steps, **extra, **lane.scalars}
     if lane.bound:
-        numbers = {f"{_PHASE}{key}": value for key, value in phases.items()}
-        # Two dims, so that one number per tensor is never taken for one per element.
-        vectors = {name: value.unsqueeze(1) for name, value in lane.per_tensor.items()}
+        numbers: dict[str, Any] = {f"{_PHASE}{key}": value for key, value in phases.items()}
+        # A key for each tensor, so that a checkpoint can be cut and joined in any way without a look inside.
+        for name, values in lane.per_tensor.items():
+            numbers |= dict(zip(_keys_of(lane, name), values.tolist(), strict=True))
         lane.shown = state[lane.params[0]]
-        lane.shown.update(common | numbers | vectors | lane.own)
+        lane.shown.clear()  # what a checkpoint of a larger buffer held of other tensors
+        lane.shown.update(common | numbers | lane.own)
         return
     views: dict[str, Sequence[torch.Tensor]] = {name: lane.split(value) for name, value in lane.own.items()}
     views.update({name: value.unbind() for name, value in lane.per_tensor.items()})
@@ -61,6 +64,21 @@ def restore_tensors(lane: Lane, entries: Sequence[Entry], more: Sequence[str]) -
         target = lane.own[name] if name in lane.own else lane.allocate(name)
         parts = [target] if lane.bound else lane.split(target)
         _fill(lane, name, parts, entries)
+
+
+def per_tensor(lane: Lane, name: str, entries: Sequence[Entry]) -> torch.Tensor | None:
+    """A saved value with one number for each tensor: float64 on the CPU; None where some have none."""
+    if lane.bound:
+        keys = _keys_of(lane, name)
+        numbers = [entries[0][key] for key in keys if key in entries[0]]
+    else:
+        numbers = [float(torch.as_tensor(entry[name])) for entry in entries if name in entry]
+    complete = len(numbers) == len(lane.layout.tensors)
+    return torch.tensor(numbers, dtype=torch.float64) if complete else None
+
+
+def _keys_of(lane: Lane, name: str) -> list[str]:
+    return [f"{name}{_OF}{spec.name}" for spec in lane.layout.tensors]
 
 
 def _error_views(lane: Lane, topology: Topology) -> dict[str, list[torch.Tensor]]:

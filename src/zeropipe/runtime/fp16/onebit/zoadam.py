@@ -208,5 +208,5 @@ class ZeroOneAdam(CompressedOptimizer):
             return
         lane.scalars.update({name: float(tensors[name]) for name in _SUMS})
         for name in ("exp_avg", "momentum_accumulator"):
-            lane.own[name].copy_(tensors[name])
+            lane.own[name][: tensors[name].numel()].copy_(tensors[name])
         lane.write(self._position(lane))
