@@ -148,6 +148,17 @@ def check_same_bits(rank: int, size: int, dtype: str, numel: int) -> torch.Tenso
     at = sum(view.numel() for owner, view in cuts if owner > rank)
     if output is not None:
         assert_bitwise(output, reduced[at : at + output.numel()], "reduce_to_owners against all_reduce")
+    # Several cuts of one owner, each into a place of its own.
+    views = list(whole.tensor_split(2 * size))
+    outputs = [torch.empty_like(view) for view in views[rank::size]]
+    comm.reduce_to_owners([(at % size, view) for at, view in enumerate(views)], outputs, world())
+    for output, expected in zip(outputs, reduced.tensor_split(2 * size)[rank::size], strict=True):
+        assert_bitwise(output, expected, "reduce_to_owners of several cuts")
+    # And back, in place.
+    places = [torch.zeros_like(view) for view in reduced.tensor_split(size)]
+    places[rank].copy_(reduced.tensor_split(size)[rank])
+    comm.gather_from_owners(list(enumerate(places)), world())
+    assert_bitwise(torch.cat(places), reduced, "gather_from_owners")
     return reduced
 
 
@@ -422,6 +433,7 @@ def list_events(rank: int, size: int) -> list[Event]:
         comm.broadcast(torch.ones(2, dtype=torch.int64), 0, g)
         comm.all_to_all(torch.empty(2 * size), torch.ones(2 * size), g)
         comm.reduce_to_owners([(0, torch.ones(5)), (size - 1, torch.ones(7))], [torch.empty(5 + 2 * rank)], g)
+        comm.gather_from_owners([(0, torch.ones(5)), (size - 1, torch.ones(7))], g, label="d")
         comm.barrier(g, label="z")
         comm.all_reduce(torch.empty(0), g)
     comm.all_reduce(torch.ones(1), g)  # after the block: not recorded
@@ -438,6 +450,7 @@ def test_records_have_counts_bytes_and_labels(pool: Pools) -> None:
             Event("broadcast", 2, 16, "", False, (0, 1)),
             Event("all_to_all", 2, 16, "", False, (0, 1)),
             Event("reduce_to_owners", 2, 48, "", False, (0, 1)),
+            Event("gather_from_owners", 2, 48, "d", False, (0, 1)),
             Event("barrier", 2, 0, "z", False),
             Event("all_reduce", 2, 0, "", False, (0, 1)),
         ]

@@ -42,6 +42,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "broadcast_object",
+    "gather_from_owners",
     "greets",
     "meet",
     "recv",
@@ -185,6 +186,23 @@ def all_gather(
         return _settle(work, async_op)
     handle = _all_gather_native(output, shard, group.pg, async_op=True)
     return _settle(Work(what, [handle]), async_op)
+
+
+def gather_from_owners(cuts: Sequence[Cut], group: Group, *, label: str = "", async_op: bool = False) -> Work:
+    """Give every rank each cut as its owner has it, in place: the counterpart of reduce_to_owners.
+
+    ``cuts``: at most one (owner, 1-D contiguous view) per owner, with the same sizes on every rank, all of one dtype.
+    """
+    if not cuts:
+        return Work("gather_from_owners of nothing")
+    nbytes = sum(view.numel() * view.element_size() for _, view in cuts)
+    what = _enter("gather_from_owners", cuts[0][1], group, label, async_op, nbytes=nbytes)
+    if group.size == 1:
+        return Work(what)
+    if _point_to_point(cuts[0][1], group):
+        return _settle(gather_exchange(cuts, group, what), async_op)
+    handles = [dist.broadcast(view, group.ranks[owner], group.pg, async_op=True) for owner, view in cuts]
+    return _settle(Work(what, handles), async_op)
 
 
 def broadcast(

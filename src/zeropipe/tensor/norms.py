@@ -23,6 +23,7 @@ CLIP_EPS = 1e-6
 
 # Elements converted at a time: 1 MiB of fp64 on CPU (fits L2), 32 MiB elsewhere (few kernels).
 _CPU_CHUNK = 128 * 1024
+_ROUGH_RUN = 16 * 1024  # elements whose squares are added in fp32: the rounding errors of many runs cancel
 _DEVICE_CHUNK = 4 * 1024 * 1024
 
 
@@ -56,6 +57,23 @@ def squared_norm(x: torch.Tensor, read: Callable[[torch.Tensor], None] | None = 
         if read is not None:
             read(chunk)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+def rough_squared_norm(x: torch.Tensor, read: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
+    """``squared_norm`` to about seven digits, for fp32 on CPU in a quarter of its time; elsewhere ``squared_norm``.
+
+    How the tensor is cut shows in the last of these digits.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
+        return squared_norm(x, read)
+    parts = []
+    for run in x.detach().reshape(-1).split(_ROUGH_RUN):
+        parts.append(torch.dot(run, run))
+        if read is not None:
+            read(run)
+    total = torch.stack(parts).double().sum()
+    # A square may overflow where its root does not.
+    return total if bool(total.isfinite()) else squared_norm(x)
 
 
 def norm_term(x: torch.Tensor, p: float = 2.0) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from zeropipe.runtime.zero.offload import Offload
-from zeropipe.runtime.zero.partition import ALIGN
+from zeropipe.runtime.zero.partition import cuts
 from zeropipe.runtime.zero.sharded_partition import ShardedPartition
 
 
@@ -32,7 +32,7 @@ def step_in_pieces(
         state[key] = _at_home(offload, state[key], partition)
     shared = {key: value for key, value in state.items() if key not in per_element}
     after = shared
-    with _alone(optimizer, partition.group_index) as members:
+    with alone(optimizer, partition.group_index) as members:
         for start, stop in cuts(master.numel(), offload.policy.sub_group_numel):
             following = slice(stop, 2 * stop - start)
             for tensor in (master, gradient, *(state[key] for key in per_element)):
@@ -41,7 +41,7 @@ def step_in_pieces(
             piece.grad = gradient[start:stop].to(master.dtype, copy=True).mul_(factor)
             own = {key: state[key][start:stop] for key in per_element}
             if own or shared:
-                optimizer.state[piece] = own | {key: _copy(value) for key, value in shared.items()}
+                optimizer.state[piece] = own | {key: copy_of(value) for key, value in shared.items()}
             members[:] = [piece]
             optimizer.step()
             made = optimizer.state.pop(piece, {})
@@ -61,15 +61,8 @@ def step_in_pieces(
         optimizer.state[partition.master] = whole
 
 
-def cuts(numel: int, size: int) -> Iterator[tuple[int, int]]:
-    """Runs of at most about ``size`` elements; all but the last are whole cache lines, for the reason of ALIGN."""
-    size = max(size // ALIGN, 1) * ALIGN
-    for start in range(0, numel, size):
-        yield start, min(start + size, numel)
-
-
 @contextmanager
-def _alone(optimizer: torch.optim.Optimizer, group_index: int) -> Iterator[list[torch.nn.Parameter]]:
+def alone(optimizer: torch.optim.Optimizer, group_index: int) -> Iterator[list[torch.nn.Parameter]]:
     """Inside, the optimizer holds only the parameters that are put into the list, in param group ``group_index``."""
     members: list[torch.nn.Parameter] = []
     before = [group["params"] for group in optimizer.param_groups]
@@ -91,5 +84,5 @@ def _at_home(offload: Offload, tensor: torch.Tensor, partition: ShardedPartition
     return home
 
 
-def _copy(value: Any) -> Any:
+def copy_of(value: Any) -> Any:
     return value.clone() if torch.is_tensor(value) else value

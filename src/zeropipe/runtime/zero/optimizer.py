@@ -24,6 +24,7 @@ from zeropipe.runtime.optimizers.registry import classify
 from zeropipe.runtime.optimizers.shard_view import ShardAware
 from zeropipe.runtime.zero.offload import Offload
 from zeropipe.runtime.zero.offload_step import step_in_pieces
+from zeropipe.runtime.zero.overlapped_step import can_overlap, step_and_publish
 from zeropipe.runtime.zero.own_gradients import bind, hand_over, own_squares
 from zeropipe.runtime.zero.partition import Partition
 from zeropipe.runtime.zero.policy import Policy
@@ -32,7 +33,7 @@ from zeropipe.runtime.zero.sharded_partition import ShardedPartition
 from zeropipe.runtime.zero.types import AnyPartition, AnyStore
 from zeropipe.runtime.zero.untouched import untouched
 from zeropipe.runtime.zero.watch import Watch
-from zeropipe.tensor.norms import clip_coefficient, squared_norm
+from zeropipe.tensor.norms import clip_coefficient, rough_squared_norm, squared_norm
 from zeropipe.tensor.overflow import NonFinite
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if self._own is not None:
             self.reducer.keeps_own = self._own.wants_local_gradients
         kind = classify(optimizer)
+        self._elementwise = kind == "elementwise"
         # Stage 3 cuts each parameter by itself, so what needs whole tensors steps on the pieces one by one.
         self._flat = (
             kind == "elementwise" if policy.shards_parameters else policy.shards_optimizer or kind != "whole"
@@ -289,6 +291,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         one small collective, two when some rank left a parameter out."""
         stores = self.reducer.stores
         device = stores[0].partition.params[0].device if stores else torch.device("cpu")
+        # A norm that decides nothing, neither a clip factor nor whether the step is taken, may be off by a rounding.
+        decides = self.options.clip > 0 or self.options.scaler is not None or self.options.skip_nonfinite
+        square = squared_norm if decides else rough_squared_norm
         own = self.reducer.keeps_own()
         unseen = 0 if own else sum(len(store.partition.params) - len(store.seen) for store in stores)
         awake = sum(param.requires_grad for _, param in self._dormant)
@@ -299,7 +304,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             holder = self.options.replicas if store.partition.sharded else self._group
             counted_once = holder.rank == 0
             if counted_once:
-                figures[0] += squared_norm(store.shard, store.let_go) - self._not_counted(store)
+                figures[0] += square(store.shard, store.let_go) - self._not_counted(store)
         all_reduce(figures, self._group, label="gradient norm")
         if self.options.model_group.size > 1:
             all_reduce(figures[:1], self.options.model_group, label="gradient norm of all stages")
@@ -348,6 +353,12 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         rest = [(partition, indices) for partition, indices in unused if id(partition) not in idle]
         for partition, indices in rest:
             partition.drop_gradients(indices)
+        stepped = [partition for partition, _ in busy]
+        if self._elementwise and not rest and can_overlap(self.optimizer, stepped):
+            step_and_publish(self.optimizer, stepped)
+            for partition in self.partitions:
+                partition.drop_gradients()
+            return
         with untouched(self.optimizer, rest if self._flat else ()):
             if not self.offload.pages_state:
                 self.optimizer.step()

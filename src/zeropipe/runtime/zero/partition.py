@@ -10,11 +10,12 @@ of its own, and the values are rounded from it after each step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zeropipe.comm.collectives import all_gather, broadcast
+from zeropipe.comm.collectives import Work, all_gather, broadcast, gather_from_owners
 from zeropipe.comm.group import SELF, Group
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.optimizers.shard_view import ShardView
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 # whose rounding differs by an ulp; a whole number of lines leaves no such rest, so that where the shards are cut
 # (stage, number of ranks, threads) never shows in the numbers.
 ALIGN = 16
+RUN_NUMEL = (
+    2**21
+)  # elements published at a time on gloo: a message's latency is small beside the time to step as many
 
 
 class Partition:
@@ -163,10 +167,29 @@ class Partition:
         """Round the stepped master into the values and give every rank the whole of them."""
         if self.layout.numel == 0:
             return
+        if len(self.runs) > 1:
+            for work in [self.publish_run(start, stop) for start, stop in self.runs]:
+                work.wait()
+            return
         if not self.master_is_values:
             self.own_values.copy_(self.master.detach(), non_blocking=True)
         if self.sharded and self.group.size > 1:
             all_gather(self.values, self.own_values, self.group, label="parameters")
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """The parts of a shard, [start, stop), that are published one by one; the same on every rank."""
+        apart = self.sharded and self.group.size > 1 and self.values.device.type == "cpu"
+        size = RUN_NUMEL if apart else max(self.layout.shard_numel, 1)
+        return tuple(cuts(self.layout.shard_numel, size))
+
+    def publish_run(self, start: int, stop: int) -> Work:
+        """``publish`` of the elements [start, stop) of every rank's shard, which may still be under way."""
+        if not self.master_is_values:
+            self.own_values[start:stop].copy_(self.master.detach()[start:stop])
+        shards = self.values.view(self.group.size, -1)
+        cuts = [(rank, shards[rank, start:stop]) for rank in range(self.group.size)]
+        return gather_from_owners(cuts, self.group, label="parameters", async_op=True)
 
     def write_value(self, index: int, value: torch.Tensor) -> None:
         """Set parameter ``index`` to ``value`` (its shape, the same on every rank): master and values."""
@@ -279,3 +302,10 @@ def _flatten(params: Sequence[torch.nn.Parameter], layout: FlatShards) -> torch.
         view.copy_(param.detach())
         param.data = view
     return flat
+
+
+def cuts(numel: int, size: int) -> Iterator[tuple[int, int]]:
+    """Runs of at most about ``size`` elements; all but the last are whole cache lines, for the reason of ALIGN."""
+    size = max(size // ALIGN, 1) * ALIGN
+    for start in range(0, numel, size):
+        yield start, min(start + size, numel)
