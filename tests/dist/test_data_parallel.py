@@ -64,6 +64,7 @@ def _batches(world: int, step: int) -> list[Any]:
     "options",
     [
         {"reduce_bucket_size": 1},
+        {"reduce_bucket_size": 0},
         {"reduce_bucket_size": 10**12},
         {"overlap_comm": False},
         {"contiguous_gradients": False, "round_robin_gradients": True, "reduce_scatter": False},

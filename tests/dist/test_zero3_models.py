@@ -34,6 +34,7 @@ def test_layers_dropped_swapped_and_repeated_between_steps(pool):
         {"stage3_max_reuse_distance": 10**9},
         {"stage3_max_live_parameters": 0},
         {"reduce_bucket_size": 1},
+        {"reduce_bucket_size": 0},
         {"overlap_comm": False},
         {"stage3_param_persistence_threshold": 40},
         {"stage3_param_persistence_threshold": 10**6, "stage3_model_persistence_threshold": 600},

@@ -43,6 +43,8 @@ def modernize(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         for old, new in _ZERO_RENAMES.items():
             if old in zero:
                 _move(zero, old, zero, new, names, f"{_ZERO}.", old_prefix=f"{_ZERO}.")
+        if "aio" in zero:  # where the documentation of Transformers writes it
+            _move(zero, "aio", config, "aio", names, "", old_prefix=f"{_ZERO}.")
         _offload(zero, names)
         config[_ZERO] = zero
     return config, names

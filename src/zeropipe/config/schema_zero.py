@@ -85,7 +85,9 @@ class ZeroOptimization(Section):
         "the numbers are the same.",
     )
     reduce_scatter: bool = key(True, "Reduce gradients to their owner only, instead of to all ranks.")
-    reduce_bucket_size: Count = key(500_000_000, "Elements of gradients that are reduced together.", gt=0)
+    reduce_bucket_size: Count = key(
+        500_000_000, "Elements of gradients that are reduced together; 0: each parameter alone.", ge=0
+    )
     allgather_partitions: bool = key(
         True, "Collect updated parameters by all-gather, instead of by one broadcast from each rank."
     )
