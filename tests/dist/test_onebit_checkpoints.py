@@ -19,6 +19,7 @@ from zeropipe.errors import CheckpointError, UsageError
 from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.fp16.onebit.rank_state import groups_of
 
+FURTHER = 240  # steps
 OPTIONS = {
     "adam": {"freeze_step": 3},
     "lamb": {"freeze_step": 3},
@@ -87,19 +88,31 @@ def test_alone_too() -> None:
     save_and_go_on(0, 1, "zero-one", 11, False)
 
 
-def saved_by(rank: int, size: int, name: str, steps: int) -> dict[str, Any]:
+def saved_by(rank: int, size: int, name: str, steps: int, further: int = 0) -> dict[str, Any]:
+    """What a run holds after ``steps`` steps, and its loss ``further`` steps later."""
     params = problem.make_params()
     optimizer = problem.build(name, params, **OPTIONS[name])
     train(optimizer, params, rank, 0, steps)
-    return {
-        "state": optimizer.state_dict(),
-        "mine": optimizer.rank_state(),
+    saved = {
+        "state": copy.deepcopy(optimizer.state_dict()),
+        "mine": copy.deepcopy(optimizer.rank_state()),
         "weights": problem.copies(params),
     }
+    settle(optimizer, params, rank, steps, further)
+    return saved | {"loss": problem.loss(params)}
+
+
+def settle(optimizer: Any, params: list[Any], rank: int, first: int, count: int) -> None:
+    """Train with a learning rate that falls to zero, so that what remains is the error of the optimizer."""
+    for step in range(first, first + count):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (1 - (step - first) / count)
+        problem.set_gradients(params, rank, step)
+        optimizer.step()
 
 
 def go_on_elsewhere(
-    rank: int, size: int, name: str, saved: list[dict[str, Any]], first: int
+    rank: int, size: int, name: str, saved: list[dict[str, Any]], first: int, further: int
 ) -> dict[str, Any]:
     params = problem.make_params()
     with torch.no_grad():
@@ -113,11 +126,7 @@ def go_on_elsewhere(
         optimizer.load_state_dict(saved[0]["state"])
     optimizer.load_rank_states([entry["mine"] for entry in saved])
     taken = copy.deepcopy(optimizer.rank_state())
-    for step in range(first, first + 60):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.05 * (1 - (step - first) / 60)
-        problem.set_gradients(params, rank, step)
-        optimizer.step()
+    settle(optimizer, params, rank, first, further)
     return {"mine": taken, "weights": problem.copies(params), "loss": problem.loss(params)}
 
 
@@ -133,18 +142,19 @@ def debts(states: list[dict[str, Any]], lane: int, name: str) -> torch.Tensor:
 @pytest.mark.parametrize(("old", "new"), [(2, 3), (4, 2)])
 def test_another_world_size_keeps_the_debts_and_trains_on(pool: Pools, name: str, old: int, new: int) -> None:
     steps = 11 if name == "zero-one" else 12  # 0/1 Adam: in the middle of a local interval
-    saved = pool(old).run(saved_by, name, steps)
+    saved = pool(old).run(saved_by, name, steps, FURTHER)
     if name == "adam":
         saved = saved[::-1]  # in any order; with 0/1 Adam the first is the one whose weights were saved
-    found = pool(new).run(go_on_elsewhere, name, saved, steps)
+    found = pool(new).run(go_on_elsewhere, name, saved, steps, FURTHER)
     for lane in range(2):
         before = debts([entry["mine"] for entry in saved], lane, name)
         after = debts([entry["mine"] for entry in found], lane, name)
         # means over other numbers of ranks: fp32 rounding of values of this size
         assert torch.allclose(after, before, rtol=0, atol=1e-6 * float(before.abs().max()))
     assert any(entry["worker_error"].any() for entry in found[0]["mine"]["lanes"])
-    start = min(problem.loss([torch.nn.Parameter(w) for w in entry["weights"]]) for entry in saved)
-    assert found[0]["loss"] < start  # it goes on to learn
+    start = problem.loss([torch.nn.Parameter(w) for w in saved[0]["weights"]])
+    # Measured, as fractions of never stopped: 0.90 to 1.33. What is left of a run on 2 and on 4 ranks differs as much.
+    assert found[0]["loss"] < 1.5 * saved[0]["loss"] < start / 4
 
 
 def in_other_phases(rank: int, size: int) -> None:
