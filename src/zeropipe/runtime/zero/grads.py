@@ -35,7 +35,7 @@ class GradStore:
         self.buckets = cut_buckets(layout, policy.bucket_numel, ALONE_NUMEL if on_gloo else None)
         self.seen: set[int] = set()  # parameters with a gradient in this window
         self.reduced = False  # keeps_whole: the buffer holds reduced values
-        self._held: dict[int, torch.Tensor] = {}  # gradients that wait for their bucket, 1D
+        self._held: dict[int, torch.Tensor] = {}  # gradients that wait for their bucket
         self._written: set[int] = set()  # sharded: buckets (by first tensor) that the window has written
 
     @property
@@ -86,18 +86,15 @@ class GradStore:
             param.grad = view if keep_grad and view.dtype == param.dtype else None
         else:
             held = self._held.get(index)
-            flat = (grad.detach() if grad.requires_grad else grad).reshape(-1)
-            self._held[index] = flat if held is None else held.to(self.dtype).add(flat)
+            grad = grad.detach() if grad.requires_grad else grad
+            self._held[index] = grad if held is None else held.to(self.dtype).add(grad)
             param.grad = None
         self.seen.add(index)
 
     def _may_wait(self, index: int, grad: torch.Tensor) -> bool:
         """keeps_whole: whether the gradient need not go through the buffer, which may hold some and may round."""
-        return (
-            self.partition.sharded
-            and (index not in self.seen or index in self._held)
-            and torch.promote_types(grad.dtype, self.dtype) == self.dtype
-        )
+        exact = grad.dtype == self.dtype or torch.promote_types(grad.dtype, self.dtype) == self.dtype
+        return exact and (index not in self.seen or index in self._held)
 
     def reopen(self) -> None:
         """Make the reduced buffer one more local term: own shard times size, zero elsewhere, so that the next
@@ -114,23 +111,20 @@ class GradStore:
 
     def launch(self, bucket: Bucket) -> Work:
         """Start the reduction of ``bucket``; when the work is done the shard holds (or has added) its average."""
-        if self.partition.sharded:
-            return self._launch_to_owners(bucket)
-        for index in bucket.tensors:
-            if index not in self.seen:
-                self._views[index].zero_()
+        held = {index: self._held.pop(index) for index in bucket.tensors if index in self._held}
+        fresh = self.keeps_whole or bucket.tensors[0] not in self._written
+        self._written.add(bucket.tensors[0])
+        if self.partition.sharded and self.partition.group.size > 1:
+            return self._launch_to_owners(bucket, held, fresh)
+        self._fill(bucket, held, fresh)
+        if self.partition.group.size == 1:
+            return Work("gradients")
         region = self.buffer[bucket.start : bucket.start + bucket.numel]
         wire = region.to(self.policy.reduce_dtype or region.dtype)
         work = all_reduce(wire, self.partition.group, op="avg", label="gradients", async_op=True)
         return work if wire is region else work.then(lambda: _copy(region, wire))
 
-    def _launch_to_owners(self, bucket: Bucket) -> Work:
-        held = {index: self._held.pop(index) for index in bucket.tensors if index in self._held}
-        fresh = self.keeps_whole or bucket.tensors[0] not in self._written
-        self._written.add(bucket.tensors[0])
-        if self.partition.group.size == 1:
-            self._store_alone(bucket, held, fresh)
-            return Work("gradients")
+    def _launch_to_owners(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> Work:
         dtype = self.policy.reduce_dtype or self.dtype  # also for a gradient alone: buckets must not show
         cuts: list[tuple[int, torch.Tensor]] = []
         outputs: list[torch.Tensor] = []
@@ -181,18 +175,18 @@ class GradStore:
     def _source(self, index: int, held: dict[int, torch.Tensor]) -> torch.Tensor | None:
         """Parameter ``index``'s gradient, 1D; None where there is none."""
         if index in held:
-            return held[index]
+            return held[index].reshape(-1)
         return self._views[index].view(-1) if self.keeps_whole and index in self.seen else None
 
-    def _store_alone(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> None:
-        """A group of one: no wire, straight into the shard."""
+    def _fill(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> None:
+        """Put what waits into the buffer: whole gradients, or those of a group of one."""
         if fresh:
             for index in bucket.tensors:
                 if index not in held and not (self.keeps_whole and index in self.seen):
                     self._views[index].zero_()
         if held:
             store = torch._foreach_copy_ if fresh else torch._foreach_add_
-            store([self._views[index].view(-1) for index in held], list(held.values()))
+            store([self._views[index] for index in held], list(held.values()))
 
     def show(self) -> None:
         """Let every ``.grad`` be its view of the reduced buffer, where this rank has the whole of it."""

@@ -293,24 +293,29 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         device = stores[0].partition.params[0].device if stores else torch.device("cpu")
         # A norm that decides nothing, neither a clip factor nor whether the step is taken, may be off by a rounding.
         decides = self.options.clip > 0 or self.options.scaler is not None or self.options.skip_nonfinite
-        square = squared_norm if decides else rough_squared_norm
+        square = squared_norm if decides or device.type != "cpu" else rough_squared_norm
         own = self.reducer.keeps_own()
         unseen = 0 if own else sum(len(store.partition.params) - len(store.seen) for store in stores)
         awake = sum(param.requires_grad for _, param in self._dormant)
-        figures = torch.tensor([0.0, unseen, awake], dtype=torch.float64, device=device)
+        squares: torch.Tensor | float = 0.0
         if own:
-            figures[0] += own_squares(stores, self._group.size, self.options.counts)
+            squares = own_squares(stores, self._group.size, self.options.counts)
         for store in () if own else stores:
             holder = self.options.replicas if store.partition.sharded else self._group
             counted_once = holder.rank == 0
             if counted_once:
-                figures[0] += square(store.shard, store.let_go) - self._not_counted(store)
+                squares = squares + square(store.shard, store.let_go) - self._not_counted(store)
+        if self._group.size == 1 and self.options.model_group.size == 1:
+            unused = self._unused_everywhere(device) if unseen else []
+            return float(squares) ** 0.5 / self.loss_scale, unused, bool(awake)
+        figures = torch.tensor([0.0, unseen, awake], dtype=torch.float64, device=device)
+        figures[0] = squares
         all_reduce(figures, self._group, label="gradient norm")
         if self.options.model_group.size > 1:
             all_reduce(figures[:1], self.options.model_group, label="gradient norm of all stages")
-        squares, missing, woken = figures.tolist()
+        total, missing, woken = figures.tolist()
         unused = self._unused_everywhere(device) if missing else []
-        return squares**0.5 / self.loss_scale, unused, bool(woken)
+        return total**0.5 / self.loss_scale, unused, bool(woken)
 
     def _not_counted(self, store: AnyStore) -> torch.Tensor | float:
         """The squared norm of this rank's pieces of parameters whose copy on another rank counts."""

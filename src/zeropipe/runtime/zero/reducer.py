@@ -251,8 +251,9 @@ class Reducer:
                 place = self._place[key]
             store.accept(index, keep_grad=False)
             place.waiting.discard(index)
-            if not place.waiting:
-                self._complete.append(place.key)
+            if place.waiting:
+                return
+            self._complete.append(place.key)
             while self._next < len(self._order) and not self._order[self._next].waiting:
                 self._launch_next()
 
