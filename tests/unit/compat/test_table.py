@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.compat.names import MEMBERS, PACKAGE, Name
+from tests.unit.compat.names import MEMBERS, PACKAGE, REFUSED, Name
 from zeropipe.compat.table import ABSENT, MODULES, NAMES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -139,6 +139,15 @@ def test_what_is_not_offered_says_so(deepspeed: ModuleType, path: str) -> None:
 def test_asking_for_what_stays_out_is_a_clear_error(deepspeed: ModuleType, asks: str) -> None:
     with pytest.raises((ImportError, AttributeError), match=r"deepspeed\.[\w.]+ is not part of zeropipe"):
         exec(asks)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_clients_ask_of_features_that_are_not_here_is_no_attribute_and_no_import(
+    deepspeed: ModuleType, name: str
+) -> None:
+    path, _, last = f"deepspeed.{name}".rpartition(".")
+    with pytest.raises(ImportError):
+        exec(f"from {path} import {last}")
 
 
 def test_a_try_around_an_import_works_as_ever(deepspeed: ModuleType) -> None:
