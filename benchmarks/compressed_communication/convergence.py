@@ -4,7 +4,8 @@
     python -m benchmarks.compressed_communication.convergence --ranks 4 --steps 1000
 
 To hold: the held-out loss at the end is within 1 % of the dense form's. Writes convergence-N.json, .md and .png for
-N ranks beside this file (or to --out).
+N ranks beside this file (or to --out) after each optimizer. A run that was stopped goes on: curves of the same
+settings that are there already are kept, unless --anew is given.
 """
 
 import argparse
@@ -13,31 +14,49 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common.report import environment
 from benchmarks.compressed_communication.train_one import DENSE_OF, MARK, NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 0.01
+SETTINGS = ("ranks", "steps", "warm", "measure_every", "seed")
 Curve = list[tuple[int, float]]
 
 
 def main() -> None:
     args = arguments()
-    curves: dict[str, Curve] = {}
-    for name in args.only:
-        curve = _train(args, name)
-        if curve:
-            curves[name] = curve
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"convergence-{args.ranks}"
-    text = _table(args, curves)
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(
-        json.dumps({"environment": environment(), "curves": curves}, indent=1) + "\n"
-    )
-    _picture(curves, stem.with_suffix(".png"))
-    print(text)
+    settings = {key: getattr(args, key) for key in SETTINGS}
+    settings["text"] = args.text.name if args.text else "the Python standard library"
+    curves = {} if args.anew else _kept(stem.with_suffix(".json"), settings)
+    for name in args.only:
+        if name in curves:
+            continue
+        curve = _train(args, name)
+        if not curve:
+            print(f"{name} did not finish", file=sys.stderr)
+            continue
+        curves[name] = curve
+        ordered = {known: curves[known] for known in NAMES if known in curves}
+        command = "python -m benchmarks.compressed_communication.convergence"
+        command += "".join(f" --{key.replace('_', '-')} {getattr(args, key)}" for key in SETTINGS)
+        where = environment() | {"command": command}
+        found = {"environment": where, "settings": settings, "curves": ordered}
+        stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        stem.with_suffix(".md").write_text(_table(args, found))
+        _picture(ordered, stem.with_suffix(".png"))
+    print(stem.with_suffix(".md").read_text() if stem.with_suffix(".md").exists() else "nothing was measured")
+
+
+def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Curve]:
+    """The curves of an earlier run with these settings, {} where there is none."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    return found["curves"] if found.get("settings") == settings else {}
 
 
 def _train(args: argparse.Namespace, name: str) -> Curve:
@@ -49,18 +68,27 @@ def _train(args: argparse.Namespace, name: str) -> Curve:
         *([f"--text={args.text}"] if args.text else []),
     ]
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    job = subprocess.run(
-        command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True, timeout=args.limit
-    )
+    try:
+        job = subprocess.run(
+            command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True, timeout=args.limit
+        )
+    except subprocess.TimeoutExpired:
+        return []
     lines = [line for line in job.stdout.splitlines() if line.startswith(MARK)]
     return [(step, loss) for step, loss in json.loads(lines[-1].removeprefix(MARK))] if lines else []
 
 
-def _table(args: argparse.Namespace, curves: dict[str, Curve]) -> str:
+def _table(args: argparse.Namespace, found: dict[str, Any]) -> str:
+    curves = found["curves"]
     lines = [
         f"# Convergence: {args.ranks} ranks, {args.steps} steps, variance frozen after {args.warm:.0%}",
         "",
-        "| optimizer | held-out loss, nats | against its dense form | within 1 % |",
+        *(
+            f"- {key}: {value}"
+            for key, value in (found["environment"] | {"text": found["settings"]["text"]}).items()
+        ),
+        "",
+        "| optimizer | held-out loss, nats per byte | against its dense form | at most 1 % above |",
         "|---|---:|---:|---|",
     ]
     for name, curve in curves.items():
@@ -98,15 +126,16 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument(
         "--warm", type=float, default=0.2, help="share of the run before the variance is frozen"
     )
-    parser.add_argument("--measure-every", type=int, default=50)
+    parser.add_argument("--measure-every", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, default=None)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--limit", type=int, default=3600, help="seconds for one optimizer")
+    parser.add_argument("--anew", action="store_true", help="measure again what is there already")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     return parser.parse_args()
 

@@ -110,12 +110,16 @@ def _run(args: argparse.Namespace, contender: str, place: Network | None) -> dic
         print(outputs[0][1][-2000:], file=sys.stderr)
         return None
     ranks: list[dict[str, Any]] = json.loads(lines[-1].removeprefix(MARK))
-    return max(ranks, key=lambda numbers: numbers["step_seconds"])
+    slowest = max(ranks, key=lambda numbers: numbers["step_seconds"])
+    return slowest | {"link_mbit_per_second": ranks[0]["link_mbit_per_second"]}
 
 
 def _table(link: str, rows: dict[str, list[dict[str, Any]]]) -> str:
+    rates = [row["link_mbit_per_second"] for results in rows.values() for row in results]
     lines = [
         f"## {link}",
+        "",
+        f"A message of 8 MB travels at {statistics.median(rates):.0f} Mbit/s." if rates else "",
         "",
         "| contender | step, ms | faster than DDP (median, range) | MB of tensors sent per step |",
         "|---|---:|---:|---:|",

@@ -27,7 +27,10 @@ def configuration(name: str, steps: int, warm: float) -> dict[str, Any]:
     """``warm``: the share of the run after which the variance is frozen."""
     freeze = max(2, round(steps * warm))
     adam = {"lr": 2e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}
-    lamb = {"lr": 1e-2, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.01}
+    # LAMB's default bounds (0.01 to 10) do not suit this model. Its zero-initialised projections would stay at 0.01
+    # for the first hundred steps, and what lies before them, without gradient, at 10: a variance of nothing is frozen.
+    bounds = {"min_coeff": 0.1, "max_coeff": 1.0}
+    lamb = {"lr": 2e-2, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.01, **bounds}
     optimizers: dict[str, dict[str, Any]] = {
         # 1-bit Adam that never leaves its warm-up is the dense recursion
         "Adam": {"type": "OneBitAdam", "params": {**adam, "freeze_step": 10 * steps}},
@@ -71,6 +74,7 @@ def main() -> None:
     engine, optimizer, *_ = zeropipe.initialize(
         model=model, model_parameters=parameter_groups(model), config=config
     )
+    assert optimizer is not None
     rates = [group["lr"] for group in optimizer.param_groups]
     curve: list[tuple[int, float]] = []
     for step in range(args.steps):
@@ -110,9 +114,9 @@ def held_out(engine: Any, text: Any, rank: int, ranks: int, context: int, window
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--warm", type=float, default=0.2)
-    parser.add_argument("--measure-every", type=int, default=50)
+    parser.add_argument("--measure-every", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, default=None)
     return parser.parse_args()

@@ -60,6 +60,23 @@ def engine(model: torch.nn.Module, contender: str, micro_batch: int) -> Step:
     return step
 
 
+def link_rate(rank: int, numel: int = 2_000_000) -> float:
+    """Mbit/s from rank 0 to rank 1 as a large message sees it: what the link really does, not what it was told to."""
+    payload, reply = torch.zeros(numel), torch.zeros(1)
+    seconds = 0.0
+    for size in (1000, numel):  # the first opens the connection
+        if rank == 0:
+            start = time.perf_counter()
+            dist.send(payload[:size], 1)
+            dist.recv(reply, 1)
+            seconds = time.perf_counter() - start
+        elif rank == 1:
+            dist.recv(payload[:size], 0)
+            dist.send(reply, 0)
+    dist.barrier()
+    return 32e-6 * numel / seconds if seconds else 0.0
+
+
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
@@ -70,6 +87,7 @@ def main() -> None:
         world_size=args.ranks,
         timeout=timedelta(seconds=args.limit),
     )
+    rate = link_rate(args.rank)
     size = SIZES[args.size]
     torch.manual_seed(0)
     model = GPT(size)
@@ -94,6 +112,7 @@ def main() -> None:
         # the mean, not the median: 0/1 Adam's steps differ on purpose
         "step_seconds": statistics.fmean(seconds),
         "bytes_per_step": sent / args.steps,
+        "link_mbit_per_second": rate,  # 0 except on rank 0
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     every: list[Any] = [None] * args.ranks

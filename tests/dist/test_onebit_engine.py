@@ -266,6 +266,36 @@ def test_bytes_of_a_compressed_step(pool: Pools) -> None:
     assert pool(2).run(traffic, 1)[0] == [*exchange, ("all_gather", 2 * numel, "parameters")]
 
 
+def two_nodes(rank: int, size: int, folder: str) -> None:
+    """Two nodes of two ranks: full precision inside, bits between; saved and loaded in the middle of it."""
+    found = []
+    for stage in (0, 1):
+        engine = make("OneBitAdam", stage, params={"node_size": 2})
+        train(engine, rank, 0, 6)
+        engine.save_checkpoint(f"{folder}/{stage}")
+        with record() as events:
+            losses = train(engine, rank, 6, 7)
+        crowd = [(e.op, e.group_size, e.label) for e in events if "momentum" in e.label]
+        assert crowd == [
+            ("reduce_scatter", 2, "momentum: average in node"),
+            ("all_to_all", 2, "momentum: signs to servers"),
+            ("all_gather", 2, "momentum: signs to all"),
+            ("all_gather", 2, "momentum: signs in node"),
+        ]
+        loaded = make("OneBitAdam", stage, params={"node_size": 2})
+        loaded.load_checkpoint(f"{folder}/{stage}")
+        assert train(loaded, rank, 6, 7) == losses
+        assert all(torch.equal(a, b) for a, b in zip(weights(engine), weights(loaded), strict=True))
+        found.append(weights(engine))
+        engine.destroy()
+        loaded.destroy()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_full_precision_inside_a_node_and_bits_between(pool: Pools, tmp_path: Path) -> None:
+    pool(4).run(two_nodes, str(tmp_path))
+
+
 def pipeline(rank: int, size: int) -> None:
     """Two stages by two replicas: each stage's replicas exchange bits among themselves; tied weights are refused."""
     from tests.dist.pipe_models import specs
