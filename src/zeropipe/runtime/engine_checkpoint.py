@@ -128,7 +128,7 @@ class EngineCheckpoint:
         if with_optimizer and engine.optimizer is not None and loaded.flats:
             self._say(
                 translate.adopt_own_state(
-                    engine.optimizer,
+                    engine,
                     loaded.train.per_rank,
                     lambda: [source.train_state(rank).per_rank for rank in range(source.world)],
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -215,28 +215,42 @@ def _train_state(engine: DeepSpeedEngine, client_state: dict[str, Any], with_rng
         clock.micro_steps,
         lr_scheduler=schedule.state_dict() if hasattr(schedule, "state_dict") else None,
         loss_scaler=None if scaler is None else dict(scaler.state_dict()),
-        per_rank={"rng": rng_state(engine.device)} | _own_state(engine.optimizer) if with_rng else {},
+        per_rank={"rng": rng_state(engine.device)} | _own_state(engine) if with_rng else {},
         common={"data": loader.state_dict() if hasattr(loader, "state_dict") else None},
         client_state=client_state,
         ds_config=_plain_config(engine.config),
     )
 
 
-def _own_state(optimizer: ZeroOptimizer | None) -> dict[str, Any]:
-    """What an optimizer that communicates by itself keeps on this rank alone."""
-    base = None if optimizer is None else optimizer.optimizer
-    return {"optimizer": base.rank_state()} if isinstance(base, Communicates) else {}
+def _own_state(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What an optimizer that communicates by itself keeps on this rank alone, and of which tensor-parallel slices."""
+    base = None if engine.optimizer is None else engine.optimizer.optimizer
+    return (
+        {"optimizer": base.rank_state(), "slice": _slice_of(engine)} if isinstance(base, Communicates) else {}
+    )
+
+
+def _slice_of(engine: DeepSpeedEngine) -> list[int]:
+    grid = grid_of(engine)
+    return [grid.tp_rank, grid.tp_degree]
 
 
 def adopt_own_state(
-    optimizer: ZeroOptimizer, own: Mapping[str, Any], everyone: Callable[[], list[Mapping[str, Any]]]
+    engine: DeepSpeedEngine, own: Mapping[str, Any], everyone: Callable[[], list[Mapping[str, Any]]]
 ) -> str:
-    """Give such an optimizer what each rank kept: ``own`` is this rank's part of the file. What to log, or ""."""
-    base = optimizer.optimizer
-    if not isinstance(base, Communicates):
+    """Give such an optimizer what each rank kept: ``own`` is this rank's part of the file. What to log, or "".
+
+    Ranks that held other tensor-parallel slices, or slices of another degree, are of no use to it.
+    """
+    optimizer, here = engine.optimizer, _slice_of(engine)
+    if optimizer is None or not isinstance(optimizer.optimizer, Communicates):
         return ""
-    notice = base.take_rank_states(
-        own.get("optimizer"), lambda: [part["optimizer"] for part in everyone() if "optimizer" in part]
+
+    def of_our_slices(parts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [part["optimizer"] for part in parts if "optimizer" in part and part["slice"] == here]
+
+    notice = optimizer.optimizer.take_rank_states(
+        next(iter(of_our_slices([own])), None), lambda: of_our_slices(everyone())
     )
     for partition in optimizer.partitions:  # masters may have moved to where this rank stood by itself
         partition.publish()

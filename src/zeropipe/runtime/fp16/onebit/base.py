@@ -330,7 +330,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
             return ""
         states = everyone()
         if not states:
-            return "the checkpoint holds no error feedback of compressed communication; it starts from zero"
+            return "the checkpoint holds no error feedback of this rank's tensors; it starts from zero"
         self.load_rank_states(states)
         return f"the error feedback of {len(states)} ranks was shared out among {self.size}"
 
