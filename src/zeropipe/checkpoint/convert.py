@@ -6,7 +6,7 @@ Nothing of ours needs it: any checkpoint loads at any size. It is for tools that
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from zeropipe.checkpoint.commit import build_manifest, commit, prepare
 from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
-from zeropipe.checkpoint.manifest import FlatEntry, Part
+from zeropipe.checkpoint.manifest import FlatEntry, Part, TensorEntry
 from zeropipe.checkpoint.parallel import Place, seen_from
 from zeropipe.checkpoint.reader import Reader
 from zeropipe.checkpoint.source import Source, value_key
@@ -63,6 +63,7 @@ def convert(
     root = Path(output)
     views = {t: seen_from(source, Place(t, tp)) for t in range(tp)}
     grids = list(_grids(dp, tp, pp))
+    tied_first = _tied_layers(source)
     prepare(root, name)
     parts: list[Part] = []
     local: LocalState | None = None
@@ -70,7 +71,7 @@ def convert(
         view = views[grid.tp_rank]
         if pp > 1:
             view = _Stage(view, grid.pp_rank, source)
-        local = _as_rank(view, grid, stage)
+        local = _as_rank(view, grid, stage, tied_first)
         parts.append(write(work_folder(root, name), collect(local, copy=False)))
         progress(1)
     assert local is not None
@@ -90,27 +91,50 @@ class _Stage:
     def __init__(self, view: Source, pp_rank: int, source: Source) -> None:
         self._view = view
         tp = int(source.degrees.get("tp", 1))
-        held = {e.name for e in source.module if e.mp_rank // tp == pp_rank and not _in_layer_file(e.file)}
         flat_names = {s.name for f in source.flats if f.mp_rank // tp == pp_rank for s in f.layout.tensors}
-        layers = {name.split(".", 1)[0] for name in held | flat_names}
-        self.module = tuple(
-            e
-            for e in view.module
-            if e.name in held | flat_names or (_in_layer_file(e.file) and e.name.split(".", 1)[0] in layers)
-        )
-        self.flats = tuple(
-            f for f in view.flats if f.layout.tensors and f.layout.tensors[0].name in flat_names
-        )
+        if any(entry.mp_rank >= tp for entry in source.module):
+            held = {e.name for e in source.module if e.mp_rank // tp == pp_rank}
+            self.layer_rows = _layer_rows(e for e in source.module if e.mp_rank // tp == pp_rank)
+        else:  # DeepSpeed's layer files do not say which stage wrote them, but its optimizer files do
+            layers = {name.split(".", 1)[0] for name in flat_names}
+            held = {e.name for e in source.module if e.name.split(".", 1)[0] in layers}
+            self.layer_rows = _layer_rows(e for e in source.module if e.name in held)
+        self.module = tuple(e for e in view.module if e.name in held | flat_names)
+        if view.degrees["tp"] == tp:
+            self.flats = tuple(f for f in view.flats if f.mp_rank // tp == pp_rank)
+        else:  # cut anew, tensor by tensor
+            self.flats = tuple(f for f in view.flats if f.name in flat_names)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._view, name)
+
+
+def _layer_rows(entries: Iterable[TensorEntry]) -> tuple[tuple[int, str, str], ...]:
+    """(layer, key in its file, name) of what pipeline layers keep in files of their own; a tied name comes often."""
+    rows: dict[tuple[int, str, str], None] = {}
+    for entry in entries:
+        if _in_layer_file(entry.file):
+            number = entry.file.removeprefix(LAYER_FILE_PREFIX).split("-", 1)[0]
+            rows[(int(number), entry.name.split(".", 1)[1], entry.name)] = None
+    return tuple(rows)
 
 
 def _in_layer_file(file: str) -> bool:
     return file.startswith(LAYER_FILE_PREFIX)
 
 
-def _as_rank(source: Source, grid: Grid, stage: int) -> LocalState:
+def _tied_layers(source: Source) -> set[str]:
+    """Parameters of pipelines that several layers share."""
+    if not any(_in_layer_file(entry.file) for entry in source.module):
+        return set()
+    holders: dict[str, set[int]] = {}
+    for flat in source.flats:
+        for spec in flat.layout.tensors:
+            holders.setdefault(spec.name, set()).add(flat.mp_rank // int(source.degrees.get("tp", 1)))
+    return set(source.tied.values()) | {name for name, stages in holders.items() if len(stages) > 1}
+
+
+def _as_rank(source: Source, grid: Grid, stage: int, tied_first: set[str]) -> LocalState:
     shards = grid.dp_degree if stage else 1
     flats: list[FlatState] = []
     by_group: dict[int, list[FlatEntry]] = {}
@@ -119,15 +143,22 @@ def _as_rank(source: Source, grid: Grid, stage: int) -> LocalState:
         if value_key(entry) == FP32:
             by_group.setdefault(entry.group_index, []).append(entry)
         elif value_key(entry) == PARAM and stage >= 3:
-            flats.append(_frozen(entry, grid))
-            sharded |= {t.name for t in entry.layout.tensors}
+            (spec,) = entry.layout.tensors  # frozen parameters are sharded one by one
+            flats.append(_frozen_flat(entry.name, replace(spec, dtype=entry.keys[PARAM]), grid))
+            sharded.add(spec.name)
+    for held in source.module:
+        if stage >= 3 and held.kind == "frozen" and held.name not in sharded:
+            spec = TensorSpec(held.name, held.shape, held.dtype)
+            flats.append(_frozen_flat(held.name, spec, grid))
+            sharded.add(held.name)
     for group, entries in sorted(by_group.items()):
         # Pipeline stages that share a tied tensor each hold it.
         specs = list(
             {spec.name: spec for entry in reversed(entries) for spec in entry.layout.tensors}.values()
         )
         order = {spec.name: i for i, spec in enumerate(s for e in entries for s in e.layout.tensors)}
-        specs.sort(key=lambda spec: order[spec.name])
+        # DeepSpeed's pipelines have the tied layers before all others, and know parameters by position.
+        specs.sort(key=lambda spec: (spec.name not in tied_first, order[spec.name]))
         together = [(f"group{group}", specs)] if stage < 3 else [(s.name, [s]) for s in specs]
         sharded |= {s.name for s in specs} if stage >= 3 else set()
         for name, members in together:
@@ -142,7 +173,7 @@ def _as_rank(source: Source, grid: Grid, stage: int) -> LocalState:
         source.dtype,
         model,
         tuple(flats),
-        source.param_groups,
+        _groups(source, flats, grid),
         source.optimizer,
     )
     filled = Reader(source, replace(into, model=replace(model, tensors={}))).fill(optimizer=True)
@@ -152,10 +183,20 @@ def _as_rank(source: Source, grid: Grid, stage: int) -> LocalState:
     return replace(into, flats=done, train=source.train_state(grid.rank))
 
 
-def _frozen(entry: FlatEntry, grid: Grid) -> FlatState:
-    layout = FlatShards(entry.layout.tensors, grid.dp_degree)
-    dtype = getattr(torch, entry.keys[PARAM])
-    return FlatState(entry.name, layout, grid.dp_rank, {PARAM: torch.zeros(layout.shard_numel, dtype=dtype)})
+def _groups(source: Source, flats: list[FlatState], grid: Grid) -> tuple[dict[str, Any], ...]:
+    """Hyperparameters; of a pipeline's, with the names that this stage has."""
+    if grid.pp_degree == source.degrees.get("pp", 1) == 1:
+        return source.param_groups
+    return tuple(
+        group | {"param_names": [s.name for f in flats if f.group_index == i for s in f.layout.tensors]}
+        for i, group in enumerate(source.param_groups)
+    )
+
+
+def _frozen_flat(name: str, spec: TensorSpec, grid: Grid) -> FlatState:
+    layout = FlatShards((spec,), grid.dp_degree)
+    values = torch.zeros(layout.shard_numel, dtype=getattr(torch, spec.dtype))
+    return FlatState(name, layout, grid.dp_rank, {PARAM: values})
 
 
 def _model(source: Source, sharded: set[str], stage: int) -> ModelState:
@@ -163,7 +204,6 @@ def _model(source: Source, sharded: set[str], stage: int) -> ModelState:
     tensors: dict[str, torch.Tensor] = {}
     buffers: list[str] = []
     frozen: list[str] = []
-    layers: list[tuple[int, str, str]] = []
     for entry in source.module:
         if entry.kind == "frozen":
             frozen.append(entry.name)
@@ -171,9 +211,6 @@ def _model(source: Source, sharded: set[str], stage: int) -> ModelState:
             buffers.append(entry.name)
         if entry.name not in sharded:
             tensors.setdefault(entry.name, source.module_tensor(entry))
-            if _in_layer_file(entry.file) and stage < 3:
-                number, key = entry.name.split(".", 1)
-                layers.append((int(number), key, entry.name))
     specs: list[TensorSpec] = [s for e in source.flats if value_key(e) for s in e.layout.tensors]
     rest = {s.name: s for s in specs if s.name not in sharded and s.name not in tensors}
     if rest:
@@ -184,13 +221,15 @@ def _model(source: Source, sharded: set[str], stage: int) -> ModelState:
     frozen += [s.name for e in source.flats if value_key(e) == PARAM for s in e.layout.tensors]
     held = {*tensors, *sharded}
     tied = {other: name for other, name in source.tied.items() if name in held}
-    if layers:
+    rows = getattr(source, "layer_rows", None)
+    layers = list(_layer_rows(source.module) if rows is None else rows) if stage < 3 else []
+    if layers and rows is None:
         layers += [
             (int(other.split(".", 1)[0]), other.split(".", 1)[1], name) for other, name in tied.items()
         ]
     return ModelState(
         tensors,
-        tuple(buffers),
+        tuple(dict.fromkeys(buffers)),
         tuple(dict.fromkeys(frozen)),
         tied,
         universal_info=None if source.universal_info is None else dict(source.universal_info),

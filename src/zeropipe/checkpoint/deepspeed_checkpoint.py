@@ -52,7 +52,7 @@ EMBEDDING_LAYER_INDEX = 0
 ARGS_KEY = "args"
 ITERATION_KEY = "iteration"
 CHECKPOINT_INFO_KEY = "checkpoint_info"
-_LAYER_NAME = re.compile(r"^layer_(\d+)-model_(\d+)[-_]model_states\.pt$")
+_LAYER_NAME = re.compile(r"^layer_(\d+)-(?:model_(\d+)[-_])?model_states\.pt$")
 
 
 class DeepSpeedCheckpoint:
@@ -292,7 +292,7 @@ class DeepSpeedCheckpoint:
 def _layer_numbers(path: str) -> tuple[int, int]:
     match = _LAYER_NAME.match(os.path.basename(path))
     assert match is not None
-    return int(match[1]), int(match[2])
+    return int(match[1]), int(match[2] or 0)
 
 
 def _show(table: dict[Any, Any], title: str) -> None:

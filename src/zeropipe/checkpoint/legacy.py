@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
+from zeropipe.checkpoint.legacy_pipe import stage_orders
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.source import Files, Source
 from zeropipe.checkpoint.stand_ins import LossScalerValues
@@ -26,7 +27,7 @@ from zeropipe.layout.flat import FlatShards, TensorSpec
 _ALIGN = 2  # elements: what each shard of stages 1 and 2 is a multiple of
 _OPTIM = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 _MODEL = re.compile(r"^(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
-_LAYER = re.compile(r"^layer_(\d+)-model_(\d+)[-_]model_states\.pt$")
+_LAYER = re.compile(r"^layer_(\d+)-(?:model_(\d+)[-_])?model_states\.pt$")
 # What a model file holds besides the client's own keys.
 KNOWN_KEYS = {
     "module", "optimizer", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
@@ -80,10 +81,12 @@ class PeerSource:
         self.optimizer = str((lead.get("ds_config") or {}).get("optimizer", {}).get("type", ""))
         flats: list[FlatEntry] = []
         module: list[TensorEntry] = []
+        layers = self._layers(names)
+        self._layer_entries = {(e.name, e.mp_rank): e for e in layers}
         for mp_rank in sorted({mp for _, mp in self._models}):
             module += self._module_of(mp_rank)
             flats += self._flats_of(mp_rank)
-        module += self._layers(names)
+        module += layers
         self.module = tuple(module)
         self.flats = tuple(flats)
         self.dtype = next((e.dtype for e in module if e.kind == "param" and e.file), "float32")
@@ -167,7 +170,7 @@ class PeerSource:
                     dtype = str(tensor.dtype).removeprefix("torch.")
                     name = f"{int(match[1])}.{key}"
                     entries.append(
-                        TensorEntry(name, tuple(tensor.shape), dtype, "param", match[0], int(match[2]))
+                        TensorEntry(name, tuple(tensor.shape), dtype, "param", match[0], int(match[2] or 0))
                     )
         return entries
 
@@ -257,6 +260,8 @@ class PeerSource:
         state = tree.get("optimizer") or {}
         self.param_groups = _hyper(state)
         names = [name for group in self._order for name in group]
+        if self._layer_entries and isinstance(state.get("state"), dict):
+            names = self._stage_order(mp_rank)
         if not isinstance(state.get("state"), dict) or not names:
             return []
         if len(names) != sum(len(group["params"]) for group in state["param_groups"]):
@@ -272,7 +277,10 @@ class PeerSource:
         for index, name in enumerate(names):
             if index not in state["state"]:
                 continue
-            values = tree["module"].get(name)
+            if name == "":
+                continue  # a copy of a tied layer, which another stage has too
+            layer = self._layer_entries.get((name, mp_rank % self.degrees["tp"]))
+            values = tree["module"].get(name) if layer is None else self.module_tensor(layer)
             tensors, scalars = _moments(state, index)
             shape = next((tuple(t.shape) for t in tensors.values()), tuple(values.shape))
             layout = FlatShards((TensorSpec(name, shape, "float32"),), 1)
@@ -283,6 +291,29 @@ class PeerSource:
             self._scalars[f"{mp_rank}/{name}"] = scalars
             flats.append(self._entry(name, mp_rank, 0, layout, keys, (file,)))
         return flats
+
+    def _stage_order(self, mp_rank: int) -> list[str]:
+        """A pipeline stage's parameters in the order of its optimizer."""
+        tp = self.degrees["tp"]
+        rank = mp_rank % tp
+        members = [mp for _, mp in sorted(self._models, key=lambda key: key[1]) if mp % tp == rank]
+        states = [self.files[self._model_of(mp)].get("optimizer") or {} for mp in members]
+        shapes = [
+            [tuple(next(iter(_moments(s, i)[0].values())).shape) for i in range(len(s["state"]))]
+            for s in states
+        ]
+        layers = [(n, e.shape) for (n, at), e in self._layer_entries.items() if at == rank]
+        orders = stage_orders(shapes, layers)
+        if orders is None or any(len(s["param_groups"]) > 1 for s in states):
+            raise CheckpointError(
+                describe(
+                    f"{self.folder}: the optimizer state of this stage 0 pipeline cannot be told apart",
+                    expected="one param group, every layer's parameters in order",
+                    found=", ".join(str(len(s)) for s in shapes) + " parameters on the stages",
+                    fix="save it with ZeRO stage 1, which names its parameters",
+                )
+            )
+        return orders[members.index(mp_rank)]
 
     def _keep(self, name: str, mp_rank: int, shard: int, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
         for key, tensor in tensors.items():

@@ -58,7 +58,8 @@ class Reader:
         for flat in self._into.flats:
             if optimizer or PARAM in flat.tensors:
                 flats[flat.name] = self._fill_flat(flat, moments)
-        wanted = {*self._into.model.tensors, *self._into.model.tied, *self._into.model.excluded}
+        model = self._into.model
+        wanted = {*model.tensors, *model.tied, *model.excluded, *model.peer_names}
         wanted |= {t.name for f in self._into.flats for t in f.layout.tensors}
         there = {*self._flats, *self._module}
         first_names = {self._source.tied.get(name, name) for name in wanted}
@@ -113,7 +114,8 @@ class Reader:
         if first is not None:
             return first
         aliases = [alias for alias, first in self._source.tied.items() if first == name and alias in index]
-        ours = [alias for alias, first in self._into.model.tied.items() if first == name and alias in index]
+        known = {**self._into.model.tied, **self._into.model.peer_names}
+        ours = [alias for alias, first in known.items() if first == name and alias in index]
         return (aliases + ours + [name])[0]
 
     # Flats.

@@ -74,6 +74,8 @@ class ModelState:
     universal_info: dict[str, Any] | None = None
     excluded: tuple[str, ...] = ()  # left out on purpose (exclude_frozen_parameters)
     extra: dict[str, Any] = field(default_factory=dict)  # non-tensor entries (get_extra_state)
+    # DeepSpeed's name -> ours, where they differ: tied layers of pipelines. Only loads look at it.
+    peer_names: dict[str, str] = field(default_factory=dict)
     # Pipelines only: (layer, key in that layer's file, name in ``tensors``); such tensors go to files by layer.
     layers: tuple[tuple[int, str, str], ...] = ()
 

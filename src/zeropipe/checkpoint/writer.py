@@ -59,8 +59,11 @@ def collect(local: LocalState, *, copy: bool, buffers: HostBuffers | None = None
         trees[model_name] = tree
         if grid.dp_rank == 0:
             by_layer = _layer_trees(local)
-            for name in local.model.tensors.keys() & _layer_file_of(local).keys():
-                tree["module"].pop(name, None)
+            files = _layer_file_of(local)
+            for name in [n for n in tree["module"] if local.model.tied.get(n, n) in files]:
+                del tree["module"][name]
+            # DeepSpeed's pipeline looks into the layer files only where there is nothing here.
+            tree["module"] = tree["module"] or None
             trees |= by_layer
             module += _module_entries(local, model_name)
     rank_file = optim_name

@@ -122,7 +122,26 @@ def model_state(module: torch.nn.Module, exclude_frozen: bool = False) -> ModelS
     rows = module.layer_tensors() if isinstance(module, PipelineModule) else ()
     layers = [(layer, key, first.get(id(tensor), "")) for layer, key, tensor in rows]
     in_files = tuple(row for row in layers if row[2] in tensors)
-    return ModelState(tensors, tuple(buffers), tuple(frozen), tied, {}, tuple(excluded), extra, in_files)
+    return ModelState(
+        tensors,
+        tuple(buffers),
+        tuple(frozen),
+        tied,
+        excluded=tuple(excluded),
+        extra=extra,
+        peer_names=_tied_names(module, first) if isinstance(module, PipelineModule) else {},
+        layers=in_files,
+    )
+
+
+def _tied_names(module: PipelineModule, first: Mapping[int, str]) -> dict[str, str]:
+    """DeepSpeed calls a tied layer's parameters ``tied_modules.KEY.NAME``."""
+    return {
+        f"tied_modules.{key}.{name}": first[id(param)]
+        for key, layer in module.tied_modules.items()
+        for name, param in layer.named_parameters()
+        if id(param) in first
+    }
 
 
 @dataclass(frozen=True, slots=True)

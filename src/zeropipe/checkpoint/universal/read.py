@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.legacy import KNOWN_KEYS
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
-from zeropipe.checkpoint.state import FP32, TrainState
+from zeropipe.checkpoint.state import FP32, PARAM, TrainState
 from zeropipe.checkpoint.universal.patterns import rules_in
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
@@ -43,19 +44,27 @@ class UniversalSource:
         self.degrees = {"dp": int(self._model.get("dp_world_size", 1)), "tp": 1, "pp": 1}
         self.tied: Mapping[str, str] = dict(self._model.get("shared_params") or {})
         self.optimizer = str((self._model.get("ds_config") or {}).get("optimizer", {}).get("type", ""))
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._group: dict[str, int] = {}  # each pipeline stage's file names its own parameters
         for path in models:
             groups = load_torch(path, trust=trust).get(k.PARAM_SHAPES) or []
             self._group |= {name: index for index, names in enumerate(groups) for name in names}
+            self._shapes |= {name: tuple(shape) for names in groups for name, shape in names.items()}
         buffers = set(self._model.get(k.BUFFER_NAMES) or ())
         module = {n: t for n, t in (self._model.get("module") or {}).items() if isinstance(t, torch.Tensor)}
         folders = {path.name: path for path in sorted((folder / "zero").iterdir()) if path.is_dir()}
+        self._fragments = self._frozen_fragments(models)
         self.flats = tuple(self._flat(n, p) for n, p in folders.items() if n in self._group)
+        self.flats += tuple(
+            self._frozen(n, parts) for n, parts in self._fragments.items() if n not in folders
+        )
         kinds = dict.fromkeys(self._group, "param") | dict.fromkeys(buffers, "buffer")
         self.module = tuple(
             TensorEntry(n, tuple(t.shape), _dtype(t), kinds.get(n, "frozen"), self._model_file)
             for n, t in module.items()
-            if n not in self.tied and (t.numel() or n in buffers or n not in folders)
+            if n not in self.tied
+            and n not in self._fragments
+            and (t.numel() or n in buffers or n not in folders)
         )
         self.dtype = next((e.dtype for e in self.module if e.kind == "param"), "float32")
 
@@ -92,11 +101,26 @@ class UniversalSource:
         return tuple({key: v for key, v in group.items() if key != "params"} for group in groups)
 
     def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
+        if key == PARAM:
+            return self._fragments[entry.name][shard]
         return self._read(entry.name, key).reshape(-1)
 
     def flat_scalars(self, entry: FlatEntry) -> dict[str, Any]:
         path = self.folder / "zero" / entry.name / f"{_STEP}.pt"
-        return {_STEP: load_torch(path, trust=self._trust)} if path.exists() else {}
+        if path.exists():
+            return {_STEP: load_torch(path, trust=self._trust)}
+        return self._common_scalars if FP32 in entry.keys else {}
+
+    @cached_property
+    def _common_scalars(self) -> dict[str, Any]:
+        """At stage 3 DeepSpeed keeps one step count for all, beside the hyperparameters."""
+        path = self.folder / "zero" / "optimizer_state.pt"
+        tree = load_torch(path, trust=self._trust) if path.exists() else {}
+        states: dict[Any, Any] = (tree.get(k.OPTIMIZER_STATE_DICT) or tree).get("state") or {}
+        for state in states.values():
+            if _STEP in state:
+                return {_STEP: state[_STEP]}
+        return {}
 
     def module_tensor(self, entry: TensorEntry) -> torch.Tensor:
         return self._model["module"][entry.name]
@@ -118,9 +142,30 @@ class UniversalSource:
         if FP32 not in keys:
             raise CheckpointError(describe(f"{folder} has no fp32.pt", fix="convert the checkpoint again"))
         tensors = {key: self._read(name, key) for key in keys}
-        spec = TensorSpec(name, tuple(tensors[FP32].shape), "float32")
+        shape = tuple(tensors[FP32].shape)
+        given = self._shapes.get(name, shape)
+        if torch.Size(given).numel() == tensors[FP32].numel():
+            shape = given  # DeepSpeed writes the parameters of stage 3 as 1D
+        spec = TensorSpec(name, shape, "float32")
         dtypes = {key: _dtype(t) for key, t in tensors.items()}
         return FlatEntry(name, 0, self._group[name], FlatShards((spec,), 1), dtypes, {}, (f"zero/{name}",))
+
+    def _frozen_fragments(self, models: list[Path]) -> dict[str, list[torch.Tensor]]:
+        """Frozen parameters of stage 3: the converter leaves them in shards, in every rank's model file."""
+        if not all(path.name.startswith(k.ZERO_FILE_PREFIX) for path in models):
+            return {}
+        found: dict[str, list[torch.Tensor]] = {}
+        for path in sorted(models, key=lambda path: int(path.name.split("_")[3])):
+            for name, part in (
+                load_torch(path, trust=self._trust).get(k.FROZEN_PARAM_FRAGMENTS) or {}
+            ).items():
+                found.setdefault(name, []).append(part.reshape(-1))
+        return found
+
+    def _frozen(self, name: str, parts: list[torch.Tensor]) -> FlatEntry:
+        shape = tuple((self._model.get(k.FROZEN_PARAM_SHAPES) or {})[name])
+        layout = FlatShards((TensorSpec(name, shape, _dtype(parts[0])),), len(parts))
+        return FlatEntry(name, 0, 0, layout, {PARAM: _dtype(parts[0])}, {}, (self._model_file,) * len(parts))
 
     def _read(self, name: str, key: str) -> torch.Tensor:
         held = load_torch(self.folder / "zero" / name / f"{key}.pt", trust=self._trust)

@@ -1,10 +1,6 @@
-"""Times saving and loading of one training state, beside ``torch.save``, torch's DCP and DeepSpeed where installed.
+"""Saving and loading one training state beside ``torch.save`` and torch's DCP; started by ``run.py``.
 
-    torchrun --nproc_per_node 2 -m benchmarks.checkpoint --mbytes 512 --rounds 5
-    python -m benchmarks.checkpoint export --mbytes 512
-
-Every round runs every contender once, in turn; medians are reported. Files are synced by zeropipe only: the
-others' times are those of their defaults, and a row says so.
+Every round runs every contender once, in turn. zeropipe and DCP sync their files to the disk, ``torch.save`` does not.
 """
 
 from __future__ import annotations
@@ -12,10 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.checkpoint.engines import MARK
 from zeropipe.checkpoint.export import export
 from zeropipe.checkpoint.loader import load, open_source
 from zeropipe.checkpoint.saver import Saver
@@ -98,12 +89,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list[float
         note("zeropipe load at 1 rank", timed(lambda: other is None or load(folder, "z", other)))
         plain = tree(local)
         note(
-            "torch.save, one file per rank (not synced)",
+            "torch.save, a file per rank, not synced",
             timed(lambda: torch.save(plain, folder / f"t{rank}.pt")),  # noqa: B023,
         )
         note("torch.load", timed(lambda: torch.load(folder / f"t{rank}.pt", weights_only=True)))
-        if dist.is_initialized():
-            dcp(folder, plain, note)
+        dcp(folder, plain, note)
     return results
 
 
@@ -136,39 +126,22 @@ def _anonymous() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.checkpoint")
-    parser.add_argument("what", nargs="?", choices=["times", "export"], default="times")
+    parser = argparse.ArgumentParser(prog="benchmarks.checkpoint.states")
+    parser.add_argument("what", choices=["times", "export"])
     parser.add_argument("--mbytes", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default=None, help="a file system to test; default: a temporary folder")
-    parser.add_argument("--json", default=None)
+    parser.add_argument("--folder", required=True)
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    names = [arguments.folder or tempfile.mkdtemp(prefix="checkpoint-")]
-    if dist.is_initialized():
-        dist.broadcast_object_list(names, 0)
-    folder = Path(names[0])
+    folder = Path(arguments.folder)
     results = measure(arguments, folder) if arguments.what == "times" else export_peak(arguments, folder)
+    if world().rank == 0:
+        print(MARK + json.dumps(results), flush=True)
     if dist.is_initialized():
         dist.barrier()
-    if world().rank == 0:
-        table = Table("what", "median", "fastest", "GB/s")
-        for name, values in results.items():
-            median = statistics.median(values)
-            speed = (
-                f"{arguments.mbytes / 1024 / median:.2f}"
-                if "blocked" not in name and "peak" not in name
-                else ""
-            )
-            table.add_row(name, f"{median:.3f}", f"{min(values):.3f}", speed)
-        Console().print(table)
-        if arguments.json:
-            Path(arguments.json).write_text(json.dumps(vars(arguments) | {"results": results}, indent=1))
-        shutil.rmtree(folder, ignore_errors=arguments.folder is None)
-    if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
