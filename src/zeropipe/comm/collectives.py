@@ -164,12 +164,13 @@ def all_gather(
     async_op: bool = False,
     channel: int = 0,
     guarded: bool = False,
+    note: int = 0,
 ) -> Work:
     """Lay every rank's ``shard`` (1-D, n) end to end in ``output`` (1-D, size * n).
 
     ``shard`` may be this rank's own slice of ``output``: then nothing is copied. ``guarded``: members tell each
     other the label first, so that ranks which gather different things learn it instead of waiting for ever (on
-    gloo; NCCL has its own watchdog).
+    gloo; NCCL has its own watchdog), and ``note``, of which ``Work.heard`` is then the lowest.
     """
     _check_sizes("all_gather", output, shard, group)
     what = _enter("all_gather", output, group, label, async_op)
@@ -182,7 +183,7 @@ def all_gather(
             return Work(what)
         work = gather_exchange(cuts, group, what, channel, label=label if guarded else "")
         if guarded:
-            work.greeting = greet(label, group, channel)
+            work.greeting = greet(label, group, channel, note)
         return _settle(work, async_op)
     handle = _all_gather_native(output, shard, group.pg, async_op=True)
     return _settle(Work(what, [handle]), async_op)
@@ -272,6 +273,7 @@ def meet(
         work = Work(f"[rank {group.ranks[group.rank]}] {what} (with ranks {list(group.ranks)})")
         work.greeting = greet(what, group, channel, note, patience)
         work.wait()
+        assert work.heard is not None
         return work.heard
     return note
 

@@ -44,7 +44,7 @@ class Work:
         self._finish = finish
         self._hidden = False  # more is to be sent when it is waited for
         self.greeting: Callable[[], int] | None = None  # waits for the peers' words and compares them
-        self.heard = 0  # the lowest of all members' notes, once the greeting is over
+        self.heard: int | None = None  # the lowest of all members' notes, once a greeting is over
 
     def wait(self) -> None:
         """Raises CommunicationError when a peer is gone or the group's timeout has passed, DesyncError when a

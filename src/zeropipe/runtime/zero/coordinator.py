@@ -25,7 +25,9 @@ from zeropipe.errors import CommunicationError, DesyncError
 from zeropipe.runtime.zero.fetch_plan import Budget, Phase, Step, Visit, plan
 from zeropipe.runtime.zero.shards import GATHER, Shards
 
-REDUCTIONS_COMPARED_EVERY = 2**21  # elements gathered in backward
+REDUCTIONS_COMPARED_EVERY = (
+    2**21
+)  # elements that backward used without a gather in which ranks hear of each other
 
 
 @dataclass(slots=True, eq=False)
@@ -59,8 +61,8 @@ class Reductions(Protocol):
     that peer may be waiting for this rank in a gather."""
 
     @property
-    def launched(self) -> int: ...
-    def launched_by_all(self, count: int) -> None: ...
+    def progress(self) -> int: ...
+    def reached_by_all(self, progress: int) -> None: ...
 
 
 class Coordinator:
@@ -74,7 +76,7 @@ class Coordinator:
         self.circles = [group] if everyone is None or everyone == group else [group, everyone]
         self.budget = budget
         self.reductions: Reductions | None = None
-        self._unmet = 0  # elements gathered in backward since the ranks last compared their reductions
+        self._unmet = 0  # elements used in backward since the ranks last compared their reductions
         self.units: list[Unit] = []
         self.running: list[Use] = []  # forwards in progress, innermost last
         self._plans: dict[bool, tuple[Step, ...]] = {}  # with gradients or without -> the plan
@@ -134,23 +136,26 @@ class Coordinator:
         """Make the unit's parameters available; they stay so until the use ends."""
         if phase is Phase.BACKWARD and not self._backward:
             self.meet(f"backward of {unit.name}")
-        if phase is Phase.BACKWARD and self.reductions is not None:
-            self._compare_reductions(unit, self.reductions)
         use = Use(unit)
         (self.running if phase is Phase.FORWARD else self._backward).append(use)
         step = self._advance(Visit(phase, unit.index))
         use.keep = step is not None and step.keep
+        note = 0 if self.reductions is None else self.reductions.progress
         for shards in unit.shards:
-            shards.start_gather()
+            shards.start_gather(note)
         for other in () if step is None else step.fetch:
             for shards in self.units[other].shards:
-                shards.start_gather()
+                shards.start_gather(note)
         if step is not None:
             self._read_ahead()
+        heard: int | None = None
         for shards in unit.shards:
-            shards.finish_gather()
+            found = shards.finish_gather()
+            heard = heard if found is None else found
             shards.holds += 1
             use.held.append(shards)
+        if phase is Phase.BACKWARD and self.reductions is not None:
+            self._compare_reductions(unit, self.reductions, heard)
         return use
 
     def _read_ahead(self) -> None:
@@ -164,13 +169,14 @@ class Coordinator:
     def is_open(self, use: Use) -> bool:
         return use in self.running or use in self._backward
 
-    def _compare_reductions(self, unit: Unit, reductions: Reductions) -> None:
-        """Now and then tell the reducer which reductions every rank has started."""
-        self._unmet += unit.numel
+    def _compare_reductions(self, unit: Unit, reductions: Reductions, heard: int | None) -> None:
+        """Tell the reducer which reductions every rank has started: as ``heard`` in a gather, or asked now and then."""
+        self._unmet = 0 if heard is not None else self._unmet + unit.numel
         if self._unmet >= REDUCTIONS_COMPARED_EVERY and greets(self.group):
             self._unmet = 0
-            started = meet("backward goes on", self.group, channel=GATHER, note=reductions.launched)
-            reductions.launched_by_all(started)
+            heard = meet("backward goes on", self.group, channel=GATHER, note=reductions.progress)
+        if heard is not None:
+            reductions.reached_by_all(heard)
 
     def end(self, use: Use, returned: Iterable[Shards] = ()) -> None:
         """The use is over; frees what nobody holds, unless the plan keeps it or backward will soon read it.

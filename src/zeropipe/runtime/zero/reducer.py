@@ -32,6 +32,7 @@ from zeropipe.runtime.zero.sharded_partition import ShardedPartition
 from zeropipe.runtime.zero.types import AnyPartition, AnyStore
 from zeropipe.runtime.zero.watch import Watch
 
+_BUCKETS_PER_PASS = 2**24  # more than there are
 _MAX_IN_FLIGHT = 2  # buckets: one travels while the next one fills
 
 
@@ -102,14 +103,16 @@ class Reducer:
         return self.passes == self._window_start and not self._open
 
     @property
-    def launched(self) -> int:
-        """Buckets that the pass has launched."""
-        return self._next if self._open and self._reducing else 0
+    def progress(self) -> int:
+        """A number that grows with each bucket launched, over all passes."""
+        return self.passes * _BUCKETS_PER_PASS + (self._next if self._open and self._reducing else 0)
 
-    def launched_by_all(self, count: int) -> None:
-        """Every rank has launched the first ``count`` buckets of the pass."""
-        self._common = count
-        self._wait_down_to(_MAX_IN_FLIGHT)
+    def reached_by_all(self, progress: int) -> None:
+        """Every rank has come as far as ``progress``, then or since."""
+        passes, launched = divmod(progress, _BUCKETS_PER_PASS)
+        if passes == self.passes:
+            self._common = max(self._common, launched)
+            self._wait_down_to(_MAX_IN_FLIGHT)
 
     def add(self, partition: AnyPartition) -> AnyStore:
         """Hook the partition's parameters and return the store of their gradients."""

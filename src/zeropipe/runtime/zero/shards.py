@@ -106,8 +106,8 @@ class Shards:
             self.full.untyped_storage().resize_(0)
             mark_unavailable(self.param, torch.empty(0, dtype=dtype, device=device))
 
-    def start_gather(self) -> None:
-        """Begin to gather; does nothing unless the parameter is at rest."""
+    def start_gather(self, note: int = 0) -> None:
+        """Begin to gather; does nothing unless the parameter is at rest. The peers are told ``note``."""
         if self.status is not ZeroParamStatus.NOT_AVAILABLE:
             return
         self.status = check_transition(self.name, self.status, ZeroParamStatus.INFLIGHT)
@@ -116,13 +116,23 @@ class Shards:
         own.copy_(self.source, non_blocking=True)
         self.let_go(self.source)
         self._work = all_gather(
-            self.full, own, self.group, label=self.name, async_op=True, channel=GATHER, guarded=True
+            self.full,
+            own,
+            self.group,
+            label=self.name,
+            async_op=True,
+            channel=GATHER,
+            guarded=True,
+            note=note,
         )
 
-    def finish_gather(self) -> None:
-        """Wait for the gather under way, if any; the parameter is then available."""
+    def finish_gather(self) -> int | None:
+        """Wait for the gather under way, if any; the parameter is then available.
+
+        Returns the lowest of all ranks' notes; None where nothing was under way or ranks say nothing (see ``greets``).
+        """
         if self._work is None:
-            return
+            return None
         work, self._work = self._work, None
         try:
             work.wait()
@@ -131,6 +141,7 @@ class Shards:
             raise
         self.status = check_transition(self.name, self.status, ZeroParamStatus.AVAILABLE)
         mark_available(self.param, self.full[: self.numel].view(self.shape))
+        return work.heard
 
     def gather(self) -> None:
         self.start_gather()

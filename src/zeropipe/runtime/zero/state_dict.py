@@ -2,7 +2,9 @@
 
 Both are hooks of the modules that own sharded parameters. Reading gathers, so every rank must call it; loading
 cuts each rank's shard out of the whole value that it is given, so nothing is communicated. With ``keep_vars``
-the parameters themselves come out, as always, and nothing is gathered: that is how checkpoints are made.
+the parameters themselves come out, as always, and nothing is gathered: that is how checkpoints are made. So do
+they where a part of the model is asked for its state dict and they are away, guarded against use: clients do that
+on the one rank that writes, for the names alone (peft's ``modules_to_save``).
 """
 
 from __future__ import annotations
@@ -49,9 +51,13 @@ def remove_state_dict(module: torch.nn.Module) -> None:
 
 def _gather_whole(module: torch.nn.Module, state: Any, prefix: str, metadata: Any) -> None:
     """After ``module`` has put its own parameters into ``state``: replace them by whole values, new tensors."""
-    wanted = {
-        prefix + name: shards for name, param, shards in _own(module) if state.get(prefix + name) is not param
-    }
+    wanted = {}
+    for name, param, shards in _own(module):
+        key = prefix + name
+        if shards.status is not ZeroParamStatus.AVAILABLE and shards.name.endswith(f".{key}"):
+            state[key] = param  # the call began at a part of the model
+        elif state.get(key) is not param:
+            wanted[key] = shards
     away = [shards for shards in wanted.values() if shards.status is not ZeroParamStatus.AVAILABLE]
     if away:  # keep_vars gives the parameters themselves
         _meet(away[0])
