@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import OrderedDict
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.helpers.models import NastyModel, TinyGPT, build
 from tests.helpers.pool import RankFailure
 from tests.helpers.referee import assert_bitwise
 from tests.helpers.train import config
+from zeropipe.errors import UnavailableParameterError
 
 THRESHOLD = {
     "zero_optimization": {"stage3_param_persistence_threshold": 40}
@@ -159,6 +161,29 @@ def lonely(rank: int, world: int) -> None:
 def test_a_state_dict_on_one_rank_is_an_error(pool):
     with pytest.raises(RankFailure, match="DesyncError"):
         pool(2).run(lonely, timeout=20)
+
+
+def names_of_a_part(rank: int, world: int) -> None:
+    """peft asks a part of the model for its names on the rank that writes, and nowhere else."""
+    from zeropipe import zero
+
+    engine = make_engine(build(TinyGPT), world, zero_optimization={"stage3_param_persistence_threshold": 0})
+    norm = engine.module.norm
+    if rank == 0:
+        state = norm.state_dict()
+        assert list(state) == [name for name, _ in norm.named_parameters()]
+        with pytest.raises(UnavailableParameterError, match=r"'norm\.weight'"):
+            state["weight"] + 1
+        with pytest.raises(UnavailableParameterError, match="pickling"):
+            pickle.dumps(state["weight"])
+    with zero.GatheredParameters(list(norm.parameters())):
+        whole = norm.state_dict()["weight"]
+    assert torch.equal(whole, engine.module.state_dict()["norm.weight"])
+    assert whole.shape == norm.weight.ds_shape
+
+
+def test_a_part_of_the_model_tells_its_names_on_one_rank(pool):
+    pool(2).run(names_of_a_part)
 
 
 def lonely_before_a_barrier(rank: int, world: int) -> None:
