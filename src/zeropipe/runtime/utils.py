@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from zeropipe.comm.group import world
+from zeropipe.utils.logging import logger
 
 
 def move_to_device(
@@ -20,3 +25,15 @@ def move_to_device(
     if isinstance(item, dict):
         return {key: move_to_device(value, device, criterion_func) for key, value in item.items()}
     return item
+
+
+def see_memory_usage(message: str, force: bool = False) -> None:
+    """With ``force``, log ``message`` and rank 0's GiB: on the GPU now and at most, in the process at most."""
+    if not force or world().rank != 0:
+        return
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    parts = [f"process at most {most / 2**30:.2f} GiB"]
+    if torch.cuda.is_available():
+        now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        parts.insert(0, f"GPU {now / 2**30:.2f} GiB, at most {peak / 2**30:.2f} GiB")
+    logger.info("%s: %s", message, "; ".join(parts))

@@ -137,6 +137,20 @@ def test_move_to_device_goes_through_containers() -> None:
     assert [tensor.is_meta for tensor in only] == [False, True]
 
 
+def test_memory_in_use_is_logged_when_it_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    import resource
+
+    see = zeropipe.runtime.utils.see_memory_usage
+    with caplog.at_level(logging.INFO, "zeropipe"):
+        see("quiet")
+        see("after the first step", force=True)
+    (record,) = caplog.records
+    message, _, fact = record.message.partition(": ")
+    assert message == "after the first step"
+    shown = float(fact.split("process at most ")[1].removesuffix(" GiB"))
+    assert shown == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, abs=0.02)
+
+
 def test_a_clone_for_saving_owns_its_elements_and_keeps_its_containers(deepspeed: ModuleType) -> None:
     clone = deepspeed.checkpoint.utils.clone_tensors_for_torch_save
     buffer = torch.arange(1000.0)

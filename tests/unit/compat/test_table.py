@@ -37,6 +37,19 @@ def test_a_name_is_the_same_object(deepspeed: ModuleType, name: Name) -> None:
         assert getattr(importlib.import_module(path), last) is ours  # as an import
 
 
+OF_THE_DISTRIBUTION = ("__version__", "launcher.runner.DEEPSPEED_ENVIRONMENT_NAME")
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in PACKAGE if n.name not in OF_THE_DISTRIBUTION], ids=lambda name: name.name
+)
+def test_import_zeropipe_as_deepspeed_has_it_too(name: Name) -> None:
+    found: Any = importlib.import_module("zeropipe")
+    for part in name.name.split("."):
+        found = getattr(found, part)
+    assert found is resolve(name.same)
+
+
 @pytest.mark.parametrize("name", [*PACKAGE, *MEMBERS], ids=lambda name: name.name)
 def test_each_name_has_a_test_of_its_meaning(name: Name) -> None:
     file, _, test = name.shown.partition("::")
