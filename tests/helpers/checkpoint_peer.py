@@ -1,4 +1,4 @@
-"""Runs the same training script under zeropipe or under real DeepSpeed, from and to checkpoints, in processes of its own.
+"""Runs one training script under zeropipe or under real DeepSpeed, from and to checkpoints, in its own processes.
 
 Needs an interpreter that has DeepSpeed (tried: 0.19.8 with torch 2.13.0): set ``ZEROPIPE_PEER_PYTHON`` to it.
 """
