@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.launch import python
 from tests.unit.compat.names import PACKAGE, REFUSED
 
 CLIENTS = ("transformers", "accelerate", "peft", "trl", "lightning", "pytorch_lightning", "lightning_fabric")
@@ -59,3 +60,26 @@ def test_the_list_has_every_name_that_the_client_asks_for(client: str) -> None:
     }
     assert missing == set()
     assert found or client == "lightning"  # its strategies are in the two other packages
+
+
+GATES = """
+from accelerate.utils import compare_versions, is_deepspeed_available
+from lightning.fabric.strategies.deepspeed import _DEEPSPEED_AVAILABLE, _DEEPSPEED_GREATER_EQUAL_0_16
+from lightning_utilities.core.imports import RequirementCache
+from transformers.integrations.deepspeed import is_deepspeed_available as transformers_available
+from transformers.utils.versions import require_version
+from trl.import_utils import is_deepspeed_available as trl_available
+
+assert is_deepspeed_available() and transformers_available() and trl_available() and _DEEPSPEED_AVAILABLE
+assert _DEEPSPEED_GREATER_EQUAL_0_16
+for version in ("0.3.1", "0.5.5", "0.9.3", "0.11.0", "0.14.0", "0.14.4", "0.14.5", "0.16.4", "0.18.2", "0.19.6"):
+    assert compare_versions("deepspeed", ">=", version), version
+    require_version(f"deepspeed>={version}")
+assert RequirementCache("deepspeed>=0.16.0") and not RequirementCache("deepspeed<0.6.6")
+print("open")
+"""
+
+
+def test_every_check_for_deepspeed_and_its_version_is_open() -> None:
+    done = python("-c", GATES, timeout=240)
+    assert done.stdout.splitlines()[-1:] == ["open"], done.stderr

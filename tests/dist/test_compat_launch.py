@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
+import sys
 from pathlib import Path
 
-from tests.helpers.launch import python
+import pytest
+
+from tests.helpers.launch import python, start
 
 SCRIPT = """
 import argparse, json, sys
@@ -48,6 +52,7 @@ with open(f"{args.out}.{rank}", "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_a_script_for_deepspeed_trains_under_the_command(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     config = {
@@ -69,3 +74,36 @@ def test_the_exit_code_of_a_failing_script_is_the_commands(tmp_path: Path) -> No
     (tmp_path / "fail.py").write_text("raise SystemExit(3)\n")
     done = python("-m", "zeropipe.compat.runner", "fail.py", cwd=tmp_path)
     assert done.returncode == 1 and "exitcode" in done.stderr
+
+
+NODE = """
+import json, os, sys
+import torch.distributed as dist
+dist.init_process_group("gloo")
+names = [None] * dist.get_world_size()
+dist.all_gather_object(names, (os.environ["CROSS_RANK"], os.environ["LOCAL_RANK"], sys.argv[1:]))
+if dist.get_rank() == 0:
+    with open("seen.json", "w") as file:
+        json.dump(names, file)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_nodes_each_start_the_command(tmp_path: Path) -> None:
+    (tmp_path / "node.py").write_text(NODE)
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=2\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = f"--hostfile hosts --no_ssh --master_port {port} --node_rank"
+    command = [sys.executable, "-m", "zeropipe.compat.runner", *flags.split()]
+    with (
+        start([*command, "0", "node.py", "x"], cwd=tmp_path) as first,
+        start([*command, "1", "node.py", "x"], cwd=tmp_path) as second,
+    ):
+        for node in (first, second):
+            assert node.wait(120), node.stderr()
+            assert node.completed().returncode == 0, node.stderr()
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen == [[n, r, [f"--local_rank={r}", "x"]] for n, r in (("0", "0"), ("1", "0"), ("1", "1"))]
