@@ -49,6 +49,7 @@ def test_universal_folders_both_ways(tmp_path: Path, stage: int) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     run(tmp_path, True, stage, save=theirs)
     expected = run(tmp_path, True, stage, load=theirs)
+    assert run(tmp_path, False, stage % 3 + 1, load=theirs) == expected  # at another stage, as it is
     (theirs / "uni").mkdir()
     convert = "deepspeed.checkpoint.ds_to_universal"
     peer_tool(convert, "--input_folder", theirs / "global_step3", "--output_folder", theirs / "uni",

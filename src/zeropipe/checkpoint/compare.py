@@ -85,7 +85,7 @@ def _values(name: str, what: str, a: torch.Tensor, b: torch.Tensor) -> Iterator[
 
 
 def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).abs().max())
+    return float((a.detach().double() - b.detach().double()).abs().max())
 
 
 def same(a: object, b: object) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
+from zeropipe.checkpoint.files import THREADS
 from zeropipe.checkpoint.legacy_pipe import stage_orders
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.source import Files, Source
@@ -45,6 +46,7 @@ def open_peer(path: Path, tag: str, *, trust: bool = False, order: Sequence[Sequ
 class PeerSource:
     """A folder without a manifest, described from what is in its files."""
 
+    threads = THREADS
     param_groups: tuple[dict[str, Any], ...] = ()
 
     def __init__(

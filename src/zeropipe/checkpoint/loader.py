@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from zeropipe.checkpoint import tags
 from zeropipe.checkpoint.dcp import DcpSource
-from zeropipe.checkpoint.files import check_file
+from zeropipe.checkpoint.files import THREADS, FileRecord, check_file
 from zeropipe.checkpoint.legacy import open_peer
 from zeropipe.checkpoint.manifest import Manifest, read_manifest
 from zeropipe.checkpoint.parallel import Place, seen_from
@@ -146,11 +147,14 @@ def _check_share(path: Path, manifest: Manifest, group: Group, verify: bool) -> 
             )
     if verify:
         load = [0] * group.size
+        mine: list[FileRecord] = []
         for record in sorted(manifest.files, key=lambda r: (-r.bytes, r.name)):
             owner = load.index(min(load))
             load[owner] += record.bytes
             if owner == group.rank:
-                check_file(path, record)
+                mine.append(record)
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(lambda record: check_file(path, record), mine))
 
 
 def _fill(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,7 @@ class Reader:
         for entry in source.module:
             self._module.setdefault(entry.name, []).append(entry)
         self._report = _Report()
+        self._threads = int(getattr(source, "threads", 1))
 
     def fill(self, *, optimizer: bool, moments: bool = True) -> Filled:
         """Write into the destination's tensors in place.
@@ -52,12 +54,12 @@ class Reader:
         before the first byte is written. Raises CheckpointError for a tensor of another shape.
         """
         self.check_shapes()
-        for name, tensor in self._into.model.tensors.items():
-            self._fill_tensor(name, tensor)
-        flats = {}
-        for flat in self._into.flats:
-            if optimizer or PARAM in flat.tensors:
-                flats[flat.name] = self._fill_flat(flat, moments)
+        wanted_flats = [f for f in self._into.flats if optimizer or PARAM in f.tensors]
+        with ThreadPoolExecutor(self._threads) as pool:
+            # Weights first: in fp32 the masters are views of them, and theirs is the last word.
+            values = pool.map(lambda item: self._fill_tensor(*item), self._into.model.tensors.items())
+            self._report.missing += [name for name in values if name]
+            flats = {flat.name: self._fill_flat(flat, moments, pool) for flat in wanted_flats}
         model = self._into.model
         wanted = {*model.tensors, *model.tied, *model.excluded, *model.peer_names}
         wanted |= {t.name for f in self._into.flats for t in f.layout.tensors}
@@ -68,8 +70,12 @@ class Reader:
 
     # Single tensors of the module.
 
-    def _fill_tensor(self, name: str, out: torch.Tensor) -> None:
-        """The module's value if it has the right dtype, else the master's, else the module's cast."""
+    @torch.no_grad()  # of the thread that it runs in
+    def _fill_tensor(self, name: str, out: torch.Tensor) -> str:
+        """The module's value if it has the right dtype, else the master's, else the module's cast.
+
+        The name where there is none, "" where there is.
+        """
         entry = self._module_entry(name)
         flat = self._value_flat(name)
         own = str(out.dtype).removeprefix("torch.")
@@ -78,7 +84,8 @@ class Reader:
         elif flat is not None:
             self._copy_value(flat, self._first_name(name, self._flats), out)
         else:
-            self._report.missing.append(name)
+            return name
+        return ""
 
     def _copy_value(self, flat: FlatEntry, name: str, out: torch.Tensor) -> None:
         key = value_key(flat)
@@ -120,7 +127,7 @@ class Reader:
 
     # Flats.
 
-    def _fill_flat(self, flat: FlatState, moments: bool) -> LoadedFlat:
+    def _fill_flat(self, flat: FlatState, moments: bool, pool: Executor) -> LoadedFlat:
         names = [spec.name for spec in flat.layout.tensors]
         sources = self._sources_of(names)
         tensors = dict(flat.tensors)
@@ -129,12 +136,9 @@ class Reader:
                 for key, dtype in entry.keys.items():
                     if key not in (FP32, PARAM) and key not in tensors:
                         tensors[key] = torch.zeros(flat.layout.shard_numel, dtype=getattr(torch, dtype))
-        reached: set[str] = set()
-        for key, out in tensors.items():
-            if not moments and key not in (FP32, PARAM):
-                continue
-            filled = self._fill_key(flat, key, out, sources)
-            reached |= filled
+        asked = {key: out for key, out in tensors.items() if moments or key in (FP32, PARAM)}
+        found = pool.map(lambda item: self._fill_key(flat, item[0], item[1], sources), asked.items())
+        for (key, out), filled in zip(asked.items(), found, strict=True):
             lost = [n for n in names if n not in filled]
             if key in (FP32, PARAM):
                 lost = [n for n in lost if not self._from_module(flat, n, out)]
@@ -152,6 +156,7 @@ class Reader:
                 found[id(entry)] = entry
         return list(found.values())
 
+    @torch.no_grad()
     def _fill_key(self, flat: FlatState, key: str, out: torch.Tensor, sources: list[FlatEntry]) -> set[str]:
         """Copy one kind of tensor; the names that it was found for."""
         filled: set[str] = set()

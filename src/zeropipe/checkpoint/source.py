@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
-from zeropipe.checkpoint.files import load_torch
+from zeropipe.checkpoint.files import THREADS, load_torch
 from zeropipe.checkpoint.manifest import FlatEntry, Manifest, TensorEntry
 from zeropipe.checkpoint.state import FP32, PARAM, TrainState
 from zeropipe.checkpoint.universal.patterns import rules_in
@@ -28,11 +29,13 @@ class Files:
         self.folder = folder
         self.trust = trust
         self._open: dict[str, Any] = {}
+        self._opening = threading.Lock()
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = load_torch(self.folder / name, trust=self.trust)
-        return self._open[name]
+        with self._opening:
+            if name not in self._open:
+                self._open[name] = load_torch(self.folder / name, trust=self.trust)
+            return self._open[name]
 
     def close(self, name: str) -> None:
         self._open.pop(name, None)
@@ -77,6 +80,8 @@ class Source(Protocol):
 
 class OurSource:
     """A folder with a manifest."""
+
+    threads = THREADS  # its tensors are mapped, so several may be copied at once
 
     def __init__(self, folder: Path, manifest: Manifest, *, trust: bool = False) -> None:
         self.folder = folder
