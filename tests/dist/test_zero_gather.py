@@ -422,3 +422,57 @@ def uses_while_away(rank: int, world: int) -> None:
 
 def test_a_parameter_that_is_away(pool):
     pool(2).run(uses_while_away)
+
+
+class _Recomputes(torch.autograd.Function):
+    """Gathers in its backward what it keeps for it, as fused losses do (TRL's log-probabilities)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return hidden @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        from zeropipe import zero
+
+        hidden, weight = ctx.saved_tensors
+        with zero.GatheredParameters([weight]):
+            return grad @ weight, grad.t() @ hidden
+
+
+class _FusedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from zeropipe import zero
+
+        hidden = self.body(x)
+        with zero.GatheredParameters([self.head.weight]):
+            return _Recomputes.apply(hidden, self.head.weight).square().mean()
+
+
+def gathers_in_a_custom_backward(rank: int, world: int, stage: int) -> dict[str, torch.Tensor]:
+    import zeropipe
+
+    sizes = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    model = build(_FusedHead)
+    engine = zeropipe.initialize(model=model, config=config(stage, world, zero_optimization=sizes))[0]
+    for step in range(3):
+        torch.manual_seed(world * step + rank)
+        engine.backward(engine(torch.randn(4, 32)))
+        assert stage < 3 or model.head.weight.ds_status.value == AWAY
+        engine.step()
+    return {name: value.clone() for name, value in engine.module.state_dict().items()}
+
+
+def test_a_custom_function_that_gathers_in_its_backward(pool):
+    for found, expected in zip(
+        pool(2).run(gathers_in_a_custom_backward, 3),
+        pool(2).run(gathers_in_a_custom_backward, 0),
+        strict=True,
+    ):
+        assert_bitwise(found, expected)

@@ -133,6 +133,8 @@ class GatheredParameters:
                 self._spread(held)
         finally:
             for one in held:
+                if one.param.requires_grad and torch._C._current_graph_task_id() != -1:
+                    _keep_for_gradient(one.shards)
                 one.shards.release_if_idle()
 
     def _hold(self, param: torch.nn.Parameter, shards: Shards) -> _Held:
@@ -261,3 +263,21 @@ def _sharded(params: Any) -> list[torch.nn.Parameter]:
 
 def _groups(held: list[_Held]) -> list[Group]:
     return list(dict.fromkeys(one.shards.everyone for one in held if one.before is not None))
+
+
+def _keep_for_gradient(shards: Shards) -> None:
+    """In the backward of a custom function: stay whole until the gradient that it returns has arrived.
+
+    Autograd lays a gradient out as its parameter is when it arrives, which fails if that has shape [0] by then.
+    """
+    handles: list[Any] = []
+
+    def let_go(_: torch.Tensor | None = None) -> None:
+        if handles:
+            handles.pop().remove()
+            shards.holds -= 1
+            shards.release_if_idle()
+
+    shards.holds += 1
+    handles.append(shards.param.register_post_accumulate_grad_hook(let_go))
+    torch.autograd.Variable._execution_engine.queue_callback(let_go)  # if none comes
