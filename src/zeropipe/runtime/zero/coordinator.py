@@ -25,9 +25,8 @@ from zeropipe.errors import CommunicationError, DesyncError
 from zeropipe.runtime.zero.fetch_plan import Budget, Phase, Step, Visit, plan
 from zeropipe.runtime.zero.shards import GATHER, Shards
 
-REDUCTIONS_COMPARED_EVERY = (
-    2**21
-)  # elements that backward used without a gather in which ranks hear of each other
+# Elements that backward used without a gather in which ranks hear of each other.
+REDUCTIONS_COMPARED_EVERY = 2**21
 
 
 @dataclass(slots=True, eq=False)

@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 # whose rounding differs by an ulp; a whole number of lines leaves no such rest, so that where the shards are cut
 # (stage, number of ranks, threads) never shows in the numbers.
 ALIGN = 16
-RUN_NUMEL = (
-    2**21
-)  # elements published at a time on gloo: a message's latency is small beside the time to step as many
+# Elements published at a time on gloo: a message's latency is small beside the time to step as many.
+RUN_NUMEL = 2**21
 
 
 class Partition:

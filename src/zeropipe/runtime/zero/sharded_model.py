@@ -22,7 +22,9 @@ from zeropipe.runtime.zero.shards import Shards, shard_parameter
 from zeropipe.runtime.zero.state_dict import install_state_dict
 from zeropipe.runtime.zero.status import ZeroParamType
 
-AUTO_PREFETCH_NUMEL = 2**21  # elements at least: below this a gather's latency shows
+AUTO_PREFETCH_NUMEL = (
+    2**23
+)  # elements at least (32 MiB of fp32): with less in flight a rank often waits for a peer
 
 
 @dataclass(frozen=True, slots=True)
