@@ -189,6 +189,19 @@ def test_join_undoes_split(how: Joining, count: int) -> None:
     assert torch.equal(join([split(whole, how, rank, count) for rank in range(count)], how), whole)
 
 
+def test_uneven_shard_widths_are_those_that_are_given() -> None:
+    entry = {"patterns": [".*qkv"], "shape": ((6, 3, 3), 2), "partition_dim": 0}
+    entry["sub_param_shard_widths"] = [[4, 2], [1, 2], [1, 2]]
+    how = joining_of("layer.qkv", {"parameter_with_sub_params": [entry]})
+    whole = torch.arange(24.0).view(12, 2)
+    parts = [split(whole, how, rank, 2) for rank in range(2)]
+    assert [len(part) for part in parts] == [6, 6]
+    assert torch.equal(parts[0], whole[[0, 1, 2, 3, 6, 9]])
+    assert torch.equal(join(parts, how), whole)
+    thirds = [split(whole, how, rank, 3) for rank in range(3)]  # another number of ranks: evenly
+    assert [len(part) for part in thirds] == [4, 4, 4] and torch.equal(join(thirds, how), whole)
+
+
 def test_vocabulary_padding_goes_and_comes_back() -> None:
     whole = torch.arange(10.0).view(5, 2)
     how = Joining(Rule.CONCAT, 0, vocabulary=5)

@@ -43,7 +43,8 @@ class Rule(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Joining:
-    """How one parameter is joined. ``widths``: sizes of the ranks' slices where they differ."""
+    """How one parameter is joined. ``widths``: sizes of the slices where they are uneven,
+    for the number of ranks that they list; other numbers of ranks share as evenly as can be."""
 
     rule: Rule
     dim: int = 0
@@ -66,11 +67,13 @@ def joining_of(name: str, info: Mapping[str, Any], shapes: Sequence[tuple[int, .
     if listed(k.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0):
         return Joining(Rule.SUB_PARAMS, 0, sub_count=2)
     for entry in info.get(k.PARAMETER_WITH_SUB_PARAMS) or ():
-        fused = entry if isinstance(entry, SubparamShape) else SubparamShape(**entry)
+        given = dict(entry) if isinstance(entry, Mapping) else {}
+        widths = tuple(map(tuple, given.pop(k.SUB_PARAM_SHARD_WIDTHS, None) or ()))
+        fused = SubparamShape(**given) if given else entry
         if any(re.match(pattern, name) for pattern in fused.patterns):
             sizes = fused.shape[fused.partition_dim]
-            sub_sizes = sizes if isinstance(sizes, tuple) else (sizes,)
-            return Joining(Rule.SUB_PARAMS, fused.partition_dim, tuple(sub_sizes))
+            sub_sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
+            return Joining(Rule.SUB_PARAMS, fused.partition_dim, sub_sizes, widths=widths)
     dim = 1 if listed(k.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS) else 0
     rows = info.get(k.ORIGINAL_VOCAB_SIZE) if listed(k.VOCABULARY_PARAMETER_PATTERNS) else None
     if len(shapes) > 1 and len({len(s) for s in shapes}) == 1 and len(shapes[0]) == 1 and dim == 1:
@@ -124,6 +127,9 @@ def split(
         total = whole.shape[how.dim]
         sizes = how.sub_sizes or (total // how.sub_count,) * how.sub_count
         subs = whole.split(list(sizes), how.dim)
+        if how.widths and len(how.widths[0]) == count:
+            cuts = zip(subs, how.widths, strict=True)
+            return torch.cat([sub.split(list(width), how.dim)[rank] for sub, width in cuts], how.dim)
         return torch.cat([_part(sub, how.dim, rank, count) for sub in subs], how.dim)
     if how.vocabulary is not None:
         even = FlatShards((TensorSpec("rows", (whole.shape[0],), ""),), count).padded_numel
@@ -140,7 +146,7 @@ def _part(tensor: torch.Tensor, dim: int, rank: int, count: int) -> torch.Tensor
 
 def _own_sizes(how: Joining, size: int, count: int, rank: int) -> tuple[int, ...]:
     """Sizes of the sub-parameters inside one rank's slice."""
-    if how.widths:
+    if how.widths and len(how.widths[0]) == count:
         return tuple(width[rank] for width in how.widths)
     if not how.sub_sizes:
         return (size // how.sub_count,) * how.sub_count
