@@ -52,14 +52,14 @@ def table(rows: Sequence[Row], reference: str, gpu: bool = False) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, title: str, body: str, numbers: dict[str, Any]) -> None:
-    """Write `results.md` and `results.json` in `folder`, and print the former."""
+def write(folder: Path, title: str, body: str, numbers: dict[str, Any], name: str = "results") -> None:
+    """Write `name`.md and `name`.json in `folder`, and print the former."""
     where = environment()
     header = f"# {title}\n\n" + "\n".join(f"- {key}: {value}" for key, value in where.items())
     text = f"{header}\n\n{body}\n"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text(text)
-    (folder / "results.json").write_text(json.dumps({"environment": where, **numbers}, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(text)
+    (folder / f"{name}.json").write_text(json.dumps({"environment": where, **numbers}, indent=2) + "\n")
     print(text)
 
 

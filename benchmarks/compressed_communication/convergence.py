@@ -3,9 +3,9 @@
     python -m benchmarks.compressed_communication.convergence
     python -m benchmarks.compressed_communication.convergence --ranks 4 --steps 1000
 
-To hold: the held-out loss at the end is within 1 % of the dense form's. Writes convergence-N.json, .md and .png for
-N ranks beside this file (or to --out) after each optimizer. A run that was stopped goes on: curves of the same
-settings that are there already are kept, unless --anew is given.
+To hold: the held-out loss at the end is within 1 % of the dense form's. Writes convergence-N.json and .md for N ranks
+beside this file (or to --out) and the curves to docs/pictures (or --pictures), after each optimizer. A run that was
+stopped goes on: curves of the same settings that are there already are kept, unless --anew is given.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
         found = {"environment": where, "settings": settings, "curves": ordered}
         stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
         stem.with_suffix(".md").write_text(_table(args, found))
-        _picture(ordered, stem.with_suffix(".png"))
+        _picture(ordered, args.pictures / f"onebit_convergence_{args.ranks}.png")
     print(stem.with_suffix(".md").read_text() if stem.with_suffix(".md").exists() else "nothing was measured")
 
 
@@ -136,6 +136,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--limit", type=int, default=3600, help="seconds for one optimizer")
     parser.add_argument("--anew", action="store_true", help="measure again what is there already")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     return parser.parse_args()
 

@@ -26,7 +26,7 @@ NAMES = ("Adam", "1-bit Adam", "1-bit Adam, stage 1", "0/1 Adam", "LAMB", "1-bit
 def configuration(name: str, steps: int, warm: float) -> dict[str, Any]:
     """``warm``: the share of the run after which the variance is frozen."""
     freeze = max(2, round(steps * warm))
-    adam = {"lr": 2e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}
+    adam = {"lr": 2e-3, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.01}
     # LAMB's default bounds (0.01 to 10) do not suit this model. Its zero-initialised projections would stay at 0.01
     # for the first hundred steps, and what lies before them, without gradient, at 10: a variance of nothing is frozen.
     bounds = {"min_coeff": 0.1, "max_coeff": 1.0}
