@@ -115,7 +115,7 @@ class EngineWeights:
             return False
         state = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
         problem = None
-        if state is not None:
+        if self._group.ranks[self._group.rank] == 0:
             try:
                 write_weights(state, save_dir, save_filename)
             except OSError as error:
@@ -129,11 +129,13 @@ class EngineWeights:
             )
         return True
 
-    def _zero3_consolidated_16bit_state_dict(
-        self, exclude_frozen_parameters: bool = False
-    ) -> dict[str, Any] | None:
-        """The whole state dict in host memory on rank 0, None elsewhere; collective; tied tensors stay tied."""
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        """The whole state dict in host memory on rank 0, an empty one elsewhere; collective; tied tensors stay tied.
+
+        Empty and not None: clients pass it on to ``save_pretrained(state_dict=...)`` on every rank, which takes None
+        for leave to ask the model itself, on these ranks alone.
+        """
         state = self.module_state_dict(exclude_frozen_parameters)
-        return host_copy(state) if self._group.ranks[self._group.rank] == 0 else None
+        return host_copy(state) if self._group.ranks[self._group.rank] == 0 else {}
 
     _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
