@@ -3,11 +3,12 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+CLIENTS := .venv-clients
 ARGS   ?=
 
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: train test check soak clean
+.PHONY: train test test-clients check soak clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing the pinned packages into $(VENV) (once, a minute or two)"
@@ -29,8 +30,19 @@ check: $(STAMP)  ## lint, types, architecture, pure unit tests: under a minute
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest tests/unit tests/architecture
 
+$(CLIENTS)/.installed: pyproject.toml constraints-clients.txt compat/deepspeed/pyproject.toml
+	@echo "installing the pinned clients into $(CLIENTS) (once, a few minutes)"
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/pip install -q --disable-pip-version-check -c constraints-clients.txt torch
+	@$(CLIENTS)/bin/pip install -q --disable-pip-version-check -c constraints-clients.txt -e '.[test,clients]'
+	@$(CLIENTS)/bin/pip install -q --disable-pip-version-check --no-deps --force-reinstall ./compat/deepspeed
+	@touch $@
+
+test-clients: $(CLIENTS)/.installed  ## Trainer, Accelerate, peft, TRL and Lightning on zeropipe, in their own environment
+	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
+
 soak: $(STAMP)  ## the long tests
 	$(BIN)/python -m pytest tests -m soak
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(CLIENTS) runs

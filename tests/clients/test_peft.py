@@ -1,0 +1,47 @@
+"""Adapters of peft on zeropipe: the numbers of plain PyTorch, and adapter files that load without it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.clients.compare import assert_same_bits, assert_same_story
+from tests.clients.configs import ds_config
+from tests.clients.ranks import Ranks
+
+CASES = [(0, False), (1, False), (2, False), (3, False), (3, True)]
+
+
+@pytest.fixture(scope="module")
+def plain(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def run(kind: str) -> dict[str, Any]:
+        folder = str(tmp_path_factory.mktemp("plain"))
+        return ranks.run("peft_tasks.train", folder=folder, config=None, kind=kind)[0]
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora+head", "adalora"])
+@pytest.mark.parametrize(("stage", "sharded"), CASES, ids=lambda value: str(value))
+def test_adapters_train_and_are_saved(ranks: Ranks, plain, tmp_path, stage: int, sharded: bool, kind: str):
+    """``sharded``: the frozen model is loaded inside ``zero.Init``, the adapters are added to it as they are."""
+    ranks.run("trainer_tasks.save_plain", 1, folder=str(tmp_path))
+    given = {"folder": str(tmp_path), "config": ds_config(stage), "kind": kind, "sharded": sharded}
+    found = ranks.run("peft_tasks.train", **given)[0]
+    expected = plain(kind)
+    assert_same_story(found, expected, "losses", "counts", "files")
+    assert_same_bits(found["frozen"], expected["frozen"])
+    if kind != "adalora":  # which saves the ranks that it kept alone
+        loaded = ranks.run("peft_tasks.reload", 1, folder=str(tmp_path))[0]
+        assert_same_bits({name: loaded[name] for name in found["weights"]}, found["weights"])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_resume_in_the_middle(ranks: Ranks, plain, tmp_path, stage: int):
+    given = {"folder": str(tmp_path), "config": ds_config(stage)}
+    whole = ranks.run("peft_tasks.train", **given)[0]
+    again = ranks.run("peft_tasks.train", checkpoint=str(tmp_path / "checkpoint-3"), **given)[0]
+    assert_same_story(again, whole, "losses")
