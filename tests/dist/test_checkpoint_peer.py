@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.checkpoint_peer import MARKS, peer_tool, run, zeropipe_tool
+from tests.helpers.checkpoint_peer import MARKS, peer_fp32, peer_tool, run, zeropipe_tool
 from zeropipe.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 pytestmark = MARKS
@@ -29,8 +29,8 @@ def test_both_ways(tmp_path: Path, stage: int, dtype: str) -> None:
     if stage == 0:
         return
     # Its zero_to_fp32 on our files: every weight, the frozen ones where it looks for them (stages 2 and 3).
-    peer_tool("deepspeed.utils.zero_to_fp32", back, tmp_path / "fp32")
-    found = torch.load(tmp_path / "fp32" / "pytorch_model.bin", weights_only=True)
+    peer_fp32(back, tmp_path / "fp32.pt")
+    found = torch.load(tmp_path / "fp32.pt", weights_only=True)
     wanted = get_fp32_state_dict_from_zero_checkpoint(ours)
     missing = {name for name in wanted if name not in found}
     assert missing <= ({n for n in wanted if n.startswith("frozen")} if stage == 1 else set())
@@ -100,8 +100,8 @@ def test_converted_to_another_stage_goes_on_there(tmp_path: Path, stage: int, ot
     zeropipe_tool("ckpt", "convert", ours, back, "--to", "deepspeed", "--stage", other, "--dp", 2)
     assert run(tmp_path, True, other, load=back) == later
     if other == 3:
-        peer_tool("deepspeed.utils.zero_to_fp32", back, tmp_path / "fp32")
-        found = torch.load(tmp_path / "fp32" / "pytorch_model.bin", weights_only=True)
+        peer_fp32(back, tmp_path / "fp32.pt")
+        found = torch.load(tmp_path / "fp32.pt", weights_only=True)
         wanted = get_fp32_state_dict_from_zero_checkpoint(ours)
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], value) for name, value in wanted.items())

@@ -171,6 +171,15 @@ def peer_tool(module: str, *arguments: object) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def peer_fp32(folder: Path, output: Path) -> None:
+    """What DeepSpeed's ``zero_to_fp32`` finds, in one file; its command would also need huggingface_hub."""
+    code = "import sys, torch; from deepspeed.utils.zero_to_fp32 import *; "
+    code += "torch.save(get_fp32_state_dict_from_zero_checkpoint(sys.argv[1]), sys.argv[2])"
+    command = [PEER, "-c", code, str(folder), str(output)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def zeropipe_tool(*arguments: object) -> None:
     code = "from zeropipe.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
