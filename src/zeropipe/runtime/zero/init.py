@@ -27,6 +27,7 @@ from zeropipe.comm.startup import init_distributed
 from zeropipe.config.parse import parse_config
 from zeropipe.errors import CommunicationError, ConfigError, DesyncError, UsageError, describe
 from zeropipe.runtime.zero.fingerprint import Fingerprint, fingerprint
+from zeropipe.runtime.zero.host_memory import FreedMemory
 from zeropipe.runtime.zero.module_patch import ModulePatch
 from zeropipe.runtime.zero.offload import arena_of
 from zeropipe.runtime.zero.offload_files import Arena
@@ -36,9 +37,8 @@ from zeropipe.runtime.zero.shards import GATHER, Shards, shard_parameter
 from zeropipe.runtime.zero.state_dict import install_state_dict
 from zeropipe.runtime.zero.status import ZeroParamType
 
-WINDOW = (
-    2**22
-)  # elements that stay gathered after a use; older ones are put back while the constructor runs on
+# Elements that stay gathered after a use; older ones are put back while the constructor runs on.
+WINDOW = 2**22
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +49,21 @@ class _Fetched:
     shards: Shards
     before: Fingerprint
     watched: tuple[torch.Tensor, Fingerprint] | None = None
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether nobody holds the view any more."""
+        return self.watched is None or not _shared(self.watched[0])
+
+    def check(self) -> None:
+        """Raise UsageError if the view was written to since the value was put back."""
+        assert self.watched is not None
+        value, shown = self.watched
+        if not shown.matches(value):
+            raise UsageError(
+                f"zero.Init: parameter '{self.shards.name}' was written through a tensor kept from before other "
+                "parameters were used, and had been put back by then. Fix: take param.data anew before writing"
+            )
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +97,7 @@ class Build:
         self.remote = remote
         self._frames = [_Frame(None)]
         self._ids = itertools.count()
+        self._freed = FreedMemory()
 
     # What a ModulePatch tells.
 
@@ -132,6 +148,7 @@ class Build:
         self._settle(self._frames[-1])
         self._shard(self._frames[-1])
         meet("the end of zero.Init", self.group, channel=GATHER)
+        self._freed.give_back()
         self.active = False
 
     def abandon(self, error: BaseException) -> None:
@@ -175,16 +192,14 @@ class Build:
         while frame.fetched:
             self._put_back(frame, frame.fetched.pop(next(iter(frame.fetched))))
         for fetched in frame.put_back:
-            assert fetched.watched is not None
-            value, shown = fetched.watched
-            if not shown.matches(value):
-                raise UsageError(
-                    f"zero.Init: parameter '{fetched.shards.name}' was written through a tensor kept from before other "
-                    "parameters were used, and had been put back by then. Fix: take param.data anew before writing"
-                )
+            fetched.check()
         frame.put_back.clear()
 
     def _put_back(self, frame: _Frame, fetched: _Fetched) -> None:
+        # The transport lets go of what it has sent a moment late: what it still held then need not be kept for long.
+        for earlier in [one for one in frame.put_back if one.forgotten]:
+            earlier.check()
+            frame.put_back.remove(earlier)
         shards = fetched.shards
         shards.holds -= 1
         if not fetched.before.matches(shards.full):
@@ -195,6 +210,7 @@ class Build:
             return
         kept = shards.full
         shards.leave()
+        self._freed.add(kept.nbytes)
         if _shared(kept):
             fetched.watched = (kept, fingerprint(kept))
             frame.put_back.append(fetched)
@@ -236,6 +252,7 @@ class Build:
         shards = shard_parameter(param, f"{name}#{ident}", ident, self.within)
         shards.everyone = self.group
         shards.builder = self
+        self._freed.add(2 * value.nbytes)  # the value and its padded copy
         if self.remote is not None:
             shards.kind = ZeroParamType.REMOTE
             shards.source = shards.source.cpu()  # offload moves it on, to pinned memory
