@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,9 @@ def convert(
 
 def _grids(dp: int, tp: int, pp: int) -> Iterator[Grid]:
     """Every rank, tensor-first, then data, then pipeline."""
-    world = dp * tp * pp
-    for rank in range(world):
-        yield Grid(rank, world, rank // tp % dp, dp, rank % tp, tp, rank // (tp * dp), pp)
+    places = product(range(pp), range(dp), range(tp))
+    for rank, (pp_rank, dp_rank, tp_rank) in enumerate(places):
+        yield Grid(rank, dp * tp * pp, dp_rank, dp, tp_rank, tp, pp_rank, pp)
 
 
 class _Stage:
