@@ -2,7 +2,7 @@
 
     pip install transformers
     torchrun --nproc-per-node 2 examples/llama_under_init.py
-    torchrun --nproc-per-node 2 examples/llama_under_init.py --hidden 1536 --layers 12 --steps 1     # 300 M parameters
+    torchrun --nproc-per-node 2 examples/llama_under_init.py --hidden 1536 --layers 12 --steps 1  # 300 M parameters
 
 No rank ever holds the whole model: each module is cut into shards as soon as its constructor returns, gathered when
 it runs, and freed after. `zero.unsharded` makes it whole for a while, here to generate.

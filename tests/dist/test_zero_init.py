@@ -410,9 +410,9 @@ def peak_while_building(rank: int, world: int) -> Any:
     """Elements gathered at one time, at most, looked at before every collective."""
     from zeropipe import zero
     from zeropipe.comm.record import inject
-    from zeropipe.runtime.zero import init
+    from zeropipe.runtime.zero import build
 
-    init.WINDOW = 2 * WIDTH
+    build.WINDOW = 2 * WIDTH
     counts = []
     torch.manual_seed(SEED)
     with zero.Init():
