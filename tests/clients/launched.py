@@ -1,4 +1,7 @@
-"""A script as users start it: ``torchrun --nproc-per-node 2 launched.py FOLDER STAGE``."""
+"""A script as users start it: ``torchrun --nproc-per-node 2 launched.py FOLDER STAGE [TASK [CHECKPOINT]]``.
+
+It runs with whichever ``deepspeed`` its environment has, zeropipe's or the real one.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.clients import trainer_tasks
 from tests.clients.configs import ds_config
-from tests.clients.trainer_tasks import train
 
-folder, stage = sys.argv[1], int(sys.argv[2])
+folder, stage, *more = sys.argv[1:]
+task = more[0] if more else "train"
+given = {"checkpoint": more[1] if len(more) > 1 else None} if task == "resume" else {}
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-found = train(rank, world, folder=folder, config=ds_config(stage), gradient_accumulation_steps=1)
+found = getattr(trainer_tasks, task)(
+    rank, world, folder=folder, config=ds_config(int(stage)), gradient_accumulation_steps=1, **given
+)
 if rank == 0:
     torch.save(found, f"{folder}/found.pt")

@@ -5,21 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer
+from transformers.integrations import HfDeepSpeedConfig
 
 from tests.clients.tiny import SEED, Tokens, llama
 from tests.clients.trainer_tasks import STEPS, arguments, weights
 
 TARGETS = ["q_proj", "v_proj"]
-
-
-class Allocate(TrainerCallback):
-    """AdaLoRA's own step: its ranks are allotted from the gradients, so before they are cleared."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kwargs["model"].base_model.update_and_allocate(state.global_step)
 
 
 def adapters(kind: str) -> Any:
@@ -42,8 +37,7 @@ def trainer_of(
     base = AutoModelForCausalLM.from_pretrained(f"{folder}/saved", **given) if sharded else llama()
     torch.manual_seed(SEED + 1)
     model = get_peft_model(base, adapters(kind))
-    callbacks = [Allocate()] if kind == "adalora" else []
-    return Trainer(model, args, train_dataset=Tokens(48), callbacks=callbacks)
+    return Trainer(model, args, train_dataset=Tokens(48))
 
 
 def train(
@@ -88,3 +82,42 @@ def reload(rank: int, world: int, *, folder: str) -> dict[str, Any]:
     sys.modules["zeropipe"] = None  # type: ignore[assignment]
     model = PeftModel.from_pretrained(llama(), f"{folder}/adapter")
     return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def allocate(rank: int, world: int, *, stage: int | None) -> dict[str, Any]:
+    """AdaLoRA allots its ranks from the gradients between backward and step; Trainer with DeepSpeed has none then.
+
+    A loop of one's own has them. The same batch on each rank, so that one process alone is the reference.
+    """
+    base = llama()
+    torch.manual_seed(SEED + 1)
+    model = get_peft_model(base, adapters("adalora"))
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=True)
+    engine = None
+    if stage is not None:
+        config = {
+            "train_batch_size": world,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+        }
+        told = HfDeepSpeedConfig(config)  # how peft learns where gradients are; it must stay alive
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=told.config)[0]
+    losses = []
+    data = Tokens(4 * STEPS).ids
+    for step in range(STEPS):
+        ids = data[4 * step : 4 * step + 4]
+        loss = (engine or model)(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        (engine.backward if engine else torch.Tensor.backward)(loss)
+        model.base_model.update_and_allocate(step)
+        (engine or optimizer).step()
+        optimizer.zero_grad()
+    found = weights(model)
+    seen = {name: value.detach().clone() for name, value in model.base_model.rankallocator.ipt.items()}
+    return {
+        "losses": losses,
+        "weights": {name: found[name] for name in found if "lora_" in name},
+        "sensitivity": seen,
+    }

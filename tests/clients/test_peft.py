@@ -45,3 +45,12 @@ def test_resume_in_the_middle(ranks: Ranks, plain, tmp_path, stage: int):
     whole = ranks.run("peft_tasks.train", **given)[0]
     again = ranks.run("peft_tasks.train", checkpoint=str(tmp_path / "checkpoint-3"), **given)[0]
     assert_same_story(again, whole, "losses")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_adalora_allots_its_ranks_from_the_gradients(ranks: Ranks, stage: int):
+    expected = ranks.run("peft_tasks.allocate", 1, stage=None)[0]
+    found = ranks.run("peft_tasks.allocate", stage=stage)[0]
+    assert_same_story(found, expected, "losses")
+    assert len(found["sensitivity"]) == 12 and any(value.any() for value in found["sensitivity"].values())
+    assert_same_bits(found["sensitivity"], expected["sensitivity"])
