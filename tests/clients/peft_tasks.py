@@ -7,7 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -75,15 +75,6 @@ def train(
     }
 
 
-def reload(rank: int, world: int, *, folder: str) -> dict[str, Any]:
-    """The adapter that was saved, on the same base model, without zeropipe: its parameters by name."""
-    import sys
-
-    sys.modules["zeropipe"] = None  # type: ignore[assignment]
-    model = PeftModel.from_pretrained(llama(), f"{folder}/adapter")
-    return {name: param.detach().clone() for name, param in model.named_parameters()}
-
-
 def allocate(rank: int, world: int, *, stage: int | None) -> dict[str, Any]:
     """AdaLoRA allots its ranks from the gradients between backward and step; Trainer with DeepSpeed has none then.
 
@@ -112,10 +103,12 @@ def allocate(rank: int, world: int, *, stage: int | None) -> dict[str, Any]:
         losses.append(loss.item())
         (engine.backward if engine else torch.Tensor.backward)(loss)
         model.base_model.update_and_allocate(step)
+        if step == 2:  # the last step forgets them
+            ipt = model.base_model.rankallocator.ipt
+            seen = {name: value.detach().clone() for name, value in ipt.items()}
         (engine or optimizer).step()
         optimizer.zero_grad()
     found = weights(model)
-    seen = {name: value.detach().clone() for name, value in model.base_model.rankallocator.ipt.items()}
     return {
         "losses": losses,
         "weights": {name: found[name] for name in found if "lora_" in name},

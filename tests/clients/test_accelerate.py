@@ -33,7 +33,7 @@ def test_a_loop_of_ones_own(ranks: Ranks, plain, tmp_path, stage: int, how: str,
     assert_same_bits(first["state"], first["weights"])
     if stage == 3:
         assert second["state"] == {}  # one rank has it all
-    saved = ranks.run("trainer_tasks.reload", 1, folder=str(tmp_path / "saved"))[0]
+    saved = ranks.run("reload_tasks.model", 1, folder=str(tmp_path / "saved"))[0]
     assert_same_bits(saved, first["weights"])
 
 

@@ -35,7 +35,7 @@ def test_adapters_train_and_are_saved(ranks: Ranks, plain, tmp_path, stage: int,
     assert_same_story(found, expected, "losses", "counts", "files")
     assert_same_bits(found["frozen"], expected["frozen"])
     if kind != "adalora":  # which saves the ranks that it kept alone
-        loaded = ranks.run("peft_tasks.reload", 1, folder=str(tmp_path))[0]
+        loaded = ranks.run("reload_tasks.adapter", 1, folder=str(tmp_path / "adapter"))[0]
         assert_same_bits({name: loaded[name] for name in found["weights"]}, found["weights"])
 
 

@@ -85,7 +85,7 @@ def test_best_model_evaluation_generation_and_save(ranks: Ranks, plain, tmp_path
     assert_same_bits(found[0]["weights"], found[0]["remembered"])
     assert found[0]["tokens"].equal(expected["tokens"])
     assert found[0]["logits"].equal(expected["logits"])
-    loaded = ranks.run("trainer_tasks.reload", 1, folder=str(tmp_path / "final"))[0]
+    loaded = ranks.run("reload_tasks.model", 1, folder=str(tmp_path / "final"))[0]
     assert_same_bits(loaded, found[0]["weights"])
 
 

@@ -199,13 +199,3 @@ def evaluate(rank: int, world: int, *, folder: str, **given: Any) -> dict[str, A
 def save_plain(rank: int, world: int, *, folder: str, **changes: Any) -> None:
     """The tiny model, as ``from_pretrained`` reads it."""
     llama(**changes).save_pretrained(f"{folder}/saved")
-
-
-def reload(rank: int, world: int, *, folder: str) -> dict[str, Any]:
-    """What ``save_model`` wrote, in a process that cannot import zeropipe."""
-    import sys
-
-    assert not any(name.startswith("zeropipe") for name in sys.modules if name != "zeropipe.compat")
-    sys.modules["zeropipe"] = None  # type: ignore[assignment]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    return {name: param.detach().clone() for name, param in model.named_parameters()}
