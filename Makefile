@@ -21,6 +21,7 @@ train: $(STAMP)  ## train a small GPT on the Python standard library's source, Z
 	@$(BIN)/python examples/train_gpt.py $(ARGS)
 
 test: $(STAMP) check  ## everything: lint, types, architecture, unit and multi-process tests
+	$(BIN)/python -m pytest tests/unit tests/architecture -m process
 	$(BIN)/python -m pytest tests -m "not soak" --ignore=tests/unit --ignore=tests/architecture $(ARGS)
 
 check: $(STAMP)  ## lint, types, architecture, pure unit tests: under a minute
@@ -28,7 +29,7 @@ check: $(STAMP)  ## lint, types, architecture, pure unit tests: under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest tests/unit tests/architecture
+	$(BIN)/python -m pytest tests/unit tests/architecture -m "not process"
 
 $(CLIENTS)/.installed: pyproject.toml constraints-clients.txt compat/deepspeed/pyproject.toml
 	@echo "installing the pinned clients into $(CLIENTS) (once, a few minutes)"

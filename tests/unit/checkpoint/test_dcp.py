@@ -176,6 +176,7 @@ def test_damage_is_named(tmp_path: Path, how: str) -> None:
     assert bad == [name]
 
 
+@pytest.mark.process
 def test_a_conversion_holds_one_tensor_in_memory(tmp_path: Path) -> None:
     """60 tensors of 4 MB each, both ways: the peak is that of a few of them."""
     layout = flat_shards([(f"w{i}", (1024, 1024), "float32") for i in range(60)], 1)

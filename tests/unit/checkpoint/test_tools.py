@@ -157,6 +157,7 @@ def test_export_in_16_bits_and_without_tied_names(saved: Any, tmp_path: Path) ->
         export(open_source(saved[0]), tmp_path, dtype="int3")
 
 
+@pytest.mark.process
 def test_export_holds_one_tensor_in_memory(tmp_path: Path) -> None:
     """60 tensors of 4 MB each: the peak is that of a few of them, whatever their number."""
     layout = flat_shards([(f"w{i}", (1024, 1024), "float32") for i in range(60)], 1)
@@ -225,6 +226,7 @@ def test_the_fp32_state_dict_is_the_whole_model(saved: Any) -> None:
     assert all(torch.equal(model.state_dict()[n], t) for n, t in expected.items())
 
 
+@pytest.mark.process
 def test_the_script_beside_the_checkpoint_works(saved: Any, tmp_path: Path) -> None:
     script = str(saved[0] / "zero_to_fp32.py")
     subprocess.run([sys.executable, script, str(saved[0]), str(tmp_path), "--safe_serialization"], check=True)

@@ -115,6 +115,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.process
 def test_in_a_fresh_process_imports_and_attributes_lead_to_zeropipes_objects(site: Path) -> None:
     # Modules that zeropipe has under the same name are reached without an import; other names are for imports.
     paths = [path for path, ours in MODULES.items() if ours.endswith(f".{path}") or path == "zero"]
@@ -149,6 +150,7 @@ def test_the_wheels_record_is_true(site: Path) -> None:
     assert "deepspeed = zeropipe.compat.runner:main" in points and "ds_report = " in points
 
 
+@pytest.mark.process
 def test_pip_installs_it_without_a_network(tmp_path: Path) -> None:
     done = python(
         *[
