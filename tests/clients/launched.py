@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.clients import trainer_tasks
 from tests.clients.configs import ds_config
 
-folder, stage, *more = sys.argv[1:]
+# The command ``deepspeed`` adds --local_rank=N, as DeepSpeed's does.
+folder, stage, *more = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
 task = more[0] if more else "train"
 given = {"checkpoint": more[1] if len(more) > 1 else None} if task == "resume" else {}
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
