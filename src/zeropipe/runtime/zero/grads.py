@@ -34,6 +34,7 @@ class GradStore:
         on_gloo = self.buffer.device.type == "cpu"
         self.buckets = cut_buckets(layout, policy.bucket_numel, ALONE_NUMEL if on_gloo else None)
         self.seen: set[int] = set()  # parameters with a gradient in this window
+        self._filled: set[int] = set()  # keeps_whole: those whose place in the buffer holds a term of the window
         self.reduced = False  # keeps_whole: the buffer holds reduced values
         self._held: dict[int, torch.Tensor] = {}  # gradients that wait for their bucket
         self._written: set[int] = set()  # sharded: buckets (by first tensor) that the window has written
@@ -79,10 +80,11 @@ class GradStore:
         if self.keeps_whole and (keep_grad or not self._may_wait(index, grad)):
             view = self._views[index]
             if grad.data_ptr() != view.data_ptr() or grad.numel() == 0:
-                if index in self.seen:
+                if index in self._filled:
                     view.add_(grad)
                 else:
                     view.copy_(grad)
+            self._filled.add(index)
             param.grad = view if keep_grad and view.dtype == param.dtype else None
         else:
             held = self._held.get(index)
@@ -94,7 +96,7 @@ class GradStore:
     def _may_wait(self, index: int, grad: torch.Tensor) -> bool:
         """keeps_whole: whether the gradient need not go through the buffer, which may hold some and may round."""
         exact = grad.dtype == self.dtype or torch.promote_types(grad.dtype, self.dtype) == self.dtype
-        return exact and (index not in self.seen or index in self._held)
+        return exact and index not in self._filled
 
     def reopen(self) -> None:
         """Make the reduced buffer one more local term: own shard times size, zero elsewhere, so that the next
@@ -102,6 +104,7 @@ class GradStore:
         if not self.reduced:
             return
         self.reduced = False
+        self._filled.update(range(len(self.partition.params)))  # another rank may have had what this one had not
         size = self.partition.group.size
         if self.partition.sharded and size > 1:
             start, stop = self.partition.layout.shard_range(self.partition.shard)
@@ -176,13 +179,13 @@ class GradStore:
         """Parameter ``index``'s gradient, 1D; None where there is none."""
         if index in held:
             return held[index].reshape(-1)
-        return self._views[index].view(-1) if self.keeps_whole and index in self.seen else None
+        return self._views[index].view(-1) if self.keeps_whole and index in self._filled else None
 
     def _fill(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> None:
         """Put what waits into the buffer: whole gradients, or those of a group of one."""
         if fresh:
             for index in bucket.tensors:
-                if index not in held and not (self.keeps_whole and index in self.seen):
+                if index not in held and not (self.keeps_whole and index in self._filled):
                     self._views[index].zero_()
         if held:
             store = torch._foreach_copy_ if fresh else torch._foreach_add_
@@ -199,6 +202,7 @@ class GradStore:
         for param in self.partition.params:
             param.grad = None
         self.seen.clear()
+        self._filled.clear()
         self._held.clear()
         self._written.clear()
         self.reduced = False
