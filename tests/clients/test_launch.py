@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from tests.clients.configs import ds_config
 from tests.clients.ranks import SETTINGS, Ranks
 from tests.helpers.launch import python
 
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 SCRIPT = Path(__file__).parent / "launched.py"
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
@@ -21,7 +29,7 @@ LAUNCHERS = {
         "--num_gpus",
         "2",
         "--master_port",
-        "29731",
+        str(free_port()),
     ],
 }
 

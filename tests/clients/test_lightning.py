@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.clients.compare import assert_same_bits, assert_same_story
 from tests.clients.ranks import Ranks
@@ -42,3 +43,7 @@ def test_bf16_converts_to_the_masters(ranks: Ranks, tmp_path, stage: int):
     found = ranks.run("lightning_tasks.fit", folder=str(tmp_path), stage=stage, precision="bf16-true")[0]
     assert str(next(iter(found["weights"].values())).dtype) == "torch.bfloat16"
     assert_same_bits({name: value.bfloat16() for name, value in found["converted"].items()}, found["weights"])
+    masters = found["converted"].values()
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in masters), (
+        "these are the rounded values"
+    )

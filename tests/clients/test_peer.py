@@ -27,6 +27,7 @@ PEER_BOUND = 2e-6
 
 pytestmark = [
     pytest.mark.peer,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(PEER is None, reason="clients: ZEROPIPE_PEER_PYTHON names no environment"),
 ]
 

@@ -115,8 +115,7 @@ def plan(options: argparse.Namespace, hosts: Slots | None, devices: int, cores: 
         arguments.append("--standalone")
     if options.enable_each_rank_log:
         arguments += [f"--log-dir={options.enable_each_rank_log}", "--redirects=3"]
-    if options.module or options.no_python:
-        arguments.append("--module" if options.module else "--no-python")
+    arguments += _kind_of_script(options)
     environment = {"LOCAL_SIZE": str(len(slots)), "CROSS_RANK": str(rank), "CROSS_SIZE": str(len(names))}
     if devices and slots != tuple(range(devices)):
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
@@ -125,13 +124,7 @@ def plan(options: argparse.Namespace, hosts: Slots | None, devices: int, cores: 
         environment["OMP_NUM_THREADS"] = str(max(1, len(wanted or cores) // len(slots)))
         if devices:
             arguments.append("--numa-binding=node")
-    local_rank = () if options.no_local_rank else ("--local_rank=${local_rank}",)  # torchrun fills it in
-    literal = [argument.replace("$", "$$") for argument in options.user_args]
-    return Launch(
-        (*arguments, options.user_script, *local_rank, *literal),
-        environment,
-        wanted,
-    )
+    return Launch((*arguments, *_script(options)), environment, wanted)
 
 
 def _pool(options: argparse.Namespace, hosts: Slots | None, devices: int) -> Slots:
@@ -166,13 +159,25 @@ def _node_rank(options: argparse.Namespace, names: list[str]) -> int:
     return int(rank)
 
 
+def _kind_of_script(options: argparse.Namespace) -> list[str]:
+    """torchrun's flag for what the script is, if it needs one."""
+    return ["--module"] if options.module else ["--no-python"] if options.no_python else []
+
+
+def _script(options: argparse.Namespace) -> list[str]:
+    """The script and its arguments, as torchrun takes them: it fills in ``${...}``."""
+    local_rank = [] if options.no_local_rank else ["--local_rank=${local_rank}"]
+    return [options.user_script, *local_rank, *(one.replace("$", "$$") for one in options.user_args)]
+
+
 def _on_every_node(options: argparse.Namespace, chosen: Slots) -> str:
     names = list(chosen)
     address = options.master_addr or names[0].replace(" ", "-")
     lines = [
         f"{name}: torchrun --nnodes={len(names)} --node-rank={rank} --nproc-per-node={len(chosen[name])} "
         f"--master-addr={address} --master-port={options.master_port or DEFAULT_PORT} "
-        + shlex.join([options.user_script, *options.user_args])
+        + "".join(f"{flag} " for flag in _kind_of_script(options))
+        + shlex.join(_script(options))
         for rank, name in enumerate(names)
     ]
     return describe(

@@ -111,8 +111,10 @@ def test_without_no_ssh_the_lines_to_start_are_given() -> None:
     for rank in (0, 1):
         assert (
             f"worker-{rank}: torchrun --nnodes=2 --node-rank={rank} --nproc-per-node=2 --master-addr=worker-0 "
-            "--master-port=29500 train.py --name ''\"'\"'a'"
+            "--master-port=29500 train.py '--local_rank=${local_rank}' --name ''\"'\"'a'"
         ) in message
+    with pytest.raises(ConfigError, match=r"--master-port=29500 --module package\.train --name a"):
+        launch("--num_gpus 2 --module --no_local_rank package.train --name a", hosts=TWO)
 
 
 def test_binding() -> None:

@@ -34,7 +34,7 @@ class GradStore:
         on_gloo = self.buffer.device.type == "cpu"
         self.buckets = cut_buckets(layout, policy.bucket_numel, ALONE_NUMEL if on_gloo else None)
         self.seen: set[int] = set()  # parameters with a gradient in this window
-        self._filled: set[int] = set()  # keeps_whole: those whose place in the buffer holds a term of the window
+        self._filled: set[int] = set()  # keeps_whole: those whose place in the buffer holds a term
         self.reduced = False  # keeps_whole: the buffer holds reduced values
         self._held: dict[int, torch.Tensor] = {}  # gradients that wait for their bucket
         self._written: set[int] = set()  # sharded: buckets (by first tensor) that the window has written
@@ -104,7 +104,8 @@ class GradStore:
         if not self.reduced:
             return
         self.reduced = False
-        self._filled.update(range(len(self.partition.params)))  # another rank may have had what this one had not
+        # Another rank may have had a gradient where this one had none.
+        self._filled.update(range(len(self.partition.params)))
         size = self.partition.group.size
         if self.partition.sharded and size > 1:
             start, stop = self.partition.layout.shard_range(self.partition.shard)

@@ -129,6 +129,8 @@ def test_groups_are_used_in_place(cls):
     scheduler = torch.optim.lr_scheduler.LambdaLR(theirs, lambda step: 0.5**step)
     ours = cls(theirs.param_groups, lr=1e-3)
     assert all(a is b for a, b in zip(ours.param_groups, theirs.param_groups, strict=True))
+    if isinstance(ours, torch.optim.Adam | torch.optim.Adagrad):
+        assert all(group["fused"] for group in ours.param_groups)
     for group in ours.param_groups:
         for p in group["params"]:
             p.grad = torch.ones_like(p)
