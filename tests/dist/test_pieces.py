@@ -127,3 +127,43 @@ def hooked_on_rank_0(rank: int, world: int) -> tuple[Any, int]:
         weights = weights_of(engine.module)
         engine.destroy()
     return weights, len(seen)
+
+
+class Added(torch.nn.Module):
+    """Two parameters whose gradients autograd may leave in one and the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (torch.nn.Parameter(torch.zeros(64)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((self.a.view(4, 16) + self.b.view(4, 16)) * x).sum()
+
+
+def train_added(rank: int, world: int, stage: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Weights after a step of two micro-steps, and a gradient that a hook kept."""
+    kept: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        in_small_pieces(monkeypatch)
+        model = Added()
+        model.a.register_post_accumulate_grad_hook(lambda p: kept.append(p.grad))
+        settings = config(stage, world, gas=2, optimizer={"type": "SGD", "params": {"lr": 1.0}})
+        engine, *_ = zeropipe.initialize(model=model, config=settings)
+        for micro in range(2):
+            engine.backward(engine(torch.full((4, 16), 8.0 * rank + 16.0 * micro)))
+            engine.step()
+        with zeropipe.zero.GatheredParameters(list(model.parameters())):
+            weights = weights_of(model)
+        engine.destroy()
+    return weights, kept[-1].clone()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_that_share_memory_do_not_spoil_each_other(pool, stage):
+    expected = -(0.0 + 16.0 + 8.0 + 24.0) / 2 / 2  # the average over ranks and micro-steps
+    for rank, (weights, kept) in enumerate(pool(2).run(train_added, stage)):
+        assert_bitwise(weights, {name: torch.full((64,), expected) for name in "ab"})
+        if stage > 1:
+            assert torch.equal(kept, torch.full((64,), (8.0 * rank + 16.0) / 2)), (
+                "a user's gradient was written to"
+            )

@@ -138,21 +138,27 @@ def reduce_to_owners(
             f"found {[output.numel() for output in outputs]}"
         )
 
-    def keep() -> None:
-        for view, output in zip(own, outputs, strict=True):
-            if output.data_ptr() != view.data_ptr():
-                output.copy_(view)
-
-    if group.size == 1:
-        keep()
-        return Work(what)
-    if _point_to_point(first, group):
+    if group.size > 1 and _point_to_point(first, group):
         return _settle(reduce_exchange(cuts, outputs, group, op, what, channel), async_op)
+    for view, output in zip(own, outputs, strict=True):
+        if output.data_ptr() != view.data_ptr():
+            output.copy_(view)
+    if group.size == 1:
+        return Work(what)
+    places = iter(
+        outputs
+    )  # the native reduction writes on the owner's side: into the output, not into the cut
     handles = [
-        dist.reduce(view, group.ranks[owner], _NATIVE_OPS[op], group.pg, async_op=True)
+        dist.reduce(
+            next(places) if owner == group.rank else view,
+            group.ranks[owner],
+            _NATIVE_OPS[op],
+            group.pg,
+            async_op=True,
+        )
         for owner, view in cuts
     ]
-    return _settle(Work(what, handles, keep), async_op)
+    return _settle(Work(what, handles), async_op)
 
 
 def all_gather(

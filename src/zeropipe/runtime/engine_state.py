@@ -266,7 +266,9 @@ def adopt_own_state(
         return ""
 
     def of_our_slices(parts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [part["optimizer"] for part in parts if "optimizer" in part and part["slice"] == here]
+        return [
+            part["optimizer"] for part in parts if "optimizer" in part and part.get("slice", here) == here
+        ]
 
     notice = optimizer.optimizer.take_rank_states(
         next(iter(of_our_slices([own])), None), lambda: of_our_slices(everyone())

@@ -140,9 +140,10 @@ class GradStore:
                 continue
             place = self.shard[span.offset : span.offset + span.numel]
             straight = fresh and dtype == place.dtype
-            outputs.append(place if straight else wire)
+            # Never into the wire: another parameter's gradient, or a user, may share autograd's memory.
+            outputs.append(place if straight else torch.empty_like(wire))
             if not straight:
-                detours.append((place, wire))
+                detours.append((place, outputs[-1]))
         work = reduce_to_owners(
             cuts, outputs, self.partition.group, op="avg", label="gradients", async_op=True
         )

@@ -80,6 +80,7 @@ class Reducer:
         self.keeps_own: Callable[[], bool] = lambda: False
         self.stores: list[AnyStore] = []
         self.passes = 0  # finished ones, ever
+        self._reduced_passes = 0  # of them
         self._window_start = 0  # passes when the window began
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.conductor: Conductor | None = None  # stage 3 sets it
@@ -104,13 +105,13 @@ class Reducer:
 
     @property
     def progress(self) -> int:
-        """A number that grows with each bucket launched, over all passes."""
-        return self.passes * _BUCKETS_PER_PASS + (self._next if self._open and self._reducing else 0)
+        """A number that grows with each bucket launched, over all passes that reduce: ranks share those."""
+        return self._reduced_passes * _BUCKETS_PER_PASS + (self._next if self._open and self._reducing else 0)
 
     def reached_by_all(self, progress: int) -> None:
         """Every rank has come as far as ``progress``, then or since."""
         passes, launched = divmod(progress, _BUCKETS_PER_PASS)
-        if passes == self.passes:
+        if passes == self._reduced_passes:
             self._common = max(self._common, launched)
             self._wait_down_to(_MAX_IN_FLIGHT)
 
@@ -164,6 +165,7 @@ class Reducer:
             return
         self._open = False
         if self._reducing:
+            self._reduced_passes += 1
             self._meet("end of backward")
             self._common = len(self._order)
             while self._next < len(self._order):

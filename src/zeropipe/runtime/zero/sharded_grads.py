@@ -92,7 +92,8 @@ class ShardedGradStore:
             wire = self._wire(run, held, dtype)  # [ranks, elements of the run per rank]
             cuts += [(owner, wire[owner]) for owner in range(group.size)]
             straight = first and self._copies is None and len(run) == 1 and dtype == self.dtype
-            outputs.append(self._place(run[0]) if straight else wire[rank])
+            # Never into the wire: another parameter's gradient, or a user, may share autograd's memory.
+            outputs.append(self._place(run[0]) if straight else torch.empty_like(wire[rank]))
         work = reduce_to_owners(
             cuts, outputs, group, op="avg", label="gradients", async_op=True, channel=REDUCE
         )
