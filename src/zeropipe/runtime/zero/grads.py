@@ -34,7 +34,7 @@ class GradStore:
         on_gloo = self.buffer.device.type == "cpu"
         self.buckets = cut_buckets(layout, policy.bucket_numel, ALONE_NUMEL if on_gloo else None)
         self.seen: set[int] = set()  # parameters with a gradient in this window
-        self._filled: set[int] = set()  # keeps_whole: those whose place in the buffer holds a term
+        self._filled: set[int] = set()  # whose place in the buffer holds a term
         self.reduced = False  # keeps_whole: the buffer holds reduced values
         self._held: dict[int, torch.Tensor] = {}  # gradients that wait for their bucket
         self._written: set[int] = set()  # sharded: buckets (by first tensor) that the window has written
@@ -77,7 +77,7 @@ class GradStore:
         assert grad is not None
         if grad.layout != torch.strided:
             grad = grad.to_dense()
-        if self.keeps_whole and (keep_grad or not self._may_wait(index, grad)):
+        if self._views and (keep_grad or not self._may_wait(index, grad)):
             view = self._views[index]
             if grad.data_ptr() != view.data_ptr() or grad.numel() == 0:
                 if index in self._filled:
@@ -94,9 +94,11 @@ class GradStore:
         self.seen.add(index)
 
     def _may_wait(self, index: int, grad: torch.Tensor) -> bool:
-        """keeps_whole: whether the gradient need not go through the buffer, which may hold some and may round."""
-        exact = grad.dtype == self.dtype or torch.promote_types(grad.dtype, self.dtype) == self.dtype
-        return exact and index not in self._filled
+        """Whether the gradient need not go through the buffer, which may hold some and may round; where nothing is
+        sent, a large one had better go while it is in cache."""
+        if index in self._filled or (self.partition.group.size == 1 and grad.numel() >= ALONE_NUMEL):
+            return False
+        return grad.dtype == self.dtype or torch.promote_types(grad.dtype, self.dtype) == self.dtype
 
     def reopen(self) -> None:
         """Make the reduced buffer one more local term: own shard times size, zero elsewhere, so that the next
@@ -187,7 +189,7 @@ class GradStore:
         """Put what waits into the buffer: whole gradients, or those of a group of one."""
         if fresh:
             for index in bucket.tensors:
-                if index not in held and not (self.keeps_whole and index in self._filled):
+                if index not in held and index not in self._filled:
                     self._views[index].zero_()
         if held:
             store = torch._foreach_copy_ if fresh else torch._foreach_add_
