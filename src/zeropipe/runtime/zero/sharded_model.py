@@ -22,9 +22,8 @@ from zeropipe.runtime.zero.shards import Shards, shard_parameter
 from zeropipe.runtime.zero.state_dict import install_state_dict
 from zeropipe.runtime.zero.status import ZeroParamType
 
-AUTO_PREFETCH_NUMEL = (
-    2**23
-)  # elements at least (32 MiB of fp32): with less in flight a rank often waits for a peer
+# Elements at least (24 MiB of fp32): with less in flight a rank often waits for a peer.
+AUTO_PREFETCH_NUMEL = 3 * 2**21
 
 
 @dataclass(frozen=True, slots=True)
