@@ -8,8 +8,9 @@ Gradients outside the model are then plain: a model may be fed its own outputs, 
 While the engine's own backward runs, the loss was scaled already: outputs pass gradients on as they are, and only
 inputs that come from elsewhere divide.
 
-What passes through is the same memory with the same version counter, but no view to autograd, which would refuse
-to let a caller change it in place (``loss *= scale``).
+What passes through is the same memory with the same version counter. An output is no view to autograd, which would
+refuse to let a caller change it in place (``loss *= scale``). An input is one: a module that changes it in place is
+refused, because the caller's own later use of it would miss that change in its gradient.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, gate: Gate, own: bool) -> torch.Tensor:
         ctx.gate, ctx.own = gate, own
-        return tensor.detach()
+        return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]

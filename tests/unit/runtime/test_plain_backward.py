@@ -89,7 +89,7 @@ def test_the_factor_is_the_one_at_the_time_of_backward() -> None:
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_outputs_and_inputs_may_be_changed_in_place_as_those_of_any_module(closed: bool) -> None:
+def test_outputs_may_be_changed_in_place_as_those_of_any_module(closed: bool) -> None:
     """transformers' Trainer writes ``loss *= scale``."""
     gate, layer, before = Gate(lambda: 4.0), nn.Linear(3, 3), nn.Linear(3, 3)
     x = torch.randn(2, 3)
@@ -98,11 +98,18 @@ def test_outputs_and_inputs_may_be_changed_in_place_as_those_of_any_module(close
     layer.zero_grad()
     before.zero_grad()
     gate.closed = closed
-    loss = gate.leave(layer(gate.enter(before(x)).mul_(3)).sum())
+    loss = gate.leave(layer(gate.enter(before(x)) * 3).sum())
     loss *= 8 if closed else 2
     loss.backward()
     assert torch.equal(layer.weight.grad, expected)
     assert torch.equal(before.weight.grad, outer)
+
+
+def test_an_input_that_is_changed_in_place_is_refused_and_not_wrong_where_its_owner_uses_it_again() -> None:
+    hidden = torch.ones(3, requires_grad=True) * 1.0
+    passed = Gate(lambda: 2.0).enter(hidden)
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        passed.mul_(3.0)
 
 
 def test_an_output_that_backward_needs_is_still_guarded_against_change() -> None:
