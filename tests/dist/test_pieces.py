@@ -14,7 +14,7 @@ from tests.helpers.data import gpt_batch, token_batch
 from tests.helpers.models import NastyModel, TinyGPT, build
 from tests.helpers.referee import assert_bitwise, weights_of
 from tests.helpers.train import config, train
-from zeropipe.runtime.zero import grads, partition, sharded_grads
+from zeropipe.runtime.zero import grads, sharded_grads
 
 STEPS = 4
 nasty = partial(build, NastyModel)
@@ -29,15 +29,21 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 def in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partition, "RUN_NUMEL", 32)
     monkeypatch.setattr(grads, "ALONE_NUMEL", 8)
     monkeypatch.setattr(sharded_grads, "ALONE_NUMEL", 8)
 
 
-def train_in_pieces(rank: int, world: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def stepped_in_pieces(settings: dict[str, Any]) -> dict[str, Any]:
+    zero = {**settings["zero_optimization"], "allgather_bucket_size": 32}
+    return {**settings, "zero_optimization": zero}
+
+
+def train_in_pieces(
+    rank: int, world: int, factory: Any, batch: Any, settings: dict[str, Any], steps: int
+) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         in_small_pieces(monkeypatch)
-        return train(rank, world, *args, **kwargs)
+        return train(rank, world, factory, batch, stepped_in_pieces(settings), steps)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -93,7 +99,8 @@ def weights_state_and_calls(rank: int, world: int, name: str, cut: bool) -> tupl
             return step(self, *args)
 
         monkeypatch.setattr(type(optimizer), "step", counted)
-        engine, wrapped, _, _ = zeropipe.initialize(model=model, optimizer=optimizer, config=config(2, world))
+        settings = stepped_in_pieces(config(2, world)) if cut else config(2, world)
+        engine, wrapped, _, _ = zeropipe.initialize(model=model, optimizer=optimizer, config=settings)
         for at in range(STEPS):
             engine.backward(engine(*gpt_batch(at, rank, 0)))
             engine.step()
@@ -118,7 +125,8 @@ def hooked_on_rank_0(rank: int, world: int) -> tuple[Any, int]:
     seen: list[object] = []
     with pytest.MonkeyPatch.context() as monkeypatch:
         in_small_pieces(monkeypatch)
-        engine, wrapped, _, _ = zeropipe.initialize(model=gpt(), config=config(2, world))
+        settings = stepped_in_pieces(config(2, world))
+        engine, wrapped, _, _ = zeropipe.initialize(model=gpt(), config=settings)
         if rank == 0:
             wrapped.optimizer.register_step_post_hook(lambda *args: seen.append(args))
         for at in range(STEPS):
@@ -148,7 +156,7 @@ def train_added(rank: int, world: int, stage: int) -> tuple[dict[str, torch.Tens
         model = Added()
         model.a.register_post_accumulate_grad_hook(lambda p: kept.append(p.grad))
         settings = config(stage, world, gas=2, optimizer={"type": "SGD", "params": {"lr": 1.0}})
-        engine, *_ = zeropipe.initialize(model=model, config=settings)
+        engine, *_ = zeropipe.initialize(model=model, config=stepped_in_pieces(settings))
         for micro in range(2):
             engine.backward(engine(torch.full((4, 16), 8.0 * rank + 16.0 * micro)))
             engine.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from zeropipe.config.fields import Count, Lowercase, NoEffect, Section, key, not_empty
+from zeropipe.config.fields import Count, Lowercase, NoEffect, Refused, Section, key, not_empty
 
 
 class Optimizer(Section):
@@ -70,17 +70,27 @@ class Pipeline(Section):
 class ParallelWrite(Section):
     """Which ranks write which layers of a pipeline's checkpoint."""
 
-    pipeline_stage: bool = key(False, "Replicas of one stage write different layers.")
+    pipeline_stage: Annotated[bool, NoEffect("replicas always write different parts")] = key(
+        False, "Replicas of one stage write different layers."
+    )
 
 
 class Checkpoint(Section):
     """How checkpoints are written and read."""
 
-    tag_validation: Annotated[Literal["ignore", "warn", "fail"], Lowercase] = key(
-        "warn", "What to do when ranks give different tags."
-    )
+    tag_validation: Annotated[
+        Literal["ignore", "warn", "fail"],
+        Lowercase,
+        NoEffect("ranks that give different tags always get an error"),
+    ] = key("warn", "What to do when ranks give different tags.")
     load_universal: bool = key(False, "Read a universal checkpoint; zeropipe recognises one by itself.")
-    use_node_local_storage: bool = key(False, "Every node writes to its own disk.")
+    use_node_local_storage: Annotated[
+        bool,
+        Refused(
+            "a checkpoint is complete when the files of all ranks are in one folder",
+            "save to a folder that all nodes share and remove the key",
+        ),
+    ] = key(False, "Every node writes to its own disk.")
     parallel_write: ParallelWrite = key(ParallelWrite(), "Which ranks write.")
     async_save: bool = key(False, "save_checkpoint copies the state and returns; files are written behind.")
     checkpoint_serialization: Annotated[bool, NoEffect("files are always torch's zip format")] = key(

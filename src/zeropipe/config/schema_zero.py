@@ -14,6 +14,7 @@ _QUANTIZED = Refused(
 _MAPPED = NoEffect("files are mapped into memory and need no buffers")
 _CACHED = NoEffect("the system keeps as much of the files in memory as is free")
 _PIPELINED = NoEffect("the next piece is read, and the last one written, while the current one steps")
+_TRAFFIC = NoEffect("the fastest way that the backend has is taken, and the numbers are the same in each")
 _UNLIMITED = 2**63 - 1
 
 
@@ -84,27 +85,33 @@ class ZeroOptimization(Section):
         "Communicate while backward computes. DeepSpeed's default is false below stage 3; "
         "the numbers are the same.",
     )
-    reduce_scatter: bool = key(True, "Reduce gradients to their owner only, instead of to all ranks.")
+    reduce_scatter: Annotated[bool, _TRAFFIC] = key(
+        True, "Reduce gradients to their owner only, instead of to all ranks."
+    )
     reduce_bucket_size: Count = key(
         500_000_000, "Elements of gradients that are reduced together; 0: each parameter alone.", ge=0
     )
-    allgather_partitions: bool = key(
+    allgather_partitions: Annotated[bool, _TRAFFIC] = key(
         True, "Collect updated parameters by all-gather, instead of by one broadcast from each rank."
     )
     allgather_bucket_size: Count = key(
-        500_000_000, "Elements of updated parameters that are gathered together.", gt=0
+        500_000_000,
+        "Elements of each rank's updated shard that one message holds, at most (gloo; 2**21 at any rate).",
+        gt=0,
     )
-    contiguous_gradients: bool = key(True, "Copy gradients into one buffer as they are produced.")
-    round_robin_gradients: bool = key(
+    contiguous_gradients: Annotated[bool, _TRAFFIC] = key(
+        True, "Copy gradients into one buffer as they are produced."
+    )
+    round_robin_gradients: Annotated[bool, _TRAFFIC] = key(
         False,
         "Deal gradients out to ranks in turn, so that copies to an offloaded optimizer run in parallel.",
     )
     ignore_unused_parameters: bool = key(
         True, "A parameter that gets no gradient is left out of the step; false: it is an error."
     )
-    load_from_fp32_weights: bool = key(
-        True, "Restore fp32 masters from the checkpoint, instead of from its 16-bit weights."
-    )
+    load_from_fp32_weights: Annotated[
+        bool, Refused("masters are restored as they were saved", "remove the key or set it to true")
+    ] = key(True, "Restore fp32 masters from the checkpoint, instead of from its 16-bit weights.")
     sub_group_size: Count = key(
         1_000_000_000,
         "Elements that the optimizer steps at a time, from files (stage 3); default 2**24.",
@@ -151,8 +158,12 @@ class ZeroOptimization(Section):
     zero_hpz_partition_size: Count = key(
         1, "Another name for mics_shard_size, for those who know hpZ (stage 3); 1: off.", ge=0
     )
-    memory_efficient_linear: bool = key(True, "zero.Init makes linear layers save only their inputs.")
-    override_module_apply: bool = key(True, "Under stage 3, Module.apply sees whole parameters.")
+    memory_efficient_linear: Annotated[bool, NoEffect("torch's linear layers save only their inputs")] = key(
+        True, "zero.Init makes linear layers save only their inputs."
+    )
+    override_module_apply: Annotated[
+        bool, NoEffect("inside zero.Init, apply always sees whole parameters")
+    ] = key(True, "Under stage 3, Module.apply sees whole parameters.")
 
     zero_quantized_weights: Annotated[bool, _QUANTIZED] = key(False, "Gather quantized parameters.")
     zero_quantized_nontrainable_weights: Annotated[bool, _QUANTIZED] = key(

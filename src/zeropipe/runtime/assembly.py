@@ -134,6 +134,7 @@ def policy_of(config: Config) -> Policy:
     return Policy(
         stage=zero.stage,
         bucket_numel=zero.reduce_bucket_size if chosen else AUTO_BUCKET_NUMEL,
+        publish_numel=min(zero.allgather_bucket_size, AUTO_BUCKET_NUMEL),
         overlap_comm=zero.overlap_comm,
         accumulate_dtype=None if accumulate is None else DTYPES[accumulate],
         reduce_dtype=None if wire is None else DTYPES[wire],

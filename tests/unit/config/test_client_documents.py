@@ -63,7 +63,7 @@ QUIET = {
     "stage 0": zero(stage=0),
     "stage 1": zero(stage=1),
     "stage 2": whole(STAGE_2),
-    "stage 2, optimizer on the CPU": whole({**STAGE_2, "offload_optimizer": CPU, "round_robin_gradients": True}),
+    "stage 2, optimizer on the CPU": whole({**STAGE_2, "offload_optimizer": CPU}),
     "stage 3": whole(STAGE_3),
     "stage 3 on the CPU": whole({**STAGE_3, "offload_optimizer": CPU, "offload_param": CPU}, scheduler=DECAY),
     "stage 3 in files": whole(
@@ -120,6 +120,26 @@ QUIET = {
 
 # Known keys that change nothing here, and those of other software: one notice, which names them.
 TOLD = {
+    "stage 2, optimizer on the CPU, gradients dealt out": (
+        whole({**STAGE_2, "offload_optimizer": CPU, "round_robin_gradients": True}), NoticeKind.NO_EFFECT,
+        ("zero_optimization.round_robin_gradients",),
+    ),
+    "what this project does in any case": (
+        {
+            **zero(
+                reduce_scatter=False, allgather_partitions=False, contiguous_gradients=False,
+                memory_efficient_linear=False, override_module_apply=False,
+            ),
+            "checkpoint": {"tag_validation": "ignore", "parallel_write": {"pipeline_stage": True}},
+        },
+        NoticeKind.NO_EFFECT,
+        (
+            "zero_optimization.reduce_scatter", "zero_optimization.allgather_partitions",
+            "zero_optimization.contiguous_gradients", "zero_optimization.memory_efficient_linear",
+            "zero_optimization.override_module_apply", "checkpoint.tag_validation",
+            "checkpoint.parallel_write.pipeline_stage",
+        ),
+    ),
     "tuning of files": ({"aio": AIO}, NoticeKind.NO_EFFECT, ("aio.block_size", "aio.queue_depth")),
     "files tuned inside zero_optimization": (
         whole({**STAGE_3, "offload_param": NVME, "aio": AIO}), NoticeKind.RENAMED, ("zero_optimization.aio",)
@@ -150,6 +170,10 @@ TOLD = {
 
 # What would give other numbers, or another memory than was asked for.
 REFUSED = {
+    "a disk per node": (
+        {"checkpoint": {"use_node_local_storage": True}}, "use_node_local_storage' = True is not.*share"
+    ),
+    "masters from 16-bit weights": (zero(load_from_fp32_weights=False), "load_from_fp32_weights' = False is not"),
     "ZeRO++": (
         zero(stage=3, reduce_bucket_size="auto", zero_quantized_weights=True, zero_hpz_partition_size=8,
              zero_quantized_gradients=True, contiguous_gradients=True, overlap_comm=True),

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 # whose rounding differs by an ulp; a whole number of lines leaves no such rest, so that where the shards are cut
 # (stage, number of ranks, threads) never shows in the numbers.
 ALIGN = 16
-# Elements published at a time on gloo: a message's latency is small beside the time to step as many.
-RUN_NUMEL = 2**21
 
 
 class Partition:
@@ -57,6 +55,7 @@ class Partition:
         self.group_index = group_index
         self.group = group
         self.sharded = policy.shards_optimizer
+        self._publish_numel = policy.publish_numel
         self.dtype = params[0].dtype
         specs = (
             (n, tuple(p.shape), str(p.dtype).removeprefix("torch."))
@@ -179,7 +178,7 @@ class Partition:
     def runs(self) -> tuple[tuple[int, int], ...]:
         """The parts of a shard, [start, stop), that are published one by one; the same on every rank."""
         apart = self.sharded and self.group.size > 1 and self.values.device.type == "cpu"
-        size = RUN_NUMEL if apart else max(self.layout.shard_numel, 1)
+        size = self._publish_numel if apart else max(self.layout.shard_numel, 1)
         return tuple(cuts(self.layout.shard_numel, size))
 
     def publish_run(self, start: int, stop: int) -> Work:

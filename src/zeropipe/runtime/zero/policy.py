@@ -7,7 +7,9 @@ from enum import Enum
 
 import torch
 
-AUTO_BUCKET_NUMEL = 2**21  # 8 MiB of fp32: past it no algorithm gains, and scratch stays small
+AUTO_BUCKET_NUMEL = (
+    2**21
+)  # 8 MiB of fp32: past it no algorithm gains, scratch stays small, and latency is hidden
 AUTO_SUB_GROUP_NUMEL = (
     2**24
 )  # 64 MiB of fp32 for each of master, gradient and moments that a step reads from files
@@ -27,6 +29,7 @@ class Policy:
 
     stage: int
     bucket_numel: int = AUTO_BUCKET_NUMEL
+    publish_numel: int = AUTO_BUCKET_NUMEL  # of a shard, in one message (gloo)
     overlap_comm: bool = True
     accumulate_dtype: torch.dtype | None = None  # None: the parameter's own
     reduce_dtype: torch.dtype | None = None  # None: the accumulation's own
