@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer
@@ -13,6 +14,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from tests.clients.tiny import SEED, Tokens, llama
 from tests.clients.trainer_tasks import STEPS, arguments, weights
+from zeropipe.errors import UnavailableParameterError
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -75,10 +77,11 @@ def train(
     }
 
 
-def allocate(rank: int, world: int, *, stage: int | None) -> dict[str, Any]:
+def allocate(rank: int, world: int, *, stage: int | None, away: bool = False) -> dict[str, Any]:
     """AdaLoRA allots its ranks from the gradients between backward and step; Trainer with DeepSpeed has none then.
 
     A loop of one's own has them. The same batch on each rank, so that one process alone is the reference.
+    ``away``: no parameter persists at stage 3, so that the allotment raises unless they are gathered around it.
     """
     base = llama()
     torch.manual_seed(SEED + 1)
@@ -90,7 +93,10 @@ def allocate(rank: int, world: int, *, stage: int | None) -> dict[str, Any]:
         config = {
             "train_batch_size": world,
             "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {
+                "stage": stage,
+                **({"stage3_param_persistence_threshold": 0} if away else {}),
+            },
             "zero_allow_untested_optimizer": True,
         }
         told = HfDeepSpeedConfig(config)  # how peft learns where gradients are; it must stay alive
@@ -102,7 +108,13 @@ def allocate(rank: int, world: int, *, stage: int | None) -> dict[str, Any]:
         loss = (engine or model)(input_ids=ids, labels=ids).loss
         losses.append(loss.item())
         (engine.backward if engine else torch.Tensor.backward)(loss)
-        model.base_model.update_and_allocate(step)
+        if away:
+            with pytest.raises(UnavailableParameterError, match="GatheredParameters"):
+                model.base_model.update_and_allocate(step)
+            with deepspeed.zero.GatheredParameters(trained, modifier_rank=0):
+                model.base_model.update_and_allocate(step)
+        else:
+            model.base_model.update_and_allocate(step)
         if step == 2:  # the last step forgets them
             ipt = model.base_model.rankallocator.ipt
             seen = {name: value.detach().clone() for name, value in ipt.items()}

@@ -47,10 +47,15 @@ def test_resume_in_the_middle(ranks: Ranks, plain, tmp_path, stage: int):
     assert_same_story(again, whole, "losses")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_adalora_allots_its_ranks_from_the_gradients(ranks: Ranks, stage: int):
+@pytest.mark.parametrize(
+    ("stage", "away"),
+    [(0, False), (1, False), (2, False), (3, False), (3, True)],
+    ids=lambda value: str(value),
+)
+def test_adalora_allots_its_ranks_from_the_gradients(ranks: Ranks, stage: int, away: bool):
+    """``away``: the adapters are no longer whole between uses, and are gathered for the allotment."""
     expected = ranks.run("peft_tasks.allocate", 1, stage=None)[0]
-    found = ranks.run("peft_tasks.allocate", stage=stage)[0]
+    found = ranks.run("peft_tasks.allocate", stage=stage, away=away)[0]
     assert_same_story(found, expected, "losses")
     assert len(found["sensitivity"]) == 12 and any(value.any() for value in found["sensitivity"].values())
     assert_same_bits(found["sensitivity"], expected["sensitivity"])

@@ -53,6 +53,8 @@ class EngineCheckpoint:
         """
         engine = cast("DeepSpeedEngine", self)
         asynchronous = engine._config.checkpoint.async_save if async_save is None else async_save
+        if engine.optimizer is not None:
+            engine.optimizer.take_edits()
         local = translate.local_state(engine, client_state, exclude_frozen=exclude_frozen_parameters)
         name = f"global_step{engine.clock.global_steps}" if tag is None else str(tag)
         self._get_saver().save(save_dir, name, local, save_latest=save_latest, async_save=asynchronous)

@@ -19,7 +19,10 @@ from zeropipe.runtime.zero.types import AnyPartition, AnyStore
 def safe_get_full_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:
     """The parameter's master, whole, as a new fp32 tensor of its shape; None if no optimizer trains it."""
     zp = _trained(param)
-    return None if zp is None else zp.partition.full(zp.partition.master.detach(), zp.index)
+    if zp is None:
+        return None
+    zp.partition.take_edits()
+    return zp.partition.full(zp.partition.master.detach(), zp.index)
 
 
 def safe_set_full_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) -> None:

@@ -256,6 +256,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def _layouts(self) -> list[dict[str, Any]]:
         return [layout.to_json() for partition in self.partitions for _, layout, _, _ in partition.flats()]
 
+    def take_edits(self) -> None:
+        """Let what was written to parameters in place since the last step reach the masters; not collective."""
+        for partition in self.partitions:
+            partition.take_edits()
+
     def store_of(self, partition: AnyPartition) -> AnyStore:
         return self.reducer.stores[self.partitions.index(partition)]
 
@@ -341,6 +346,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _update(self, factor: float, unused: list[tuple[AnyPartition, list[int]]]) -> None:
         """Step on ``factor`` times the reduced gradients, or this rank's own."""
+        self.take_edits()
         if self._own is not None and self.reducer.keeps_own():
             hand_over(self._own, self.reducer.stores, factor)
             self.optimizer.step()

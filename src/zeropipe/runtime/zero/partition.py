@@ -73,6 +73,7 @@ class Partition:
         self.master = torch.nn.Parameter(self._make_master(policy))  # 1D, shard_numel, fp32
         assert flat or not self.sharded
         self.stepped = [self.master] if flat else self._views()  # what the torch optimizer holds
+        self._versions = self._count_writes()
 
     @property
     def master_is_values(self) -> bool:
@@ -221,6 +222,22 @@ class Partition:
         if not self.master_is_values:
             self.master.detach().copy_(self.own_values)
 
+    def take_edits(self) -> None:
+        """Let what was written to parameters in place, under ``no_grad``, reach a master that is a tensor of its own.
+
+        Not collective: each rank takes the elements of its shard, so all must have written the same. The version
+        counters tell of it, which a write through ``.data`` leaves alone.
+        """
+        versions = self._count_writes()
+        if versions == self._versions:
+            return
+        self._versions = versions
+        if not self.master_is_values:
+            take_edited(self.master.detach(), self.own_values)
+
+    def _count_writes(self) -> list[int]:
+        return [param._version for param in self.params]
+
     def full(self, shard: torch.Tensor, index: int) -> torch.Tensor:
         """Parameter ``index``'s elements of a shard-sized tensor (master, gradient or state), from all ranks.
 
@@ -277,6 +294,13 @@ class Partition:
             param.data = param.data.clone()
             if getattr(param, "_zero", None) is not None and param._zero.partition is self:  # type: ignore[attr-defined]
                 del param._zero  # type: ignore[attr-defined]
+
+
+def take_edited(master: torch.Tensor, values: torch.Tensor) -> None:
+    """Set ``master`` to ``values`` (its shape, any dtype) where these are not what it rounds to; the rest keeps its
+    bits."""
+    new = values.to(master.device)
+    master.copy_(torch.where(new == master.to(new.dtype), master, new.to(master.dtype)))
 
 
 def moment_keys(shapes: Sequence[tuple[int, ...]], states: Sequence[Mapping[str, Any]]) -> set[str]:

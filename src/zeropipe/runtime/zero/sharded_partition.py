@@ -76,6 +76,9 @@ class ShardedPartition:
             param._zero = ZeroParam(self.names[index], self, index, shards)  # type: ignore[attr-defined]
         self.master = torch.nn.Parameter(master)  # 1D, fp32
         self.stepped = [self.master] if flat else [torch.nn.Parameter(piece) for piece in self.pieces(master)]
+        # What the parameters that stay gathered showed last, and which these were: to see that somebody wrote to them.
+        self._shown: tuple[list[tuple[int, int]], torch.Tensor]
+        self._remember()
 
     def _place(self, index: int, piece: torch.Tensor) -> None:
         """Let parameter ``index`` have ``piece`` as its master, and gathers read the place meant for them."""
@@ -169,6 +172,43 @@ class ShardedPartition:
             shards.renewals += 1
             whole = shards.full.view(self.group.size, shards.shard_numel)
             whole.copy_(wire[:, slice(*layout.tensor_range(index))])
+        self._remember()
+
+    def take_edits(self) -> None:
+        """Let what was written to parameters that stay gathered reach their masters.
+
+        Not collective: each rank takes the elements of its shards, so all must have written the same. What a
+        ``GatheredParameters`` holds is left to that.
+        """
+        gathered = self._gathered()
+        known, values = self._shown
+        if known == _facts(gathered):
+            here = self._own_elements(gathered)
+            if torch.equal(here, values):
+                return
+            sizes = [shards.shard_numel for shards in gathered]
+            pairs = zip(gathered, here.split(sizes), values.split(sizes), strict=True)
+            edited = [shards for shards, new, old in pairs if not torch.equal(new, old)]
+        else:  # others were gathered then, or the shards were written since
+            edited = gathered
+        for shards in edited:
+            if shards.differs():
+                shards.write_back()
+        self._remember()
+
+    def _remember(self) -> None:
+        gathered = self._gathered()
+        self._shown = (_facts(gathered), self._own_elements(gathered))
+
+    def _own_elements(self, gathered: Sequence[Shards]) -> torch.Tensor:
+        """1D, a copy."""
+        nothing = torch.empty(0, dtype=self.dtype, device=self.device)
+        return torch.cat([nothing, *(shards.own_elements for shards in gathered)])
+
+    def _gathered(self) -> list[Shards]:
+        return [
+            s for s in self.shards if s.status is ZeroParamStatus.AVAILABLE and s.numel and not s.contexts
+        ]
 
     def refresh_master(self) -> None:
         """After the values were written: nothing to do where they have no existence of their own beside the master."""
@@ -268,6 +308,11 @@ class ShardedPartition:
         for piece in shards.layout.pieces(self.shard):
             cut[piece.offset : piece.offset + piece.numel] = flat[piece.start : piece.start + piece.numel]
         return cut
+
+
+def _facts(gathered: Sequence[Shards]) -> list[tuple[int, int]]:
+    """What changes when other parameters are gathered, or the shards are written behind the gathered values."""
+    return [(shards.ident, shards.renewals) for shards in gathered]
 
 
 def _shards(param: torch.nn.Parameter) -> Shards:

@@ -18,6 +18,7 @@ import torch
 
 from zeropipe.comm.collectives import Work, all_gather
 from zeropipe.comm.group import Group
+from zeropipe.comm.leases import LEASES
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.zero.param import ZeroParam
 from zeropipe.runtime.zero.sharded_parameter import mark_available, mark_unavailable
@@ -42,6 +43,7 @@ class Shards:
         self.name = name
         self.ident = ident
         self.group = group
+        LEASES.hold(group, self)
         self.everyone = group  # with those that hold the same shards (MiCS)
         self.shape = torch.Size(param.shape)
         self.dtype = param.dtype
@@ -90,6 +92,11 @@ class Shards:
         param = self._param()
         assert param is not None
         return param
+
+    @property
+    def own_elements(self) -> torch.Tensor:
+        """This rank's elements of the gathered value: 1D, shard_numel, a view."""
+        return self.full[self._own()]
 
     def _own(self) -> slice:
         return slice(*self.layout.shard_range(self.group.rank))
@@ -142,6 +149,11 @@ class Shards:
         self.status = check_transition(self.name, self.status, ZeroParamStatus.AVAILABLE)
         mark_available(self.param, self.full[: self.numel].view(self.shape))
         return work.heard
+
+    def let_peers_go_on(self) -> None:
+        """Wait for a gather under way if peers may be waiting for what this rank hands on in it."""
+        if self._work is not None and self._work.peers_wait:
+            self.finish_gather()
 
     def gather(self) -> None:
         self.start_gather()
@@ -204,7 +216,7 @@ class Shards:
 
     def differs(self) -> bool:
         """Whether this rank's elements of the gathered value are no longer those of its shard."""
-        own = self.full[self._own()].contiguous()
+        own = self.own_elements
         return not torch.equal(own.view(torch.uint8), self.source.to(own.device, own.dtype).view(torch.uint8))
 
     def _renew(self, shard: torch.Tensor) -> None:
@@ -233,6 +245,7 @@ class Shards:
         empty = torch.empty(0, dtype=self.dtype, device=self.full.device)
         other = torch.nn.Parameter(empty, param.requires_grad)
         shards = copy.copy(self)
+        LEASES.hold(self.group, shards)
         shards._param = weakref.ref(other)
         shards.source = self.source.to(self.dtype, copy=True)
         shards.master, shards.let_go, shards.read_ahead = None, _keep, _keep
