@@ -38,14 +38,17 @@ class LayerScales:
                         fix="pass PipelineModule(..., sample_input=what the first layer takes)",
                     )
                 )
-            # Times differ between ranks, the cut must not: rank 0 measures for all.
+            # Times differ between ranks, the cut must not: what rank 0 measures counts for all.
             everyone = world()
-            measured = self._measure() if everyone.rank == 0 else []
-            return list(broadcast_object(measured, 0, everyone, label="layer profile"))
+            return list(broadcast_object(self._measure(everyone.rank), 0, everyone, label="layer profile"))
         return [LayerFacts(layer_name(layer), _count(layer)) for layer in self._layers]
 
-    def _measure(self) -> list[LayerFacts]:
-        """Build, run and drop one layer after the other, so that the whole model never exists at once."""
+    def _measure(self, rank: int) -> list[LayerFacts]:
+        """Build, run and drop one layer after the other, so that the whole model never exists at once.
+
+        Ranks other than 0 go along only where parameters become shards as they are built, which takes all ranks;
+        elsewhere they end with the first parameters that are whole.
+        """
         found = []
         value = self._sample
         built: dict[str, nn.Module] = {}
@@ -60,6 +63,8 @@ class LayerScales:
                     call = module = layer.build()
                 else:
                     module = layer
+                if rank and isinstance(module, nn.Module) and _whole(module):
+                    return []
                 parameters = _numel(module) if isinstance(module, nn.Module) else 0
                 saved, value, seconds = _run(call, value)
                 found.append(
@@ -84,6 +89,10 @@ def _count(layer: Any) -> int:
 def _numel(module: nn.Module) -> int:
     """Elements of all parameters; a shard of a parameter counts as the whole."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+
+def _whole(module: nn.Module) -> bool:
+    return any(not hasattr(param, "ds_numel") for param in module.parameters())
 
 
 def _run(call: Any, value: Any) -> tuple[int, Any, float]:

@@ -163,7 +163,8 @@ def shard_module(
                     rank=group.ranks[group.rank],
                     expected=f"ranks {list(within.ranks)}",
                     found=f"ranks {list(shards.group.ranks)}",
-                    fix="give zero.Init (or MiCS_Init) the configuration that initialize gets",
+                    fix="give zero.Init (or MiCS_Init) the configuration that initialize gets, and around a "
+                    "PipelineModule also mpu=PipelineParallelGrid(topology)",
                 )
             )
         shards.name, shards.ident, shards.everyone = name, ident, group
