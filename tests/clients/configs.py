@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+# Steps that overflow first: gradients of the tiny model times 2**20 are no fp16 numbers.
+FP16 = {"enabled": "auto", "initial_scale_power": 20, "hysteresis": 1}
+
+
+def offloaded(stage: int, device: str = "cpu", path: str | None = None) -> dict[str, Any]:
+    """Keys of ``zero_optimization``: all that the stage can keep elsewhere."""
+    place = {"device": device, **({"nvme_path": path} if path else {})}
+    return {"offload_optimizer": place, **({"offload_param": place} if stage == 3 else {})}
+
 
 def ds_config(
-    stage: int, precision: str = "fp32", *, optimizer: bool = False, **extra: Any
+    stage: int,
+    precision: str = "fp32",
+    *,
+    optimizer: bool = False,
+    zero: dict[str, Any] | None = None,
+    **extra: Any,
 ) -> dict[str, Any]:
-    """As in the clients' documentation: what the client knows is ``"auto"``."""
+    """As in the clients' documentation: what the client knows is ``"auto"``. ``zero``: more of its section."""
     config: dict[str, Any] = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
@@ -26,6 +40,7 @@ def ds_config(
             "stage3_max_live_parameters": 1e9,
             "stage3_max_reuse_distance": 1e9,
             "stage3_gather_16bit_weights_on_model_save": True,
+            **(zero or {}),
         },
         **extra,
     }

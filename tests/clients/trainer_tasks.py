@@ -49,18 +49,27 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Masters(torch.optim.Optimizer):
-    """AdamW on fp32 copies of a bf16 model's parameters: what mixed precision means, in ten lines of PyTorch."""
+    """AdamW on fp32 copies of a 16-bit model's parameters: what mixed precision means, in a few lines of PyTorch.
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
+    ``scale``: what losses were multiplied by; halved, and the step skipped, where a gradient is no number.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], scale: float = 1.0) -> None:
         super().__init__(groups, {"lr": LR})
+        self.scale, self.skipped, self.overflow = scale, 0, False
         own = [{**g, "params": [p.detach().float() for p in g["params"]]} for g in self.param_groups]
         self.inner = torch.optim.AdamW(own, fused=True)
 
     def step(self, closure: Any = None) -> None:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not all(bool(grad.isfinite().all()) for grad in grads)
+        if self.overflow:
+            self.scale, self.skipped = self.scale / 2, self.skipped + 1
+            return
         for group, own in zip(self.param_groups, self.inner.param_groups, strict=True):
             own["lr"] = group["lr"]
             for param, master in zip(group["params"], own["params"], strict=True):
-                master.grad = None if param.grad is None else param.grad.float()
+                master.grad = None if param.grad is None else param.grad.float() / self.scale
         self.inner.step()
         for group, own in zip(self.param_groups, self.inner.param_groups, strict=True):
             for param, master in zip(group["params"], own["params"], strict=True):
