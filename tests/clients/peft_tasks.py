@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from transformers.integrations import HfDeepSpeedConfig
 
 from tests.clients.tiny import SEED, Tokens, llama
-from tests.clients.trainer_tasks import STEPS, arguments, weights
+from tests.clients.trainer_tasks import LR, STEPS, Masters, arguments, weights
 from zeropipe.errors import UnavailableParameterError
 
 TARGETS = ["q_proj", "v_proj"]
@@ -32,14 +32,22 @@ def adapters(kind: str) -> Any:
 
 
 def trainer_of(
-    folder: str, config: dict[str, Any] | None, kind: str, sharded: bool, **changes: Any
+    folder: str, config: dict[str, Any] | None, kind: str, sharded: bool, precision: str, **changes: Any
 ) -> Trainer:
-    args = arguments(folder, config, weight_decay=0.0, **changes)
-    given = {"attn_implementation": "eager"}
+    bf16 = precision == "bf16"
+    args = arguments(folder, config, weight_decay=0.0, bf16=bf16 and config is not None, **changes)
+    given: dict[str, Any] = {"attn_implementation": "eager"}
+    if bf16 and config is None:
+        given["dtype"] = torch.bfloat16  # as the base model is made inside zero.Init
     base = AutoModelForCausalLM.from_pretrained(f"{folder}/saved", **given) if sharded else llama()
     torch.manual_seed(SEED + 1)
     model = get_peft_model(base, adapters(kind))
-    return Trainer(model, args, train_dataset=Tokens(48))
+    optimizer = None
+    if bf16 and config is None:
+        model = model.to(torch.bfloat16)
+        trained = [param for param in model.parameters() if param.requires_grad]
+        optimizer = Masters([{"params": trained, "lr": LR, "weight_decay": 0.0}])
+    return Trainer(model, args, train_dataset=Tokens(48), optimizers=(optimizer, None))
 
 
 def train(
@@ -51,6 +59,7 @@ def train(
     kind: str = "lora",
     sharded: bool = False,
     checkpoint: str | None = None,
+    precision: str = "fp32",
     **changes: Any,
 ) -> dict[str, Any]:
     """``sharded``: the base model comes from a folder (inside ``zero.Init`` under stage 3)."""
@@ -59,6 +68,7 @@ def train(
         config,
         kind,
         sharded,
+        precision,
         gradient_accumulation_steps=1,
         save_strategy="steps",
         save_steps=3,

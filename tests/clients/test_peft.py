@@ -17,9 +17,11 @@ CASES = [(0, False), (1, False), (2, False), (3, False), (3, True)]
 @pytest.fixture(scope="module")
 def plain(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Any:
     @cache
-    def run(kind: str) -> dict[str, Any]:
-        folder = str(tmp_path_factory.mktemp("plain"))
-        return ranks.run("peft_tasks.train", folder=folder, config=None, kind=kind)[0]
+    def run(kind: str, precision: str = "fp32", sharded: bool = False) -> dict[str, Any]:
+        given = {"folder": str(tmp_path_factory.mktemp("plain")), "kind": kind, "precision": precision}
+        if sharded:
+            ranks.run("trainer_tasks.save_plain", 1, folder=given["folder"])
+        return ranks.run("peft_tasks.train", config=None, sharded=sharded, **given)[0]
 
     return run
 
@@ -37,6 +39,18 @@ def test_adapters_train_and_are_saved(ranks: Ranks, plain, tmp_path, stage: int,
     if kind != "adalora":  # which saves the ranks that it kept alone
         loaded = ranks.run("reload_tasks.adapter", 1, folder=str(tmp_path / "adapter"))[0]
         assert_same_bits({name: loaded[name] for name in found["weights"]}, found["weights"])
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora+head", "adalora"])
+@pytest.mark.parametrize(("stage", "sharded"), CASES, ids=lambda value: str(value))
+def test_adapters_in_bf16(ranks: Ranks, plain, tmp_path, stage: int, sharded: bool, kind: str):
+    ranks.run("trainer_tasks.save_plain", 1, folder=str(tmp_path))
+    given = {"folder": str(tmp_path), "config": ds_config(stage), "kind": kind, "sharded": sharded}
+    found = ranks.run("peft_tasks.train", precision="bf16", **given)[0]
+    # On a base model that has 16 bits from the start peft makes AdaLoRA's counts of ranks trainable.
+    expected = plain(kind, "bf16", sharded)
+    assert_same_story(found, expected, "losses", "counts", "files")
+    assert_same_bits(found["frozen"], expected["frozen"])
 
 
 @pytest.mark.parametrize("stage", [2, 3])
