@@ -86,35 +86,6 @@ def test_a_parameter_that_is_away_says_so(pool):
     assert "GatheredParameters" in message
 
 
-def compiled(rank: int, world: int, backend: str, whole_blocks: bool) -> tuple[dict[str, torch.Tensor], int]:
-    torch._dynamo.reset()
-    model = build(Stack)
-    if whole_blocks:
-        zeropipe.zero.set_z3_leaf_modules(model, [Block])
-    engine = engine_of(model, 3, world)
-    breaks = torch._dynamo.explain(model.blocks[0])(x_batch(0, rank)).graph_break_count if backend else 0
-    engine._sharded.coordinator.settle()
-    for block in model.blocks if backend else ():
-        block.compile(backend=backend)
-    for step in range(3):
-        engine.backward(engine(x_batch(step, rank)).square().mean())
-        engine.step()
-    values = whole(engine.module)
-    torch._dynamo.reset()
-    return values, breaks
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("whole_blocks", [False, True])
-def test_compiled_blocks(pool, backend, whole_blocks):
-    expected = pool(2).run(compiled, "", False)[0][0]
-    for ours, breaks in pool(2).run(compiled, backend, whole_blocks, timeout=200):
-        assert_bitwise(ours, expected)
-        # A block has three units, and what stands between them is a graph of its own.
-        assert breaks <= (0 if whole_blocks else 4)
-
-
 def hooked(rank: int, world: int, stage: int) -> dict[str, torch.Tensor]:
     model = build(Stack)
     shapes = []

@@ -91,6 +91,11 @@ def gathers_a_parameter_alone(engine: Any, rank: int) -> None:
     step(engine, 1, rank)
 
 
+def compiles_alone(engine: Any, rank: int) -> None:
+    engine.module.blocks[0].compile(backend="eager")
+    step(engine, 1, rank)
+
+
 WAYS: list[Callable[[Any, int], None]] = [
     skips_a_module,
     skips_the_first_module,
@@ -103,6 +108,7 @@ WAYS: list[Callable[[Any, int], None]] = [
     steps_without_anything,
     reads_a_gradient_alone,
     gathers_a_parameter_alone,
+    compiles_alone,
 ]
 
 
@@ -182,8 +188,10 @@ def two_steps(engine: Any, rank: int) -> None:
         step(engine, at, rank)
 
 
-def raise_alone(rank: int, world: int, where: str) -> str:
+def raise_alone(rank: int, world: int, where: str, compiled: bool = False) -> str:
     engine = engine_of(Trapped(), 3, world)
+    if compiled:
+        engine.compile(backend="eager")
     step(engine, 0, rank)
     engine.module.blocks[1].where = where if rank == ODD else ""
     begun = time.monotonic()
@@ -199,6 +207,12 @@ def test_a_rank_that_raises_tells_the_others(pool: Pools, where: str) -> None:
     assert [outcome.kind for outcome in outcomes] == ["result"] * 3, [outcome.error for outcome in outcomes]
     for other in (0, 2):
         assert f"rank {ODD} is at 'ArithmeticError raised in" in outcomes[other].value
+
+
+def test_a_rank_that_raises_in_compiled_code_tells_the_others(pool: Pools) -> None:
+    outcomes = pool(2).run_faulty(raise_alone, "forward", True, timeout=60)
+    assert [outcome.kind for outcome in outcomes] == ["result"] * 2, [outcome.error for outcome in outcomes]
+    assert f"rank {ODD} is at 'ArithmeticError raised in" in outcomes[0].value
 
 
 def raise_together(rank: int, world: int, where: str) -> dict[str, torch.Tensor]:
@@ -260,6 +274,8 @@ def initialize_differently(rank: int, world: int, what: str) -> str:
         chosen["zero_optimization"]["stage3_max_live_parameters"] = 77
     if odd and what == "leaf":
         zeropipe.zero.set_z3_leaf_modules(model, [Block])
+    if odd and what == "one leaf":
+        zeropipe.zero.set_z3_leaf_module(model.blocks[2], True)
     if odd and what == "raises":
         chosen["optimizer"] = {"type": "NoSuchOptimizer"}
     begun = time.monotonic()
@@ -269,13 +285,17 @@ def initialize_differently(rank: int, world: int, what: str) -> str:
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
-@pytest.mark.parametrize("what", ["depth", "frozen", "stage", "budget", "raises"])
+@pytest.mark.parametrize("what", ["depth", "frozen", "stage", "budget", "leaf", "one leaf", "raises"])
 def test_ranks_that_initialize_differently_are_told(pool: Pools, what: str) -> None:
     outcomes = pool(2).run_faulty(initialize_differently, what, timeout=60)
     for outcome in outcomes:
         assert outcome.kind == "result", (outcome.kind, outcome.error)
     assert "DesyncError" in outcomes[0].value
     assert "rank 1" in outcomes[0].value
+    if "leaf" in what:
+        module = "blocks.2" if what == "one leaf" else "blocks.0"
+        for outcome in outcomes:
+            assert f"module '{module}' is marked with set_z3_leaf_modules: rank 1 has 'yes'" in outcome.value
 
 
 # ---- ways that work ----

@@ -161,9 +161,9 @@ class ZeroOptimization(Section):
     memory_efficient_linear: Annotated[bool, NoEffect("torch's linear layers save only their inputs")] = key(
         True, "zero.Init makes linear layers save only their inputs."
     )
-    override_module_apply: Annotated[
-        bool, NoEffect("inside zero.Init, apply always sees whole parameters")
-    ] = key(True, "Under stage 3, Module.apply sees whole parameters.")
+    override_module_apply: bool = key(
+        True, "Module.apply sees whole parameters, and what it writes reaches the shards (stage 3)."
+    )
 
     zero_quantized_weights: Annotated[bool, _QUANTIZED] = key(False, "Gather quantized parameters.")
     zero_quantized_nontrainable_weights: Annotated[bool, _QUANTIZED] = key(

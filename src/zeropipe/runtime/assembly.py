@@ -202,6 +202,7 @@ def shard_model(
         max_reuse_distance=chosen("stage3_max_reuse_distance"),
         param_persistence_threshold=zero.stage3_param_persistence_threshold,
         model_persistence_threshold=zero.stage3_model_persistence_threshold,
+        apply_sees_whole=zero.override_module_apply,
     )
     dtype = None if config.precision == "fp32" else DTYPES[config.precision]
     return ShardedModel(module, group, sharding, device, dtype, leaf_modules(module, zero.leaf_module), parts)
@@ -341,6 +342,11 @@ def digest(
         items[f"parameter {index}"] = f"{name} {shape} {param.dtype} requires_grad={param.requires_grad}"
     for index, (name, buffer) in enumerate(module.named_buffers()):
         items[f"buffer {index}"] = f"{name} {tuple(buffer.shape)} {buffer.dtype}"
+    zero = config.zero_optimization
+    leaves = set(leaf_modules(module, zero.leaf_module)) if zero.stage == 3 else set()
+    for name, child in module.named_modules():
+        if child in leaves:
+            items[f"whether module '{name}' is marked with set_z3_leaf_modules"] = "yes"
     if optimizer is not None:
         items["optimizer"] = type(optimizer).__name__
         for index, group in enumerate(optimizer.param_groups):

@@ -235,8 +235,10 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
     def compile(
         self, backend: str = "inductor", compile_kwargs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Compile the module in place with ``torch.compile``."""
+        """Compile the module in place with ``torch.compile``; at stage 3 see docs/zero.md for what is fetched whole."""
         self.module.compile(backend=backend, **(compile_kwargs or {}))
+        if self._sharded is not None:
+            self._sharded.hooks.compiled.look()
 
     def destroy(self) -> None:
         """Remove every hook and buffer; the module works on as a plain module. May be called again."""

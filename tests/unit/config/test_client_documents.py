@@ -128,7 +128,7 @@ TOLD = {
         {
             **zero(
                 reduce_scatter=False, allgather_partitions=False, contiguous_gradients=False,
-                memory_efficient_linear=False, override_module_apply=False,
+                memory_efficient_linear=False,
             ),
             "checkpoint": {"tag_validation": "ignore", "parallel_write": {"pipeline_stage": True}},
         },
@@ -136,7 +136,7 @@ TOLD = {
         (
             "zero_optimization.reduce_scatter", "zero_optimization.allgather_partitions",
             "zero_optimization.contiguous_gradients", "zero_optimization.memory_efficient_linear",
-            "zero_optimization.override_module_apply", "checkpoint.tag_validation",
+            "checkpoint.tag_validation",
             "checkpoint.parallel_write.pipeline_stage",
         ),
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -50,7 +50,7 @@ class _Fetched:
         value, shown = self.watched
         if not shown.matches(value):
             raise UsageError(
-                f"zero.Init: parameter '{self.shards.name}' was written through a tensor kept from before other "
+                f"parameter '{self.shards.name}' was written through a tensor kept from before other "
                 "parameters were used, and had been put back by then. Fix: take param.data anew before writing"
             )
 
@@ -76,8 +76,12 @@ class Build:
         dtype: torch.dtype | None,
         remote: str | None,
         arena: Arena | None,
+        built: Callable[[torch.nn.Module], None] = lambda _: None,  # told of each module that is
+        what: str = "zero.Init",
     ) -> None:
         self.active = True
+        self.what = what
+        self._built = built
         self.group = group
         self.within = within
         self.arena = arena
@@ -99,6 +103,7 @@ class Build:
     def end(self, module: torch.nn.Module) -> None:
         self._frames[-1].built.append(weakref.ref(module))
         self._close(complete=True)
+        self._built(module)
         for name, param in module.named_parameters():
             shards = shards_of(param)
             if shards is not None and shards.builder is self:
@@ -148,7 +153,7 @@ class Build:
         if not isinstance(error, DesyncError | CommunicationError):
             with suppress(Exception):
                 said = announce(
-                    f"zero.Init raised {type(error).__name__}: {error}", self.group, channel=GATHER
+                    f"{self.what} raised {type(error).__name__}: {error}", self.group, channel=GATHER
                 )
                 SEAM.abandoned.append(said)  # its buffers must outlive the sending
 
@@ -159,6 +164,7 @@ class Build:
             self._frames[-1].built.append(weakref.ref(child))
             self._shard(self._frames[-1])
             self._frames[-1].built.clear()
+            self._built(child)
         for name, param in module.named_parameters():
             shards = shards_of(param)
             if shards is not None and shards.builder is self:
@@ -192,7 +198,7 @@ class Build:
         shards = fetched.shards
         shards.holds -= 1
         if not fetched.before.matches(shards.full):
-            meet(f"zero.Init: {shards.name} was written", shards.group, channel=GATHER)
+            meet(f"{self.what}: {shards.name} was written", shards.group, channel=GATHER)
             broadcast(shards.full, 0, shards.everyone, label=shards.name)
             shards.write_back()
         if shards.holds or shards.persist:

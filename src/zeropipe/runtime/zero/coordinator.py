@@ -193,9 +193,16 @@ class Coordinator:
 
     def failed(self, use: Use, error: BaseException) -> None:
         """A forward raised: end it and, if nothing is left running, tell the peers."""
-        self.end(use)
+        depth = self.running.index(use) if use in self.running else len(self.running)
+        self.unwind(depth, error, use.unit.name)
+
+    def unwind(self, depth: int, error: BaseException, where: str) -> None:
+        """As ``failed`` for all forwards in progress but the outermost ``depth``: compiled code skips the hooks that
+        would have ended them."""
+        while len(self.running) > depth:
+            self.end(self.running[-1])
         if not self.running and not in_backward():
-            self.tell(error, use.unit.name)
+            self.tell(error, where)
 
     def tell(self, error: BaseException, where: str) -> None:
         """Tell the peers, who would wait for this rank, that it has raised; they may have, too."""

@@ -20,6 +20,7 @@ from zeropipe.comm.group import Group, from_process_group, world
 from zeropipe.comm.startup import init_distributed
 from zeropipe.config.parse import parse_config
 from zeropipe.errors import ConfigError, describe
+from zeropipe.runtime.zero.apply import install_apply
 from zeropipe.runtime.zero.build import Build
 from zeropipe.runtime.zero.module_patch import ModulePatch
 from zeropipe.runtime.zero.offload import arena_of
@@ -88,6 +89,7 @@ class Init:
         self.remote_device = None if remote_device == "none" else remote_device
         self.dtype = _dtype(dtype, source)
         zero = None if source is None else parse_config(source).zero_optimization
+        self._apply = zero is None or zero.override_module_apply
         if zero is not None:
             if "stage" in zero.model_fields_set and zero.stage != 3:
                 self.enabled = False
@@ -135,7 +137,15 @@ class Init:
             raise
 
     def _build(self) -> Build:
-        return Build(self.group, self.within, self.device, self.dtype, self.remote_device, self._arena)
+        return Build(
+            self.group,
+            self.within,
+            self.device,
+            self.dtype,
+            self.remote_device,
+            self._arena,
+            built=install_apply if self._apply else lambda _: None,
+        )
 
     def _constructor(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """What wraps torch's tensor constructors: looked up now, as other libraries replace it."""

@@ -37,7 +37,7 @@ class _Undo:
     ours: Any
 
 
-class _Framed:
+class Framed:
     """A function for ``Module.apply`` that runs in a frame of its own for each module."""
 
     def __init__(self, function: Callable[[torch.nn.Module], Any], observer: Observer) -> None:
@@ -135,8 +135,8 @@ class ModulePatch:
 
         @functools.wraps(before)
         def apply(module: torch.nn.Module, fn: Any) -> Any:
-            framed = not patch.active or isinstance(fn, _Framed)
-            return before(module, fn if framed else _Framed(fn, patch.observer))
+            framed = not patch.active or isinstance(fn, Framed)
+            return before(module, fn if framed else Framed(fn, patch.observer))
 
         torch.nn.Module.apply = self._note("apply", apply)  # type: ignore[method-assign]
 

@@ -11,6 +11,7 @@ from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError, describe
 from zeropipe.layout.flat import flat_shards
+from zeropipe.runtime.zero.apply import install_apply, remove_apply
 from zeropipe.runtime.zero.coordinator import Coordinator
 from zeropipe.runtime.zero.fetch_plan import Budget
 from zeropipe.runtime.zero.hooks import ModelHooks
@@ -28,13 +29,15 @@ AUTO_PREFETCH_NUMEL = 3 * 2**21
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """The budgets of stage 3, in elements; None: chosen from the model, so that little more than two units live."""
+    """The budgets of stage 3, in elements (None: chosen from the model, so that little more than two units live), and
+    what else a user chooses of it."""
 
     prefetch_bucket_size: int | None = None
     max_live_parameters: int | None = None
     max_reuse_distance: int | None = None
     param_persistence_threshold: int = 100_000  # parameters up to this stay gathered
     model_persistence_threshold: int = 2**63 - 1  # together at most this many elements
+    apply_sees_whole: bool = True  # whether ``module.apply`` gathers what its function uses
 
     def budget(self, largest_unit: int) -> Budget:
         prefetch = max(largest_unit, AUTO_PREFETCH_NUMEL)
@@ -72,6 +75,10 @@ class ShardedModel:
         self.hooks = ModelHooks(module, self.coordinator, leaves)
         largest = max((unit.numel for unit in self.coordinator.units), default=0)
         self.coordinator.budget = sharding.budget(largest)
+        self.hooks.compiled.budget_of = sharding.budget
+        self.hooks.compiled.look()
+        for child in module.modules():
+            (install_apply if sharding.apply_sees_whole else remove_apply)(child)
 
     def conduct(self, reducer: Reducer) -> None:
         """Let the reductions of gradients and the gathers of parameters take care of each other."""

@@ -246,7 +246,11 @@ class _Away(ShardedParameter):
             )
         if first is not None and name in _EMPTY and not first._shards.building:
             empty = _plainly(func, args, kwargs)
-            return empty.as_subclass(AwayValue) if name in ("data", "detach") else empty
+            if name not in ("data", "detach"):
+                return empty
+            value = empty.as_subclass(AwayValue)
+            value.of = first._shards.name
+            return value
         if first is not None and name == "copy_" and first._shards.loading:
             first._shards.end_loading()
             first._shards.write(args[1])
@@ -264,6 +268,8 @@ class _Away(ShardedParameter):
 class AwayValue(torch.Tensor):
     """``.data`` of a parameter that is away: shape [0]. Writing to it raises, instead of doing nothing."""
 
+    of: str  # the parameter's name
+
     @classmethod
     def __torch_function__(
         cls,
@@ -278,8 +284,8 @@ class AwayValue(torch.Tensor):
         )
         if writes and args and isinstance(args[0], AwayValue):
             raise UnavailableParameterError(
-                f"'{name}' would write to the value of a sharded parameter that is not here, and so do nothing. Fix: "
-                "write inside 'with zero.GatheredParameters(param, modifier_rank=0):'"
+                f"'{name}' would write to the value of parameter '{getattr(args[0], 'of', '?')}', which is sharded and "
+                "not here, and so do nothing. Fix: write inside 'with zero.GatheredParameters(param, modifier_rank=0):'"
             )
         result = _plainly(func, args, kwargs or {})
         return result.as_subclass(torch.Tensor) if isinstance(result, AwayValue) else result

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from zeropipe.errors import UsageError
+from zeropipe.runtime.zero.apply import remove_apply
 from zeropipe.runtime.zero.coordinator import Coordinator
 from zeropipe.runtime.zero.external import hide_external_parameters
 from zeropipe.runtime.zero.gather import GatheredParameters
@@ -98,6 +99,7 @@ def unshard_module(module: torch.nn.Module) -> torch.nn.Module:
         del param._zero  # type: ignore[attr-defined]
     for child in module.modules():
         remove_state_dict(child)
+        remove_apply(child)
         hide_external_parameters(child)
     return module
 

@@ -1,0 +1,231 @@
+"""What happens around one unit: its forward by module hooks, its backward by hooks on what it takes and gives.
+
+Tensor hooks are used for backward, so that neither the outputs nor the inputs become other tensors. A unit
+without an input that requires gradients ends its backward when all its parameters have theirs, or with the
+whole backward.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch._C._dynamo import eval_frame
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from zeropipe.errors import UsageError
+from zeropipe.runtime.zero.coordinator import Coordinator, Unit, Use
+from zeropipe.runtime.zero.external import external_shards
+from zeropipe.runtime.zero.fetch_plan import Phase
+from zeropipe.runtime.zero.shards import Shards
+
+
+class _Call:
+    """One forward of a unit with gradients: waits for the two moments of its backward, or of several."""
+
+    __slots__ = ("coordinator", "inputs", "unit", "use", "waiting")
+
+    def __init__(self, coordinator: Coordinator, unit: Unit, inputs: Iterable[torch.Tensor]) -> None:
+        self.coordinator = coordinator
+        self.unit = unit
+        self.use: Use | None = None
+        self.inputs = [id(tensor) for tensor in inputs]
+        self.waiting = 0
+        for tensor in inputs:
+            handle = tensor.register_hook(untraced(self._input_done))
+            if tensor.grad_fn is None:  # the tensor outlives the graph, and so would the hook
+                coordinator.until_settled.append(handle)
+
+    def watch(self, outputs: Iterable[torch.Tensor]) -> None:
+        for tensor in outputs:
+            if id(tensor) not in self.inputs:
+                tensor.register_hook(untraced(self._output_arrives))
+
+    def anchor(self, output: Any) -> Any:
+        """``output`` with its tensors passed through a node of autograd that starts the backward."""
+        nothing = torch.empty(0, requires_grad=True)
+
+        def through(tensor: torch.Tensor) -> torch.Tensor:
+            return _Anchor.apply(tensor, nothing, self) if tensor.is_floating_point() else tensor
+
+        return tree_map_only(torch.Tensor, through, output)
+
+    def start(self) -> None:
+        if self.use is None or not self.coordinator.is_open(self.use):
+            self.waiting = len(self.inputs) or self._watch_parameters()
+            self.use = self.coordinator.start(self.unit, Phase.BACKWARD)
+
+    def _output_arrives(self, _: torch.Tensor) -> None:
+        self.start()
+
+    def _watch_parameters(self) -> int:
+        """Where no input tells the end, the last gradient of the parameters does; not so with a frozen one among
+        them, which may be read even later."""
+        params = [shards.param for shards in self.unit.shards]
+        if not all(param.requires_grad for param in params):
+            return 0
+        for param in params:
+            handle = param.register_post_accumulate_grad_hook(untraced(self._input_done))
+            self.coordinator.until_settled.append(handle)
+        return len(params)
+
+    def _input_done(self, _: torch.Tensor) -> None:
+        self.waiting -= 1
+        if self.waiting == 0 and self.use is not None:
+            self.coordinator.end(self.use)
+
+
+class _Anchor(torch.autograd.Function):
+    """The identity; its backward starts that of a call."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, nothing: torch.Tensor, call: _Call) -> torch.Tensor:
+        ctx.call = call
+        ctx.set_materialize_grads(False)  # an absent gradient stays absent, as without this node
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:  # type: ignore[override]
+        ctx.call.start()
+        return grad, None, None
+
+
+class UnitHooks:
+    """The hooks of one unit; forwards in progress are several when the module nests itself.
+
+    ``anchored``: its backward is visited on every rank, also where none of its parameters was used.
+    ``covered``: a larger unit that runs now holds the parameters of this one, whose hooks then do nothing.
+    """
+
+    def __init__(self, coordinator: Coordinator, unit: Unit, anchored: bool) -> None:
+        self.anchored = anchored
+        self.covered = False
+        self.begin: Callable[[], None] | None = None  # of the root: a pass begins
+        self.coordinator = coordinator
+        self.unit = unit
+        # use, its backward where it will have one, and the exception that was being handled when it began
+        self.calls: list[tuple[Use, _Call | None, BaseException | None]] = []
+
+    def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        if self.begin is not None:
+            self.begin()
+        for shards in external_shards(module):
+            self.unit.add(shards)
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise UsageError(
+                f"{self.unit.name}: a functorch transform (torch.func.grad, vmap, ...) around a module of stage 3. "
+                "Fix: take the values with zero.GatheredParameters and pass them to torch.func.functional_call, "
+                "or use stage 2"
+            )
+        handling = sys.exc_info()[1]
+        use = self.coordinator.start(self.unit, Phase.FORWARD)
+        call = None
+        if torch.is_grad_enabled():
+            call = _Call(
+                self.coordinator, self.unit, [t for t in _tensors((args, kwargs)) if t.requires_grad]
+            )
+        self.calls.append((use, call, handling))
+
+    def after(self, _: torch.nn.Module, args: Any, output: Any) -> Any:
+        if not self.calls:
+            return None  # ``before`` has not been reached
+        use, call, handling = self.calls.pop()
+        error = sys.exc_info()[1]
+        if output is None and error is not None and error is not handling:
+            self.coordinator.failed(use, error)
+            return None
+        if call is not None and self.anchored:
+            output = call.anchor(output)
+        tensors = _tensors(output)
+        if call is not None:
+            call.watch(t for t in tensors if t.requires_grad and t.grad_fn is not None)
+        self.coordinator.end(use, _returned(use, tensors))
+        return output
+
+
+def _returned(use: Use, tensors: Iterable[torch.Tensor]) -> list[Shards]:
+    """The parameters of ``use`` of which ``tensors`` holds views; their storage must outlive the use."""
+    away = {s.full.untyped_storage()._cdata: s for s in use.held if not s.persist}
+    found = (away.get(t.untyped_storage()._cdata) for t in tensors if away and t.layout is torch.strided)
+    return [shards for shards in found if shards is not None]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors in ``value``: in containers that pytree knows, in dataclasses, in the attributes of objects."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    rest = [value]
+    while rest and len(seen) < _MOST_OBJECTS:
+        for leaf in tree_leaves(rest.pop()):
+            if isinstance(leaf, torch.Tensor):
+                found.append(leaf)
+            elif not isinstance(leaf, _PLAIN) and not callable(leaf) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                if isinstance(leaf, Mapping):
+                    rest.append(list(leaf.values()))
+                elif isinstance(leaf, list | tuple | set | frozenset):
+                    rest.append(list(leaf))
+                else:
+                    rest.append(_attributes(leaf))
+    return found
+
+
+# Hold no tensors, or (modules) none that a forward takes or gives back by them.
+_PLAIN = (
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    type,
+    torch.nn.Module,
+)
+_MOST_OBJECTS = 200  # looked into per call: an argument may be anything, also the door to half the process
+
+
+def _attributes(thing: Any) -> list[Any]:
+    slots = [
+        getattr(thing, name, None) for cls in type(thing).__mro__ for name in getattr(cls, "__slots__", ())
+    ]
+    return [*getattr(thing, "__dict__", {}).values(), *slots]
+
+
+def unless_covered(unit: UnitHooks, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook`` of ``unit``, out of torch.compile's sight; nothing, not even for torch.compile, while it is covered."""
+    hook = untraced(hook)
+
+    def checked(*args: Any) -> Any:
+        return None if unit.covered else hook(*args)
+
+    return checked
+
+
+def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of ``hook`` and all that it calls: what ``torch.compiler.disable`` does, without
+    importing the compiler."""
+
+    def outside(*args: Any) -> Any:
+        before = eval_frame.set_eval_frame(None)
+        try:
+            return hook(*args)
+        finally:
+            eval_frame.set_eval_frame(before)
+
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return outside
+
+
+def skip_frames() -> None:
+    """Have torch.compile leave alone the frames of hooks that run between graphs; it would compile each and warn."""
+    skip = getattr(torch._dynamo.eval_frame, "skip_code", None)
+    if skip is not None:
+        hook = untraced(print)
+        skip(hook.__code__)
+        skip(unless_covered(UnitHooks.__new__(UnitHooks), hook).__code__)
