@@ -242,11 +242,13 @@ class Reducer:
                 self._begin()
                 if not self._explicit:
                     torch.autograd.Variable._execution_engine.queue_callback(self.finish_pass)
+            # None: a custom function's backward said so; this rank adds nothing to the sum.
+            given = param.grad is not None
             if self.watch is not None and param.grad is not None:
                 self.watch.look(store.partition.names[index], param.grad)
             if not self._reducing:
                 # Where the dtype is the parameter's own, autograd itself adds up a sharded store's gradients.
-                if store.keeps_whole or store.dtype != store.partition.dtype:
+                if given and (store.keeps_whole or store.dtype != store.partition.dtype):
                     store.accept(index, keep_grad=store.keeps_whole)
                 return
             place = self._place[key]
@@ -254,7 +256,8 @@ class Reducer:
                 self.finish_pass()
                 self._begin()
                 place = self._place[key]
-            store.accept(index, keep_grad=False)
+            if given:
+                store.accept(index, keep_grad=False)
             place.waiting.discard(index)
             if place.waiting:
                 return
