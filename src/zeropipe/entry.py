@@ -102,7 +102,7 @@ def initialize(
         assembly.check_offload(model, group, parsed)
         items = assembly.digest(model, base, parsed)
     agree({_OUTCOME: "prepared", **items}, group)
-    parts = assembly.replication(parsed, group, mesh_param, model)
+    parts = assembly.replication(parsed, group, mesh_param)
     sharded = assembly.shard_model(model, group, device, parsed, parts)
     wrapped = None
     if base is not None:

@@ -20,6 +20,7 @@ from zeropipe.comm.exchange import (
     Work,
     gather_exchange,
     greet,
+    hand_on,
     one_hop,
     peers,
     receive_from,
@@ -29,6 +30,7 @@ from zeropipe.comm.exchange import (
 )
 from zeropipe.comm.group import Group
 from zeropipe.comm.record import SEAM
+from zeropipe.comm.relay import two_hop_gather
 from zeropipe.errors import UsageError
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "broadcast_object",
     "gather_from_owners",
     "greets",
+    "hand_on",
     "meet",
     "recv",
     "reduce_scatter",
@@ -176,9 +179,15 @@ def all_gather(
 
     ``shard`` may be this rank's own slice of ``output``: then nothing is copied. ``guarded``: members tell each
     other the label first, so that ranks which gather different things learn it instead of waiting for ever (on
-    gloo; NCCL has its own watchdog), and ``note``, of which ``Work.heard`` is then the lowest.
+    gloo; NCCL has its own watchdog), and ``note``, of which ``Work.heard`` is then the lowest. A group with ``hops``
+    gathers between nodes first, then inside each: two events, the same result.
     """
     _check_sizes("all_gather", output, shard, group)
+    if group.hops is not None and output.numel():
+        what = _check("all_gather", output, group, label)
+        native = None if _point_to_point(output, group) else _all_gather_native
+        work = two_hop_gather(output, shard, group, what, label, async_op, channel, guarded, note, native)
+        return _settle(work, async_op)
     what = _enter("all_gather", output, group, label, async_op)
     cuts = list(enumerate(output.view(-1).tensor_split(group.size)))
     own = cuts[group.rank][1]
@@ -339,10 +348,16 @@ def _enter(
         raise UsageError(
             f"{op}: an average of {tensor.dtype} tensors is not exact. Fix: use op='sum' and divide"
         )
-    if not tensor.is_contiguous():
-        raise UsageError(f"{op}: the tensor must be contiguous; found strides {tensor.stride()}")
+    what = _check(op, tensor, group, label)
     size = tensor.numel() * tensor.element_size() if nbytes is None else nbytes
     SEAM.pass_through(op, group.size, size, label, async_op, group.ranks)
+    return what
+
+
+def _check(op: str, tensor: torch.Tensor, group: Group, label: str) -> str:
+    """What an error calls the operation; raises UsageError where the tensor cannot travel."""
+    if not tensor.is_contiguous():
+        raise UsageError(f"{op}: the tensor must be contiguous; found strides {tensor.stride()}")
     return f"[rank {group.ranks[group.rank]}] {op} {label!r} among ranks {list(group.ranks)}"
 
 

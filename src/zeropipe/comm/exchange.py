@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 from zlib import crc32
 
 import torch
@@ -59,6 +60,8 @@ class Work:
         except DesyncError:
             SEAM.abandoned.append(self)  # the transport still writes into our buffers
             raise
+        except CommunicationError:
+            raise  # of an earlier gather, which says so itself
         except RuntimeError as error:
             raise CommunicationError(
                 f"{self._what} did not complete: {str(error).splitlines()[0]}. Fix: another rank has most likely "
@@ -73,9 +76,14 @@ class Work:
 
         False may be too modest: gloo tells of a message's arrival only to who waits for it.
         """
-        if self._hidden and self._finish is not None:
+        if self.peers_wait:
             return False
         return all(handle.is_completed() for handle in self._handles)
+
+    @property
+    def peers_wait(self) -> bool:
+        """Whether peers may wait for something that this rank only sends when it waits itself."""
+        return self._hidden and self._finish is not None
 
     def then(self, finish: Callable[[], None]) -> Work:
         """This work, followed by ``finish`` when it is waited for."""
@@ -97,6 +105,11 @@ def then(first: Work, start: Callable[[], Work], what: str) -> Work:
         first.wait()
         start().wait()
 
+    return waiting(what, finish)
+
+
+def waiting(what: str, finish: Callable[[], None]) -> Work:
+    """A work that sends something when it is waited for: ``finish`` does so."""
     work = Work(what, (), finish)
     work._hidden = True
     return work
@@ -119,39 +132,82 @@ def receive_from(tensor: torch.Tensor, src: int, group: Group, tag: int = _TAG) 
     return dist.irecv(tensor, group.ranks[src], group.pg, tag) if tensor.numel() else None
 
 
+class Relay(Protocol):
+    """What a member owes its peers once all have said the same word (see ``relay.py``)."""
+
+    def hand_on(self) -> None: ...
+    def give_up(self) -> None:
+        """Let the peers know that nothing will come."""
+
+
 def greet(
-    label: str, group: Group, channel: int, note: int = 0, patience: timedelta | None = None
+    label: str,
+    group: Group,
+    channel: int,
+    note: int = 0,
+    patience: timedelta | None = None,
+    relay: Relay | None = None,
 ) -> Callable[[], int]:
     """Tell every member what is about to be done; the result waits for their words and compares.
 
     ``note``: a number of this member's; the result returns the lowest of all members' notes. Words are compared in
     the order in which they were said, earlier ones too: a peer stops at the first difference and says no more.
+    ``relay`` hands on when the words are found equal, which any later comparison on this channel sees to.
     """
     queue = SEAM.greetings.setdefault((group.ranks, channel), deque())
-    greeting = _Greeting(label, group, channel, note, patience)
+    greeting = _Greeting(label, group, channel, note, patience, relay)
     queue.append(greeting)
+    return lambda: _compare(greeting, queue)
 
-    def compare() -> int:
-        try:
-            while greeting.lowest is None:
-                if not queue:
-                    raise DesyncError(f"'{label}' was given up: ranks had gone different ways before it")
-                queue[0].compare()
-                queue.popleft()
-        except BaseException:
-            SEAM.abandoned.extend(queue)  # the transport still writes into their buffers
-            queue.clear()
-            raise
-        return greeting.lowest
 
-    return compare
+def _compare(greeting: _Greeting, queue: deque[_Greeting]) -> int:
+    try:
+        while greeting.lowest is None:
+            if not queue:
+                raise DesyncError(f"'{greeting.label}' was given up: ranks had gone different ways before it")
+            queue[0].compare()
+            queue.popleft()
+    except BaseException as error:
+        SEAM.abandoned.extend(queue)  # the transport still writes into their buffers
+        if not isinstance(error, DesyncError):  # that one every member raises, so that none waits for a relay
+            for one in queue:
+                if one.relay is not None:
+                    one.relay.give_up()
+        queue.clear()
+        raise
+    return greeting.lowest
+
+
+def hand_on(group: Group, channel: int, patience: timedelta) -> None:
+    """Before this rank goes away with an error: the second hops of gathers that it has started. Never raises.
+
+    Waits, ``patience`` for each word, until every member has started them too.
+    """
+    queue = SEAM.greetings.get((group.ranks, channel), deque())
+    last = next((greeting for greeting in reversed(queue) if greeting.relay is not None), None)
+    if last is None:
+        return
+    for greeting in queue:
+        greeting.limit = (patience,)
+    SEAM.abandoned.extend(queue)  # what is sent must outlive its sending, and the engine may not
+    with suppress(Exception):
+        _compare(last, queue)
 
 
 class _Greeting:
     """One member's word, on its way to the others, and theirs, on their way here."""
 
-    def __init__(self, label: str, group: Group, channel: int, note: int, patience: timedelta | None) -> None:
-        self._limit = () if patience is None else (patience,)
+    def __init__(
+        self,
+        label: str,
+        group: Group,
+        channel: int,
+        note: int,
+        patience: timedelta | None,
+        relay: Relay | None = None,
+    ) -> None:
+        self.limit = () if patience is None else (patience,)
+        self.relay = relay
         size = _GREETING_BYTES - _NOTE_BYTES
         self.label = label
         self.group = group
@@ -166,7 +222,7 @@ class _Greeting:
 
     def compare(self) -> None:
         for handle in self._handles:
-            handle.wait(*self._limit)
+            handle.wait(*self.limit)
         notes = [self._note]
         for peer, buffer in self._heard.items():
             said = bytes(buffer.tolist())
@@ -174,6 +230,8 @@ class _Greeting:
                 theirs = said[: len(self.words)].decode(errors="replace").strip()
                 raise self._difference(self.group.ranks[peer], theirs)
             notes.append(int.from_bytes(said[len(self.words) :]))
+        if self.relay is not None:
+            self.relay.hand_on()
         self.lowest = min(notes)
 
     def _difference(self, other: int, theirs: str) -> DesyncError:
@@ -192,15 +250,15 @@ class _Greeting:
 def gather_exchange(
     cuts: Sequence[Cut], group: Group, what: str, channel: int = 0, hop: int = 0, label: str = ""
 ) -> Work:
-    """Send the own cut to all, receive every other cut into its place.
+    """Send the own cuts to all, receive every other cut into its place.
 
     ``label``: only exchanges with the same label meet. Gloo ends the process where a message is larger than the
     buffer that waits for it, so exchanges of different things must not.
     """
     size = sum(view.numel() for _, view in cuts)
     tag = _LABELS + crc32(f"{label} {size}".encode()) % _LABELS if label else tag_of(channel, hop)
-    own = dict(cuts).get(group.rank)
-    handles = [send_to(own, peer, group, tag) for peer in peers(group)] if own is not None else []
+    own = [view for owner, view in cuts if owner == group.rank]
+    handles = [send_to(view, peer, group, tag) for peer in peers(group) for view in own]
     handles += [receive_from(view, owner, group, tag) for owner, view in cuts if owner != group.rank]
     return Work(what, [h for h in handles if h is not None])
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from zeropipe.errors import UsageError
+from zeropipe.layout.two_hops import TwoHops
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Group:
     rank: int  # this process's index in ``ranks``
     pg: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
     backends: tuple[tuple[str, str], ...] = ()  # (device type, backend name)
+    hops: Hops | None = field(default=None, compare=False, repr=False)  # how it gathers, where in two hops
 
     @property
     def size(self) -> int:
@@ -46,6 +48,15 @@ class Group:
             f"[rank {self.ranks[self.rank]}] a {tensor.device.type} tensor cannot be sent over {self.backend}. "
             "Fix: start torch.distributed with a backend for that device, e.g. 'cpu:gloo,cuda:nccl'"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Hops:
+    """The groups of a gather in two hops; ``plan`` counts their members in their order."""
+
+    plan: TwoHops
+    across: Group  # this rank and those of its place in the other nodes
+    node: Group  # the ranks of this node
 
 
 SELF = Group(ranks=(0,), rank=0)

@@ -63,6 +63,24 @@ def init_distributed(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **limits)
 
 
+def node_size() -> int:
+    """Ranks on this node, of which each has its own process: torchrun's LOCAL_WORLD_SIZE, 1 where it is not set.
+
+    Consecutive ranks are a node. Raises ConfigError where the variable is no number.
+    """
+    found = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not found.isdigit() or int(found) < 1:
+        raise ConfigError(
+            describe(
+                "environment variable LOCAL_WORLD_SIZE",
+                expected="the number of processes on this node",
+                found=repr(found),
+                fix="start the script with torchrun, which sets it",
+            )
+        )
+    return int(found)
+
+
 def backends() -> tuple[str, ...]:
     """The backends that this build of torch can communicate with."""
     if not dist.is_available():

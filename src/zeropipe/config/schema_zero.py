@@ -152,9 +152,9 @@ class ZeroOptimization(Section):
     mics_shard_size: Count = key(
         -1, "Ranks that share one copy of the shards (MiCS, stage 3); -1: all of them.", ge=-1
     )
-    mics_hierarchical_params_gather: Annotated[
-        bool, NoEffect("the backend's gather knows the nodes, and the values are the same")
-    ] = key(False, "Gather first between nodes, then inside each.")
+    mics_hierarchical_params_gather: bool = key(
+        False, "Gather first between nodes, then inside each, where a shard group spans nodes (stage 3)."
+    )
     zero_hpz_partition_size: Count = key(
         1, "Another name for mics_shard_size, for those who know hpZ (stage 3); 1: off.", ge=0
     )

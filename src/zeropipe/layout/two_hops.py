@@ -44,7 +44,8 @@ class TwoHops:
     def second(self) -> tuple[tuple[int, int], ...]:
         """What everybody has after the second hop: (index in its node of the rank that hands it on, shard)."""
         width = len(self.nodes[0])
-        return tuple((shard % width, shard) for shard in range(len(self.nodes) * width))
+        starts = range(0, len(self.nodes) * width, width)
+        return tuple((place, start + place) for start in starts for place in range(width))
 
     def messages(self) -> Iterator[Message]:
         """All that is sent, the first hop before the second."""
@@ -65,9 +66,8 @@ def two_hops(ranks: Sequence[int], node_size: int) -> TwoHops | None:
     """How a group of ``ranks`` gathers where ``node_size`` consecutive ranks are a node; None: in one hop.
 
     One hop is right where the group lies in one node, where no node holds two of its ranks, and where it is not
-    aligned with the nodes: they hold different numbers of its ranks, or a node's ranks are apart in its order.
+    aligned with the nodes: they hold different numbers of its ranks, or its ranks are not in ascending order.
     """
     runs = [tuple(run) for _, run in groupby(ranks, key=lambda rank: rank // max(node_size, 1))]
-    found = {run[0] // max(node_size, 1) for run in runs}
-    aligned = len(found) == len(runs) and len({len(run) for run in runs}) == 1
+    aligned = list(ranks) == sorted(set(ranks)) and len({len(run) for run in runs}) == 1
     return TwoHops(tuple(runs)) if aligned and len(runs) > 1 and len(runs[0]) > 1 else None

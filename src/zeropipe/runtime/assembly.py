@@ -18,9 +18,9 @@ from zeropipe.runtime.optimizers.registry import build_optimizer, require_sharda
 from zeropipe.runtime.zero.leaf import leaf_modules
 from zeropipe.runtime.zero.offload import check_folders
 from zeropipe.runtime.zero.own_gradients import Communicates
-from zeropipe.runtime.zero.param import is_sharded, shards_of, zero_param
+from zeropipe.runtime.zero.param import is_sharded, zero_param
 from zeropipe.runtime.zero.policy import AUTO_BUCKET_NUMEL, AUTO_SUB_GROUP_NUMEL, Place, Policy
-from zeropipe.runtime.zero.replication import Replication, mics_groups, shard_size
+from zeropipe.runtime.zero.replication import Replication, replicated, shard_size, with_hops
 from zeropipe.runtime.zero.sharded_model import ShardedModel, Sharding
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -44,7 +44,7 @@ def data_parallel_group(mpu: Any, mesh: Any) -> Group:
     return world()
 
 
-def replication(config: Config, group: Group, mesh: Any, module: torch.nn.Module) -> Replication:
+def replication(config: Config, group: Group, mesh: Any) -> Replication:
     """Which ranks of ``group`` share one copy of the shards at stage 3, from the config or a 2-D mesh; collective."""
     zero = config.zero_optimization
     if zero.stage != 3:
@@ -62,12 +62,8 @@ def replication(config: Config, group: Group, mesh: Any, module: torch.nn.Module
                     fix="remove the key, or make the mesh of that shape",
                 )
             )
-        return Replication(shard, replicas)
-    if size is None:
-        return Replication(group)
-    made = (shards_of(param) for param in module.parameters())
-    known = next((shards.group for shards in made if shards is not None and shards.group.size == size), None)
-    return mics_groups(group, size, known)
+        return Replication(with_hops(shard) if zero.mics_hierarchical_params_gather else shard, replicas)
+    return replicated(group, zero)
 
 
 def _mesh_pair(mesh: Any) -> tuple[str, str] | None:

@@ -20,7 +20,7 @@ def spanning(draw: st.DrawFn) -> tuple[TwoHops, int]:
     assume(width <= node_size)
     nodes = draw(st.lists(st.integers(0, 9), min_size=count, max_size=count, unique=True))
     places = st.lists(st.integers(0, node_size - 1), min_size=width, max_size=width, unique=True)
-    ranks = [node * node_size + place for node in nodes for place in draw(places)]
+    ranks = sorted(node * node_size + place for node in nodes for place in draw(places))
     plan = two_hops(ranks, node_size)
     assert plan is not None
     assert [rank for node in plan.nodes for rank in node] == ranks
@@ -97,7 +97,8 @@ def test_the_picture_of_the_module():
         ((0, 1, 2, 3), 3),  # 0 1 2 | 3
         ((1, 2, 3, 4), 4),  # 1 2 3 | 4
         ((0, 1, 2), 2),
-        ((0, 2, 1, 3), 2),  # a node's ranks lie apart in the group's order
+        ((0, 2, 1, 3), 2),  # not in order
+        ((2, 3, 0, 1), 2),
     ],
 )
 def test_one_hop_within_a_node_and_where_the_group_is_not_aligned(ranks, node_size):
@@ -109,7 +110,6 @@ def test_one_hop_within_a_node_and_where_the_group_is_not_aligned(ranks, node_si
     [
         ((2, 3, 4, 5), 4, ((2, 3), (4, 5))),  # half of each of two nodes
         ((0, 2, 4, 6), 4, ((0, 2), (4, 6))),  # a mesh's axis
-        ((2, 3, 0, 1), 2, ((2, 3), (0, 1))),
         ((4, 5, 6, 7, 8, 9), 2, ((4, 5), (6, 7), (8, 9))),
     ],
 )

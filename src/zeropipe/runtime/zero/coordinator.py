@@ -12,19 +12,22 @@ comes after such a meeting, so that every peer is on its way to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from zeropipe.comm.collectives import announce, greets, meet
+from zeropipe.comm.collectives import announce, greets, hand_on, meet
 from zeropipe.comm.group import Group
 from zeropipe.errors import CommunicationError, DesyncError
 from zeropipe.runtime.zero.fetch_plan import Budget, Phase, Step, Visit, plan
 from zeropipe.runtime.zero.shards import GATHER, Shards
 
+# For peers to come to where this rank raised an error, so that it can hand on what they will then wait for.
+PATIENCE = timedelta(seconds=30)
 # Elements that backward used without a gather in which ranks hear of each other.
 REDUCTIONS_COMPARED_EVERY = 2**21
 
@@ -206,12 +209,13 @@ class Coordinator:
 
     def tell(self, error: BaseException, where: str) -> None:
         """Tell the peers, who would wait for this rank, that it has raised; they may have, too."""
-        if (
-            self._told is None
-            and not self._silent
-            and not isinstance(error, DesyncError | CommunicationError)
-        ):
+        if self._told is not None or self._silent or isinstance(error, DesyncError):
+            return
+        if isinstance(error, CommunicationError) and self.group.hops is None:
+            return  # every rank has it; in two hops only those of one node may
+        with suppress(RuntimeError):  # connections may be gone; the error itself says more
             self._told = announce(f"{type(error).__name__} raised in {where}", self.group, channel=GATHER)
+            hand_on(self.group, GATHER, PATIENCE)
 
     def fetch_for_use(self, shards: Shards) -> bool:
         """A function met ``shards`` while they are away: gather them if a module is running forward, and remember

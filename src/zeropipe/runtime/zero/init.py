@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from zeropipe.comm.group import Group, from_process_group, world
+from zeropipe.comm.leases import LEASES
 from zeropipe.comm.startup import init_distributed
 from zeropipe.config.parse import parse_config
 from zeropipe.errors import ConfigError, describe
@@ -24,7 +25,7 @@ from zeropipe.runtime.zero.apply import install_apply
 from zeropipe.runtime.zero.build import Build
 from zeropipe.runtime.zero.module_patch import ModulePatch
 from zeropipe.runtime.zero.offload import arena_of
-from zeropipe.runtime.zero.replication import shard_group, shard_size
+from zeropipe.runtime.zero.replication import shard_group
 
 
 class Init:
@@ -99,8 +100,8 @@ class Init:
         init_distributed()
         groups = (data_parallel_group, zero_param_parallel_group, sequence_data_parallel_group)
         self.group = _group(next((group for group in groups if group is not None), None), mpu)
-        size = None if zero is None else shard_size(zero)
-        self.within = self.group if size is None else shard_group(self.group, size)
+        self.within = self.group if zero is None else shard_group(self.group, zero)
+        LEASES.hold(self.within, self)
         self._arena = arena_of(zero) if self.remote_device == "nvme" else None
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -8,10 +8,9 @@ what gathers read  the masters       a pinned copy in the parameters' dtype, or 
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from zeropipe.comm.startup import node_size
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
 from zeropipe.runtime.zero.offload_files import Arena, Files, check_folder
@@ -106,7 +105,7 @@ class Offload:
 def check_folders(policy: Policy, numel: int, dtype: torch.dtype, ranks: int) -> None:
     """Raise OffloadError unless the folders of ``policy`` are there and have room for this machine's shards of
     ``numel`` trained elements among ``ranks`` ranks."""
-    shard = numel * min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) // ranks
+    shard = numel * min(ranks, node_size()) // ranks
     needs: dict[str, int] = {}
     if policy.optimizer_place is Place.FILE:
         needs[policy.optimizer_folder] = shard * _STATE_BYTES

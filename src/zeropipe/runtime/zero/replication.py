@@ -4,18 +4,26 @@
     shard group  0 1 2 3 | 4 5 6 7          gathers, and the reduction of every micro-step
     replicas     0 4, 1 5, 2 6, 3 7         one all-reduce of the gradient shard per boundary
 
+A shard group that spans nodes may gather in two hops (``layout/two_hops.py``).
+
 Source: arXiv 2205.00119, section 3 (partitioning into groups) and 3.4 (2-hop gradient synchronisation).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from zeropipe.comm.collectives import all_gather_object
-from zeropipe.comm.group import SELF, Group, new_groups, world
+from zeropipe.comm.group import SELF, Group, Hops, world
+from zeropipe.comm.leases import LEASES
+from zeropipe.comm.startup import node_size
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError, describe
+from zeropipe.layout.two_hops import TwoHops, two_hops
+
+_log = logging.getLogger("zeropipe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +63,52 @@ def replica_lists(ranks: Sequence[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(members) for members in zip(*shard_lists(ranks, size), strict=True)]
 
 
-def shard_group(group: Group, size: int) -> Group:
-    """This rank's shard group of ``size`` ranks of ``group``. Collective over the world."""
-    if size == group.size:
-        return group
-    return new_groups([members for ranks in _all_groups(group) for members in shard_lists(ranks, size)])
+def shard_group(group: Group, zero: ZeroOptimization) -> Group:
+    """This rank's shard group, of those that ``zero`` divides ``group`` into. Collective over the world."""
+    return _divide(group, shard_size(zero), zero.mics_hierarchical_params_gather, replicas=False).shard
 
 
-def mics_groups(group: Group, size: int, shard: Group | None = None) -> Replication:
-    """Divide ``group`` into shard groups of ``size`` ranks. Collective over the world.
+def replicated(group: Group, zero: ZeroOptimization) -> Replication:
+    """How ``zero`` divides ``group``. Collective over the world."""
+    return _divide(group, shard_size(zero), zero.mics_hierarchical_params_gather)
 
-    ``shard``: this rank's shard group where it exists already (the parameters were made shards before).
-    """
-    if size == group.size:
+
+def with_hops(shard: Group) -> Group:
+    """A shard group that exists, as one that gathers in two hops where it spans nodes. Collective over the world."""
+    return _divide(shard, None, hierarchical=True).shard
+
+
+def _divide(group: Group, size: int | None, hierarchical: bool, replicas: bool = True) -> Replication:
+    """Start what groups are needed, all at once, for whoever holds them next (see ``LEASES``)."""
+    whole = size is None or size == group.size
+    if whole and not hierarchical:
         return Replication(group)
-    shard = shard_group(group, size) if shard is None else shard
-    lists = [members for ranks in _all_groups(group) for members in replica_lists(ranks, size)]
-    return Replication(shard, new_groups(lists))
+    everywhere = _all_groups(group)
+    shards = [members for ranks in everywhere for members in shard_lists(ranks, size or len(ranks))]
+    across = [members for ranks in everywhere for members in replica_lists(ranks, size or len(ranks))]
+    plans = _plans(shards) if hierarchical else {}
+    hops = [members for plan in plans.values() for members in (*plan.nodes, *plan.across)]
+    lists = [*([] if whole else shards), *([] if whole or not replicas else across), *hops]
+    groups = LEASES.take(lists) if lists else {}
+    here = group.ranks[group.rank]
+
+    def mine(lists: Iterable[tuple[int, ...]]) -> Group:
+        return groups[next(members for members in lists if here in members)]
+
+    shard = group if whole else mine(shards)
+    plan = plans.get(shard.ranks)
+    if plan is not None:
+        shard = replace(shard, hops=Hops(plan, mine(plan.across), mine(plan.nodes)))
+    elif hierarchical and shard.rank == 0:
+        _log.info("mics_hierarchical_params_gather: ranks %s gather in one hop", list(shard.ranks))
+    return Replication(shard, SELF if whole or not replicas else mine(across))
+
+
+def _plans(shards: list[tuple[int, ...]]) -> dict[tuple[int, ...], TwoHops]:
+    """The shard groups that gather in two hops; none where nodes have different numbers of ranks. Collective."""
+    sizes = set(all_gather_object(node_size(), world(), label="ranks per node"))
+    found = {ranks: two_hops(ranks, size) for size in sizes for ranks in shards} if len(sizes) == 1 else {}
+    return {ranks: plan for ranks, plan in found.items() if plan is not None}
 
 
 def _all_groups(group: Group) -> list[tuple[int, ...]]:

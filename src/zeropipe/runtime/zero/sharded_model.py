@@ -9,6 +9,7 @@ import torch
 
 from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
+from zeropipe.comm.leases import LEASES
 from zeropipe.errors import UsageError, describe
 from zeropipe.layout.flat import flat_shards
 from zeropipe.runtime.zero.apply import install_apply, remove_apply
@@ -69,6 +70,8 @@ class ShardedModel:
         self._offload: Offload | None = None
         self.parts = Replication(group) if parts is None else parts
         self.group = self.parts.shard
+        for part in (self.parts.shard, self.parts.replicas):
+            LEASES.hold(part, self)
         self.shards = shard_module(module, group, device, dtype, self.group)
         self.persistent = self._persist(sharding)
         self.coordinator = Coordinator(self.group, sharding.budget(0), group)
@@ -95,7 +98,8 @@ class ShardedModel:
         self.coordinator.meet("step")
 
     def destroy(self) -> None:
-        """Remove every hook; the parameters stay shards (``zero.unshard_module`` makes them whole)."""
+        """Remove every hook and end the process groups of this engine; the parameters stay shards, and their group
+        with them, until ``zero.unshard_module`` makes them whole."""
         self.hooks.remove()
         self.coordinator.settle()
         for shards in self.persistent:
@@ -103,6 +107,7 @@ class ShardedModel:
             shards.release_if_idle()
         if self._offload is not None:
             self._offload.close()
+        LEASES.drop(self)
 
     def place(self, offload: Offload) -> None:
         """Put the shards that no optimizer holds where the policy wants what gathers read."""
@@ -174,7 +179,8 @@ def shard_module(
                     "PipelineModule also mpu=PipelineParallelGrid(topology)",
                 )
             )
-        shards.name, shards.ident, shards.everyone = name, ident, group
+        shards.name, shards.ident, shards.group, shards.everyone = name, ident, within, group
+        LEASES.hold(within, shards)
         wanted = dtype if dtype is not None and shards.dtype.is_floating_point else shards.dtype
         shards.cast(wanted, device)
         made.append(shards)

@@ -18,6 +18,7 @@ import torch
 
 from zeropipe.comm.collectives import Work, all_gather
 from zeropipe.comm.group import Group
+from zeropipe.comm.leases import LEASES
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.zero.param import ZeroParam
 from zeropipe.runtime.zero.sharded_parameter import mark_available, mark_unavailable
@@ -42,6 +43,7 @@ class Shards:
         self.name = name
         self.ident = ident
         self.group = group
+        LEASES.hold(group, self)
         self.everyone = group  # with those that hold the same shards (MiCS)
         self.shape = torch.Size(param.shape)
         self.dtype = param.dtype
@@ -148,6 +150,11 @@ class Shards:
         mark_available(self.param, self.full[: self.numel].view(self.shape))
         return work.heard
 
+    def let_peers_go_on(self) -> None:
+        """Wait for a gather under way if peers may be waiting for what this rank hands on in it."""
+        if self._work is not None and self._work.peers_wait:
+            self.finish_gather()
+
     def gather(self) -> None:
         self.start_gather()
         self.finish_gather()
@@ -238,6 +245,7 @@ class Shards:
         empty = torch.empty(0, dtype=self.dtype, device=self.full.device)
         other = torch.nn.Parameter(empty, param.requires_grad)
         shards = copy.copy(self)
+        LEASES.hold(self.group, shards)
         shards._param = weakref.ref(other)
         shards.source = self.source.to(self.dtype, copy=True)
         shards.master, shards.let_go, shards.read_ahead = None, _keep, _keep

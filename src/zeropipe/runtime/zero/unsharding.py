@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from zeropipe.comm.leases import LEASES
 from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.apply import remove_apply
 from zeropipe.runtime.zero.coordinator import Coordinator
@@ -55,6 +56,7 @@ def unshard(module: torch.nn.Module) -> Unsharding:
         ahead.wait()
 
     Repeating it changes nothing. Edits are dropped by ``reshard``: edit inside ``GatheredParameters``.
+    On gloo a gather in two hops is waited for: what this rank does next may be to wait for a rank that needs it.
     """
     found = _shards(module)
     for shards in found:
@@ -62,6 +64,8 @@ def unshard(module: torch.nn.Module) -> Unsharding:
         if not shards.pinned:
             shards.pinned = True
             shards.holds += 1
+    for shards in found:
+        shards.let_peers_go_on()
     return Unsharding(module, found)
 
 
@@ -94,6 +98,7 @@ def unshard_module(module: torch.nn.Module) -> torch.nn.Module:
         assert shards is not None
         whole = shards.whole()
         shards.release()
+        LEASES.drop(shards)
         param.__class__ = torch.nn.Parameter
         param.data = whole
         del param._zero  # type: ignore[attr-defined]
