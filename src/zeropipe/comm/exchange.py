@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 from zlib import crc32
 
 import torch
-import torch.distributed as dist
 
 from zeropipe.comm.group import Group
+from zeropipe.comm.poster import Message
 from zeropipe.comm.record import SEAM
 from zeropipe.errors import CommunicationError, DesyncError, describe
 
@@ -124,12 +125,35 @@ def tag_of(channel: int, purpose: int = 0) -> int:
     return _TAG + _TAGS_PER_CHANNEL * channel + purpose
 
 
+# The process group's own methods: dist.isend and irecv look up the rank that we come from, which costs as much as a
+# small message does.
+
+
 def send_to(tensor: torch.Tensor, dst: int, group: Group, tag: int = _TAG) -> Any:
-    return dist.isend(tensor, group.ranks[dst], group.pg, tag) if tensor.numel() else None
+    """Start to send to member ``dst``; None where there is nothing to send."""
+    assert group.pg is not None
+    return group.pg.send([_real(tensor)], dst, tag) if tensor.numel() else None
 
 
 def receive_from(tensor: torch.Tensor, src: int, group: Group, tag: int = _TAG) -> Any:
-    return dist.irecv(tensor, group.ranks[src], group.pg, tag) if tensor.numel() else None
+    """Start to receive from member ``src``; None where there is nothing to receive."""
+    assert group.pg is not None
+    return group.pg.recv([_real(tensor)], src, tag) if tensor.numel() else None
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _start(messages: Sequence[Message], soon: bool) -> list[Any]:
+    """Hand the messages over here and now or, ``soon``, by the poster.
+
+    Messages of one tag must all take the same way: either keeps their order. The poster is for streams that run beside
+    others (channels from 1 on) and for greetings, which meet large messages on their way in.
+    """
+    if soon:
+        return [SEAM.poster.post(messages)]
+    return [handle for message in messages if (handle := message()) is not None]
 
 
 class Relay(Protocol):
@@ -217,8 +241,9 @@ class _Greeting:
         self._mine = torch.frombuffer(bytearray(self.words + note.to_bytes(_NOTE_BYTES)), dtype=torch.uint8)
         tag = tag_of(channel, _GREETING)
         self._heard = {peer: torch.empty_like(self._mine) for peer in peers(group)}
-        self._handles = [send_to(self._mine, peer, group, tag) for peer in peers(group)]
-        self._handles += [receive_from(buffer, peer, group, tag) for peer, buffer in self._heard.items()]
+        messages = [partial(send_to, self._mine, peer, group, tag) for peer in peers(group)]
+        messages += [partial(receive_from, buffer, peer, group, tag) for peer, buffer in self._heard.items()]
+        self._handles = _start(messages, soon=True)
 
     def compare(self) -> None:
         for handle in self._handles:
@@ -258,9 +283,11 @@ def gather_exchange(
     size = sum(view.numel() for _, view in cuts)
     tag = _LABELS + crc32(f"{label} {size}".encode()) % _LABELS if label else tag_of(channel, hop)
     own = [view for owner, view in cuts if owner == group.rank]
-    handles = [send_to(view, peer, group, tag) for peer in peers(group) for view in own]
-    handles += [receive_from(view, owner, group, tag) for owner, view in cuts if owner != group.rank]
-    return Work(what, [h for h in handles if h is not None])
+    messages = [partial(send_to, view, peer, group, tag) for peer in peers(group) for view in own]
+    messages += [
+        partial(receive_from, view, owner, group, tag) for owner, view in cuts if owner != group.rank
+    ]
+    return Work(what, _start(messages, soon=bool(channel)))
 
 
 def reduce_exchange(
@@ -268,14 +295,14 @@ def reduce_exchange(
 ) -> Work:
     """Send each cut to its owner; the owner reduces what it received in rank order into ``outputs``."""
     tag = tag_of(channel)
-    handles = [send_to(view, owner, group, tag) for owner, view in cuts if owner != group.rank]
+    messages = [partial(send_to, view, owner, group, tag) for owner, view in cuts if owner != group.rank]
     sums: list[tuple[list[torch.Tensor], torch.Tensor]] = []
     own = [view for owner, view in cuts if owner == group.rank]
     for view, output in zip(own, outputs, strict=True):
         # Of two members the other's values may arrive where the sum goes.
         straight = group.size == 2 and output.data_ptr() != view.data_ptr() and output.dtype == view.dtype
         received = {peer: output if straight else torch.empty_like(view) for peer in peers(group)}
-        handles += [receive_from(buffer, peer, group, tag) for peer, buffer in received.items()]
+        messages += [partial(receive_from, buffer, peer, group, tag) for peer, buffer in received.items()]
         received[group.rank] = view
         sums.append(([received[member] for member in range(group.size)], output))
 
@@ -283,17 +310,17 @@ def reduce_exchange(
         for parts, output in sums:
             reduce_in_order(parts, output, op)
 
-    return Work(what, [h for h in handles if h is not None], reduce)
+    return Work(what, _start(messages, soon=bool(channel)), reduce)
 
 
 def one_hop(flat: torch.Tensor, group: Group, op: str, what: str) -> Work:
     mine = flat.clone()
     received = {peer: torch.empty_like(flat) for peer in peers(group)}
-    handles = [send_to(mine, peer, group) for peer in peers(group)]
-    handles += [receive_from(buffer, peer, group) for peer, buffer in received.items()]
+    messages = [partial(send_to, mine, peer, group) for peer in peers(group)]
+    messages += [partial(receive_from, buffer, peer, group) for peer, buffer in received.items()]
     received[group.rank] = mine
     parts = [received[member] for member in range(group.size)]
-    return Work(what, [h for h in handles if h is not None], lambda: reduce_in_order(parts, flat, op))
+    return Work(what, _start(messages, soon=False), lambda: reduce_in_order(parts, flat, op))
 
 
 def reduce_in_order(parts: Sequence[torch.Tensor], output: torch.Tensor, op: str) -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from zeropipe.comm.poster import Poster
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -27,6 +29,7 @@ class Seam:
     def __init__(self) -> None:
         # (ranks, channel) -> what was said and not compared yet
         self.greetings: dict[tuple[tuple[int, ...], int], deque[Any]] = {}
+        self.poster = Poster()
         self._listeners: list[Callable[[Event], None]] = []
         self.abandoned: list[
             object

@@ -1,0 +1,84 @@
+"""The thread that hands messages over: their order, what it tells who waits, and what it must never do: stop."""
+
+import threading
+from functools import partial
+
+import pytest
+
+from zeropipe.comm.poster import Poster
+
+
+class Handle:
+    """What the transport gives back: done when it is told so."""
+
+    def __init__(self) -> None:
+        self.arrived = threading.Event()
+        self.waits = 0
+
+    def wait(self) -> None:
+        self.waits += 1
+        assert self.arrived.wait(10)
+
+    def is_completed(self) -> bool:
+        return self.arrived.is_set()
+
+
+def test_messages_are_handed_over_in_their_order_by_one_other_thread() -> None:
+    poster = Poster()
+    order: list[tuple[int, int]] = []
+
+    def message(number: int) -> None:
+        order.append((number, threading.get_ident()))
+
+    works = [poster.post([partial(message, n), partial(message, n + 1)]) for n in range(0, 100, 2)]
+    for work in works:
+        work.wait()
+    assert [number for number, _ in order] == list(range(100))
+    threads = {thread for _, thread in order}
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+def test_posting_does_not_wait_for_the_transport() -> None:
+    poster = Poster()
+    free = threading.Event()
+    handle = Handle()
+
+    def slow() -> Handle:
+        assert free.wait(10)
+        return handle
+
+    work = poster.post([slow])
+    assert not work.is_completed()
+    free.set()
+    handle.arrived.set()
+    work.wait()
+    assert work.is_completed()
+
+
+def test_waiting_ends_when_every_message_has_arrived_and_may_be_repeated() -> None:
+    poster = Poster()
+    first, second = Handle(), Handle()
+    work = poster.post([lambda: first, lambda: None, lambda: second])
+    first.arrived.set()
+    second.arrived.set()
+    work.wait()
+    work.wait()
+    assert (first.waits, second.waits) == (
+        1,
+        1,
+    )  # a second wait on gloo's handle would be for a second message
+
+
+def test_an_error_of_the_transport_is_raised_to_who_waits_and_later_messages_go_on() -> None:
+    poster = Poster()
+
+    def broken() -> None:
+        raise RuntimeError("connection closed by peer")
+
+    work = poster.post([broken])
+    after = poster.post([lambda: None])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            work.wait()
+    after.wait()
