@@ -229,6 +229,21 @@ class Coordinator:
         use.held.append(shards)
         return True
 
+    def expect_gradient(self, shards: Shards) -> None:
+        """Backward is about to make the gradient of ``shards`` without its value."""
+        use = Use(Unit(-1, "", []), [shards])
+        shards.holds += 1
+        shards.show_shape()
+        self._loose.append(use)
+
+        def arrived(_: torch.Tensor | None = None) -> None:
+            if use in self._loose:
+                self._loose.remove(use)
+                self._let_go(use, free=True)
+
+        self.until_settled.append(shards.param.register_post_accumulate_grad_hook(arrived))
+        torch.autograd.Variable._execution_engine.queue_callback(arrived)  # if none comes
+
     def settle(self) -> None:
         """End what backward or a forward that raised left open, and free what was fetched ahead and not used."""
         for use in (*self._backward, *self.running, *self._loose):

@@ -21,7 +21,7 @@ from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.zero.param import ZeroParam
-from zeropipe.runtime.zero.sharded_parameter import mark_available, mark_unavailable
+from zeropipe.runtime.zero.sharded_parameter import mark_available, mark_unavailable, show_shape
 from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType, check_transition
 
 GATHER = 1  # the channel of gathers: they need no order among other collectives
@@ -52,6 +52,7 @@ class Shards:
         self.status = ZeroParamStatus.AVAILABLE
         self.persist = False  # stays gathered between uses
         self.holds = 0  # users that need it gathered now
+        self.shows_shape = False  # though it is away
         self.in_leaf = False  # gathered with a whole module whose children run as the data says
         self.kind = ZeroParamType.PARTITIONED
         self.active_modules: set[int] = set()  # what clients know as ds_active_sub_modules
@@ -147,6 +148,7 @@ class Shards:
             self.status = check_transition(self.name, self.status, ZeroParamStatus.NOT_AVAILABLE)
             raise
         self.status = check_transition(self.name, self.status, ZeroParamStatus.AVAILABLE)
+        self.shows_shape = False
         mark_available(self.param, self.full[: self.numel].view(self.shape))
         return work.heard
 
@@ -182,8 +184,21 @@ class Shards:
         mark_unavailable(self.param, self.full.new_empty(0))
 
     def release_if_idle(self) -> None:
-        if self.holds == 0 and not self.persist:
+        if self.holds:
+            return
+        if self.shows_shape:
+            self.shows_shape = False
+            mark_unavailable(self.param, self.full.new_empty(0))
+        elif not self.persist:
             self.release()
+
+    def show_shape(self) -> None:
+        """Until it is idle or gathered: let autograd see the shape, which is all that it asks for when a gradient
+        arrives that was made without the value."""
+        self.finish_gather()
+        if self.status is ZeroParamStatus.NOT_AVAILABLE:
+            self.shows_shape = True
+            show_shape(self.param, self.shape)
 
     def write_back(self) -> None:
         """Take this rank's shard anew from the gathered value (the same on every rank)."""

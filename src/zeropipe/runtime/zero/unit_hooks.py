@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch._C._dynamo import eval_frame
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zeropipe.errors import UsageError
@@ -77,6 +78,38 @@ class _Call:
             self.coordinator.end(self.use)
 
 
+class _Lookup:
+    """One forward of an embedding with gradients. Its backward reads indices, not the table: nothing is gathered, and
+    it is no visit."""
+
+    def __init__(self, coordinator: Coordinator, table: Shards) -> None:
+        self.coordinator = coordinator
+        self.table = table
+
+    def watch(self, outputs: Iterable[torch.Tensor]) -> None:
+        for tensor in outputs:
+            tensor.register_hook(untraced(lambda _: self.coordinator.expect_gradient(self.table)))
+
+
+def _only_looks_up(module: torch.nn.Module, unit: Unit) -> bool:
+    """Whether autograd keeps nothing of the unit's parameters: a plain embedding with nobody's hooks but ours, the code
+    of which is torch's own."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        _global_forward_hooks,
+        _global_forward_pre_hooks,
+    )
+    return (
+        type(module) is torch.nn.Embedding
+        and module._compiled_call_impl is None
+        and len(unit.shards) == 1
+        and sum(map(len, hooks)) == 2
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
 class _Anchor(torch.autograd.Function):
     """The identity; its backward starts that of a call."""
 
@@ -106,7 +139,7 @@ class UnitHooks:
         self.coordinator = coordinator
         self.unit = unit
         # use, its backward where it will have one, and the exception that was being handled when it began
-        self.calls: list[tuple[Use, _Call | None, BaseException | None]] = []
+        self.calls: list[tuple[Use, _Call | _Lookup | None, BaseException | None]] = []
 
     def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if self.begin is not None:
@@ -121,11 +154,12 @@ class UnitHooks:
             )
         handling = sys.exc_info()[1]
         use = self.coordinator.start(self.unit, Phase.FORWARD)
-        call = None
-        if torch.is_grad_enabled():
-            call = _Call(
-                self.coordinator, self.unit, [t for t in _tensors((args, kwargs)) if t.requires_grad]
-            )
+        call: _Call | _Lookup | None = None
+        if torch.is_grad_enabled() and not self.anchored and _only_looks_up(module, self.unit):
+            call = _Lookup(self.coordinator, self.unit.shards[0])
+        elif torch.is_grad_enabled():
+            inputs = [t for t in _tensors((args, kwargs)) if t.requires_grad]
+            call = _Call(self.coordinator, self.unit, inputs)
         self.calls.append((use, call, handling))
 
     def after(self, _: torch.nn.Module, args: Any, output: Any) -> Any:
@@ -136,7 +170,7 @@ class UnitHooks:
         if output is None and error is not None and error is not handling:
             self.coordinator.failed(use, error)
             return None
-        if call is not None and self.anchored:
+        if isinstance(call, _Call) and self.anchored:
             output = call.anchor(output)
         tensors = _tensors(output)
         if call is not None:
