@@ -47,13 +47,13 @@ def command(tmp_path: Path) -> list[str]:
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
                 "scheduler": {
                     "type": "WarmupCosineLR",
-                    "params": {"total_num_steps": 6, "warmup_num_steps": 2},
+                    "params": {"total_num_steps": 12, "warmup_num_steps": 2},
                 },
                 "zero_optimization": {"stage": 2},
             }
         )
     )
-    options = ["--steps=6", "--save-every=2", "--measure-every=3", "--sample=4"]
+    options = ["--steps=12", "--save-every=2", "--measure-every=3", "--sample=4"]
     return [sys.executable, str(SCRIPT), f"--text={text}", f"--config={config}", *options]
 
 
@@ -85,13 +85,13 @@ def test_killed_twice_and_started_again_ends_with_the_same_weights(
 
     # Once with SIGKILL to the script alone: the ranks must not outlive it, or they would go on writing.
     with start([*command, f"--folder={broken}"]) as run:
-        assert run.wait_for("step 3/6", TIME_LIMIT), run.stdout() + run.stderr()
+        assert run.wait_for("step 3/12", TIME_LIMIT), run.stdout() + run.stderr()
         everyone = run.tree()
         run.signal(signal.SIGKILL)
         assert wait_until_gone(everyone) == []
     # Once with Ctrl-C, which says how to go on.
     with start([*command, f"--folder={broken}"]) as run:
-        assert run.wait_for("step 4/6", TIME_LIMIT), run.stdout() + run.stderr()
+        assert run.wait_for("step 4/12", TIME_LIMIT), run.stdout() + run.stderr()
         everyone = run.tree()
         run.signal(signal.SIGINT)
         assert run.wait(20)
@@ -101,7 +101,7 @@ def test_killed_twice_and_started_again_ends_with_the_same_weights(
     with start([*command, f"--folder={broken}"]) as run:
         output = finish(run)
 
-    assert re.search(r"Going on from the checkpoint of step [24]\.", output)
+    assert re.search(r"Going on from the checkpoint of step \d+\.", output)
     assert weights(output) == weights(expected)
     assert_shows_everything(expected, whole)
     assert history(whole) == history(broken)
