@@ -74,6 +74,21 @@ def test_parameters_stay_in_their_group_and_gradients_cross_once(pool, reach):
         assert sum(e.bytes for e in crossing) - large[0].bytes <= 64  # the norm
 
 
+def _mesh_of_other_names(rank: int, world: int, names: tuple[str, ...] | None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    import zeropipe
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    with pytest.raises(ConfigError, match=r"mesh_param.*data_parallel"):
+        zeropipe.initialize(model=gpt(), config=config(3, 4), mesh_param=mesh)
+
+
+@pytest.mark.parametrize("names", [("dp", "fsdp"), None])
+def test_a_mesh_whose_axes_mean_nothing_here_is_refused(pool, names):
+    pool(4).run(_mesh_of_other_names, names)
+
+
 def _events(rank: int, world: int, reach: str) -> Any:
     import zeropipe
     from zeropipe.comm.record import record

@@ -285,11 +285,7 @@ def meet(
     """
     if group.size > 1 and greets(group):
         SEAM.pass_through("meet", group.size, 0, what, False)
-        work = Work(f"[rank {group.ranks[group.rank]}] {what} (with ranks {list(group.ranks)})")
-        work.greeting = greet(what, group, channel, note, patience)
-        work.wait()
-        assert work.heard is not None
-        return work.heard
+        return _say(what, group, channel, note, patience)()
     return note
 
 
@@ -301,9 +297,23 @@ def greets(group: Group) -> bool:
 def announce(what: str, group: Group, *, channel: int = 0) -> Callable[[], int]:
     """Say ``what`` to members that expect a meeting or a guarded gather, without waiting for them.
 
-    The result waits until every member has said the same; it raises DesyncError where one has not.
+    The result waits until every member has said the same; it raises as ``meet``.
     """
-    return greet(what, group, channel) if group.size > 1 and greets(group) else lambda: 0
+    return _say(what, group, channel) if group.size > 1 and greets(group) else lambda: 0
+
+
+def _say(
+    what: str, group: Group, channel: int, note: int = 0, patience: timedelta | None = None
+) -> Callable[[], int]:
+    work = Work(f"[rank {group.ranks[group.rank]}] {what} (with ranks {list(group.ranks)})")
+    work.greeting = greet(what, group, channel, note, patience)
+
+    def heard() -> int:
+        work.wait()
+        assert work.heard is not None
+        return work.heard
+
+    return heard
 
 
 def barrier(group: Group, *, label: str = "") -> None:

@@ -24,9 +24,10 @@ from zeropipe.errors import CommunicationError, DesyncError, describe
 # Point-to-point messages match in order per tag, so each purpose has its own. A channel (0, 1, ...) is a stream of
 # collectives that needs no order among those of other channels.
 _TAG = 7919  # keeps our exchanges apart from a user's own send and recv on the same group
-_TAGS_PER_CHANNEL = 3
+_TAGS_PER_CHANNEL = 4
 SECOND_HOP = 1  # is sent when the first hop is waited for, so it must not queue behind later first hops
 _GREETING = 2  # says which collective the sender is about to do
+NEVER = 3  # nothing is ever sent
 _LABELS = 2**30  # tags from here on belong to labels
 _GREETING_BYTES = 192
 _NOTE_BYTES = 8  # of them: a number that need not be the same everywhere
@@ -178,7 +179,7 @@ def greet(
     the order in which they were said, earlier ones too: a peer stops at the first difference and says no more.
     ``relay`` hands on when the words are found equal, which any later comparison on this channel sees to.
     """
-    queue = SEAM.greetings.setdefault((group.ranks, channel), deque())
+    queue = SEAM.greetings.setdefault((group.ranks, channel, id(group.pg)), deque())
     greeting = _Greeting(label, group, channel, note, patience, relay)
     queue.append(greeting)
     return lambda: _compare(greeting, queue)
@@ -207,7 +208,7 @@ def hand_on(group: Group, channel: int, patience: timedelta) -> None:
 
     Waits, ``patience`` for each word, until every member has started them too.
     """
-    queue = SEAM.greetings.get((group.ranks, channel), deque())
+    queue = SEAM.greetings.get((group.ranks, channel, id(group.pg)), deque())
     last = next((greeting for greeting in reversed(queue) if greeting.relay is not None), None)
     if last is None:
         return

@@ -7,12 +7,15 @@ that computes goes on.
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
+_PATIENCE = 5.0  # seconds at the end of the process for messages that are not handed over yet
 Message = Callable[[], Any]  # hands one message over; returns gloo's handle of it, None for an empty one
 
 
@@ -54,23 +57,44 @@ class Posted:
 
 
 class Poster:
-    """One per process. Its thread starts with the first message and ends with the process."""
+    """One per process. Its thread starts with the first message and ends before the interpreter does: a thread that
+    came back from the transport later would end the process with an abort."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[Posted] = SimpleQueue()
+        self._start_anew()
+        os.register_at_fork(
+            after_in_child=self._start_anew
+        )  # no thread there, and the messages are the parent's
+
+    def _start_anew(self) -> None:
+        self._lock = threading.Lock()
+        self._queue: SimpleQueue[Posted | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def post(self, messages: Sequence[Message]) -> Posted:
         """Have ``messages`` handed over, after all that were posted before them."""
-        if (
-            self._thread is None or not self._thread.is_alive()
-        ):  # a forked process has no thread but its first
-            self._thread = threading.Thread(target=self._run, name="zeropipe poster", daemon=True)
-            self._thread.start()
         posted = Posted(messages)
-        self._queue.put(posted)
+        with self._lock:
+            if self._thread is None:
+                # A daemon, so that one that the transport never lets go does not keep the process.
+                self._thread = threading.Thread(target=self._run, name="zeropipe poster", daemon=True)
+                self._thread.start()
+                atexit.register(self.close)
+            self._queue.put(posted)
         return posted
 
+    def close(self) -> None:
+        """Hand over what is posted and end the thread, which takes ``_PATIENCE`` at most; a later message starts it
+        anew."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                self._queue.put(None)
+        if thread is not None:
+            thread.join(_PATIENCE)
+        atexit.unregister(self.close)
+
     def _run(self) -> None:
-        while True:
-            self._queue.get().hand_over()
+        while (posted := self._queue.get()) is not None:
+            posted.hand_over()
+            del posted

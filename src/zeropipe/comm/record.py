@@ -27,8 +27,8 @@ class Seam:
     """Who listens to this process's collectives. Process groups belong to the process, and so does this."""
 
     def __init__(self) -> None:
-        # (ranks, channel) -> what was said and not compared yet
-        self.greetings: dict[tuple[tuple[int, ...], int], deque[Any]] = {}
+        # (ranks, channel, which process group of these ranks) -> what was said and not compared yet
+        self.greetings: dict[tuple[tuple[int, ...], int, int], deque[Any]] = {}
         self.poster = Poster()
         self._listeners: list[Callable[[Event], None]] = []
         self.abandoned: list[

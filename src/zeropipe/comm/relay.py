@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from zeropipe.comm.exchange import (
+    NEVER,
     SECOND_HOP,
     Work,
     gather_exchange,
@@ -28,7 +29,6 @@ from zeropipe.comm.group import Group, Hops
 from zeropipe.comm.record import SEAM
 from zeropipe.errors import CommunicationError
 
-_NEVER = 2  # a purpose of tags for which nobody sends anything in a node's own group
 _AT_ONCE = timedelta(milliseconds=1)
 
 
@@ -102,7 +102,7 @@ class RelayedGather:
         node = self._hops.node
         with suppress(Exception):
             wanted = torch.empty(1)
-            receive_from(wanted, peers(node)[0], node, tag_of(self._channel, _NEVER)).wait(_AT_ONCE)
+            receive_from(wanted, peers(node)[0], node, tag_of(self._channel, NEVER)).wait(_AT_ONCE)
 
     def both(self) -> None:
         self.hand_on()

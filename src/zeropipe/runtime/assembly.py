@@ -39,8 +39,17 @@ def data_parallel_group(mpu: Any, mesh: Any) -> Group:
         if pair is not None:
             both = world() if mesh.size() == world().size else mesh[pair]._flatten().get_group()
             return both if isinstance(both, Group) else from_process_group(both)
-        name = "data_parallel" if "data_parallel" in (mesh.mesh_dim_names or ()) else 0
-        return from_process_group(mesh.get_group(name))
+        names = mesh.mesh_dim_names or ()
+        if "data_parallel" not in names and mesh.ndim > 1:
+            raise ConfigError(
+                describe(
+                    "initialize: mesh_param",
+                    expected="an axis named 'data_parallel', or two whose names end in 'replicate' and 'shard'",
+                    found=f"axes {names} of sizes {tuple(mesh.shape)}",
+                    fix="name the mesh's axes: init_device_mesh(..., mesh_dim_names=('data_parallel', ...))",
+                )
+            )
+        return from_process_group(mesh.get_group("data_parallel" if "data_parallel" in names else 0))
     return world()
 
 

@@ -1,5 +1,6 @@
 """The thread that hands messages over: their order, what it tells who waits, and what it must never do: stop."""
 
+import os
 import threading
 from functools import partial
 
@@ -82,3 +83,41 @@ def test_an_error_of_the_transport_is_raised_to_who_waits_and_later_messages_go_
         with pytest.raises(RuntimeError, match="closed by peer"):
             work.wait()
     after.wait()
+
+
+def test_closing_hands_over_what_is_posted_and_a_later_message_starts_anew() -> None:
+    poster = Poster()
+    seen: list[int] = []
+    for number in range(20):
+        poster.post([partial(seen.append, number)])
+    poster.close()
+    assert seen == list(range(20))
+    poster.close()
+    poster.post([partial(seen.append, 20)]).wait()
+    assert seen[-1] == 20
+
+
+def test_a_forked_process_posts_its_own_messages_and_not_its_parents() -> None:
+    poster = Poster()
+    busy, free = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        busy.set()
+        assert free.wait(10)
+
+    seen: list[str] = []
+    first = poster.post([stay])
+    queued = poster.post([lambda: seen.append("parent")])
+    assert busy.wait(10)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        poster.post([lambda: seen.append("child")]).wait()
+        os.write(writer, ",".join(seen).encode())
+        os._exit(0)
+    free.set()
+    assert os.read(reader, 100) == b"child"
+    assert os.waitpid(child, 0)[1] == 0
+    first.wait()
+    queued.wait()
+    assert seen == ["parent"]

@@ -95,6 +95,12 @@ def test_return_bias_without_one():
     assert out.shape == (1, 4)
 
 
+def test_return_bias_of_tiles_that_return_none_is_refused():
+    tiled = TiledLinearReturnBias(4, 4, in_splits=2, out_splits=2)
+    with pytest.raises(UsageError, match=r"Linear returned a Tensor.*TiledLinear"):
+        tiled(torch.randn(2, 4))  # two rows, which would unpack as an output and a bias
+
+
 def test_kwargs_reach_the_tiles():
     tiled = TiledLinear(4, 4, in_splits=2, dtype=torch.float64)
     assert {p.dtype for p in tiled.parameters()} == {torch.float64}

@@ -265,8 +265,36 @@ class _Away(ShardedParameter):
         return _plainly(func, args, kwargs)
 
 
+# What says something of all elements: of none of them it would be said without a word.
+_SUMMARIES = frozenset(
+    [
+        "norm",
+        "vector_norm",
+        "linalg_norm",
+        "linalg_vector_norm",
+        "sum",
+        "mean",
+        "std",
+        "var",
+        "max",
+        "min",
+        "amax",
+        "amin",
+        "any",
+        "all",
+        "isnan",
+        "isinf",
+        "isfinite",
+        "item",
+        "tolist",
+        "numpy",
+    ]
+)
+
+
 class AwayValue(torch.Tensor):
-    """``.data`` of a parameter that is away: shape [0]. Writing to it raises, instead of doing nothing."""
+    """``.data`` of a parameter that is away: shape [0]. Writing to it, or summing it up, raises, instead of doing
+    nothing or giving 0."""
 
     of: str  # the parameter's name
 
@@ -282,6 +310,11 @@ class AwayValue(torch.Tensor):
         writes = name == "__setitem__" or (
             name.endswith("_") and not name.startswith("_") and name not in _HARMLESS
         )
+        if name in _SUMMARIES and args and isinstance(args[0], AwayValue):
+            raise UnavailableParameterError(
+                f"'{name}' of the value of parameter '{getattr(args[0], 'of', '?')}', which is sharded and not here, "
+                "would be that of an empty tensor. Fix: read it inside 'with zero.GatheredParameters(param):'"
+            )
         if writes and args and isinstance(args[0], AwayValue):
             raise UnavailableParameterError(
                 f"'{name}' would write to the value of parameter '{getattr(args[0], 'of', '?')}', which is sharded and "

@@ -178,7 +178,14 @@ class TiledLinearReturnBias(TiledLinear):
         for row in self.linears:
             total, kept = None, None
             for tile, part in zip(row, parts, strict=True):  # type: ignore[call-overload]
-                result, bias = tile(_own(part))
+                given = tile(_own(part))
+                if not isinstance(given, tuple) or len(given) != 2:
+                    raise UsageError(
+                        "TiledLinearReturnBias: linear_cls must make modules that return (output, bias); "
+                        f"{type(tile).__name__} returned a {type(given).__name__}. Fix: use TiledLinear, or name such "
+                        "a class"
+                    )
+                result, bias = given
                 total = result if total is None else total + result
                 if bias is not None:
                     kept = bias if kept is None else kept + bias
