@@ -76,6 +76,7 @@ def train(
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(f"{folder}/adapter")
+    trainer.accelerator.wait_for_everyone()  # plain PyTorch does not wait until rank 0 has written
     found = weights(trainer.model)
     trained = [name for name, param in trainer.model.named_parameters() if param.requires_grad]
     return {
