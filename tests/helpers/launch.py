@@ -126,9 +126,8 @@ def start(
     cwd: str | os.PathLike[str] = ROOT,
 ) -> Iterator[Started]:
     """Start a command in the background; whatever it left running is killed at the end of the block."""
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # a shell's background job would hand that down to the command
+    # A shell's background job ignores Ctrl-C, and would hand that down to the command.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     full = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     full.update(env or {})
