@@ -72,6 +72,34 @@ def test_training_in_bf16_with_accumulation_is_that_of_one_hop(pool: Pools) -> N
         assert_bitwise(mine["weights"], other["weights"])
 
 
+def train_on_a_mesh(rank: int, world: int, two_hops: bool) -> Any:
+    """One replica, shards over all four: the second way to say where the shards are."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    zero = {"stage": 3, **NOTHING_PERSISTS, **(TWO_HOPS if two_hops else {})}
+    with nodes_of(2):
+        mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("dp_replicate", "dp_shard"))
+        engine, *_ = zeropipe.initialize(
+            model=gpt(), config=config(3, world, zero_optimization=zero), mesh_param=mesh
+        )
+    with record() as events:
+        for step in range(2):
+            engine.backward(engine(*gpt_batch(step, rank)))
+            engine.step()
+    weights = {k: v.clone() for k, v in engine.module.state_dict().items()}
+    engine.destroy()
+    return weights, {e.ranks for e in events if e.op == "all_gather"}
+
+
+def test_a_mesh_gathers_in_two_hops_too(pool: Pools) -> None:
+    expected = pool(4).run(train_on_a_mesh, False)
+    ours = pool(4).run(train_on_a_mesh, True)
+    for rank, (mine, other) in enumerate(zip(ours, expected, strict=True)):
+        assert_bitwise(mine[0], other[0])
+        assert other[1] == {(0, 1, 2, 3)}
+        assert mine[1] == {((0, 2), (1, 3))[rank % 2], ((0, 1), (2, 3))[rank // 2]}
+
+
 def test_groups_of_two_nodes_with_replicas(pool: Pools) -> None:
     """Eight ranks, nodes of two, shards among four: both kinds of MiCS's groups beside each other."""
     zero = {"mics_shard_size": 4, **NOTHING_PERSISTS}

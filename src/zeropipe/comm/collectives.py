@@ -148,9 +148,8 @@ def reduce_to_owners(
             output.copy_(view)
     if group.size == 1:
         return Work(what)
-    places = iter(
-        outputs
-    )  # the native reduction writes on the owner's side: into the output, not into the cut
+    # The native reduction writes on the owner's side: into the output, not into the cut.
+    places = iter(outputs)
     handles = [
         dist.reduce(
             next(places) if owner == group.rank else view,
