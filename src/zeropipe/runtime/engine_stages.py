@@ -22,9 +22,8 @@ class StageSharding:
         assert trained is not None
         assert trained.partition is not None
         store = next(s for s in self._optimizer.reducer.stores if s.partition is trained.partition)
-        if (
-            not isinstance(store, GradStore) or not store.keeps_whole
-        ):  # the gradient waits in the parameter until it is reduced
+        # A store that does not keep it whole leaves it in the parameter until it is reduced.
+        if not isinstance(store, GradStore) or not store.keeps_whole:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
             return param.grad

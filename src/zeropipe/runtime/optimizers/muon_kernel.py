@@ -12,9 +12,8 @@ import torch
 from zeropipe.runtime.optimizers.shard_view import ShardView
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest slope at 0 that still lands near 1, by K. Jordan
-NS_DTYPE = (
-    torch.bfloat16
-)  # the iteration is stable in it, so pieces travel in it too: half the bytes, same bits
+# The iteration is stable in it, so pieces travel in it too: half the bytes, same bits.
+NS_DTYPE = torch.bfloat16
 
 
 def newton_schulz(

@@ -23,9 +23,8 @@ class LayerFacts:
     nanoseconds: int = 0  # measured time of a forward
 
 
-Bounds = tuple[
-    int, ...
-]  # stages + 1 ascending layer numbers: stage s has the layers [bounds[s], bounds[s + 1])
+# stages + 1 ascending layer numbers: stage s has the layers [bounds[s], bounds[s + 1])
+Bounds = tuple[int, ...]
 
 
 def partition(

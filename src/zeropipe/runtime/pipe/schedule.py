@@ -25,9 +25,8 @@ class Kind:
     chunks: tuple[int, int]  # fewest and most chunks a rank
     default_chunks: int
     placement: Placement
-    peak: Callable[
-        [int, int, int], float
-    ]  # bound on activations a rank, in micro-batches through all its chunks
+    # Bound on activations a rank, in micro-batches through all its chunks.
+    peak: Callable[[int, int, int], float]
     trains: bool = True
     played: bool = False  # the list scheduler makes it, so `make` also takes costs
 

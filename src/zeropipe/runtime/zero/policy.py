@@ -7,12 +7,10 @@ from enum import Enum
 
 import torch
 
-AUTO_BUCKET_NUMEL = (
-    2**21
-)  # 8 MiB of fp32: past it no algorithm gains, scratch stays small, and latency is hidden
-AUTO_SUB_GROUP_NUMEL = (
-    2**24
-)  # 64 MiB of fp32 for each of master, gradient and moments that a step reads from files
+# 8 MiB of fp32: past it no algorithm gains, scratch stays small, and latency is hidden.
+AUTO_BUCKET_NUMEL = 2**21
+# 64 MiB of fp32 for each of master, gradient and moments that a step reads from files.
+AUTO_SUB_GROUP_NUMEL = 2**24
 
 
 class Place(Enum):

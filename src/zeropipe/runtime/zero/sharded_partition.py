@@ -160,9 +160,8 @@ class ShardedPartition:
         if not gathered:
             return
         layout = flat_shards(((s.name, (s.shard_numel,), "") for s in gathered), 1)
-        wire = torch.empty(
-            (self.group.size, layout.numel), dtype=self.dtype, device=self.device
-        )  # row r: rank r's shards of all that is gathered
+        # Row r: rank r's shards of all that is gathered.
+        wire = torch.empty((self.group.size, layout.numel), dtype=self.dtype, device=self.device)
         own = wire[self.shard]
         for index, shards in enumerate(gathered):
             own[slice(*layout.tensor_range(index))].copy_(shards.source)

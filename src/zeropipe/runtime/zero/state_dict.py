@@ -23,9 +23,8 @@ from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.shards import GATHER, Shards
 from zeropipe.runtime.zero.status import ZeroParamStatus
 
-PATIENCE = timedelta(
-    minutes=5
-)  # ranks may come to a state dict at different times, rank 0 after an evaluation
+# Ranks may come to a state dict at different times, rank 0 after an evaluation.
+PATIENCE = timedelta(minutes=5)
 
 
 def install_state_dict(module: torch.nn.Module) -> None:

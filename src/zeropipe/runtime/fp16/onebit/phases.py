@@ -70,9 +70,8 @@ class OneBitPhases:
     step: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            self.step == 0
-        ):  # states that follow a checked one need no check; 0 would leave no variance to divide by
+        # States that follow a checked one need no check; 0 would leave no variance to divide by.
+        if self.step == 0:
             object.__setattr__(self, "freeze_step", _at_least("freeze_step", self.freeze_step, 1))
 
     @property
