@@ -56,7 +56,7 @@ def save_forever(rank: int, world: int, folder: str, delay: float, asynchronous:
 
 def killed_at(pool: Any, folder: Path, delay: float, asynchronous: bool) -> None:
     outcomes = pool(2).run_faulty(save_forever, str(folder), delay, asynchronous, timeout=40.0)
-    assert outcomes[1].kind == "died"
+    assert outcomes[1].kind == "died", outcomes
     assert outcomes[0].kind in ("error", "died"), outcomes[0]  # told, not stuck
     choice = choose(folder, None)
     first = choice.candidates[0]
@@ -139,6 +139,57 @@ def test_a_kill_between_any_two_steps_of_the_commit(
     engine.save_checkpoint(tmp_path, tag=tag)  # what was left does not stand in the way
     other.load_checkpoint(tmp_path, tag=tag)
     assert torch.equal(other.module.wide.weight, new)
+
+
+# Two ranks that both see that all is written.
+
+
+def claim_late(rank: int, world: int, folder: str) -> bool:
+    """An asynchronous save in which rank 1 claims the right to publish while rank 0 already publishes."""
+    engine = make_engine(1)
+    marks = Path(folder)
+    write_part, claim, publish = saver.replace_text, saver._claim, publishing.commit
+
+    def wait_for(pattern: str, count: int) -> None:
+        end = time.monotonic() + 30
+        while len(list(marks.glob(pattern))) < count:
+            assert time.monotonic() < end, pattern
+            time.sleep(0.002)
+
+    def both_parts(path: Path, text: str) -> None:
+        write_part(path, text)
+        (marks / f"wrote-{rank}").touch()
+        wait_for("wrote-*", world)
+
+    def late(*args: Any) -> bool:
+        (marks / f"seen-{rank}").touch()
+        wait_for("seen-*", world)
+        if rank == 1:
+            wait_for("publishing", 1)
+        mine = claim(*args)
+        (marks / f"tried-{rank}").touch()
+        return mine
+
+    def slow(*args: Any) -> Path:
+        (marks / "publishing").touch()
+        wait_for("tried-1", 1)
+        return publish(*args)
+
+    saver.replace_text, saver._claim, publishing.commit = both_parts, late, slow
+    try:
+        engine.save_checkpoint(f"{folder}/saves", tag="a", async_save=True)
+        engine._saver.wait()
+    finally:
+        saver.replace_text, saver._claim, publishing.commit = write_part, claim, publish
+    engine.save_checkpoint(f"{folder}/saves", tag="b")
+    return True
+
+
+def test_one_rank_publishes_although_another_claims_while_it_does(pool: Any, tmp_path: Path) -> None:
+    """A second claim in that moment succeeded once, found the parts gone and called the save failed."""
+    assert pool(2).run(claim_late, str(tmp_path)) == [True, True]
+    assert all(finding.good for finding in verify(tmp_path / "saves" / "a"))
+    assert not any(p.name.startswith(("claimed", "part_")) for p in (tmp_path / "saves" / "a").iterdir())
 
 
 # Failures of the disk.

@@ -161,10 +161,11 @@ class Saver:
             part = write(work, outgoing)
             replace_text(work / f"{_PART}{part.rank:05d}.json", json.dumps(_part_to_json(part)))
             parts = sorted(work.glob(f"{_PART}*.json"))
-            if len(parts) < local.grid.world or not _claim(work):
+            if len(parts) < local.grid.world or not _claim(work, parts[0]):
                 return
+            parts[0] = work / _CLAIM
             joined = [_part_from_json(json.loads(path.read_text())) for path in parts]
-            for path in (*parts, work / _CLAIM):
+            for path in parts:
                 path.unlink()
             outcome = _publish(self._group, root, tag, local, joined, save_latest)
             if outcome:
@@ -174,11 +175,15 @@ class Saver:
             self._error = CheckpointError(_text(self._group, what, reason))
 
 
-def _claim(work: Path) -> bool:
-    """Whether this rank is the one to publish: several may see that all parts are there."""
+def _claim(work: Path, part: Path) -> bool:
+    """Whether this rank is the one to publish: several may see that all parts are there.
+
+    A rename of the first part can succeed once. A file made for the purpose could be made a second time between
+    the moment when the publisher removes it and the one when it renames the folder.
+    """
     try:
-        os.close(os.open(work / _CLAIM, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except (FileExistsError, FileNotFoundError):  # claimed, or claimed and renamed already
+        part.rename(work / _CLAIM)
+    except FileNotFoundError:  # claimed already
         return False
     return True
 
