@@ -335,6 +335,8 @@ def misuse(rank: int, world: int) -> None:
     for wrong in (None, "model", MLP):
         with pytest.raises(ConfigError, match=r"initialize: model; expected a torch.nn.Module, found"):
             zeropipe.initialize(model=wrong, config={})
+    with pytest.raises(UsageError, match=r"'0.weight', '0.bias' of lazy modules have no shape yet. Fix"):
+        zeropipe.initialize(model=torch.nn.Sequential(torch.nn.LazyLinear(4)), config=config(2, world))
     with pytest.raises(ConfigError, match=r"initialize: no configuration. Fix"):
         zeropipe.initialize(model=mlp())
     with pytest.raises(ConfigError, match=r"given twice, as config and config_params. Fix"):

@@ -176,6 +176,9 @@ def names_of_a_part(rank: int, world: int) -> None:
             state["weight"] + 1
         with pytest.raises(UnavailableParameterError, match="pickling"):
             pickle.dumps(state["weight"])
+        for value in (norm.weight, norm.weight.data, norm.weight.detach()):
+            with pytest.raises(UnavailableParameterError, match=r"nn\.Parameter.*'norm\.weight'"):
+                torch.nn.Parameter(value)
     with zero.GatheredParameters(list(norm.parameters())):
         whole = norm.state_dict()["weight"]
     assert torch.equal(whole, engine.module.state_dict()["norm.weight"])

@@ -121,13 +121,19 @@ class ZeroOptimization(Section):
     offload_optimizer: OffloadOptimizer = key(OffloadOptimizer(), "Move optimizer state off the device.")
 
     stage3_max_live_parameters: Count = key(
-        1_000_000_000, "Gathered elements that may live at once; more are released.", ge=0
+        1_000_000_000,
+        "Gathered elements that may live at once; more are released; unset: chosen from the model (docs/zero.md).",
+        ge=0,
     )
     stage3_max_reuse_distance: Count = key(
-        1_000_000_000, "A unit that is used again within this many elements is not released.", ge=0
+        1_000_000_000,
+        "A unit used again within this many elements is not released; unset: chosen from the model (docs/zero.md).",
+        ge=0,
     )
     stage3_prefetch_bucket_size: Count = key(
-        50_000_000, "Elements that are gathered ahead of their use.", ge=0
+        50_000_000,
+        "Elements that are gathered ahead of their use; unset: chosen from the model (docs/zero.md).",
+        ge=0,
     )
     stage3_param_persistence_threshold: Count = key(
         100_000, "Parameters of at most this many elements stay gathered.", ge=0

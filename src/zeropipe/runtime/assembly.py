@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import SELF, Group, from_process_group, world
@@ -224,6 +225,12 @@ def check_offload(module: torch.nn.Module, group: Group, config: Config) -> None
 def place_module(module: torch.nn.Module, device: torch.device, config: Config) -> None:
     """Move the module to ``device`` in the config's precision; parameters that are shards stay as they are."""
     dtype = DTYPES[config.precision]
+    lazy = [name for name, param in module.named_parameters(remove_duplicate=False) if is_lazy(param)]
+    if lazy:
+        raise UsageError(
+            f"initialize: parameters {', '.join(map(repr, lazy))} of lazy modules have no shape yet. Fix: run the "
+            "model once on a batch before initialize, under torch.no_grad(), which gives them their shapes and values"
+        )
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
         if is_sharded(tensor):

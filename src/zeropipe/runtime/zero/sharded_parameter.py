@@ -7,6 +7,7 @@ parameter is fetched and the module remembered as its user; anywhere else a clea
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -244,6 +245,8 @@ class _Away(ShardedParameter):
                 if shards.building
                 else _plainly(func, args, kwargs)
             )
+        if first is not None and name == "detach" and _makes_a_parameter():
+            raise _unavailable(first._shards, "torch.nn.Parameter(...)")
         if first is not None and name in _EMPTY and not first._shards.building:
             empty = _plainly(func, args, kwargs)
             if name not in ("data", "detach"):
@@ -307,6 +310,11 @@ class AwayValue(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = getattr(func, "__name__", "")
+        if name == "detach" and _makes_a_parameter():
+            raise UnavailableParameterError(
+                f"torch.nn.Parameter(...) of the value of parameter '{getattr(args[0], 'of', '?')}', which is sharded "
+                "and not here. Fix: make it from a clone inside 'with zero.GatheredParameters(param):'"
+            )
         writes = name == "__setitem__" or (
             name.endswith("_") and not name.startswith("_") and name not in _HARMLESS
         )
@@ -345,6 +353,11 @@ def _shape_fact(shape: torch.Size, name: str, dim: int | None = None) -> Any:
     if name == "__len__":
         return shape[0]
     return shape.numel() if name in ("numel", "nelement") else len(shape)
+
+
+def _makes_a_parameter() -> bool:
+    """Whether the caller's caller is the constructor of nn.Parameter, whose own error speaks of torch's insides."""
+    return sys._getframe(2).f_code is torch.nn.Parameter.__new__.__code__
 
 
 def _plainly(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
