@@ -386,3 +386,63 @@ def bypass(rank: int, world: int, stage: int, zero: dict[str, Any]) -> dict[str,
         engine.module.used = ((0, 1, 2, 3), (3,), (0,), ())[(at + 2 * rank) % 4]
         step(engine, at, rank)
     return whole(engine.module)
+
+
+def alone_while_whole(rank: int, world: int, stage: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Rank 0 alone generates inside ``unsharded``, once with all blocks and once without one; then all go on."""
+    model = Bypass()
+    engine = engine_of(model, stage, world)
+    block = model.blocks[1]
+    for at in range(4):
+        step(engine, at, rank)
+        with zeropipe.zero.unsharded(engine.module), torch.no_grad():
+            if rank == 0:
+                for skipped in (block, nn.Identity()):
+                    model.blocks[1] = skipped
+                    engine(x_batch(at, rank))
+                model.blocks[1] = block
+        with torch.no_grad():
+            out = engine(x_batch(at, 7))
+    return out, whole(engine.module)
+
+
+def test_what_one_rank_runs_while_all_is_whole_leaves_no_trace(pool: Pools) -> None:
+    """It became that rank's plan: the next evaluation gathered ahead there, and differently elsewhere."""
+    expected = pool(2).run(alone_while_whole, 0)[0]
+    for out, weights in pool(2).run(alone_while_whole, 3):
+        assert torch.equal(out, expected[0])
+        assert_bitwise(weights, expected[1])
+
+
+class NoRoom:
+    """Stands for the whole value of a parameter for which memory is short."""
+
+    def __init__(self, real: torch.Tensor) -> None:
+        self.real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def untyped_storage(self) -> Any:
+        raise MemoryError("no room")
+
+
+def short_of_memory(rank: int, world: int, fails: bool) -> dict[str, torch.Tensor]:
+    engine = engine_of(Stack(4), 3, world)
+    (shards,) = (s for s in engine._sharded.shards if s.name == "blocks.2.up.weight")
+    for at in range(4):
+        if fails and at == 2:  # a plan is there: the gather that fails is one of a prefetch
+            real, shards.full = shards.full, NoRoom(shards.full)
+            with pytest.raises(MemoryError):
+                engine(x_batch(at, rank))
+            shards.full = real
+            engine.zero_grad()
+        step(engine, at, rank)
+    return whole(engine.module)
+
+
+def test_training_goes_on_after_memory_was_short_for_a_gather(pool: Pools) -> None:
+    """The parameter stayed in flight for ever, and its next use met a tensor of no elements."""
+    expected = pool(2).run(short_of_memory, False)[0]
+    for ours in pool(2).run(short_of_memory, True):
+        assert_bitwise(ours, expected)

@@ -113,7 +113,7 @@ class Coordinator:
         self.meet(f"forward of {root}")
         self._close_trace()
         self._grad = torch.is_grad_enabled()
-        self._replaying = self._grad in self._plans
+        self._replaying = self._grad in self._plans and not self._silent
 
     def meet(self, what: str) -> None:
         """Go on when every rank is about to do ``what``; DesyncError when one is not."""
@@ -137,6 +137,7 @@ class Coordinator:
     def start(self, unit: Unit, phase: Phase) -> Use:
         """Make the unit's parameters available; they stay so until the use ends."""
         if phase is Phase.BACKWARD and not self._backward:
+            self._unmet = 0  # a backward that raised may have left ranks with different counts
             self.meet(f"backward of {unit.name}")
         use = Use(unit)
         (self.running if phase is Phase.FORWARD else self._backward).append(use)
@@ -276,6 +277,8 @@ class Coordinator:
 
     def _advance(self, visit: Visit) -> Step | None:
         """Note the visit; the plan's step for it, or None where there is no plan (any more)."""
+        if self._silent:  # ranks may differ in what they run here, and must not in their plans
+            return None
         at = len(self._visits)
         self._visits.append(visit)
         if not self._replaying:

@@ -118,8 +118,9 @@ class Shards:
         """Begin to gather; does nothing unless the parameter is at rest. The peers are told ``note``."""
         if self.status is not ZeroParamStatus.NOT_AVAILABLE:
             return
-        self.status = check_transition(self.name, self.status, ZeroParamStatus.INFLIGHT)
+        # Before the status: where memory is short the parameter stays at rest, and may be gathered later.
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
+        self.status = check_transition(self.name, self.status, ZeroParamStatus.INFLIGHT)
         own = self.full[self._own()]
         own.copy_(self.source, non_blocking=True)
         self.let_go(self.source)
