@@ -4,7 +4,7 @@ say what a key does here, so that the parser, the checks, the notices and the re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -52,21 +52,6 @@ Dtype = Annotated[Literal["fp32", "fp16", "bf16"], BeforeValidator(_short_dtype)
 
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
-
-
-def enabled_somewhere(value: object) -> bool:
-    """Whether a section that zeropipe does not offer asks for anything: any ``"enabled": true`` inside."""
-    if isinstance(value, Mapping):
-        return any(
-            (name == "enabled" and inner not in (False, 0, "false", AUTO)) or enabled_somewhere(inner)
-            for name, inner in value.items()
-        )
-    return False
-
-
-def not_empty(value: object) -> bool:
-    """Whether a section without an ``enabled`` key asks for anything."""
-    return bool(value)
 
 
 @dataclass(frozen=True, slots=True)

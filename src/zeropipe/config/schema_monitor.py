@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from zeropipe.config.fields import NoEffect, Section, key
-
-_COMMS = NoEffect("use zeropipe.comm.record()")
+from zeropipe.config.fields import Section, key
+from zeropipe.config.without_effect import with_keys_without_effect
 
 
 class TensorBoard(Section):
@@ -34,10 +33,10 @@ class CsvMonitor(Section):
     job_name: str = key("DeepSpeedJobName", "Folder of this run inside output_path.")
 
 
+@with_keys_without_effect("comms_logger")
 class CommsLogger(Section):
     """A log of every collective."""
 
-    enabled: Annotated[bool, _COMMS] = key(False, "Turn it on.")
     prof_all: bool = key(True, "Log all operations.")
     prof_ops: list[Any] = key([], "Operations to log when prof_all is false.")
     verbose: bool = key(False, "Print each one.")

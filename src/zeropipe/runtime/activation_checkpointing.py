@@ -139,14 +139,15 @@ def _section(config: Any) -> ActivationCheckpointing | None:
 
 
 def _settings(section: ActivationCheckpointing, mpu: Any) -> Settings:
+    given = section.model_dump()
     return Settings(
         mpu=mpu,
-        partition_activations=section.partition_activations,
-        contiguous_checkpointing=section.contiguous_memory_optimization,
-        num_checkpoints=section.number_checkpoints,
+        partition_activations=given["partition_activations"],
+        contiguous_checkpointing=given["contiguous_memory_optimization"],
+        num_checkpoints=given["number_checkpoints"],
         checkpoint_in_cpu=section.cpu_checkpointing,
-        synchronize=section.synchronize_checkpoint_boundary,
-        profile=section.profile,
+        synchronize=given["synchronize_checkpoint_boundary"],
+        profile=given["profile"],
     )
 
 
