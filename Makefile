@@ -8,7 +8,7 @@ ARGS   ?=
 
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: train test test-clients check soak clean
+.PHONY: train test test-clients check soak docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing the pinned packages into $(VENV) (once, a minute or two)"
@@ -42,8 +42,12 @@ $(CLIENTS)/.installed: pyproject.toml constraints-clients.txt compat/deepspeed/p
 test-clients: $(CLIENTS)/.installed  ## Trainer, Accelerate, peft, TRL and Lightning on zeropipe, in their own environment
 	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
 
+docs: $(STAMP)  ## the pages and the API reference as a site in build/docs
+	@$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+	@echo "open build/docs/index.html"
+
 soak: $(STAMP)  ## the long tests
 	$(BIN)/python -m pytest tests -m soak
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) runs
+	rm -rf $(VENV) $(CLIENTS) runs build
