@@ -190,7 +190,7 @@ def _groups(local: LocalState, flats: list[FlatState]) -> list[dict[str, Any]]:
 
 
 def _padding(flat: FlatState) -> int:
-    return flat.layout.shard_numel - sum(p.numel for p in flat.layout.pieces(flat.shard))
+    return flat.layout.shard_numel - flat.layout.held(flat.shard)
 
 
 def _fragments(flat: FlatState) -> OrderedDict[str, FragmentAddress]:

@@ -13,8 +13,8 @@ from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.source import Source, read_full, value_key
 from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LoadedFlat, LocalState
 from zeropipe.errors import CheckpointError, describe
-from zeropipe.layout.copy_plan import copy_plan
-from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.layout.copy_plan import copies_of
+from zeropipe.layout.flat import FlatShards, Piece
 
 
 @dataclass(slots=True)
@@ -44,6 +44,11 @@ class Reader:
                 self._flats.setdefault(spec.name, []).append(flat)
         for entry in source.module:
             self._module.setdefault(entry.name, []).append(entry)
+        # Name -> other names of the same tensor: the source's, then the destination's.
+        self._aliases: dict[str, list[str]] = {}
+        for names in (source.tied, into.model.tied, into.model.peer_names):
+            for alias, first in names.items():
+                self._aliases.setdefault(first, []).append(alias)
         self._report = _Report()
         self._threads = int(getattr(source, "threads", 1))
 
@@ -66,7 +71,9 @@ class Reader:
         there = {*self._flats, *self._module}
         first_names = {self._source.tied.get(name, name) for name in wanted}
         unexpected = tuple(sorted(there - wanted - first_names - set(self._source.tied)))
-        return Filled(flats, tuple(self._report.missing), unexpected, tuple(self._report.notices))
+        return Filled(
+            flats, tuple(dict.fromkeys(self._report.missing)), unexpected, tuple(self._report.notices)
+        )
 
     # Single tensors of the module.
 
@@ -120,10 +127,7 @@ class Reader:
         first = self._source.tied.get(name)
         if first is not None:
             return first
-        aliases = [alias for alias, first in self._source.tied.items() if first == name and alias in index]
-        known = {**self._into.model.tied, **self._into.model.peer_names}
-        ours = [alias for alias, first in known.items() if first == name and alias in index]
-        return (aliases + ours + [name])[0]
+        return next((alias for alias in self._aliases.get(name, ()) if alias in index), name)
 
     # Flats.
 
@@ -137,12 +141,11 @@ class Reader:
                     if key not in (FP32, PARAM) and key not in tensors:
                         tensors[key] = torch.zeros(flat.layout.shard_numel, dtype=getattr(torch, dtype))
         asked = {key: out for key, out in tensors.items() if moments or key in (FP32, PARAM)}
-        found = pool.map(lambda item: self._fill_key(flat, item[0], item[1], sources), asked.items())
+        found = pool.map(lambda item: self._fill_key(flat, *item), asked.items())
         for (key, out), filled in zip(asked.items(), found, strict=True):
             lost = [n for n in names if n not in filled]
             if key in (FP32, PARAM):
-                lost = [n for n in lost if not self._from_module(flat, n, out)]
-                self._report.missing += [n for n in lost if n not in self._report.missing]
+                self._report.missing += self._from_module(flat, lost, out)
             elif lost and filled:
                 self._report.notices.append(
                     f"{key} of {len(lost)} parameter(s) is not in the checkpoint and starts at zero: {lost[0]}"
@@ -157,48 +160,47 @@ class Reader:
         return list(found.values())
 
     @torch.no_grad()
-    def _fill_key(self, flat: FlatState, key: str, out: torch.Tensor, sources: list[FlatEntry]) -> set[str]:
+    def _fill_key(self, flat: FlatState, key: str, out: torch.Tensor) -> set[str]:
         """Copy one kind of tensor; the names that it was found for."""
-        filled: set[str] = set()
-        for entry in sources:
-            source_key = value_key(entry) if key in (FP32, PARAM) else key
-            if source_key is None or source_key not in entry.keys:
-                continue
-            wanted = self._renamed(flat.layout, entry, filled)
-            plan = copy_plan(entry.layout, wanted, [flat.shard])
-            for copy in plan.copies:
+        layout, found = flat.layout, self._holders(flat.layout, key)
+        # By source, so that neighbours that lie together there too are one copy.
+        wanted: dict[int, tuple[FlatEntry, str, list[tuple[Piece, int]]]] = {}
+        for piece in layout.pieces(flat.shard):
+            if piece.tensor in found:
+                entry, source_key, tensor = found[piece.tensor]
+                wanted.setdefault(id(entry), (entry, source_key, []))[2].append((piece, tensor))
+        for entry, source_key, pieces in wanted.values():
+            for copy in copies_of(pieces, entry.layout):
                 shard = self._source.flat_tensor(entry, copy.src_shard, source_key)
                 out[copy.dst_offset : copy.dst_offset + copy.numel].copy_(
                     shard[copy.src_offset : copy.src_offset + copy.numel]
                 )
-            here = {spec.name for spec in entry.layout.tensors}
-            filled |= {
-                own.name
-                for own, asked in zip(flat.layout.tensors, wanted.tensors, strict=True)
-                if asked.name in here
-            }
-        return filled
+        return {layout.tensors[index].name for index in found}
 
-    def _renamed(self, layout: FlatShards, entry: FlatEntry, done: set[str]) -> FlatShards:
-        """The destination in the source's names; what must not be copied from this entry matches nothing."""
-        specs = []
-        for spec in layout.tensors:
+    def _holders(self, layout: FlatShards, key: str) -> dict[int, tuple[FlatEntry, str, int]]:
+        """Tensor of ``layout`` -> (the first source that has ``key`` of it, its own word for it, index there)."""
+        found: dict[int, tuple[FlatEntry, str, int]] = {}
+        for index, spec in enumerate(layout.tensors):
             name = self._first_name(spec.name, self._flats)
-            specs.append(TensorSpec(f"\0{spec.name}" if spec.name in done else name, spec.shape, ""))
-        return FlatShards(tuple(specs), layout.num_shards, layout.align)
+            for entry in self._flats.get(name, ()):
+                source_key = value_key(entry) if key in (FP32, PARAM) else key
+                if source_key is not None and source_key in entry.keys:
+                    found[index] = (entry, source_key, entry.layout.index(name))
+                    break
+        return found
 
-    def _from_module(self, flat: FlatState, name: str, out: torch.Tensor) -> bool:
-        """Masters that the source does not have (saved without an optimizer, or frozen) from its module."""
-        entry = self._module_entry(name)
-        if entry is None:
-            return False
-        values = self._source.module_tensor(entry).reshape(-1)
-        for piece in flat.layout.pieces(flat.shard):
-            if flat.layout.tensors[piece.tensor].name == name:
+    def _from_module(self, flat: FlatState, names: list[str], out: torch.Tensor) -> list[str]:
+        """Masters that the source does not have (saved without an optimizer, or frozen) from its module; the names
+        that it does not have either."""
+        entries = {name: self._module_entry(name) for name in names}
+        for piece in flat.layout.pieces(flat.shard) if names else ():
+            entry = entries.get(flat.layout.tensors[piece.tensor].name)
+            if entry is not None:
+                values = self._source.module_tensor(entry).reshape(-1)
                 out[piece.offset : piece.offset + piece.numel].copy_(
                     values[piece.start : piece.start + piece.numel]
                 )
-        return True
+        return [name for name, entry in entries.items() if entry is None]
 
     def _scalars(self, flat: FlatState, sources: list[FlatEntry]) -> dict[str, object]:
         """One value per flat; sources that disagree (unfrozen at different times) give the largest."""

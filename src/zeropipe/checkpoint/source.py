@@ -107,7 +107,7 @@ class OurSource:
 
     def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
         tensor = self._flat(entry, shard)["tensors"][key]
-        if tensor.numel() < sum(p.numel for p in entry.layout.pieces(shard)):
+        if tensor.numel() < entry.layout.held(shard):
             raise CheckpointError(
                 describe(
                     f"{self.folder / entry.files[shard]}: {key} of {entry.name} is too short for its layout",

@@ -52,18 +52,25 @@ def copy_plan(src: FlatShards, dst: FlatShards, dst_shards: Iterable[int] | None
                 f"and {dst.tensors[i].shape} in the destination"
             )
     shards = range(dst.num_shards) if dst_shards is None else dst_shards
-    copies = _merge(
-        copy
-        for shard in shards
-        for piece in dst.pieces(shard)
-        if dst.tensors[piece.tensor].name in index
-        for copy in _fill(piece, src, index[dst.tensors[piece.tensor].name])
+    copies = copies_of(
+        (
+            (piece, index[dst.tensors[piece.tensor].name])
+            for shard in shards
+            for piece in dst.pieces(shard)
+            if dst.tensors[piece.tensor].name in index
+        ),
+        src,
     )
     return CopyPlan(
         tuple(copies),
         tuple(t.name for t in dst.tensors if t.name not in index),
         tuple(t.name for t in src.tensors if t.name not in wanted),
     )
+
+
+def copies_of(pieces: Iterable[tuple[Piece, int]], src: FlatShards) -> Iterator[Copy]:
+    """The copies that fill the given pieces of a destination, each from the tensor of ``src`` named by its index."""
+    return _merge(copy for piece, tensor in pieces for copy in _fill(piece, src, tensor))
 
 
 def _index(layout: FlatShards, role: str) -> dict[str, int]:

@@ -51,6 +51,8 @@ class FlatShards:
     num_shards: int
     align: int = 1
     offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)  # len(tensors) + 1
+    # Name -> index, filled by the first ``index``: a search for each of many tensors would take quadratic time.
+    _numbers: dict[str, int] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.num_shards < 1 or self.align < 1:
@@ -84,15 +86,20 @@ class FlatShards:
             raise IndexError(f"shard {shard} of {self.num_shards}")
         return shard * self.shard_numel, (shard + 1) * self.shard_numel
 
+    def held(self, shard: int) -> int:
+        """Elements of tensors in ``shard``, without padding."""
+        start, stop = self.shard_range(shard)
+        return max(0, min(stop, self.numel) - start)
+
     def tensor_range(self, tensor: int) -> tuple[int, int]:
         """First and one-past-last element of ``tensor`` in the padded buffer."""
         return self.offsets[tensor], self.offsets[tensor + 1]
 
     def index(self, name: str) -> int:
-        for i, spec in enumerate(self.tensors):
-            if spec.name == name:
-                return i
-        raise KeyError(name)
+        """The place of the (first) tensor of that name; KeyError where there is none."""
+        if not self._numbers:
+            self._numbers.update({spec.name: i for i, spec in reversed(list(enumerate(self.tensors)))})
+        return self._numbers[name]
 
     def pieces(self, shard: int) -> tuple[Piece, ...]:
         """The runs that fill ``shard``, in buffer order; padding and empty tensors have none."""
