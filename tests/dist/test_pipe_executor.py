@@ -68,7 +68,7 @@ def execute(module: PipelineModule, name: str, data: list[Any]) -> PlainHost:
     schedule = make_schedule(name, module.num_stages, len(data), module.num_chunks)
     tied = {s for plan, _, _ in module.tie_plans() if len(plan.ranks) > 1 for s in plan.stages}
     schedule = with_transfers(with_sharding(schedule, tied_stages=tied))
-    stages = {s: Stage(s, lambda v, s=s: module.run_stage(s, v), module.recomputes) for s in module.stages}
+    stages = {s: Stage(s, lambda v, s=s: module.run_stage(s, v)) for s in module.stages}
     mailbox = Mailbox(module.grid.links, torch.device("cpu"), module.dynamic_shape)
     host = PlainHost(module, data)
     executor = Executor(schedule, module.grid.stage_id, stages, mailbox, host)

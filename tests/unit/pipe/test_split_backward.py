@@ -147,7 +147,7 @@ def test_an_input_that_is_passed_on_and_one_that_is_not_used():
 def test_recomputed_layers_do_all_in_the_first_half():
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.5))
-    stage = Stage(1, lambda v: checkpoint(layer, v, use_reentrant=False), recomputes=True)
+    stage = Stage(1, lambda v: checkpoint(layer, v, use_reentrant=False))
     out = stage.forward(0, torch.randn(2, 4), [True], train=True)
     stage.hold_output(0, [out])
     stage.backward_input(0, [torch.ones(2, 4)])

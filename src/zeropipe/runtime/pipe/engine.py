@@ -51,7 +51,7 @@ class PipelineEngine(DeepSpeedEngine):
         self.loss_terms: dict[str, torch.Tensor] = {}
         self._name, self._chunks = pick_schedule(self._config.pipeline, module)
         self._own: Schedule | None = None  # a plan that the user gave
-        self._stages = {s: Stage(s, self._runner(s), module.recomputes) for s in module.stages}
+        self._stages = {s: Stage(s, self._runner(s)) for s in module.stages}
         self._mailbox = Mailbox(self.grid.links, self.device, module.dynamic_shape)
         self._eval_mailbox = Mailbox(self.grid.links, self.device, module.dynamic_shape)
         self._executor: Executor | None = None

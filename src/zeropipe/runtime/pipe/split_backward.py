@@ -12,24 +12,76 @@ matrix product: one edge to its input, one through a transpose to its weight)::
 
 Nothing is computed twice: a node computes only the gradients that are asked of it. The second half ends in the
 parameters' own accumulation, so hooks on them run as ever, and sums are those of an undivided backward.
+
+A graph is divided only where that can be proved right; otherwise the first half is the whole, ordinary backward
+and the second does nothing. The proof:
+
+- Every node on a way to an input is one of torch's own, whose formula only reads what forward saved. A custom
+  function may change what it keeps, what it is given or what it has returned, when its backward runs: then running it
+  twice is wrong, and so is using later what it could have changed. It may also insist on an ordinary backward (a
+  reentrant checkpoint, a compiled function).
+- No fork saved its tensors through hooks: a checkpoint would recompute its part of the model once more.
+- Hooks run once, in the first half. What they made of a gradient has been noted, and the second half calls a fork's
+  formula alone. A hook that runs *behind* a fork could change a weight's gradient, so such a fork is not divided.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from zeropipe.errors import UsageError, describe
+
 Grads = tuple[torch.Tensor | None, ...]
+
+
+class Entry(torch.autograd.Function):
+    """Hands a stage's input to its first layer as what it is in an undivided model: no leaf, no view.
+
+    A layer may then change it in place, as ``nn.ReLU(inplace=True)`` does. The memory is the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor) -> torch.Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]
+
+
+class _Formulas(torch.autograd.Function):
+    """A root whose backward calls ``work``: inside of a backward, a node computes only what that backward wants."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, work: Callable[[], None]) -> torch.Tensor:
+        ctx.work = work
+        return anchor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.work()
+        return None, None
+
+
+# Classes of the nodes that torch generates from its table of derivatives. CopySlices is none of them: it contains
+# another node, of any class.
+_FORMULAS = frozenset(
+    kind for name, kind in vars(torch._C._functions).items() if "Backward" in name and name != "CopyBackwards"
+) | {Entry._backward_cls}
 
 
 @dataclass(slots=True)
 class _Fork:
     node: Node
-    edges: list[GradientEdge]  # to parameters alone, and to no other fork's
+    edges: list[GradientEdge]  # to parameters alone
     arrived: Grads = ()  # gradients of the node's outputs, noted in the first half
+    versions: tuple[int, ...] = ()  # of their values, to see that they are still the same
 
 
 @dataclass(slots=True)
@@ -37,8 +89,9 @@ class _Graph:
     """What a walk over the graph finds."""
 
     forks: list[_Fork] = field(default_factory=list)
-    shared: list[GradientEdge] = field(default_factory=list)  # to parameters, from several forks
-    to_input: set[Node] = field(default_factory=set)  # nodes on a way to an input
+    to_input: set[Node] = field(
+        default_factory=set
+    )  # nodes on a way to an input, without the inputs themselves
 
 
 class SplitBackward:
@@ -55,58 +108,129 @@ class SplitBackward:
         inputs: Sequence[torch.Tensor],
     ) -> None:
         self._outputs, self._grads, self._inputs = list(outputs), list(grads), list(inputs)
-        self._forks: list[_Fork] = []
+        self._noted: list[_Fork] = []  # in the order in which an undivided backward runs them
         self._pending: list[tuple[GradientEdge, torch.Tensor]] = []  # gradients on their way to parameters
         self._rest_is_whole = False
 
     def backward_input(self) -> list[torch.Tensor | None]:
         """The gradients of ``inputs``, None for one that no output depends on."""
         graph = _walk(self._outputs, self._inputs)
-        if not any(edge.node in graph.to_input for edge in self._outputs):
+        ends = [get_gradient_edge(tensor) for tensor in self._inputs]
+        reached = graph.to_input | {edge.node for edge in ends}
+        if not any(edge.node in reached for edge in self._outputs):
             self._rest_is_whole = True
             return [None] * len(self._inputs)
-        handles = [fork.node.register_prehook(_note(fork)) for fork in graph.forks]
-        wanted = [get_gradient_edge(tensor) for tensor in self._inputs] + graph.shared
+        outputs, grads, inputs = self._outputs, self._grads, self._inputs
+        self._outputs, self._grads, self._inputs = [], [], []
+        if not _may_be_divided(graph):
+            torch.autograd.backward(outputs, grads)
+            return [tensor.grad for tensor in inputs]
+        handles = [fork.node.register_prehook(self._note(fork)) for fork in graph.forks]
         try:
-            found = torch.autograd.grad(
-                self._outputs, wanted, self._grads, retain_graph=True, allow_unused=True
-            )
+            found = torch.autograd.grad(outputs, ends, grads, retain_graph=True, allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()
-        count = len(self._inputs)
-        self._forks = graph.forks
-        self._keep(graph.shared, found[count:])
-        for edge, grad in zip(self._outputs, self._grads, strict=True):
-            if edge.node not in graph.to_input:  # an output of weights alone passes no fork
-                self._pending.append((edge, grad))
-        self._outputs, self._grads = [], []
-        return list(found[:count])
+        # An output of weights alone passes no fork.
+        self._pending = [(e, g) for e, g in zip(outputs, grads, strict=True) if e.node not in reached]
+        return self._apart(found)
 
     def backward_weight(self) -> None:
         """Add the gradients of all parameters into their ``.grad``; the graph is freed."""
         if self._rest_is_whole:
             torch.autograd.backward(self._outputs, self._grads)
-        for fork in self._forks:
-            arrived = [(i, grad) for i, grad in enumerate(fork.arrived) if grad is not None]
-            if not arrived or not fork.edges:
-                continue
-            roots = [GradientEdge(fork.node, i) for i, _ in arrived]
-            grads = torch.autograd.grad(roots, fork.edges, [g for _, g in arrived], allow_unused=True)
-            self._keep(fork.edges, grads)
-        if self._pending:
-            torch.autograd.backward([edge for edge, _ in self._pending], [grad for _, grad in self._pending])
-        self._outputs, self._grads, self._forks, self._pending = [], [], [], []
+        if self._noted:
+            anchor = torch.zeros((), requires_grad=True)
+            wanted = [
+                get_gradient_edge(anchor)
+            ]  # so that the root is run; the others are what its work may compute
+            wanted += [edge for fork in self._noted for edge in fork.edges]
+            torch.autograd.grad([_Formulas.apply(anchor, self._run_forks)], wanted, allow_unused=True)
+        pending, self._pending = self._pending, []
+        self._outputs, self._grads, self._inputs = [], [], []
+        if pending:
+            torch.autograd.backward([edge for edge, _ in pending], [grad for _, grad in pending])
 
-    def _keep(self, edges: Sequence[GradientEdge], grads: Sequence[torch.Tensor | None]) -> None:
-        self._pending += [(edge, grad) for edge, grad in zip(edges, grads, strict=True) if grad is not None]
+    def _note(self, fork: _Fork) -> Callable[[Grads], None]:
+        def hook(grads: Grads) -> None:
+            fork.arrived = tuple(grads)
+            fork.versions = tuple(grad._version for grad in grads if grad is not None)
+            self._noted.append(fork)
+
+        return hook
+
+    def _apart(self, found: Grads) -> list[torch.Tensor | None]:
+        """``found`` in memory of its own: whoever gets it may write there, and noted gradients must not change."""
+        noted = {
+            grad.untyped_storage()._cdata
+            for grads in (*(fork.arrived for fork in self._noted), [grad for _, grad in self._pending])
+            for grad in grads
+            if grad is not None
+        }
+        return [
+            grad.clone() if grad is not None and grad.untyped_storage()._cdata in noted else grad
+            for grad in found
+        ]
+
+    def _run_forks(self) -> None:
+        """The forks' formulas, without the hooks around them; each fork is freed when it is done."""
+        noted, self._noted = self._noted[::-1], []
+        late: list[tuple[GradientEdge, torch.Tensor]] = []
+        while noted:
+            fork = noted.pop()
+            if fork.versions != tuple(grad._version for grad in fork.arrived if grad is not None):
+                raise UsageError(
+                    describe(
+                        f"a gradient that had arrived at {fork.node.name()} was changed in place afterwards",
+                        fix="let hooks return a new tensor instead of changing the one they are given",
+                    )
+                )
+            results = fork.node(*fork.arrived)  # type: ignore[operator]
+            results = results if isinstance(results, tuple) else (results,)
+            wanted = set(fork.edges)
+            for target, grad in zip(fork.node.next_functions, results, strict=True):
+                edge = None if target[0] is None else GradientEdge(target[0], target[1])
+                if edge in wanted and grad is not None:
+                    late.append((edge, _fit(grad, edge)))
+        self._pending = late + self._pending
 
 
-def _note(fork: _Fork) -> Callable[[Grads], None]:
-    def hook(grads: Grads) -> None:
-        fork.arrived = tuple(grads)
+def _fit(grad: torch.Tensor, edge: GradientEdge) -> torch.Tensor:
+    """``grad`` summed over what the node's forward has broadcast, as the engine does it behind every node."""
+    shape = edge.node._input_metadata[edge.output_nr].shape  # type: ignore[attr-defined]
+    return grad if grad.shape == shape else grad.sum_to_size(shape)
 
-    return hook
+
+def _may_be_divided(graph: _Graph) -> bool:
+    if not all(type(node) in _FORMULAS for node in graph.to_input):
+        return False
+    return not any(_saved_through_hooks(fork.node) or _has_hooks_behind(fork.node) for fork in graph.forks)
+
+
+def _saved_through_hooks(node: Node) -> bool:
+    for name in _saved_names(type(node)):
+        saved = getattr(node, name)
+        for tensor in saved if isinstance(saved, (tuple, list)) else (saved,):
+            if tensor is not None and tensor.unpack_hook is not None:
+                return True
+    return False
+
+
+@cache
+def _saved_names(kind: type[Node]) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
+def _has_hooks_behind(node: Node) -> bool:
+    # torch keeps a node's hooks in one dict and shows it to none but the handle of a hook.
+    handle = node.register_hook(_see)
+    hooks = handle.hooks_dict_ref()
+    handle.remove()
+    return bool(hooks)
+
+
+def _see(*_: Any) -> None:
+    """A hook that is never run."""
 
 
 def _walk(outputs: Sequence[GradientEdge], inputs: Sequence[torch.Tensor]) -> _Graph:
@@ -122,28 +246,17 @@ def _walk(outputs: Sequence[GradientEdge], inputs: Sequence[torch.Tensor]) -> _G
         is_parameter = not children and node not in ends
         if is_parameter or any(child in to_weight for child in children):
             to_weight.add(node)
-    graph = _Graph(to_input=to_input)
-    parents: dict[tuple[Node, int], Node] = {}
-    shared: set[tuple[Node, int]] = set()
-    branches: dict[Node, list[tuple[Node, int]]] = {}
+    graph = _Graph(to_input=to_input - ends)
     for node in order:
-        if node not in to_input or node in ends:
+        if node not in graph.to_input:
             continue
         edges = dict.fromkeys(
-            (child, nr)
+            GradientEdge(child, nr)
             for child, nr in node.next_functions
             if child is not None and child in to_weight and child not in to_input
         )
         if edges:
-            branches[node] = list(edges)
-        for edge in edges:
-            if parents.setdefault(edge, node) is not node:
-                shared.add(edge)
-    for node, found in branches.items():
-        own = [GradientEdge(*edge) for edge in found if edge not in shared]
-        if own:
-            graph.forks.append(_Fork(node, own))
-    graph.shared = [GradientEdge(*edge) for edge in shared]
+            graph.forks.append(_Fork(node, list(edges)))
     return graph
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from zeropipe.errors import UsageError, describe
-from zeropipe.runtime.pipe.split_backward import SplitBackward
+from zeropipe.runtime.pipe.split_backward import Entry, SplitBackward
 from zeropipe.runtime.pipe.wire import flatten, rebuild
 
 Run = Callable[[Any], Any]
@@ -27,14 +27,10 @@ class _Alive:
 
 
 class Stage:
-    """Runs the layers of stage ``number``.
+    """Runs the layers of stage ``number``; ``run``: their forward."""
 
-    ``run``: the layers' forward. ``recomputes``: activation checkpoints make the first half of a split backward
-    recompute everything, so there the first half is the whole backward and the second does nothing.
-    """
-
-    def __init__(self, number: int, run: Run, recomputes: bool = False) -> None:
-        self.number, self._run, self._recomputes = number, run, recomputes
+    def __init__(self, number: int, run: Run) -> None:
+        self.number, self._run = number, run
         self._alive: dict[int, _Alive] = {}
 
     @property
@@ -57,7 +53,7 @@ class Stage:
             flags = zip(tensors, needs_grad, strict=True)
             tensors = [t.detach().requires_grad_(train and wanted) for t, wanted in flags]
             leaves = [t for t in tensors if t.requires_grad]
-            value = rebuild(tree, tensors)
+            value = rebuild(tree, [Entry.apply(t) if t.requires_grad else t for t in tensors])
         with torch.set_grad_enabled(train):
             output = self._run(value)
         if train:
@@ -81,10 +77,6 @@ class Stage:
 
     def backward_input(self, micro_batch: int, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The first half: gradients of the inputs alone."""
-        if self._recomputes:
-            found = self.backward(micro_batch, grads)
-            self._alive[micro_batch] = _Alive([])
-            return found
         alive = self._alive[micro_batch]
         self._check(micro_batch, alive, grads)
         alive.split = SplitBackward(alive.outputs, list(grads), alive.inputs)
