@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Final
 
 import zeropipe
+from zeropipe.names import homes
 
 PEER_VERSION: Final = "0.19.8"  # whose interface this is; clients compare against it
 VERSION: Final = f"{PEER_VERSION}+zeropipe.{zeropipe.__version__}"
@@ -71,20 +72,7 @@ MODULES: Final = MappingProxyType(
 # Path below ``deepspeed`` of a package that only holds others, or names of several -> {name: "module:object"}.
 NAMES: Final = MappingProxyType(
     {
-        "": {
-            "DeepSpeedEngine": "zeropipe.runtime.engine:DeepSpeedEngine",
-            "DeepSpeedOptimizer": "zeropipe.runtime.base_optimizer:DeepSpeedOptimizer",
-            "OnDevice": "zeropipe.utils.init_on_device:OnDevice",
-            "PipelineEngine": "zeropipe.runtime.pipe.engine:PipelineEngine",
-            "PipelineModule": "zeropipe.runtime.pipe.module:PipelineModule",
-            "add_config_arguments": "zeropipe.entry:add_config_arguments",
-            "add_tuning_arguments": "zeropipe.runtime.lr_schedules:add_tuning_arguments",
-            "get_accelerator": "zeropipe.accelerator:get_accelerator",
-            "init_distributed": "zeropipe.comm.startup:init_distributed",
-            "initialize": "zeropipe.entry:initialize",
-            "log_dist": "zeropipe.utils.logging:log_dist",
-            "logger": "zeropipe.utils.logging:logger",
-        },
+        "": {name: f"{module}:{name}" for name, module in homes("zeropipe").items() if name != "zero"},
         "launcher": {},
         "ops": {},
         "ops.adagrad": {"DeepSpeedCPUAdagrad": "zeropipe.ops.adagrad:DeepSpeedCPUAdagrad"},

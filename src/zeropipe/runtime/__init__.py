@@ -1,11 +1,5 @@
-"""Lets ``zeropipe.runtime.lr_schedules`` and the like be reached as attributes, without an import statement."""
+"""Training: the engines, and the four subjects that they wire together."""
 
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from zeropipe.names import lazy
 
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module(f"{__name__}.{name}")
+__getattr__, __dir__ = lazy(__name__)

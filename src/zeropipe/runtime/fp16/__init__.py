@@ -6,9 +6,9 @@ looked up only when asked for.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
+from zeropipe.names import lazy
 from zeropipe.runtime.fp16 import fp16_utils
 from zeropipe.runtime.fp16.loss_scaler import (
     CreateLossScaler,
@@ -16,6 +16,9 @@ from zeropipe.runtime.fp16.loss_scaler import (
     LossScaler,
     get_loss_scaler,
 )
+
+if TYPE_CHECKING:
+    from zeropipe.runtime.engine import DeepSpeedEngine
 
 __all__ = [
     "CreateLossScaler",
@@ -26,14 +29,4 @@ __all__ = [
     "get_loss_scaler",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "DeepSpeedEngine":
-        return importlib.import_module("zeropipe.runtime.engine").DeepSpeedEngine
-    if name == "onebit":
-        return importlib.import_module(f"{__name__}.onebit")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__)

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from zeropipe.errors import UsageError, describe
+from zeropipe.names import lazy
 
 
 class ProcessTopology:
@@ -127,10 +128,5 @@ class PipeModelDataParallelTopology(ProcessTopology):
         super().__init__(axes=["pipe", "data", "model"], dims=[num_pp, num_dp, num_mp])
 
 
-def __getattr__(name: str) -> Any:
-    """`PipelineParallelGrid` is looked for here by its users, but needs process groups, so it comes on demand."""
-    if name == "PipelineParallelGrid":
-        from zeropipe.runtime.pipe.grid import PipelineParallelGrid
-
-        return PipelineParallelGrid
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Its users look for `PipelineParallelGrid` here, but it needs process groups.
+__getattr__, __dir__ = lazy(__name__)
