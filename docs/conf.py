@@ -29,10 +29,7 @@ def without_links_outside(app: Any, name: str, source: list[str]) -> None:
 def drawings_as_they_are(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """What stands indented in the docstring of a module is a drawing or formulas: a literal block."""
     if what == "module":
-        written = (
-            obj.__doc__ or ""
-        ).splitlines()  # Sphinx has moved it to the left where nothing else follows
-        pairs = zip(["", *written], [*written, ""], strict=True)
+        pairs = list(zip(["", *lines], [*lines, ""], strict=True))
         lines[:] = [
             part
             for before, line in pairs

@@ -1,8 +1,10 @@
 """GatheredParameters: look at, or edit, the whole value of sharded parameters for a while.
 
-enter   gather all, start first and wait last                       (collective)
-exit    modifier_rank=None   nothing may have been edited; an edit is an error, and the shards keep their value
-        modifier_rank=r      what rank r edited reaches every rank and is cut into shards again
+    enter   gather all, start first and wait last
+    exit    modifier_rank=None   nothing may have been edited; an edit is an error, and the shards keep their value
+            modifier_rank=r      what rank r edited reaches every rank and is cut into shards again
+
+Both ends are collective.
 """
 
 from __future__ import annotations

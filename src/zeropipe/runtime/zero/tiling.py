@@ -1,8 +1,10 @@
 """A linear layer in tiles, each a module of its own, so that stage 3 gathers one tile at a time.
 
-out     in_splits = 2
-splits | tile 0,0 | tile 0,1 |    y0 = tile00(x0) + tile01(x1)    bias: in the last tile of each row
-       | tile 1,0 | tile 1,1 |    y1 = tile10(x0) + tile11(x1)    output: y0, y1 side by side
+    out     in_splits = 2
+    splits | tile 0,0 | tile 0,1 |    y0 = tile00(x0) + tile01(x1)    bias: in the last tile of each row
+           | tile 1,0 | tile 1,1 |    y1 = tile10(x0) + tile11(x1)    output: y0, y1 side by side
+
+A tile is a unit like any other: gathered before its product, freed after it.
 """
 
 from __future__ import annotations
