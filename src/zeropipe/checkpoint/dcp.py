@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from zeropipe.checkpoint.weights import aliases, weights
 from zeropipe.comm.dcp import Key, Lazy, Stored, flatten, read_chunk, read_index, read_tensor, write
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.runtime.optimizers.state_kinds import per_element_keys
 
 OURS = "zeropipe"
 _MODELS = ("model", "module", "app", "state_dict")
@@ -143,10 +144,21 @@ class DcpSource:
             value = read_tensor(self.folder, stored) if stored.dtype else self._value(stored)
             flat_groups.setdefault(".".join(words[1:-1]), {})[words[-1]] = value
 
+    @cached_property
+    def _state_keys(self) -> set[str]:
+        """The keys of optimizer state with one value per element."""
+        return per_element_keys(
+            None,
+            (
+                (self._values[name].shape, {key: s.shape if s.dtype else None for key, s in state.items()})
+                for name, state in self._state.items()
+                if name in self._values
+            ),
+        )
+
     def _flat(self, name: str, group: int) -> FlatEntry:
         value = self._values[name]
-        tensors = {k: s.dtype for k, s in self._state[name].items() if s.dtype and s.shape == value.shape}
-        tensors.pop("step", None)  # the step of a scalar parameter has its shape
+        tensors = {k: s.dtype for k, s in self._state[name].items() if s.dtype and k in self._state_keys}
         if value.dtype == "float32":
             tensors[FP32] = value.dtype
         layout = FlatShards((TensorSpec(name, value.shape, value.dtype),), 1)

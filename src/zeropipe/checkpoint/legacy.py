@@ -8,7 +8,7 @@ end to end. Stage 0: ``torch.optim``'s state, by position. Facts measured on fil
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from zeropipe.checkpoint.state import FP32, PARAM, TrainState
 from zeropipe.checkpoint.universal.patterns import rules_in
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.runtime.optimizers.state_kinds import per_element_keys, shapes_in, split_state
 
 _ALIGN = 2  # elements: what each shard of stages 1 and 2 is a multiple of
 _OPTIM = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
@@ -275,15 +276,24 @@ class PeerSource:
                     fix="build the optimizer with the same param groups as when it was saved",
                 )
             )
-        flats = []
+        values_of: dict[int, torch.Tensor] = {}
         for index, name in enumerate(names):
-            if index not in state["state"]:
-                continue
-            if name == "":
-                continue  # a copy of a tied layer, which another stage has too
-            layer = self._layer_entries.get((name, mp_rank % self.degrees["tp"]))
-            values = tree["module"].get(name) if layer is None else self.module_tensor(layer)
-            tensors, scalars = _moments(state, index)
+            # A copy of a tied layer, which another stage has too, has no name.
+            if index in state["state"] and name != "":
+                layer = self._layer_entries.get((name, mp_rank % self.degrees["tp"]))
+                values_of[index] = tree["module"].get(name) if layer is None else self.module_tensor(layer)
+        per_element = per_element_keys(
+            None,
+            (
+                (tuple(values.shape), shapes_in(state["state"][index]))
+                for index, values in values_of.items()
+                if values is not None
+            ),
+        )
+        flats = []
+        for index, values in values_of.items():
+            name = names[index]
+            tensors, scalars = _moments(state, index, per_element)
             shape = next((tuple(t.shape) for t in tensors.values()), tuple(values.shape))
             layout = FlatShards((TensorSpec(name, shape, "float32"),), 1)
             flat = {key: t.reshape(-1) for key, t in tensors.items()}
@@ -349,8 +359,13 @@ def _hyper(state: Any) -> tuple[dict[str, Any], ...]:
     return tuple({key: v for key, v in group.items() if key != "params"} for group in groups)
 
 
-def _moments(base: Any, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors, one-value entries) that an optimizer state dict holds for parameter ``index``."""
+def _moments(
+    base: Any, index: int, per_element: Set[str] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors, one-value entries) that an optimizer state dict holds for parameter ``index``.
+
+    ``per_element``: the keys of the former; None for flat buffers, whose state is 1D.
+    """
     if not isinstance(base, dict):
         raise CheckpointError(
             describe(
@@ -359,8 +374,9 @@ def _moments(base: Any, index: int) -> tuple[dict[str, torch.Tensor], dict[str, 
             )
         )
     state = base.get("state", {}).get(index, {})
-    tensors = {key: v for key, v in state.items() if isinstance(v, torch.Tensor) and v.dim() > 0}
-    return tensors, {key: v for key, v in state.items() if key not in tensors}
+    if per_element is None:
+        per_element = {key for key, v in state.items() if isinstance(v, torch.Tensor) and v.dim() > 0}
+    return split_state(state, per_element)
 
 
 def _buffer_order(states: list[Any], group: int) -> list[str]:

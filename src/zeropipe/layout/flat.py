@@ -53,6 +53,8 @@ class FlatShards:
     offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)  # len(tensors) + 1
     # Name -> index, filled by the first ``index``: a search for each of many tensors would take quadratic time.
     _numbers: dict[str, int] = field(init=False, repr=False, compare=False, default_factory=dict)
+    # Asked for tens of thousands of times in a step of a large model, so computed once.
+    shard_numel: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_shards < 1 or self.align < 1:
@@ -61,16 +63,13 @@ class FlatShards:
             )
         sizes = accumulate((t.numel for t in self.tensors), initial=0)
         object.__setattr__(self, "offsets", tuple(sizes))
+        quantum = self.num_shards * self.align
+        object.__setattr__(self, "shard_numel", -(-self.numel // quantum) * self.align)
 
     @property
     def numel(self) -> int:
         """Elements of all tensors, without padding."""
         return self.offsets[-1]
-
-    @property
-    def shard_numel(self) -> int:
-        quantum = self.num_shards * self.align
-        return -(-self.numel // quantum) * self.align
 
     @property
     def padded_numel(self) -> int:

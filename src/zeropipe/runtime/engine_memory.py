@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
 from zeropipe.runtime.zero.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.sharded_partition import ShardedPartition
 from zeropipe.runtime.zero.types import AnyPartition
@@ -113,8 +114,9 @@ def _gradient_tensors(
 def _state_tensors(optimizer: ZeroOptimizer) -> Iterator[torch.Tensor]:
     for partition in optimizer.partitions:
         yield partition.master.detach()
+    keys = state_keys(optimizer.optimizer)
     for state in optimizer.optimizer.state.values():
-        yield from (value for value in state.values() if torch.is_tensor(value) and value.dim() > 0)
+        yield from split_state(state, keys)[0].values()
 
 
 def _bytes(tensors: Iterable[torch.Tensor], counted: set[int]) -> int:

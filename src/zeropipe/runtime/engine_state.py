@@ -26,6 +26,7 @@ from zeropipe.checkpoint.state import (
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.group import SELF, world
 from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.own_gradients import Communicates
 from zeropipe.runtime.zero.param import shards_of
@@ -162,9 +163,10 @@ class Holding:
 
 def optimizer_flats(optimizer: ZeroOptimizer) -> Iterator[Holding]:
     """Every flat of the optimizer on this rank: per partition at stages 0 to 2, per parameter at stage 3."""
+    keys = state_keys(optimizer.optimizer)
     for partition in optimizer.partitions:
         replicas = partition.replicas
-        whole = partition.stepped[0] is partition.master
+        whole = partition.flat
         if whole or partition.sharded:
             owners = [partition.master] * len(partition.names) if whole else list(partition.stepped)
             parts = [
@@ -178,24 +180,12 @@ def optimizer_flats(optimizer: ZeroOptimizer) -> Iterator[Holding]:
                 for spec, owner in zip(partition.layout.tensors, partition.stepped, strict=True)
             ]
         for name, layout, shard, owner, where in parts:
-            moments, scalars = _split(optimizer.state.get(owner, {}), owner, where)
-            tensors = {FP32: owner.detach().reshape(-1)[where]} | moments
+            moments, scalars = split_state(optimizer.state.get(owner, {}), keys)
+            tensors = {FP32: owner.detach()} | moments
+            tensors = {key: value.reshape(-1)[where] for key, value in tensors.items()}
             index = partition.group_index
             flat = FlatState(name, layout, shard, tensors, scalars, index, replicas.rank, replicas.size)
             yield Holding(flat, owner, where, partition)
-
-
-def _split(
-    state: Mapping[str, Any], owner: torch.Tensor, where: slice
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(the flat's part of state with one value per element, as 1D views; the rest)."""
-    full = {
-        key: value
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor) and value.shape == owner.shape and key != "step"
-    }
-    tensors = {key: value.reshape(-1)[where] for key, value in full.items()}
-    return tensors, {key: value for key, value in state.items() if key not in full}
 
 
 def frozen_flats(engine: DeepSpeedEngine, exclude_frozen: bool = False) -> list[FlatState]:

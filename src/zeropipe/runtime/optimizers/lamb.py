@@ -54,6 +54,8 @@ class Lamb(Optimizer):
     Raises ValueError for values out of range.
     """
 
+    per_element_state = ("exp_avg", "exp_avg_sq")  # see state_kinds.py
+
     def __init__(
         self,
         params: ParamsT,

@@ -18,6 +18,8 @@ class Lion(Optimizer):
     floating dtype; state ``exp_avg`` has the parameter's. Raises ValueError for values out of range.
     """
 
+    per_element_state = ("exp_avg",)  # see state_kinds.py
+
     def __init__(
         self,
         params: ParamsT,

@@ -47,6 +47,8 @@ class Muon(Optimizer):
     under ``use_muon: True``.
     """
 
+    per_element_state = ("momentum_buffer", "exp_avg", "exp_avg_sq")  # see state_kinds.py
+
     def __init__(
         self,
         params: ParamsT,

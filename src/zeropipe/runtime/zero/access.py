@@ -21,7 +21,7 @@ def safe_get_full_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:
     zp = _trained(param)
     if zp is None:
         return None
-    zp.partition.take_edits()
+    zp.partition.take_edit(zp.index)
     return zp.partition.full(zp.partition.master.detach(), zp.index)
 
 
@@ -65,7 +65,8 @@ def safe_set_full_optimizer_state(
     """Set state such as ``exp_avg`` to ``value`` (the parameter's shape, the same on every rank)."""
     zp = _required(param)
     _check_shape(zp, value, zp.shape)
-    zp.partition.scatter(_required_state(zp, optim_state_key), zp.index, value)
+    _required_state(zp, optim_state_key)
+    zp.partition.state.write(optim_state_key, zp.index, value)
 
 
 def safe_get_local_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:
@@ -105,7 +106,7 @@ def safe_set_local_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
 
 
 def safe_get_local_optimizer_state(param: torch.nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
-    """This rank's piece of the state: 1D, a view; None before the first step."""
+    """This rank's piece of the state: 1D; None before the first step."""
     zp = _trained(param)
     shard = None if zp is None else _state(zp, optim_state_key)
     return None if zp is None or shard is None else zp.partition.local(shard, zp.index)
@@ -118,7 +119,7 @@ def safe_set_local_optimizer_state(
     zp = _required(param)
     piece = zp.partition.local(_required_state(zp, optim_state_key), zp.index)
     _check_shape(zp, value, tuple(piece.shape))
-    piece.copy_(value)
+    zp.partition.state.write(optim_state_key, zp.index, value, local=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ def _reduced(zp: _Trained) -> AnyStore | None:
 
 def _state(zp: _Trained, key: str) -> torch.Tensor | None:
     """The shard-sized state ``key``; works for a master that is stepped whole and for one stepped by views."""
-    return zp.partition.state_shard(key)
+    return zp.partition.state.shard(key)
 
 
 def _required_state(zp: _Trained, key: str) -> torch.Tensor:

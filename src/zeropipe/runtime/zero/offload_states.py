@@ -11,6 +11,7 @@ from enum import StrEnum
 import torch
 
 from zeropipe.errors import UsageError, describe
+from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
 from zeropipe.runtime.zero.grads import GradStore
 from zeropipe.runtime.zero.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.types import AnyPartition, AnyStore
@@ -76,10 +77,10 @@ def move_states(optimizer: ZeroOptimizer, kinds: frozenset[OffloadStateTypeEnum]
         if kinds & grads:
             _move_gradients(partition, store, move, host_steps)
     if OffloadStateTypeEnum.optim_states in kinds and not host_steps:
+        names = state_keys(optimizer.optimizer)
         for state in optimizer.optimizer.state.values():
-            for key, value in state.items():
-                if torch.is_tensor(value) and value.dim() > 0:
-                    state[key] = move(value)
+            for key, value in split_state(state, names)[0].items():
+                state[key] = move(value)
 
 
 def _move_gradients(partition: AnyPartition, store: AnyStore, move: Move, host_steps: bool) -> None:

@@ -267,7 +267,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def _adopt(self, index: int, params: list[torch.nn.Parameter]) -> None:
         """Make partitions of the parameters of param group ``index``, one per dtype; frozen ones wait."""
         param_group = self.optimizer.param_groups[index]
-        masters = [p for p in param_group["params"] if not any(p is q for q in params)]
+        taken = set(map(id, params))
+        masters = [p for p in param_group["params"] if id(p) not in taken]
         by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
         for param in params:
             if param not in self._names:
@@ -283,7 +284,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         for members in by_dtype.values():
             names = [self._names[param] for param in members]
             partition = make(names, members, index, self._group, self.policy, self, self._flat)
-            partition.adopt_state()
+            partition.state.adopt()
             self.partitions.append(partition)
             self.reducer.add(partition)
             masters += partition.stepped

@@ -9,9 +9,9 @@ of its own, and the values are rounded from it after each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +19,7 @@ from zeropipe.comm.collectives import Work, all_gather, broadcast, gather_from_o
 from zeropipe.comm.group import SELF, Group
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.optimizers.shard_view import ShardView
+from zeropipe.runtime.zero.held_state import HeldState
 from zeropipe.runtime.zero.param import ZeroParam
 from zeropipe.runtime.zero.policy import Policy
 
@@ -72,8 +73,10 @@ class Partition:
         broadcast(self.values, 0, group, label="initial values")
         self.master = torch.nn.Parameter(self._make_master(policy))  # 1D, shard_numel, fp32
         assert flat or not self.sharded
+        self.flat = flat
         self.stepped = [self.master] if flat else self._views()  # what the torch optimizer holds
-        self._versions = self._count_writes()
+        self.state = HeldState(self, owner.optimizer)
+        self._versions = [param._version for param in self.params]
 
     @property
     def master_is_values(self) -> bool:
@@ -91,29 +94,24 @@ class Partition:
     def _views(self) -> list[torch.nn.Parameter]:
         if self.master_is_values:
             return list(self.params)
-        views = [self.master.detach()[slice(*self.layout.tensor_range(i))] for i in range(len(self.params))]
+        views = self.pieces(self.master.detach())
         return [torch.nn.Parameter(v.view(p.shape)) for v, p in zip(views, self.params, strict=True)]
 
-    def adopt_state(self) -> None:
-        """Take over state that the optimizer already has for the parameters (it was stepped before)."""
-        optimizer = self.owner.optimizer
-        old = [optimizer.state.pop(param, {}) for param in self.params]
-        if not any(old):
-            return
-        if len(self.stepped) > 1 or self.stepped[0] is not self.master:
-            for tensor, state in zip(self.stepped, old, strict=True):
-                optimizer.state[tensor] = state
-            return
-        merged: dict[str, Any] = {}
-        per_element = moment_keys(self.shapes, old)
-        for index, state in enumerate(old):
-            for key, value in state.items():
-                if key in per_element:
-                    shard = merged.setdefault(key, torch.zeros_like(self.master))
-                    self.scatter(shard, index, value)
-                else:
-                    merged.setdefault(key, value)
-        optimizer.state[self.master] = merged
+    def pieces(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """A master-sized tensor cut into each parameter's elements: 1D views; of an unsharded partition."""
+        assert not self.sharded
+        return [tensor[slice(*self.layout.tensor_range(index))] for index in range(len(self.params))]
+
+    def new_state(self, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros for one kind of optimizer state, as the master."""
+        return torch.zeros_like(self.master, dtype=dtype, requires_grad=False)
+
+    def range_of(self, index: int) -> tuple[int, int]:
+        """[start, stop): where this rank's elements of parameter ``index`` lie in a shard-sized tensor."""
+        for piece in self.layout.tensor_pieces(index):
+            if piece.shard == self.shard:
+                return piece.offset, piece.offset + piece.numel
+        return 0, 0
 
     def load_gradient(self, shard: torch.Tensor, factor: float) -> None:
         """Set the master's gradient to ``factor`` times ``shard`` (1D, shard_numel); may scale it in place."""
@@ -124,7 +122,7 @@ class Partition:
             if factor != 1.0:
                 grad.mul_(factor)
             grad = grad.to(self.master.device)
-        if self.stepped[0] is self.master:
+        if self.flat:
             self.master.grad = grad
             return
         for index, tensor in enumerate(self.stepped):
@@ -132,7 +130,7 @@ class Partition:
 
     def drop_gradients(self, indices: Sequence[int] | None = None) -> None:
         """Take the gradients off what is stepped: all of it, or (where not flat) of some parameters."""
-        if self.stepped[0] is self.master:
+        if self.flat:
             if indices is None:
                 self.master.grad = None
             return
@@ -144,10 +142,6 @@ class Partition:
         """The ranks that hold the same shard as this one."""
         return SELF if self.sharded else self.group
 
-    @property
-    def used_numel(self) -> int:
-        return self.layout.numel
-
     def views(self) -> dict[torch.nn.Parameter, ShardView]:
         """What an optimizer that needs whole tensors is told of the master."""
         return {self.master: ShardView(self.layout, self.shard, self.group if self.sharded else SELF)}
@@ -157,7 +151,7 @@ class Partition:
         name = f"group{self.group_index}.{str(self.dtype).removeprefix('torch.')}.{self.names[0]}"
         yield name, self.layout, self.shard, slice(0, self.layout.shard_numel)
 
-    def values_of(self, index: int) -> torch.Tensor:
+    def _values_of(self, index: int) -> torch.Tensor:
         """The parameter's value in the flat buffer: 1D, a view."""
         start, stop = self.layout.tensor_range(index)
         return self.values[start:stop]
@@ -193,29 +187,11 @@ class Partition:
     def write_value(self, index: int, value: torch.Tensor) -> None:
         """Set parameter ``index`` to ``value`` (its shape, the same on every rank): master and values."""
         self.scatter(self.master.detach(), index, value)
-        self.values_of(index).copy_(value.detach().reshape(-1))
+        self._values_of(index).copy_(value.detach().reshape(-1))
 
     def state_keys(self) -> set[str]:
-        """The optimizer's state that is laid out like the master; empty before the first step."""
-        state = self.owner.optimizer.state
-        keys = [
-            {k for k, v in state.get(t, {}).items() if torch.is_tensor(v) and v.shape == t.shape}
-            for t in self.stepped
-        ]
-        return set.union(*keys) if keys else set()
-
-    def state_shard(self, key: str) -> torch.Tensor | None:
-        """Optimizer state ``key`` as 1D, shard_numel; a copy where the optimizer steps on views."""
-        if key not in self.state_keys():
-            return None
-        state = self.owner.optimizer.state
-        if self.stepped[0] is self.master:
-            return state[self.master][key]
-        whole = torch.zeros_like(self.master)
-        for index, tensor in enumerate(self.stepped):
-            if key in state.get(tensor, {}):
-                self.scatter(whole, index, state[tensor][key])
-        return whole
+        """The optimizer's state that is laid out like what is stepped; empty before the first step."""
+        return self.state.keys()
 
     def refresh_master(self) -> None:
         """Take the master anew from the values, after somebody wrote those (a loaded state dict, an edit)."""
@@ -228,15 +204,21 @@ class Partition:
         Not collective: each rank takes the elements of its shard, so all must have written the same. The version
         counters tell of it, which a write through ``.data`` leaves alone.
         """
-        versions = self._count_writes()
+        versions = [param._version for param in self.params]
         if versions == self._versions:
             return
         self._versions = versions
         if not self.master_is_values:
             take_edited(self.master.detach(), self.own_values)
 
-    def _count_writes(self) -> list[int]:
-        return [param._version for param in self.params]
+    def take_edit(self, index: int) -> None:
+        """``take_edits`` of one parameter."""
+        version = self.params[index]._version
+        if version == self._versions[index]:
+            return
+        self._versions[index] = version
+        if not self.master_is_values:
+            take_edited(self.local(self.master.detach(), index), self.local(self.own_values, index))
 
     def full(self, shard: torch.Tensor, index: int) -> torch.Tensor:
         """Parameter ``index``'s elements of a shard-sized tensor (master, gradient or state), from all ranks.
@@ -264,10 +246,7 @@ class Partition:
 
     def local(self, shard: torch.Tensor, index: int) -> torch.Tensor:
         """This rank's elements of parameter ``index`` in a shard-sized tensor: a 1D view, empty if it has none."""
-        for piece in self.layout.tensor_pieces(index):
-            if piece.shard == self.shard:
-                return shard[piece.offset : piece.offset + piece.numel]
-        return shard[:0]
+        return shard[slice(*self.range_of(index))]
 
     def move_values(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Let the values (in fp32 the master with them) be ``move`` of themselves."""
@@ -275,7 +254,7 @@ class Partition:
         self.values = move(self.values)
         self.own_values = self.values[slice(*self.layout.shard_range(self.shard))]
         for index, param in enumerate(self.params):
-            param.data = self.values_of(index).view(param.shape)
+            param.data = self._values_of(index).view(param.shape)
         if with_master:
             self.master.data = self.own_values
 
@@ -284,7 +263,7 @@ class Partition:
         if self.master_is_values:
             return
         self.master.data = move(self.master.data)
-        if self.stepped[0] is not self.master:
+        if not self.flat:
             for index, tensor in enumerate(self.stepped):
                 tensor.data = self.master.data[slice(*self.layout.tensor_range(index))].view(tensor.shape)
 
@@ -301,17 +280,6 @@ def take_edited(master: torch.Tensor, values: torch.Tensor) -> None:
     bits."""
     new = values.to(master.device)
     master.copy_(torch.where(new == master.to(new.dtype), master, new.to(master.dtype)))
-
-
-def moment_keys(shapes: Sequence[tuple[int, ...]], states: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The keys of state with one value per element, from the states of parameters of these shapes."""
-    # Of a 0-d parameter the shape alone does not tell a moment from a step count.
-    alike = [
-        {k for k, v in state.items() if torch.is_tensor(v) and tuple(v.shape) == shape}
-        for shape, state in zip(shapes, states, strict=True)
-    ]
-    sure = [keys for keys, shape in zip(alike, shapes, strict=True) if shape]
-    return set[str]().union(*sure) if sure else set[str]().union(*alike) - {"step"}
 
 
 def _flatten(params: Sequence[torch.nn.Parameter], layout: FlatShards) -> torch.Tensor:

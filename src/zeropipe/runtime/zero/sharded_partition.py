@@ -17,8 +17,9 @@ from zeropipe.comm.collectives import all_gather
 from zeropipe.comm.group import Group
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.optimizers.shard_view import ShardView
+from zeropipe.runtime.zero.held_state import HeldState
 from zeropipe.runtime.zero.param import ZeroParam, shards_of
-from zeropipe.runtime.zero.partition import ALIGN, moment_keys
+from zeropipe.runtime.zero.partition import ALIGN
 from zeropipe.runtime.zero.policy import Policy
 from zeropipe.runtime.zero.shards import GATHER, Shards
 from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
@@ -75,7 +76,9 @@ class ShardedPartition:
             param = self.params[index]
             param._zero = ZeroParam(self.names[index], self, index, shards)  # type: ignore[attr-defined]
         self.master = torch.nn.Parameter(master)  # 1D, fp32
+        self.flat = flat
         self.stepped = [self.master] if flat else [torch.nn.Parameter(piece) for piece in self.pieces(master)]
+        self.state = HeldState(self, owner.optimizer)
         # What the parameters that stay gathered showed last, and which these were: to see that somebody wrote to them.
         self._shown: tuple[list[tuple[int, int]], torch.Tensor]
         self._remember()
@@ -98,10 +101,6 @@ class ShardedPartition:
         """A master-sized tensor cut into each parameter's shard: 1D views."""
         return [tensor[slice(*self.local_layout.tensor_range(index))] for index in range(len(self.params))]
 
-    @property
-    def used_numel(self) -> int:
-        return self.local_layout.numel
-
     def views(self) -> dict[torch.nn.Parameter, ShardView]:
         """What an optimizer that needs whole tensors is told of each tensor that it steps."""
         pairs = zip(self.stepped, self.shards, strict=True)
@@ -112,32 +111,13 @@ class ShardedPartition:
         for index, shards in enumerate(self.shards):
             yield shards.name, shards.layout, self.shard, slice(*self.local_layout.tensor_range(index))
 
-    def adopt_state(self) -> None:
-        """Take over state that the optimizer already has for the parameters; it is whole on every rank."""
-        optimizer = self.owner.optimizer
-        old = [optimizer.state.pop(param, {}) for param in self.params]
-        if not any(old):
-            return
-        per_element = moment_keys(self.shapes, old)
-        for index, state in enumerate(old):
-            target = self.stepped[0] if self.stepped[0] is self.master else self.stepped[index]
-            merged = optimizer.state[target]
-            for key, value in state.items():
-                if key in per_element:
-                    if target is self.master:
-                        self.scatter(merged.setdefault(key, self.new_state(value.dtype)), index, value)
-                    else:
-                        merged[key] = self._cut(index, value)
-                else:
-                    merged.setdefault(key, value)
-
     def load_gradient(self, shard: torch.Tensor, factor: float) -> None:
         """Set the master's gradient to ``factor`` times ``shard`` (1D, as the master); may scale it in place."""
         if shard.dtype == self.master.dtype and shard.device == self.master.device:
             grad = shard if factor == 1.0 else shard.mul_(factor)
         else:
             grad = shard.to(self.master.dtype, copy=True).mul_(factor).to(self.master.device)
-        if self.stepped[0] is self.master:
+        if self.flat:
             self.master.grad = grad
             return
         for index, tensor in enumerate(self.stepped):
@@ -145,7 +125,7 @@ class ShardedPartition:
 
     def drop_gradients(self, indices: Sequence[int] | None = None) -> None:
         """Take the gradients off what is stepped: all of it, or (where not flat) of some parameters."""
-        if self.stepped[0] is self.master:
+        if self.flat:
             if indices is None:
                 self.master.grad = None
             return
@@ -195,6 +175,13 @@ class ShardedPartition:
                 shards.write_back()
         self._remember()
 
+    def take_edit(self, index: int) -> None:
+        """``take_edits`` of one parameter."""
+        shards = self.shards[index]
+        gathered = shards.status is ZeroParamStatus.AVAILABLE and shards.numel and not shards.contexts
+        if gathered and shards.differs():
+            shards.write_back()
+
     def _remember(self) -> None:
         gathered = self._gathered()
         self._shown = (_facts(gathered), self._own_elements(gathered))
@@ -240,6 +227,10 @@ class ShardedPartition:
         numel = sum(piece.numel for piece in self.shards[index].layout.pieces(self.shard))
         return shard[start : start + numel]
 
+    def range_of(self, index: int) -> tuple[int, int]:
+        """[start, stop): where this rank's shard of parameter ``index``, padding included, lies in the master."""
+        return self.local_layout.tensor_range(index)
+
     def write_value(self, index: int, value: torch.Tensor) -> None:
         """Set parameter ``index`` to ``value`` (its shape, the same on every rank)."""
         self.scatter(self.master.detach(), index, value)
@@ -252,25 +243,7 @@ class ShardedPartition:
 
     def state_keys(self) -> set[str]:
         """The optimizer's state that is laid out like what is stepped; empty before the first step."""
-        state = self.owner.optimizer.state
-        keys = [
-            {k for k, v in state.get(t, {}).items() if torch.is_tensor(v) and v.dim() and v.shape == t.shape}
-            for t in self.stepped
-        ]
-        return set().union(*keys)
-
-    def state_shard(self, key: str) -> torch.Tensor | None:
-        """Optimizer state ``key``, master-sized; a copy where the optimizer steps on pieces."""
-        if key not in self.state_keys():
-            return None
-        state = self.owner.optimizer.state
-        if self.stepped[0] is self.master:
-            return state[self.master][key]
-        whole = torch.zeros_like(self.master)
-        for index, tensor in enumerate(self.stepped):
-            if key in state.get(tensor, {}):
-                whole[slice(*self.local_layout.tensor_range(index))] = state[tensor][key]
-        return whole
+        return self.state.keys()
 
     def move_values(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Let what gathers read, where it is a copy of the masters, be ``move`` of itself."""
@@ -288,7 +261,7 @@ class ShardedPartition:
                 self.shards[index].source = piece
             else:
                 self.shards[index].master = piece
-            if self.stepped[0] is not self.master:
+            if not self.flat:
                 self.stepped[index].data = piece
 
     def release(self) -> None:
