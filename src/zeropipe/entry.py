@@ -17,7 +17,7 @@ from zeropipe.config.batch import solve_batch
 from zeropipe.config.checks import check_world
 from zeropipe.config.parse import parse_config
 from zeropipe.errors import ConfigError, describe
-from zeropipe.runtime import assembly
+from zeropipe.runtime import assembly, placement
 from zeropipe.runtime.accumulation import Clock
 from zeropipe.runtime.engine import DeepSpeedEngine, Parts
 from zeropipe.runtime.pipe.engine import PipelineEngine
@@ -96,17 +96,18 @@ def initialize(
         )
         clock = Clock(batch)
         device = assembly.pick_device(args)
-        assembly.place_module(model, device, parsed)
+        model_group, counts = assembly.model_parts(model, mpu)
+        dtypes = placement.decide_dtypes(model, device, parsed, model_group)
+        placement.place_module(model, device, dtypes)
         base = assembly.make_optimizer(optimizer, model_parameters, model, parsed, device)
         schedule = assembly.make_scheduler(lr_scheduler, base, parsed)
-        assembly.check_offload(model, group, parsed)
+        assembly.check_offload(model, group, parsed, dtypes)
         items = assembly.digest(model, base, parsed)
     agree({_OUTCOME: "prepared", **items}, group)
     parts = assembly.replication(parsed, group, mesh_param)
-    sharded = assembly.shard_model(model, group, device, parsed, parts)
+    sharded = assembly.shard_model(model, group, device, parsed, dtypes, parts)
     wrapped = None
     if base is not None:
-        model_group, counts = assembly.model_parts(model, mpu)
         options = StepOptions(
             clip=parsed.gradient_clipping,
             scaler=assembly.scaler_of(parsed),
@@ -130,7 +131,7 @@ def initialize(
             wrapped.parameter_offload = ParameterOffload(sharded.hooks)
     if sharded is not None:
         sharded.place(Offload(assembly.policy_of(parsed)) if wrapped is None else wrapped.offload)
-    assembly.synchronize_module(model, group)
+    placement.synchronize_module(model, group)
     kind = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
     engine = kind(Parts(model, parsed, clock, group, device, wrapped, schedule, mpu, collate_fn, sharded))
     if training_data is not None:

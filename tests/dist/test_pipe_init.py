@@ -49,16 +49,10 @@ def train(
         given["schedule"] = "zbv"
     if kind == "memory":
         given |= {"partition_method": "memory", "sample_input": torch.zeros(2, SEQ, dtype=torch.int64)}
-    default = torch.get_default_dtype()
-    if extra == BF16:
-        torch.set_default_dtype(torch.bfloat16)  # as zero.Init does
     torch.manual_seed(11)
-    try:
-        with context(how, grid, settings):
-            layers = specs(blocks=6 if kind == "zbv" else 3, tied=kind in ("tied", "zbv"))
-            module = PipelineModule([s.build() for s in layers] if kind == "modules" else layers, **given)
-    finally:
-        torch.set_default_dtype(default)
+    with context(how, grid, settings):
+        layers = specs(blocks=6 if kind == "zbv" else 3, tied=kind in ("tied", "zbv"))
+        module = PipelineModule([s.build() for s in layers] if kind == "modules" else layers, **given)
     if how != "without" and stage == 3:
         for name, param in module.named_parameters():
             assert param.numel() == 0 or param.ds_numel == 0, name

@@ -345,12 +345,12 @@ def sixteen_bits(rank: int, world: int) -> Any:
     torch.manual_seed(SEED)
     with zero.Init(config_dict_or_path={**AUTO, "bf16": {"enabled": True}}):
         model = Hugging()
-        kept = torch.zeros(2, dtype=torch.float32), torch.ones(2), torch.arange(3)
-    assert [t.dtype for t in kept] == [torch.float32, torch.bfloat16, torch.int64]
+        kept = torch.zeros(2, dtype=torch.bfloat16), torch.ones(2), torch.arange(3)
+    assert [t.dtype for t in kept] == [torch.bfloat16, torch.float32, torch.int64]
     torch.manual_seed(SEED)
-    torch.set_default_dtype(torch.bfloat16)
     plain = Hugging()
-    torch.set_default_dtype(torch.float32)
+    for param in plain.parameters():
+        param.data = param.data.bfloat16()
     return dict(model.state_dict()), dict(plain.state_dict())
 
 

@@ -83,6 +83,15 @@ def _check_precision(config: Config) -> None:
                 fix="set 'fp16.auto_cast' to false",
             )
         )
+    chosen = config.data_types.param_dtype
+    if chosen not in (None, config.precision):
+        raise ConfigError(
+            describe(
+                f"config key 'data_types.param_dtype' = {chosen!r} is not the precision of the run",
+                expected=f"{config.precision!r}, as the sections 'fp16' and 'bf16' say",
+                fix="enable the section of that dtype, or remove the key",
+            )
+        )
     scale = config.fp16
     if scale.enabled and scale.loss_scale == 0 and scale.min_loss_scale > 2.0**scale.initial_scale_power:
         raise ConfigError(

@@ -48,8 +48,17 @@ class TorchAutocast(Section):
 
 @with_keys_without_effect("data_types")
 class DataTypes(Section):
-    """Dtypes of what is neither a weight nor an activation."""
+    """Dtypes of gradient sums, parameters and buffers."""
 
     grad_accum_dtype: Dtype | None = key(
         None, "The dtype in which gradients accumulate; unset: the dtype of the parameters."
+    )
+    param_dtype: Dtype | None = key(
+        None,
+        "Cast every floating-point parameter to this dtype, the run's precision; unset: those that the model keeps in"
+        " fp32 on purpose stay (see [precision](precision.md#what-keeps-its-dtype)).",
+    )
+    buffer_dtype: Dtype | None = key(
+        None,
+        "Cast every floating-point buffer to this dtype; unset: buffers keep the dtype the model gives them.",
     )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
 
-from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import SELF, Group, from_process_group, world
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError, describe
 from zeropipe.runtime import lr_schedules
 from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
+from zeropipe.runtime.placement import DTYPES, Dtypes
 from zeropipe.runtime.zero.leaf import leaf_modules
 from zeropipe.runtime.zero.offload import check_folders
 from zeropipe.runtime.zero.own_gradients import Communicates
@@ -24,7 +24,6 @@ from zeropipe.runtime.zero.policy import AUTO_BUCKET_NUMEL, AUTO_SUB_GROUP_NUMEL
 from zeropipe.runtime.zero.replication import Replication, replicated, shard_size, with_hops
 from zeropipe.runtime.zero.sharded_model import ShardedModel, Sharding
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Params = Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]
 
 
@@ -180,6 +179,7 @@ def shard_model(
     group: Group,
     device: torch.device,
     config: Config,
+    dtypes: Dtypes,
     parts: Replication | None = None,
 ) -> ShardedModel | None:
     """At stage 3, make the module's parameters shards; None at the other stages."""
@@ -210,61 +210,18 @@ def shard_model(
         model_persistence_threshold=zero.stage3_model_persistence_threshold,
         apply_sees_whole=zero.override_module_apply,
     )
-    dtype = None if config.precision == "fp32" else DTYPES[config.precision]
-    return ShardedModel(module, group, sharding, device, dtype, leaf_modules(module, zero.leaf_module), parts)
+    leaves = leaf_modules(module, zero.leaf_module)
+    return ShardedModel(module, group, sharding, device, dtypes.params, leaves, parts)
 
 
-def check_offload(module: torch.nn.Module, group: Group, config: Config) -> None:
+def check_offload(module: torch.nn.Module, group: Group, config: Config, dtypes: Dtypes) -> None:
     """Raise OffloadError unless the folders that the config names are there and have room for the state."""
     policy = policy_of(config)
-    numel = sum(int(getattr(param, "ds_numel", param.numel())) for param in module.parameters())
+    numels: Counter[torch.dtype] = Counter()
+    for param in module.parameters():
+        numels[dtypes.of(param)] += int(getattr(param, "ds_numel", param.numel()))
     size = policy.stage == 3 and shard_size(config.zero_optimization)
-    check_folders(policy, numel, DTYPES[config.precision], size or group.size)
-
-
-def place_module(module: torch.nn.Module, device: torch.device, config: Config) -> None:
-    """Move the module to ``device`` in the config's precision; parameters that are shards stay as they are."""
-    dtype = DTYPES[config.precision]
-    lazy = [name for name, param in module.named_parameters(remove_duplicate=False) if is_lazy(param)]
-    if lazy:
-        raise UsageError(
-            f"initialize: parameters {', '.join(map(repr, lazy))} of lazy modules have no shape yet. Fix: run the "
-            "model once on a batch before initialize, under torch.no_grad(), which gives them their shapes and values"
-        )
-
-    def place(tensor: torch.Tensor) -> torch.Tensor:
-        if is_sharded(tensor):
-            return tensor
-        if tensor.is_meta:
-            raise UsageError(
-                f"initialize: a tensor of shape {tuple(tensor.shape)} is on the meta device and has no value. Fix: "
-                "call zero.Init(module=model, config_dict_or_path=config) first, which makes it module by module, or "
-                "model.to_empty(device=...) and initialize it"
-            )
-        cast = dtype != torch.float32 and tensor.is_floating_point()
-        placed = tensor.to(device, dtype) if cast else tensor.to(device)
-        if placed is not tensor and isinstance(tensor, torch.nn.Parameter) and zero_param(tensor) is not None:
-            raise UsageError(
-                f"initialize: another engine trains this module in {tensor.dtype} on {tensor.device}, and this one "
-                f"would make it {placed.dtype} on {placed.device}. Fix: use the same precision, or destroy() that "
-                "engine first"
-            )
-        return placed
-
-    module._apply(place)
-
-
-def synchronize_module(module: torch.nn.Module, group: Group) -> None:
-    """Give every rank rank 0's value of what no partition has broadcast: buffers and untrained parameters."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        trained = isinstance(tensor, torch.nn.Parameter) and zero_param(tensor) is not None
-        if trained or is_sharded(tensor) or tensor.numel() == 0:
-            continue
-        data = tensor.detach()
-        whole = data.contiguous()
-        broadcast(whole, 0, group, label="initial values")
-        if whole.data_ptr() != data.data_ptr():
-            data.copy_(whole)
+    check_folders(policy, numels, size or group.size)
 
 
 def make_optimizer(

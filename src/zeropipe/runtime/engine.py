@@ -22,7 +22,6 @@ from zeropipe.config.batch import BatchSizes
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UsageError, describe
 from zeropipe.runtime.accumulation import Clock
-from zeropipe.runtime.assembly import DTYPES
 from zeropipe.runtime.dataloader import ZeroDataLoader, build_dataloader
 from zeropipe.runtime.engine_checkpoint import EngineCheckpoint
 from zeropipe.runtime.engine_facts import EngineFacts
@@ -30,6 +29,7 @@ from zeropipe.runtime.engine_memory import MemoryRow, memory_report
 from zeropipe.runtime.engine_offload import EngineOffload
 from zeropipe.runtime.engine_report import Reporter, Status
 from zeropipe.runtime.engine_weights import EngineWeights
+from zeropipe.runtime.placement import DTYPES
 from zeropipe.runtime.plain_backward import Gate
 from zeropipe.runtime.zero.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.sharded_model import ShardedModel

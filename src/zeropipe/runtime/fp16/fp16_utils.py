@@ -22,6 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from zeropipe.errors import UsageError, describe
 from zeropipe.layout.flat import FlatShards, flat_shards
+from zeropipe.tensor.dtypes import KeepsDtype
 from zeropipe.tensor.norms import clip_coefficient, total_norm
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (_BatchNorm,)
@@ -51,8 +52,8 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class _CastInputs:
-    """Forward pre-hook; an object, so that a converted network pickles and copies."""
+class _CastInputs(KeepsDtype):
+    """Forward pre-hook; an object, so that a converted network pickles and copies. The engine knows it as a mark."""
 
     dtype: torch.dtype
 

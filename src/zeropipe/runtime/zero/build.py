@@ -2,6 +2,8 @@
 
 constructor begins   a frame; whatever it uses of shards is gathered, oldest put back beyond a window
 constructor returns  what was written is cut anew; the parameters that are still whole are cut and freed
+the end              shards are rounded to the run's 16 bits. Not before: half of what constructors make are buffers and
+                     intermediate values, and a weight that is initialized once more would be drawn in 16 bits
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.shards import GATHER, Shards, shard_parameter
 from zeropipe.runtime.zero.state_dict import install_state_dict
 from zeropipe.runtime.zero.status import ZeroParamType
+from zeropipe.tensor.dtypes import was_prepared, working_dtypes
 
 # Elements that stay gathered after a use; older ones are put back while the constructor runs on.
 WINDOW = 2**22
@@ -142,6 +145,7 @@ class Build:
         self._settle(self._frames[-1])
         self._shard(self._frames[-1])
         meet("the end of zero.Init", self.group, channel=GATHER)
+        self._round(_alive(self._frames[-1].built))
         self._freed.give_back()
         self.active = False
 
@@ -169,6 +173,7 @@ class Build:
             shards = shards_of(param)
             if shards is not None and shards.builder is self:
                 shards.name = name
+        self._round(list(module.modules()))
         self.active = False
 
     def _close(self, complete: bool) -> None:
@@ -221,7 +226,7 @@ class Build:
 
     def _shard(self, frame: _Frame) -> None:
         """Cut every whole parameter of the modules built in ``frame``; collective."""
-        modules = [module for module in (ref() for ref in frame.built) if module is not None]
+        modules = _alive(frame.built)
         whole: dict[int, tuple[str, torch.nn.Parameter]] = {}
         for module in modules:
             for name, param in module._parameters.items():
@@ -239,8 +244,7 @@ class Build:
                 install_state_dict(module)
 
     def _cut(self, name: str, param: torch.nn.Parameter) -> None:
-        dtype = self.dtype if self.dtype is not None and param.is_floating_point() else param.dtype
-        value = param.detach().to(self.device, dtype).contiguous()
+        value = param.detach().to(self.device).contiguous()
         broadcast(value, 0, self.group, label=name)
         param.data = value
         ident = next(self._ids)
@@ -253,6 +257,28 @@ class Build:
             shards.source = shards.source.cpu()  # offload moves it on, to pinned memory
         if self.arena is not None:
             shards.source, shards.let_go = self.arena.keep(shards.source), self.arena.files.let_go
+
+    def _round(self, modules: list[torch.nn.Module]) -> None:
+        """Cast the shards of ``modules`` to what they work in, but for those that an engine has taken over by now, or
+        that a constructor outside of a nested context is using."""
+        if self.dtype is None:
+            return
+        params = (param for module in modules for param in module._parameters.values() if param is not None)
+        for param, dtype in working_dtypes(modules, self.dtype, was_prepared(params)).items():
+            shards = shards_of(param)
+            if shards is None or shards.dtype == dtype or shards.holds or shards.fetch_for_use is not None:
+                continue
+            place = shards.source
+            shards.cast(dtype, shards.full.device)
+            self._freed.add(place.nbytes)
+            if self.arena is not None and dtype.itemsize <= place.dtype.itemsize:
+                shards.source = place.view(dtype)[: shards.shard_numel].copy_(shards.source)
+            elif self.arena is not None:
+                shards.source = self.arena.keep(shards.source)
+
+
+def _alive(refs: list[weakref.ref[torch.nn.Module]]) -> list[torch.nn.Module]:
+    return [module for module in (ref() for ref in refs) if module is not None]
 
 
 def _deferred(param: torch.nn.Parameter) -> bool:

@@ -32,7 +32,7 @@ class Init:
     """A context in which modules are built as shards. Collective: every rank builds the same model.
 
     With the same seed the weights are, bit for bit, those that plain construction gives rank 0; in 16 bits, those
-    that it gives under ``torch.set_default_dtype``. Contexts nest and may be entered again.
+    rounded when the context ends. Buffers are those of plain construction. Contexts nest and may be entered again.
 
     Args:
         module: an existing module: its parameters are sharded at once, those on the meta device after
@@ -41,10 +41,11 @@ class Init:
         remote_device: where shards live: ``cpu``, or ``nvme`` for files in the config's ``offload_param.nvme_path``;
             default the config's ``offload_param.device``.
         config_dict_or_path: the engine's config, "auto" values included. Its fp16 or bf16 section gives the dtype
-            of new parameters; a stage below 3 makes the context do nothing.
+            of parameters; a stage below 3 makes the context do nothing.
         config: another name for ``config_dict_or_path``.
         enabled: False makes it do nothing.
-        dtype: the dtype of new parameters; default the config's, else torch's default dtype.
+        dtype: the dtype of parameters after the context, but for those that ``tensor.dtypes`` keeps; default the
+            config's, else the one that each is made with.
         mpu: an object with ``get_data_parallel_group()``.
         zero_param_parallel_group, sequence_data_parallel_group: other names for ``data_parallel_group``.
 
@@ -73,7 +74,7 @@ class Init:
         sequence_data_parallel_group: Any = None,
         param_swapper: Any = None,
     ) -> None:
-        self._entered: list[tuple[Build, ModulePatch, torch.dtype]] = []
+        self._entered: list[tuple[Build, ModulePatch]] = []
         source = config_dict_or_path if config_dict_or_path is not None else config
         self.enabled = enabled
         if not enabled:
@@ -113,11 +114,8 @@ class Init:
             return self
         build = self._build()
         patch = ModulePatch(build, self._constructor())
-        default = torch.get_default_dtype()
         patch.install()
-        if self.dtype is not None:
-            torch.set_default_dtype(self.dtype)
-        self._entered.append((build, patch, default))
+        self._entered.append((build, patch))
         return self
 
     def __exit__(
@@ -125,9 +123,8 @@ class Init:
     ) -> None:
         if not self.enabled:
             return
-        build, patch, default = self._entered.pop()
+        build, patch = self._entered.pop()
         patch.remove()
-        torch.set_default_dtype(default)
         if error is not None:
             build.abandon(error)
             return

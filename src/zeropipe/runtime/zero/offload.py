@@ -8,6 +8,8 @@ what gathers read  the masters       a pinned copy in the parameters' dtype, or 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from zeropipe.comm.startup import node_size
@@ -102,15 +104,18 @@ class Offload:
         return torch.zeros(numel, dtype=dtype, device=device)
 
 
-def check_folders(policy: Policy, numel: int, dtype: torch.dtype, ranks: int) -> None:
-    """Raise OffloadError unless the folders of ``policy`` are there and have room for this machine's shards of
-    ``numel`` trained elements among ``ranks`` ranks."""
-    shard = numel * min(ranks, node_size()) // ranks
+def check_folders(policy: Policy, numels: Mapping[torch.dtype, int], ranks: int) -> None:
+    """Raise OffloadError unless the folders of ``policy`` are there and have room for this machine's shards of so
+    many trained elements of each dtype among ``ranks`` ranks."""
+    here = min(ranks, node_size())
     needs: dict[str, int] = {}
     if policy.optimizer_place is Place.FILE:
-        needs[policy.optimizer_folder] = shard * _STATE_BYTES
-    if policy.param_place is Place.FILE and not (needs and dtype == torch.float32):
-        needs[policy.param_folder] = needs.get(policy.param_folder, 0) + shard * dtype.itemsize
+        needs[policy.optimizer_folder] = sum(numels.values()) * here // ranks * _STATE_BYTES
+    if policy.param_place is Place.FILE:
+        # In fp32 gathers read the masters, where those are in files.
+        read = {dtype: n for dtype, n in numels.items() if not (needs and dtype == torch.float32)}
+        values = sum(n * here // ranks * dtype.itemsize for dtype, n in read.items())
+        needs[policy.param_folder] = needs.get(policy.param_folder, 0) + values
     for folder, nbytes in needs.items():
         check_folder(folder, nbytes)
 

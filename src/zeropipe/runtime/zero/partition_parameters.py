@@ -34,6 +34,6 @@ def zero_wrapper_for_fp_tensor_constructor(
 ) -> Callable[..., torch.Tensor]:
     """What replaces ``fn``, one of torch's tensor constructors, inside ``zero.Init``: ``fn`` itself.
 
-    The dtype is torch's default dtype, which ``Init`` sets, so that an explicit ``dtype=`` is respected.
+    Tensors are made as they are outside, because some become buffers; ``Init`` casts the parameters when it ends.
     """
     return fn

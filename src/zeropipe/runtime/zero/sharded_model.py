@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,7 @@ class ShardedModel:
         group: Group,
         sharding: Sharding,
         device: torch.device,
-        dtype: torch.dtype | None = None,
+        dtypes: Mapping[torch.nn.Parameter, torch.dtype] | None = None,
         leaves: Iterable[torch.nn.Module] = (),
         parts: Replication | None = None,
     ) -> None:
@@ -72,7 +72,7 @@ class ShardedModel:
         self.group = self.parts.shard
         for part in (self.parts.shard, self.parts.replicas):
             LEASES.hold(part, self)
-        self.shards = shard_module(module, group, device, dtype, self.group)
+        self.shards = shard_module(module, group, device, dtypes or {}, self.group)
         self.persistent = self._persist(sharding)
         self.coordinator = Coordinator(self.group, sharding.budget(0), group)
         self.hooks = ModelHooks(module, self.coordinator, leaves)
@@ -150,13 +150,13 @@ def shard_module(
     module: torch.nn.Module,
     group: Group,
     device: torch.device,
-    dtype: torch.dtype | None = None,
+    dtypes: Mapping[torch.nn.Parameter, torch.dtype],
     shard_group: Group | None = None,
 ) -> list[Shards]:
     """Make every parameter of ``module`` a shard on ``device``, with rank 0's values; collective.
 
-    Parameters that zero.Init made shards already keep their values; ``dtype`` is the working precision of
-    floating-point parameters (None: their own). The shards lie within ``shard_group`` (None: ``group``). Returns
+    Parameters that zero.Init made shards already keep their values; ``dtypes``: what parameters work in, where it may
+    not be their own dtype. The shards lie within ``shard_group`` (None: ``group``). Returns
     the shards in the order of ``named_parameters``.
     """
     within = group if shard_group is None else shard_group
@@ -181,8 +181,7 @@ def shard_module(
             )
         shards.name, shards.ident, shards.group, shards.everyone = name, ident, within, group
         LEASES.hold(within, shards)
-        wanted = dtype if dtype is not None and shards.dtype.is_floating_point else shards.dtype
-        shards.cast(wanted, device)
+        shards.cast(dtypes.get(param, shards.dtype), device)
         made.append(shards)
     for child in module.modules():
         install_state_dict(child)

@@ -109,7 +109,8 @@ class Shards:
         self.layout = flat_shards([spec], self.group.size)
         if dtype != self.dtype or device != self.full.device:
             self.dtype = dtype
-            self.source = self.source.to(device, dtype)
+            away = self.kind is ZeroParamType.REMOTE  # what offload placed stays there
+            self.source = self.source.to(self.source.device if away else device, dtype)
             self.full = torch.empty(self.layout.padded_numel, dtype=dtype, device=device)
             self.full.untyped_storage().resize_(0)
             mark_unavailable(self.param, torch.empty(0, dtype=dtype, device=device))

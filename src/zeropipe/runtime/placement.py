@@ -1,0 +1,103 @@
+"""Puts a model where it trains: this rank's device, the dtypes of the run, and at first everywhere rank 0's values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from zeropipe.comm.collectives import all_reduce, broadcast
+from zeropipe.comm.group import Group
+from zeropipe.config.schema import Config
+from zeropipe.errors import UsageError
+from zeropipe.runtime.zero.param import is_sharded, zero_param
+from zeropipe.tensor.dtypes import was_prepared, working_dtypes
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Dtypes:
+    """What every tensor of a model works in. ``params``: those that are cast or kept by rule; others keep their own.
+    ``buffers``: of floating-point buffers; None: their own."""
+
+    params: Mapping[torch.nn.Parameter, torch.dtype]
+    buffers: torch.dtype | None = None
+
+    def of(self, param: torch.nn.Parameter) -> torch.dtype:
+        return self.params.get(param, param.dtype)
+
+
+def decide_dtypes(module: torch.nn.Module, device: torch.device, config: Config, stages: Group) -> Dtypes:
+    """The dtypes of a run. Collective over ``stages``, the ranks that hold the other parts of this replica, in 16 bits:
+    a stage of nothing but fp32 norms belongs to a prepared model if another stage holds 16-bit layers."""
+    chosen = config.data_types
+    buffers = None if chosen.buffer_dtype is None else DTYPES[chosen.buffer_dtype]
+    params = list(module.parameters())
+    if chosen.param_dtype is not None:
+        values = (p for p in params if p.dtype.is_floating_point and p.dtype.itemsize > 1)  # and no codes
+        return Dtypes(dict.fromkeys(values, DTYPES[chosen.param_dtype]), buffers)
+    if config.precision == "fp32":
+        return Dtypes({}, buffers)
+    prepared = was_prepared(params)
+    if stages.size > 1:
+        flag = torch.tensor([int(prepared)], dtype=torch.int32, device=device)
+        all_reduce(flag, stages, op="max", label="whether the model was prepared in 16 bits")
+        prepared = bool(flag.item())
+    return Dtypes(working_dtypes(module.modules(), DTYPES[config.precision], prepared, buffers), buffers)
+
+
+def place_module(module: torch.nn.Module, device: torch.device, dtypes: Dtypes) -> None:
+    """Move the module to ``device`` in ``dtypes``; parameters that are shards stay as they are."""
+    lazy = [name for name, param in module.named_parameters(remove_duplicate=False) if is_lazy(param)]
+    if lazy:
+        raise UsageError(
+            f"initialize: parameters {', '.join(map(repr, lazy))} of lazy modules have no shape yet. Fix: run the "
+            "model once on a batch before initialize, under torch.no_grad(), which gives them their shapes and values"
+        )
+
+    grads = {param.grad: dtypes.of(param) for param in module.parameters() if param.grad is not None}
+
+    def dtype_of(tensor: torch.Tensor) -> torch.dtype:
+        if isinstance(tensor, torch.nn.Parameter):
+            return dtypes.of(tensor)
+        if tensor in grads:
+            return grads[tensor]
+        return (
+            tensor.dtype if dtypes.buffers is None or not tensor.dtype.is_floating_point else dtypes.buffers
+        )
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        if is_sharded(tensor):
+            return tensor
+        if tensor.is_meta:
+            raise UsageError(
+                f"initialize: a tensor of shape {tuple(tensor.shape)} is on the meta device and has no value. Fix: "
+                "call zero.Init(module=model, config_dict_or_path=config) first, which makes it module by module, or "
+                "model.to_empty(device=...) and initialize it"
+            )
+        placed = tensor.to(device, dtype_of(tensor))
+        if placed is not tensor and isinstance(tensor, torch.nn.Parameter) and zero_param(tensor) is not None:
+            raise UsageError(
+                f"initialize: another engine trains this module in {tensor.dtype} on {tensor.device}, and this one "
+                f"would make it {placed.dtype} on {placed.device}. Fix: use the same precision, or destroy() that "
+                "engine first"
+            )
+        return placed
+
+    module._apply(place)
+
+
+def synchronize_module(module: torch.nn.Module, group: Group) -> None:
+    """Give every rank rank 0's value of what no partition has broadcast: buffers and untrained parameters."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        trained = isinstance(tensor, torch.nn.Parameter) and zero_param(tensor) is not None
+        if trained or is_sharded(tensor) or tensor.numel() == 0:
+            continue
+        data = tensor.detach()
+        whole = data.contiguous()
+        broadcast(whole, 0, group, label="initial values")
+        if whole.data_ptr() != data.data_ptr():
+            data.copy_(whole)

@@ -1,0 +1,66 @@
+"""Which dtype each parameter of a model works in: one rule, which ``initialize`` and ``zero.Init`` both ask.
+
+In a 16-bit run parameters are cast, but for those that somebody kept as they are on purpose:
+
+    wide beside 16-bit ones    fp32 adapters on a 16-bit base, norms or a head that a recipe put back in fp32: a model
+                               that holds 16-bit parameters was prepared, one that is fp32 throughout was not
+    marked                     the module has a ``KeepsDtype`` hook, as ``fp16_utils.convert_network`` leaves it
+    batch norm                 its statistics are buffers, which stay, and torch refuses 16-bit weights beside them
+    codes                      fewer than 16 bits: rounding up would free them of the scale that goes with them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class KeepsDtype:
+    """A forward pre-hook of this class says that its module's own tensors are in the dtype that they shall have."""
+
+
+def keeps_dtype(module: torch.nn.Module) -> bool:
+    return any(isinstance(hook, KeepsDtype) for hook in module._forward_pre_hooks.values())
+
+
+def was_prepared(params: Iterable[torch.nn.Parameter]) -> bool:
+    """Whether the model holds 16-bit parameters, so that those it has in fp32 are in fp32 on purpose."""
+    return any(param.dtype in HALVES for param in params)
+
+
+def working_dtypes(
+    modules: Iterable[torch.nn.Module], dtype: torch.dtype, prepared: bool, buffers: torch.dtype | None = None
+) -> dict[torch.nn.Parameter, torch.dtype]:
+    """The dtype of every floating-point parameter that ``modules`` hold themselves, in a run of precision ``dtype``.
+
+    ``prepared``: see ``was_prepared``. ``buffers``: what floating-point buffers are cast to; None: nothing.
+    """
+    wanted: dict[torch.nn.Parameter, torch.dtype] = {}
+    halves = dtype in HALVES
+    for module in modules:
+        marked = halves and keeps_dtype(module)
+        statistics = _wide_statistics(module, buffers) if halves else None
+        for param in module._parameters.values():
+            if param is None or not param.dtype.is_floating_point:
+                continue
+            wide = halves and prepared and param.dtype not in HALVES
+            if marked or wide or param.dtype.itemsize == 1:
+                wanted[param] = param.dtype
+            elif statistics is not None:
+                wanted[param] = statistics
+            else:
+                wanted.setdefault(param, dtype)  # a module that shares it may have kept it
+    return wanted
+
+
+def _wide_statistics(module: torch.nn.Module, buffers: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a batch norm's statistics, unless they are in 16 bits."""
+    mean = module.running_mean if isinstance(module, _BatchNorm) else None
+    if mean is None:
+        return None
+    dtype = mean.dtype if buffers is None else buffers
+    return None if dtype in HALVES else dtype
