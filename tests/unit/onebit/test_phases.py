@@ -100,6 +100,33 @@ def test_other_rules_take_effect_on_a_saved_state() -> None:
     assert words(OneBitPhases(8).resumed(saved), 3) == ["warm-up", "warm-up", "compressed"]
 
 
+def test_a_raised_var_freeze_step_goes_on_with_variance_updates() -> None:
+    """The update that came due while the variance was frozen lay in the past, was waited for, and never came again."""
+    saved = ZeroOnePhases(ZeroOneRules(6, 2, 100, 1)).forwarded(10).to_json()
+    rules = ZeroOneRules(100, 2, 100, 1)
+    assert saved["next_update"] <= saved["step"]
+    later, usual = words(ZeroOnePhases(rules).resumed(saved), 60), words(ZeroOnePhases(rules), 70)[10:]
+    assert later[0] == "variance"
+    assert abs(later.count("variance") - usual.count("variance")) <= 1
+
+
+@given(RULES, RULES, st.integers(0, 80))
+def test_after_any_change_of_rules_the_variance_moves_as_often_as_the_new_ones_say(
+    old: ZeroOneRules, new: ZeroOneRules, before: int
+) -> None:
+    state = ZeroOnePhases(new).resumed(ZeroOnePhases(old).forwarded(before).to_json())
+    waited = 0
+    for phase, after in walk(state, 100):
+        waited = 0 if phase is Phase.VARIANCE else waited + 1
+        if after.step > new.var_freeze_step:
+            assert phase is not Phase.VARIANCE
+        else:  # the gap before the coming update, of the old rules at first
+            updates = max(state.updates - 1, 0)
+            assert waited < max(1 << updates // new.var_update_scaler, 1 << updates // old.var_update_scaler)
+        assert isinstance(after, ZeroOnePhases)
+        state = after
+
+
 def test_compression_that_never_starts_is_named() -> None:
     with pytest.raises(
         ConfigError, match=r"never start.*freeze_step below the run's 1000 steps, found 100000.*150"

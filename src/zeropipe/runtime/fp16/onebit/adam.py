@@ -82,8 +82,8 @@ class OnebitAdam(CompressedOptimizer):
 
     def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
         move_moments(lane, gradient)
-        adam_update(lane, self.eps_mode == 0, frozen=False)
+        adam_update(lane, self.eps_mode == 0)
 
     def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase, topology: Topology) -> None:
         lane.average_momentum(gradient, lane.options["betas"][0], topology)
-        adam_update(lane, self.eps_mode == 0, frozen=True)
+        adam_update(lane, self.eps_mode == 0)

@@ -190,7 +190,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
             lane.step += 1
             if phase.dense:
                 lane.variance_steps += 1
-                lane.messages = None
+                lane.variance_moved()
                 self._dense_step(lane, gradient)
             else:
                 self._exchange_step(lane, gradient, phase, topology)
@@ -300,6 +300,8 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
             lane.step = int(mine[0].get("step", 0))
             lane.variance_steps = int(mine[0].get("variance_steps", self._phases.variance_steps))
             restore_tensors(lane, mine, self._more_own(mine[0]))
+            if int(mine[0].get("variance_steps", 0)) < lane.step:
+                lane.drop_noise()  # left by earlier versions, or by DeepSpeed
             self._restored(lane, mine)
         self._publish()
 

@@ -80,8 +80,7 @@ class Topology:
 class Exchange:
     """The compressed average of one buffer of named tensors, always laid out the same way.
 
-    ``layout``: the buffer's tensors, cut into one shard per rank (padded to ``ALIGN``). ``mask``: 1-D, 0 or 1
-    for each element of the buffer, or None: where it is 0, values, errors and results are 0.
+    ``layout``: the buffer's tensors, cut into one shard per rank (padded to ``ALIGN``).
     """
 
     def __init__(
@@ -89,7 +88,6 @@ class Exchange:
         tensors: Sequence[TensorSpec],
         topology: Topology,
         device: torch.device,
-        mask: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.layout = FlatShards(tuple(tensors), topology.group.size, ALIGN)
@@ -101,10 +99,8 @@ class Exchange:
         ]
         self._scales = max(map(len, self._runs))  # per message; shards with fewer runs leave some unused
         self._message = 4 * self._scales + self.layout.shard_numel // 8  # bytes
-        self._mask: torch.Tensor | None = None
+        self._hidden: torch.Tensor | None = None  # 1-D bool, layout.padded_numel
         self._counts: list[torch.Tensor | None] = [None] * self.layout.num_shards
-        if mask is not None:
-            self._set_mask(mask)
 
     @property
     def worker_numel(self) -> int:
@@ -129,6 +125,28 @@ class Exchange:
         """Fresh worker and server errors: zeros."""
         new = self._table.new_zeros
         return new(self.worker_numel), new(self.server_numel)
+
+    def hide(self, elements: torch.Tensor | None) -> None:
+        """Of these elements (1-D bool, ``layout.numel``; None: of none) values, errors and results are 0 from now on.
+
+        The same on every rank. Hidden elements do not count in the scale of their tensor.
+        """
+        self._hidden = None
+        self._counts = [None] * self.layout.num_shards
+        if elements is None:
+            return
+        if elements.numel() != self.layout.numel:
+            raise UsageError(
+                describe(
+                    "the mask does not cover the buffer", expected=self.layout.numel, found=elements.numel()
+                )
+            )
+        self._hidden = elements.new_ones(self.layout.padded_numel)
+        self._hidden[: elements.numel()] = elements
+        for shard, runs in enumerate(self._runs):
+            at = self.layout.shard_range(shard)[0]
+            counts = [(~self._hidden[at + run.start : at + run.stop]).sum() for run in runs]
+            self._counts[shard] = torch.stack(counts).float() if counts else None
 
     def average(
         self,
@@ -186,8 +204,7 @@ class Exchange:
             set_signs_(target, signs, piece.offset, scales[index].to(out.dtype), self._table)
             done += piece.numel
         out[done:] = 0
-        if self._mask is not None:
-            out[:done] *= self._mask[start : start + done]
+        self._hide(out[:done], start)
 
     def _correct(self, values: torch.Tensor, worker_error: torch.Tensor, label: str) -> None:
         """``worker_error += values``, averaged inside the node first."""
@@ -231,8 +248,7 @@ class Exchange:
             error.zero_()
         if size > 1:
             collectives.all_reduce(values, self.topology.group, op="avg", label=f"{label}: average in node")
-        if self._mask is not None:
-            values *= self._mask[: values.numel()]
+        self._hide(values, 0)
 
     def _open(self, message: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The scales (float32, 1-D) and the signs (uint8, 1-D) of one message, as views of it."""
@@ -240,21 +256,8 @@ class Exchange:
         return message[:cut].view(torch.float32), message[cut:]
 
     def _hide(self, buffer: torch.Tensor, start: int) -> None:
-        if self._mask is not None:
-            buffer *= self._mask[start : start + buffer.numel()]
-
-    def _set_mask(self, mask: torch.Tensor) -> None:
-        if mask.numel() != self.layout.numel:
-            raise UsageError(
-                describe("the mask does not cover the buffer", expected=self.layout.numel, found=mask.numel())
-            )
-        padded = self._table.new_zeros(self.layout.padded_numel)
-        padded[: mask.numel()] = mask.reshape(-1)
-        self._mask = padded
-        for shard, runs in enumerate(self._runs):
-            at = self.layout.shard_range(shard)[0]
-            counts = [padded[at + run.start : at + run.stop].sum() for run in runs]
-            self._counts[shard] = torch.stack(counts).float() if counts else None
+        if self._hidden is not None:
+            buffer.masked_fill_(self._hidden[start : start + buffer.numel()], 0)
 
 
 def error_buffers(tensor: torch.Tensor, group: Group | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,21 +40,16 @@ def denominator(lane: Lane, variance: torch.Tensor, correction: float, inside: b
     return corrected.add_(eps).sqrt_() if inside else corrected.sqrt_().add_(eps)
 
 
-def direction(lane: Lane, inside: bool, frozen: bool) -> torch.Tensor:  # 1-D float32, lane.numel
-    """m / (sqrt(v) + eps), corrected; 0 where a ``frozen`` v is 0.
-
-    Such an element had no gradient before v was frozen, so nothing tells how far it may move; without the
-    exception its first gradient would be divided by eps.
-    """
+def direction(lane: Lane, inside: bool) -> torch.Tensor:  # 1-D float32, lane.numel
+    """m / (sqrt(v) + eps), corrected. Where v is 0, so is m: see ``Lane.hiding``."""
     first, second = corrections(lane)
     below = denominator(lane, lane.own["exp_avg_sq"], second, inside)
-    update = torch.div(lane.own["exp_avg"] / first, below, out=below)
-    return update.masked_fill_(lane.own["exp_avg_sq"] == 0, 0.0) if frozen else update
+    return torch.div(lane.own["exp_avg"] / first, below, out=below)
 
 
-def adam_update(lane: Lane, inside: bool, frozen: bool) -> None:
+def adam_update(lane: Lane, inside: bool) -> None:
     """x = x - lr (m / (sqrt(v) + eps) + decay x)."""
-    update, values = direction(lane, inside, frozen), lane.read()
+    update, values = direction(lane, inside), lane.read()
     if lane.options["weight_decay"]:
         update.add_(values * lane.options["weight_decay"])
     values.sub_(update.mul_(lane.options["lr"]))

@@ -19,8 +19,10 @@ Afterwards v and c_avg stay, and with g_i the gradient of rank i:
     x = x - lr c_avg r (m' / (sqrt(v) + eps) + decay x)
 
 c_avg begins at 0, so it is divided by 1 - coeff_beta**(dense steps) where it is used; after a warm-up of any useful
-length that is 1. The paper's ``scaling_coeff``, which brings all momenta to one magnitude before they share one
-scale, is computed and shown but has nothing to do here: every tensor has a scale of its own in the message.
+length that is 1. Of a tensor that has been stepped but whose c_avg no checkpoint knew, it is NaN until the next step,
+dense or not, which takes that step's c for it. The paper's ``scaling_coeff``, which brings all momenta to one
+magnitude before they share one scale, is computed and shown but has nothing to do here: every tensor has a scale of
+its own in the message.
 """
 
 from __future__ import annotations
@@ -125,16 +127,25 @@ class OnebitLamb(CompressedOptimizer):
                 lane.per_tensor[name] = torch.zeros(len(lane.layout.tensors), dtype=torch.float64)
         return lane.per_tensor["lamb_coeff_freeze"]
 
-    def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
-        move_moments(lane, gradient)
-        values, update = lane.read(), direction(lane, self.eps_mode == 0, frozen=False)
-        if lane.options["weight_decay"]:
-            update.add_(values * lane.options["weight_decay"])
+    def _settled(self, lane: Lane) -> float:
+        """The share of c in c_avg that its dense steps have reached: its bias."""
+        return 1 - self.coeff_beta**lane.variance_steps if lane.variance_steps else 1.0
+
+    def _coefficients(self, lane: Lane, values: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        """c of each tensor, float64. Collective where the state is sharded."""
         (weights, updates), _ = lane.measure([values, update], [], self.size)
         ratio = (weights / updates).clamp(lane.options["min_coeff"], lane.options["max_coeff"])
-        coeff = torch.where((weights > 0) & (updates > 0), ratio, 1.0)
-        average = self._averages(lane)
+        return torch.where((weights > 0) & (updates > 0), ratio, 1.0)
+
+    def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
+        move_moments(lane, gradient)
+        values, update = lane.read(), direction(lane, self.eps_mode == 0)
+        if lane.options["weight_decay"]:
+            update.add_(values * lane.options["weight_decay"])
+        coeff, average = self._coefficients(lane, values, update), self._averages(lane)
+        unknown = average.isnan()
         average.mul_(self.coeff_beta).add_(coeff, alpha=1 - self.coeff_beta)
+        average[unknown] = coeff[unknown] * self._settled(lane)
         self._apply(lane, values, update, coeff)
 
     def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase, topology: Topology) -> None:
@@ -150,7 +161,7 @@ class OnebitLamb(CompressedOptimizer):
         frozen = denominator(lane, lane.own["exp_avg_sq"], second, inside)
         third = 1 - beta2**lane.step if lane.options["bias_correction"] else 1.0
         moving = denominator(lane, lane.own["exp_avg_sq_fresh"], third, inside)
-        adam = direction(lane, inside, frozen=True)
+        adam = direction(lane, inside)
         values, decay = lane.read(), lane.options["weight_decay"]
         update = adam + values * decay if decay else adam
         (plain, updates), (factor,) = lane.measure([adam, update], [frozen.div_(moving)], topology.group.size)
@@ -161,8 +172,11 @@ class OnebitLamb(CompressedOptimizer):
         last = lane.per_tensor["last_factor"]
         factor = factor.clamp(last * (1 - self.factor_threshold), last * (1 + self.factor_threshold))
         last.copy_(factor)
-        settled = 1 - self.coeff_beta**lane.variance_steps if lane.variance_steps else 1.0
-        self._apply(lane, values, update, self._averages(lane) / settled * factor)
+        average, settled = self._averages(lane), self._settled(lane)
+        unknown = average.isnan()
+        if unknown.any():
+            average[unknown] = self._coefficients(lane, values, update)[unknown] * settled
+        self._apply(lane, values, update, average / settled * factor)
 
     def _apply(self, lane: Lane, values: torch.Tensor, update: torch.Tensor, coeff: torch.Tensor) -> None:
         """x = x - lr c d, with one c for each tensor."""
@@ -175,24 +189,32 @@ class OnebitLamb(CompressedOptimizer):
     def _freeze(self, topology: Topology) -> None:
         """Begin the compressed phase: the fresh variance starts from the frozen one."""
         sizes: list[torch.Tensor] = []
-        for lane in self._lanes:
+        lanes = [lane for lane in self._lanes if "exp_avg_sq_fresh" not in lane.own]
+        for lane in lanes:
             lane.allocate("exp_avg_sq_fresh").copy_(lane.own["exp_avg_sq"])
             lane.per_tensor["last_factor"] = torch.ones(len(lane.layout.tensors), dtype=torch.float64)
             (norms,), _ = lane.measure([lane.own["exp_avg"]], [], topology.group.size)
             numels = torch.tensor([max(t.numel, 1) for t in lane.layout.tensors], dtype=torch.float64)
             sizes.append(norms / numels.sqrt())
         united = torch.cat(sizes).mean()
-        for lane, size in zip(self._lanes, sizes, strict=True):
+        for lane, size in zip(lanes, sizes, strict=True):
             lane.per_tensor["scaling_coeff"] = torch.where(size > 0, united / size, 1.0)
 
     def _more_own(self, entry: Mapping[str, Any]) -> tuple[str, ...]:
         return ("exp_avg_sq_fresh",) if "exp_avg_sq_fresh" in entry and self.lamb_freeze_key else ()
 
     def _restored(self, lane: Lane, entries: Sequence[Mapping[str, Any]]) -> None:
-        for names in (("lamb_coeff", "lamb_coeff_freeze"), _COMPRESSED):
-            found = {name: per_tensor(lane, name, entries) for name in names}
-            whole = {name: value for name, value in found.items() if value is not None}
-            if len(whole) == len(names) and (names is not _COMPRESSED or "exp_avg_sq_fresh" in lane.own):
-                lane.per_tensor.update(whole)
-        if not all(name in lane.per_tensor for name in _COMPRESSED):
-            lane.own.pop("exp_avg_sq_fresh", None)  # the compressed phase begins anew
+        if lane.variance_steps:
+            for name in ("lamb_coeff", "lamb_coeff_freeze"):
+                lane.per_tensor[name] = per_tensor(lane, name, entries)
+        if "exp_avg_sq_fresh" not in lane.own:
+            return
+        compressed = {name: per_tensor(lane, name, entries) for name in _COMPRESSED}
+        begun = compressed["last_factor"].isnan().logical_not_()
+        if not begun.any():
+            del lane.own["exp_avg_sq_fresh"]  # the compressed phase begins anew
+            return
+        for tensor, start, stop in lane.extents():
+            if not begun[tensor]:  # it begins as in ``_freeze``
+                lane.own["exp_avg_sq_fresh"][start:stop] = lane.own["exp_avg_sq"][start:stop]
+        lane.per_tensor.update({name: value.nan_to_num(nan=1.0) for name, value in compressed.items()})

@@ -9,6 +9,7 @@ it is sharded. Of that average a sharded lane keeps only the messages it arrived
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -62,6 +63,11 @@ class Lane:
         self.messages: torch.Tensor | None = None  # uint8: the average momentum, where it is sharded
         self._exchange: Exchange | None = None
         self._mask_source: Any = None
+        self.unused: torch.Tensor | None = (
+            None  # 1-D bool, layout.numel: v is 0; None: nowhere. See ``hiding``
+        )
+        self._unused_known = False  # whether that was seen after v moved last
+        self._told = True  # whether the exchange was told of what was seen; it begins by hiding nothing
         for name in ("exp_avg", "exp_avg_sq"):
             self.allocate(name)
 
@@ -115,13 +121,47 @@ class Lane:
         return _join(self.params, (p.grad for p in self.params), self.device)
 
     def exchange(self, topology: Topology) -> Exchange:
-        """This lane's exchange, made on first use and again when the param group's mask was replaced."""
-        source = self.options.get("exp_avg_mask")
-        if self._exchange is None or source is not self._mask_source:
-            mask = None if source is None else self._flat_mask(source)
-            self._exchange = Exchange(self.layout.tensors, topology, self.device, mask)
-            self._mask_source = source
+        """This lane's exchange, made on first use."""
+        if self._exchange is None:
+            self._exchange = Exchange(self.layout.tensors, topology, self.device)
         return self._exchange
+
+    def variance_moved(self) -> None:
+        """To be called before each dense step: messages and what was seen of v are of the past then."""
+        self.messages = None
+        self._unused_known = False
+
+    def drop_noise(self) -> None:
+        """Momentum of what has no variance is 0 (see ``hiding``), also where a run that did not hold to it saved it."""
+        for name in self.own.keys() & {"exp_avg", "momentum_accumulator"}:
+            self.own[name].masked_fill_(self.own["exp_avg_sq"] == 0, 0)
+
+    def hiding(self, topology: Topology) -> Exchange:
+        """The exchange, told what a bit must not speak of: elements without variance, and those of the mask.
+
+        A bit cannot say 0: what had no gradient in any dense step would get a momentum of plus or minus its tensor's
+        scale, and nothing tells how far such an element may move (its v is 0). Hidden, its momentum is exactly 0,
+        as dense Adam has it. So it is not moved now, nor thrown by a later dense step, whose denominator is
+        sqrt(0) + eps, nor by another optimizer that loads the state; and its first gradient in a dense step gives
+        m = (1 - b1) g, v = (1 - b2) g g, of which |m| / sqrt(v) = (1 - b1) / sqrt(1 - b2), what dense Adam moves
+        it by too.
+        """
+        exchange, source = self.exchange(topology), self.options.get("exp_avg_mask")
+        if not self._unused_known:
+            assert not self.sharded, "a shard's are seen when its momentum is gathered"
+            self._see_unused(self.own["exp_avg_sq"][: self.layout.numel] == 0)
+        if not self._told or source is not self._mask_source:
+            hidden = self.unused
+            if source is not None:
+                masked = self._flat_mask(source) == 0
+                hidden = masked if hidden is None else masked.logical_or_(hidden)
+            exchange.hide(hidden)
+            self._mask_source, self._told = source, True
+        return exchange
+
+    def _see_unused(self, unused: torch.Tensor) -> None:
+        self.unused = unused if bool(unused.any()) else None
+        self._unused_known, self._told = True, False
 
     def errors(self, topology: Topology) -> tuple[torch.Tensor, torch.Tensor]:
         """The worker's and the server's error, zero at first."""
@@ -137,9 +177,10 @@ class Lane:
         own = self.own["exp_avg"]
         full = self._whole_momentum(topology) if self.sharded else own[: self.layout.numel]
         full.mul_(beta).add_(gradient * (1 - beta))  # as formulas.follow
-        messages = self.exchange(topology).average(full, *self.errors(topology), label="momentum")
+        exchange = self.hiding(topology)
+        messages = exchange.average(full, *self.errors(topology), label="momentum")
         if messages is not None:
-            self.exchange(topology).decode(messages, own, self.start)
+            exchange.decode(messages, own, self.start)
             self.messages = messages if self.sharded else None
         elif self.sharded:
             self.messages = None
@@ -206,9 +247,16 @@ class Lane:
             self.exchange(topology).decode(self.messages, full)
             return full
         assert self.shard_group is not None
+        # NaN stands for "no variance", which all ranks must know of all shards; a real one travels as infinity,
+        # which spoils the run as visibly.
+        own = self.own["exp_avg"].nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        own.masked_fill_(self.own["exp_avg_sq"] == 0, math.nan)
         padded = torch.empty(self.layout.padded_numel, dtype=torch.float32, device=self.device)
-        collectives.all_gather(padded, self.own["exp_avg"], self.shard_group, label="momentum to all")
-        return padded[: self.layout.numel]
+        collectives.all_gather(padded, own, self.shard_group, label="momentum to all")
+        full = padded[: self.layout.numel]
+        unused = full.isnan()
+        self._see_unused(unused)
+        return full.masked_fill_(unused, 0)
 
     def _flat_mask(self, source: Any) -> torch.Tensor:
         """One mask for all tensors of the group, or a sequence with one (or None) for each, as one flat run."""

@@ -150,7 +150,9 @@ class ZeroOnePhases:
 
     def next(self) -> tuple[Phase, ZeroOnePhases]:
         step, interval = self.step + 1, self.interval
-        if not self.frozen and step == self.next_update:
+        # An update that came due while the variance was frozen is made up for: only a checkpoint loaded under a
+        # larger var_freeze_step is ever past next_update.
+        if not self.frozen and step >= self.next_update:
             gap = 1 << (self.updates // self.rules.var_update_scaler)
             return Phase.VARIANCE, ZeroOnePhases(self.rules, step, self.updates + 1, step + gap, step)
         if interval > 1 and step - self.last_sync < interval:

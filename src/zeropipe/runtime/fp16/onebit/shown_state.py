@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ def publish(
         numbers: dict[str, Any] = {f"{_PHASE}{key}": value for key, value in phases.items()}
         # A key for each tensor, so that a checkpoint can be cut and joined in any way without a look inside.
         for name, values in lane.per_tensor.items():
-            numbers |= dict(zip(_keys_of(lane, name), values.tolist(), strict=True))
+            known = zip(_keys_of(lane, name), values.tolist(), strict=True)
+            numbers |= {key: value for key, value in known if not math.isnan(value)}
         lane.shown = state[lane.params[0]]
         lane.shown.clear()  # what a checkpoint of a larger buffer held of other tensors
         lane.shown.update(common | numbers | lane.own)
@@ -66,15 +68,12 @@ def restore_tensors(lane: Lane, entries: Sequence[Entry], more: Sequence[str]) -
         _fill(lane, name, parts, entries)
 
 
-def per_tensor(lane: Lane, name: str, entries: Sequence[Entry]) -> torch.Tensor | None:
-    """A saved value with one number for each tensor: float64 on the CPU; None where some have none."""
-    if lane.bound:
-        keys = _keys_of(lane, name)
-        numbers = [entries[0][key] for key in keys if key in entries[0]]
-    else:
-        numbers = [float(torch.as_tensor(entry[name])) for entry in entries if name in entry]
-    complete = len(numbers) == len(lane.layout.tensors)
-    return torch.tensor(numbers, dtype=torch.float64) if complete else None
+def per_tensor(lane: Lane, name: str, entries: Sequence[Entry]) -> torch.Tensor:
+    """A saved value with one number for each tensor: float64 on the CPU, NaN where none was saved."""
+    found = (
+        [(entries[0], key) for key in _keys_of(lane, name)] if lane.bound else [(e, name) for e in entries]
+    )
+    return torch.tensor([float(entry.get(key, math.nan)) for entry, key in found], dtype=torch.float64)
 
 
 def _keys_of(lane: Lane, name: str) -> list[str]:

@@ -120,16 +120,19 @@ class ZeroOneAdam(CompressedOptimizer):
     def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
         self._leave_local(lane)
         move_moments(lane, gradient)
-        adam_update(lane, self.eps_mode == 0, frozen=False)
+        adam_update(lane, self.eps_mode == 0)
 
     def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase, topology: Topology) -> None:
         if phase is Phase.COMPRESSED:
             self._leave_local(lane)
             lane.average_momentum(gradient, lane.options["betas"][0], topology)
-            adam_update(lane, self.eps_mode == 0, frozen=True)
+            adam_update(lane, self.eps_mode == 0)
             return
         if "momentum_accumulator" not in lane.own:
             self._enter_local(lane)
+        lane.hiding(topology)
+        if lane.unused is not None:  # what no bit would tell the others of must not move here alone
+            gradient = gradient.masked_fill(lane.unused, 0)
         rate = lane.options["lr"] / corrections(lane)[0]
         follow(lane.own["exp_avg"][: gradient.numel()], gradient, lane.options["betas"][0])
         lane.own["momentum_accumulator"].add_(lane.own["exp_avg"] * rate)
@@ -142,7 +145,7 @@ class ZeroOneAdam(CompressedOptimizer):
 
     def _synchronise(self, lane: Lane, topology: Topology) -> None:
         update = lane.own["momentum_accumulator"][: lane.layout.numel]
-        exchange = lane.exchange(topology)
+        exchange = lane.hiding(topology)
         messages = exchange.average(update, *lane.errors(topology), label="updates")
         if messages is not None:
             exchange.decode(messages, update)
@@ -157,7 +160,6 @@ class ZeroOneAdam(CompressedOptimizer):
         """y - u / (sqrt(v) + eps) - decay y sum(lr)."""
         below = denominator(lane, lane.own["exp_avg_sq"], corrections(lane)[1], self.eps_mode == 0)
         update = lane.own["momentum_accumulator"] / below
-        update.masked_fill_(lane.own["exp_avg_sq"] == 0, 0.0)  # as formulas.direction
         update.add_(lane.own["last_synced"] * (lane.options["weight_decay"] * lane.scalars["lrs"]))
         return torch.sub(lane.own["last_synced"], update, out=update)
 
@@ -209,4 +211,5 @@ class ZeroOneAdam(CompressedOptimizer):
         lane.scalars.update({name: float(tensors[name]) for name in _SUMS})
         for name in ("exp_avg", "momentum_accumulator"):
             lane.own[name][: tensors[name].numel()].copy_(tensors[name])
+        lane.drop_noise()
         lane.write(self._position(lane))
