@@ -222,19 +222,46 @@ def test_another_model_is_refused_by_name_and_shape(pool: Any, tmp_path: Path) -
         assert "wide." in shape and "does not fit the model" in shape
 
 
-def different_tags(rank: int, world: int, folder: str) -> str:
+def different_tags(rank: int, world: int, folder: str, validation: str) -> tuple[str, str, list[str]]:
+    engine = make_engine(0, checkpoint={"tag_validation": validation})
+    with _Lines() as lines:
+        try:
+            engine.save_checkpoint(folder, tag=f"tag{rank}")
+        except DesyncError as error:
+            return str(error), str(lines.text), []
+    return "", str(lines.text), sorted(os.listdir(folder))
+
+
+@pytest.mark.parametrize("validation", ["Fail", "Warn", "Ignore"])
+def test_the_configuration_decides_what_different_tags_mean(
+    pool: Any, tmp_path: Path, validation: str
+) -> None:
+    """Whatever ``checkpoint.tag_validation`` said, ranks that gave different tags got an error."""
+    for rank, (error, lines, there) in enumerate(pool(2).run(different_tags, str(tmp_path), validation)):
+        names = "rank 0: 'tag0'; rank 1: 'tag1'"
+        assert (names in error) == (validation == "Fail")
+        assert (names in lines) == (validation == "Warn" and rank == 0)
+        assert ("tag0" in there and "tag1" not in there) == (validation != "Fail")
+    assert (tmp_path / "latest").exists() == (validation != "Fail")
+
+
+def without_a_folder(rank: int, world: int, folder: str | None, call: str) -> str:
     engine = make_engine(0)
     try:
-        engine.save_checkpoint(folder, tag=f"tag{rank}")
-    except DesyncError as error:
+        # Rank 1 alone makes the mistake: nobody may wait for it.
+        getattr(engine, call)(folder if rank or world == 1 else "somewhere")
+    except CheckpointError as error:
         return str(error)
     return ""
 
 
-def test_ranks_with_different_tags_are_told(pool: Any, tmp_path: Path) -> None:
-    for text in pool(2).run(different_tags, str(tmp_path)):
-        assert "rank 0" in text and "tag0" in text and "tag1" in text
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("call", ["save_checkpoint", "load_checkpoint"])
+@pytest.mark.parametrize("folder", ["", None])
+def test_no_folder_is_refused_by_name(pool: Any, folder: str | None, call: str) -> None:
+    """An empty path saved into the working directory; None was an error about a path's insides."""
+    for world in (1, 2):
+        for text in pool(world).run(without_a_folder, folder, call):
+            assert "the checkpoint's folder" in text and repr(folder) in text
 
 
 @pytest.mark.parametrize("tag", ["a/b", "..", ".x", "", "latest"])
@@ -265,7 +292,7 @@ def test_objects_in_the_client_state_need_the_opt_in(pool: Any, tmp_path: Path) 
     plain, trusted, lines = pool(2).run(odd_state, str(tmp_path))[0]
     assert plain == {"plain": 1, "module": "a colliding key"}
     assert trusted == {"plain": 1, "odd": Odd(), "module": "a colliding key"}
-    assert "was not opened" in lines[0]
+    assert "client_state.odd" in lines[0] and "trust=True" in lines[0]
 
 
 def asynchronous(rank: int, world: int, folder: str) -> Any:

@@ -23,11 +23,12 @@ import torch
 
 from zeropipe.checkpoint.files import sync_folder
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
-from zeropipe.checkpoint.naming import is_plain
 from zeropipe.checkpoint.parallel import joined
+from zeropipe.checkpoint.plain import lowered
 from zeropipe.checkpoint.source import Source, read_full
 from zeropipe.checkpoint.state import FP32, PARAM, TrainState
 from zeropipe.checkpoint.weights import aliases, weights
+from zeropipe.checkpoint.words import training_back, training_words
 from zeropipe.comm.dcp import Key, Lazy, Stored, flatten, read_chunk, read_index, read_tensor, write
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
@@ -110,7 +111,7 @@ class DcpSource:
 
     def train_state(self, rank: int) -> TrainState:
         per_rank = self._ours.get("per_rank") or []
-        train = dict(self._ours.get("train") or {})
+        train = dict(self._ours.get("train") or {}) | training_back(self._ours.get("words") or {}, {})
         return TrainState(**train, per_rank=per_rank[rank] if rank < len(per_rank) else {})
 
     def _value(self, stored: Stored) -> Any:
@@ -230,7 +231,8 @@ def _items(source: Source, progress: Callable[[int], None]) -> Iterator[tuple[Ke
                 counts = key == "step" and isinstance(value, (int, float))
                 yield ("optim", "state", spec.name, key), torch.tensor(float(value)) if counts else value
     groups = [
-        {k: v for k, v in group.items() if k not in ("params", "param_names")} | {"params": names.get(i, [])}
+        {k: v for k, v in lowered(group).items() if k not in ("params", "param_names")}
+        | {"params": names.get(i, [])}
         for i, group in enumerate(source.param_groups)
     ]
     yield from flatten({"optim": {_GROUPS: groups}})
@@ -239,8 +241,8 @@ def _items(source: Source, progress: Callable[[int], None]) -> Iterator[tuple[Ke
 
 def _rest(source: Source, kinds: dict[str, str]) -> dict[str, Any]:
     train = source.train_state(0)
-    shared = {f.name: getattr(train, f.name) for f in fields(TrainState) if f.name != "per_rank"}
-    shared["client_state"] = {k: v for k, v in train.client_state.items() if is_plain(v)}
+    words = training_words(train, {})
+    counts = [f.name for f in fields(TrainState) if f.name not in (*words, "per_rank")]
     return {
         "stage": source.stage,
         "dtype": source.dtype,
@@ -248,6 +250,7 @@ def _rest(source: Source, kinds: dict[str, str]) -> dict[str, Any]:
         "optimizer": source.optimizer,
         "tied": dict(source.tied),
         "kinds": kinds,
-        "train": {k: v for k, v in shared.items() if is_plain(v)},
+        "train": {name: getattr(train, name) for name in counts},
+        "words": words,
         "per_rank": [source.train_state(rank).per_rank for rank in range(source.world)],
     }

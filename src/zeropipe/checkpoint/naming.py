@@ -51,7 +51,7 @@ class Pickler(_Pickler):
 def is_plain(value: Any) -> bool:
     """Whether ``value`` can be read back without running code: tensors, plain values and containers of them."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        return type(value) in _PLAIN
+        return type(value) in _PLAIN and value != b""  # torch's reader does not know empty bytes
     module = type(value).__module__
     if type(value) in (list, tuple, set, frozenset):
         return type(value) is not frozenset and all(map(is_plain, value))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
+from zeropipe.checkpoint.plain import lowered
 from zeropipe.checkpoint.stand_ins import FragmentAddress, LossScalerValues
 from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LocalState
 
@@ -99,7 +100,7 @@ def optimizer_keys(local: LocalState) -> dict[str, Any]:
         "dynamic_loss_scale": bool((local.train.loss_scaler or {}).get("dynamic")),
     }
     scaler = LossScalerValues()  # DeepSpeed's stage 3 insists on one, whatever the precision
-    scaler.__setstate__(dict(local.train.loss_scaler or {"cur_scale": 1.0, "dynamic": False}))
+    scaler.__setstate__(lowered(local.train.loss_scaler) or {"cur_scale": 1.0, "dynamic": False})
     state[k.LOSS_SCALER] = scaler
     if local.stage >= 3:
         state |= {
@@ -136,7 +137,9 @@ def whole_optimizer(local: LocalState) -> dict[str, Any]:
             numbers.append(sum(len(g["params"]) for g in groups) + len(numbers))
             if name in by_name:
                 state[numbers[-1]] = _tensor_state(*by_name[name])
-        groups.append({key: v for key, v in group.items() if key != "param_names"} | {"params": numbers})
+        groups.append(
+            {key: v for key, v in lowered(group).items() if key != "param_names"} | {"params": numbers}
+        )
     return {"state": state, "param_groups": groups}
 
 
@@ -145,7 +148,7 @@ def _tensor_state(flat: FlatState, index: int) -> dict[str, Any]:
     shape = flat.layout.tensors[index].shape
     views = {key: t[start:stop].view(shape) for key, t in flat.tensors.items() if key not in (FP32, PARAM)}
     # Optimizers count in place: parameters that shared one step tensor would each advance it.
-    own = {key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in flat.scalars.items()}
+    own = {key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in lowered(flat.scalars).items()}
     return own | views
 
 
@@ -178,12 +181,12 @@ def _end_to_end(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def _state(flat: FlatState) -> dict[str, Any]:
     moments = {key: t for key, t in flat.tensors.items() if key not in (FP32, PARAM)}
-    return dict(flat.scalars) | moments
+    return dict(lowered(flat.scalars)) | moments
 
 
 def _groups(local: LocalState, flats: list[FlatState]) -> list[dict[str, Any]]:
     return [
-        {key: v for key, v in group.items() if key != "param_names"}
+        {key: v for key, v in lowered(group).items() if key != "param_names"}
         | {"params": [i for i, f in enumerate(flats) if f.group_index == number]}
         for number, group in enumerate(local.param_groups)
     ]

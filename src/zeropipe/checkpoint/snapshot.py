@@ -7,11 +7,13 @@ tied and nothing is written twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from zeropipe.checkpoint.plain import mapped
 
 _MAX_WASTE = 1.25  # a hull may be this much larger than its views before they are copied apart
 
@@ -79,7 +81,14 @@ def snapshot(tree: Any, *, copy: bool, buffers: HostBuffers | None = None) -> An
             alone[view] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         return alone[view]
 
-    return _map(tree, place)
+    def host(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if leaf.layout == torch.strided:
+            return place(leaf)
+        return leaf.detach().clone().cpu() if copy else leaf.detach().cpu()
+
+    return mapped(tree, host)
 
 
 def _dense(hull: _Hull) -> bool:
@@ -117,27 +126,3 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     elif isinstance(tree, (list, tuple)):
         for value in tree:
             yield from _tensors(value)
-
-
-def _map(tree: Any, place: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The tree with plain tensors in place of its tensors; container types are kept."""
-    if isinstance(tree, torch.Tensor):
-        return place(tree) if tree.layout == torch.strided else tree.detach().cpu()
-    if isinstance(tree, dict):
-        items = {key: _map(value, place) for key, value in tree.items()}
-        return items if type(tree) is dict else _like(tree, items)
-    if isinstance(tree, torch.Size):
-        return tree
-    if isinstance(tree, (list, tuple)):
-        values = [_map(value, place) for value in tree]
-        if hasattr(tree, "_fields"):
-            return type(tree)(*values)
-        return values if type(tree) is list else type(tree)(values)
-    return tree
-
-
-def _like(original: dict[Any, Any], items: dict[Any, Any]) -> Any:
-    try:
-        return type(original)(items)  # type: ignore[call-arg]
-    except TypeError:
-        return items

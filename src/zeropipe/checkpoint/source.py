@@ -16,8 +16,10 @@ import torch
 from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
 from zeropipe.checkpoint.files import THREADS, load_torch
 from zeropipe.checkpoint.manifest import FlatEntry, Manifest, TensorEntry
+from zeropipe.checkpoint.plain import decode, settle
 from zeropipe.checkpoint.state import FP32, PARAM, TrainState
 from zeropipe.checkpoint.universal.patterns import rules_in
+from zeropipe.checkpoint.words import CLIENT, training_back
 from zeropipe.checkpoint.writer import CODE_FILE, OURS
 from zeropipe.errors import CheckpointError, describe
 
@@ -103,7 +105,7 @@ class OurSource:
 
     @property
     def param_groups(self) -> tuple[dict[str, Any], ...]:
-        return tuple(self._lead()[OURS].get("param_groups") or ())
+        return tuple(decode(self._lead()[OURS].get("param_groups") or [], "param_groups", self._code()))
 
     def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
         tensor = self._flat(entry, shard)["tensors"][key]
@@ -118,7 +120,8 @@ class OurSource:
         return tensor
 
     def flat_scalars(self, entry: FlatEntry) -> dict[str, Any]:
-        return dict(self._flat(entry, 0)["scalars"])
+        value, _ = settle(decode(self._flat(entry, 0)["scalars"]))
+        return dict(value)
 
     def module_tensor(self, entry: TensorEntry) -> torch.Tensor:
         tree = self.files[entry.file]
@@ -131,29 +134,41 @@ class OurSource:
     def train_state(self, rank: int) -> TrainState:
         lead = self._lead()
         ours = lead[OURS]
-        code = self.files[CODE_FILE] if self._has(CODE_FILE) and self.files.trust else {}
         per_rank = {}
         if rank < len(self.manifest.rank_files):
             per_rank = self.files[self.manifest.rank_files[rank]][OURS]["per_rank"]
+        if "lr_scheduler" in ours:
+            rest = training_back(ours, self._code())
+        else:  # as saved when a part that needed code went to a file of its own whole
+            code = self.files[CODE_FILE] if self._has(CODE_FILE) and self.files.trust else {}
+            rest = {
+                "lr_scheduler": code.get("lr_scheduler", lead["lr_scheduler"]),
+                "loss_scaler": ours.get("loss_scaler"),
+                "common": ours.get("common") or {},
+                CLIENT: ours[CLIENT] | code.get(CLIENT, {}),
+            }
         return TrainState(
             global_steps=lead["global_steps"],
             global_samples=lead["global_samples"],
             skipped_steps=lead["skipped_steps"],
             micro_steps=ours["micro_steps"],
-            lr_scheduler=code.get("lr_scheduler", lead["lr_scheduler"]),
-            loss_scaler=ours.get("loss_scaler"),
             per_rank=per_rank,
-            common=ours.get("common") or {},
-            client_state=ours["client_state"] | code.get("client_state", {}),
             ds_config=lead["ds_config"],
+            **rest,
         )
 
     @property
     def left_out(self) -> str:
-        """Why parts of the client state are not read, "" where all of it is."""
-        if not self._has(CODE_FILE) or self.files.trust:
+        """Why parts of the client state are not read, "" where all of it is, or where each part says so itself."""
+        if not self._has(CODE_FILE) or self.files.trust or "lr_scheduler" in self._lead()[OURS]:
             return ""
         return f"{CODE_FILE} holds objects that only running their code can restore; it was not opened"
+
+    def _code(self) -> Mapping[str, Any]:
+        """The objects that need code, by path; none unless the caller trusts the file."""
+        if not self._has(CODE_FILE) or not self.files.trust:
+            return {}
+        return dict(self.files[CODE_FILE].get(OURS) or {})
 
     def _flat(self, entry: FlatEntry, shard: int) -> Any:
         return self.files[entry.files[shard]][OURS]["flats"][entry.name]

@@ -14,6 +14,7 @@ from zeropipe.checkpoint.constants import (
     OPTIM_FILE_SUFFIX,
     ZERO_FILE_PREFIX,
 )
+from zeropipe.checkpoint.plain import mapped
 
 
 def get_model_ckpt_name_for_rank(base_folder: str, mp_rank_str: str) -> str:
@@ -44,13 +45,12 @@ def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") 
 
     ``torch.save`` of a view into a flat buffer would write the whole buffer. Containers keep their types.
     """
-    if isinstance(item, torch.Tensor):
-        return item.detach().clone(memory_format=torch.contiguous_format).to(device)
-    if isinstance(item, (list, tuple)):
-        values = [clone_tensors_for_torch_save(v, device) for v in item]
-        if hasattr(item, "_fields"):
-            return type(item)(*values)
-        return type(item)(values)
-    if isinstance(item, dict):
-        return type(item)({k: clone_tensors_for_torch_save(v, device) for k, v in item.items()})  # type: ignore[call-arg]
-    return item
+
+    def clone(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        own = leaf.detach()
+        dense = own.layout == torch.strided
+        return (own.clone(memory_format=torch.contiguous_format) if dense else own.clone()).to(device)
+
+    return mapped(item, clone)

@@ -18,6 +18,7 @@ from zeropipe.checkpoint.files import FileRecord, write_torch
 from zeropipe.checkpoint.manifest import FlatEntry, Part, TensorEntry
 from zeropipe.checkpoint.naming import is_plain
 from zeropipe.checkpoint.peer_keys import model_keys, optimizer_keys, whole_optimizer
+from zeropipe.checkpoint.plain import lowered
 from zeropipe.checkpoint.snapshot import HostBuffers, snapshot
 from zeropipe.checkpoint.state import FlatState, LocalState
 from zeropipe.checkpoint.utils import (
@@ -25,6 +26,7 @@ from zeropipe.checkpoint.utils import (
     get_zero3_model_ckpt_name_for_rank,
     get_zero_ckpt_name_for_rank,
 )
+from zeropipe.checkpoint.words import groups_words, module_words, objects, scalars_words, training_words
 
 OURS = "zeropipe"
 CODE_FILE = "zeropipe_client_states.pt"  # what only unpickling with code can read back
@@ -74,8 +76,9 @@ def collect(local: LocalState, *, copy: bool, buffers: HostBuffers | None = None
     else:
         trees[optim_name] = optimizer_keys(local) | {OURS: rank_state | {"flats": _flat_trees(mine)}}
         flats += [_entry(f, local, optim_name) for f in mine]
+    code = objects(code, copy=copy)
     if code and grid.rank == 0:
-        trees[CODE_FILE] = code
+        trees[CODE_FILE] = {OURS: code}
     part = Part(grid.rank, (), tuple(module), tuple(flats), local.model.tied, local.model.excluded, rank_file)
     # One by one: what two files hold of a storage differs, and each must hold no more than its own.
     host = {name: snapshot(tree, copy=copy, buffers=buffers) for name, tree in trees.items()}
@@ -107,12 +110,6 @@ def optimizer_file(local: LocalState) -> str:
     return f"bf16_{name}" if local.dtype == "bfloat16" else name
 
 
-def split_code(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(entries that load without running code, the others)."""
-    plain = {key: value for key, value in values.items() if is_plain(value)}
-    return plain, {key: value for key, value in values.items() if key not in plain}
-
-
 def _writes(flat: FlatState, dp_rank: int, in_model_file: bool) -> bool:
     """Replicas take turns, shard by shard, so that they write disjoint parts."""
     if in_model_file:
@@ -123,14 +120,8 @@ def _writes(flat: FlatState, dp_rank: int, in_model_file: bool) -> bool:
 def _model_tree(local: LocalState, code: dict[str, Any], lead: bool) -> dict[str, Any]:
     """The model file; only the first data-parallel rank's (``lead``) holds values."""
     train = local.train
-    safe, unsafe = split_code(train.client_state)
-    common, odd = split_code(
-        {"lr_scheduler": train.lr_scheduler, "loss_scaler": train.loss_scaler}
-        | {"param_groups": list(local.param_groups), "common": train.common}
-    )
-    if unsafe or odd:
-        code.update({"client_state": unsafe} | odd)
     module: OrderedDict[str, Any] = OrderedDict()
+    extra = module_words(local.model, code) if lead else {}
     if lead:
         module.update(local.model.tensors)
         for other, name in local.model.tied.items():
@@ -143,20 +134,21 @@ def _model_tree(local: LocalState, code: dict[str, Any], lead: bool) -> dict[str
         held = [spec.name for flat in local.flats for spec in flat.layout.tensors]
         for name in (*held, *local.model.tied):
             module.setdefault(name, torch.empty(0, dtype=getattr(torch, local.dtype)))
-    tree = model_keys(local, module, common.get("lr_scheduler"))
-    for key, value in safe.items():
+    tree = model_keys(local, module, lowered(train.lr_scheduler))
+    for key, value in lowered(train.client_state).items():
         tree.setdefault(key, value)
     tree[OURS] = {
-        "client_state": safe,
         "micro_steps": train.micro_steps,
         "optimizer": local.optimizer_name,
-        **common,
+        "param_groups": groups_words(local, code),
+        "extra": extra,
+        **training_words(train, code),
     }
     return tree
 
 
 def _flat_trees(flats: list[FlatState]) -> dict[str, Any]:
-    return {f.name: {"tensors": dict(f.tensors), "scalars": dict(f.scalars)} for f in flats}
+    return {f.name: {"tensors": dict(f.tensors), "scalars": scalars_words(f, {})} for f in flats}
 
 
 def _entry(flat: FlatState, local: LocalState, file: str) -> FlatEntry:

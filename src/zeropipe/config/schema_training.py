@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from zeropipe.config.fields import Count, Lowercase, Section, key
 from zeropipe.config.without_effect import with_keys_without_effect
@@ -60,6 +60,9 @@ class Checkpoint(Section):
     load_universal: bool = key(False, "Read a universal checkpoint; zeropipe recognises one by itself.")
     parallel_write: ParallelWrite = key(ParallelWrite(), "Which ranks write.")
     async_save: bool = key(False, "save_checkpoint copies the state and returns; files are written behind.")
+    tag_validation: Annotated[Literal["ignore", "warn", "fail"], Lowercase] = key(
+        "warn", "When ranks save under different tags: take rank 0's, take it with a warning, or raise."
+    )
 
 
 @with_keys_without_effect("aio")

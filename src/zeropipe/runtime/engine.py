@@ -72,6 +72,7 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         self._group = parts.group
         self._sharded = parts.sharded
         self._gate = Gate(self._plain_factor)
+        self._told: set[str] = set()
         self._passes = 0  # of the reducer, when the current micro-step began
         self._report = Reporter(parts.config, parts.clock, parts.device, first=self._first_rank)
         self.train(parts.module.training)

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from zeropipe.checkpoint.loader import load, nothing_there
+from zeropipe.checkpoint.plain import settle
 from zeropipe.checkpoint.saver import Saver
 from zeropipe.checkpoint.source import Source, pieces_of, read_full, value_key
 from zeropipe.checkpoint.state import LoadedState
 from zeropipe.checkpoint.tags import latest_universal
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
+from zeropipe.checkpoint.words import look_through
+from zeropipe.comm.collectives import all_gather_object
 from zeropipe.comm.group import Group, world
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError, DesyncError, describe
 from zeropipe.runtime import engine_state as translate
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ class EngineCheckpoint:
     """The checkpoint half of an engine's interface."""
 
     _saver: Saver | None = None
+    _told: set[str]  # paths in the state of which the log has said that only code restores them
 
     def save_checkpoint(
         self,
@@ -44,12 +48,14 @@ class EngineCheckpoint:
     ) -> bool:
         """Write the checkpoint ``save_dir/tag`` (default tag ``global_step{N}``). Every rank must call it.
 
-        ``client_state``: anything; what is not plain values and tensors comes back only with ``trust=True``.
+        ``client_state``: anything. Values, tensors, arrays and containers of them come back as they were; what only
+        code can restore comes back with ``trust=True`` and is named in the log, once. Ranks that give different
+        tags: ``checkpoint.tag_validation`` decides; rank 0's is taken unless it is "fail".
         ``async_save`` (default: the config's ``checkpoint.async_save``): return after the copy to host memory;
         the next save or ``destroy`` waits for the files, and an error of the writer is raised then.
 
-        Returns True. Raises CheckpointError on every rank alike when any rank cannot write; earlier checkpoints
-        are intact then.
+        Returns True. Raises CheckpointError on every rank alike when any rank cannot write, when ``save_dir`` is
+        empty, or where the client state holds what cannot be saved at all; earlier checkpoints are intact then.
         """
         engine = cast("DeepSpeedEngine", self)
         asynchronous = engine._config.checkpoint.async_save if async_save is None else async_save
@@ -57,6 +63,12 @@ class EngineCheckpoint:
             engine.optimizer.take_edits()
         local = translate.local_state(engine, client_state, exclude_frozen=exclude_frozen_parameters)
         name = f"global_step{engine.clock.global_steps}" if tag is None else str(tag)
+        found = look_through(local)
+        name = self._agreed(save_dir, name, found.refused)
+        for path, text in found.told.items():
+            if path not in self._told:
+                self._told.add(path)
+                self._say(text)
         self._get_saver().save(save_dir, name, local, save_latest=save_latest, async_save=asynchronous)
         return True
 
@@ -96,6 +108,7 @@ class EngineCheckpoint:
         if self._saver is not None:
             self._saver.wait()
         group = self._checkpoint_group()
+        self._check_folder(load_dir, group)
         name = None if tag is None else str(tag)
         if name is None and engine._config.checkpoint.load_universal:
             name = latest_universal(Path(load_dir))
@@ -137,7 +150,7 @@ class EngineCheckpoint:
             )
         if not load_module_only:
             translate.adopt_clock(engine, loaded)
-        return loaded.path, clone_tensors_for_torch_save(loaded.train.client_state)
+        return loaded.path, self._settled(clone_tensors_for_torch_save(loaded.train.client_state), {})
 
     def wait_for_checkpoint(self) -> None:
         """Return when an asynchronous save has written this rank's files. Raises its CheckpointError."""
@@ -156,20 +169,68 @@ class EngineCheckpoint:
             inner.zero_grad()
         if optimizer and inner is not None and loaded.flats:
             translate.adopt_flats(inner, loaded.flats)
-            reason = translate.adopt_groups(inner, loaded.param_groups)
+            current = [dict(group) for group in inner.param_groups]
+            groups = self._settled(list(loaded.param_groups), current) or ()
+            reason = translate.adopt_groups(inner, tuple(groups))
             if reason:
                 self._say(reason)
-            if inner.loss_scaler is not None and train.loss_scaler is not None:
-                inner.loss_scaler.load_state_dict(clone_tensors_for_torch_save(train.loss_scaler))
-        if schedule and train.lr_scheduler is not None and hasattr(engine.lr_scheduler, "load_state_dict"):
-            engine.lr_scheduler.load_state_dict(clone_tensors_for_torch_save(train.lr_scheduler))
+            if train.loss_scaler is not None:
+                self._restore(inner.loss_scaler, train.loss_scaler)
+        if schedule and engine.lr_scheduler is not None:
+            if train.lr_scheduler is None:
+                self._say("the checkpoint holds no state of a schedule: lr_scheduler stays at its start")
+            self._restore(engine.lr_scheduler, train.lr_scheduler)
         if not optimizer:
             return
-        data = train.common.get("data")
-        if data is not None and hasattr(engine.training_dataloader, "load_state_dict"):
-            engine.training_dataloader.load_state_dict(data)
+        self._restore(engine.training_dataloader, train.common.get("data"))
         if "rng" in train.per_rank:
             translate.set_rng_state(train.per_rank["rng"], engine.device)
+
+    def _restore(self, stateful: Any, saved: Any) -> None:
+        """Give ``stateful`` what was saved of it; what the checkpoint does not hold stays as it is."""
+        if saved is None or not hasattr(stateful, "load_state_dict"):
+            return
+        state = self._settled(clone_tensors_for_torch_save(saved), stateful.state_dict())
+        if state is not None:
+            stateful.load_state_dict(state)
+
+    def _settled(self, saved: Any, current: Any) -> Any:
+        value, lost = settle(saved, current)
+        for absent in lost:
+            self._say(
+                describe(
+                    f"{absent.path} was not restored: it holds a {absent.kind}, which needs code",
+                    fix="if you trust whoever wrote the checkpoint, load it with trust=True and with that class "
+                    "imported; it stays as it is now",
+                )
+            )
+        return value
+
+    def _agreed(self, folder: Any, tag: str, refused: str) -> str:
+        """The tag under which all ranks save. Raises on every rank alike what any of them has against the save."""
+        engine = cast("DeepSpeedEngine", self)
+        group = self._checkpoint_group()
+        everyone = all_gather_object((tag, refused or _folder_fault(folder)), group, label="save asked for")
+        faults = [fault for _, fault in everyone if fault]
+        if faults:
+            raise CheckpointError(faults[0])
+        tags = [given for given, _ in everyone]
+        if len(set(tags)) == 1:
+            return tag
+        listed = "; ".join(f"rank {rank}: {name!r}" for rank, name in zip(group.ranks, tags, strict=True))
+        text = f"ranks save under different tags: {listed}. Fix: give all the same tag"
+        validation = engine._config.checkpoint.tag_validation
+        if validation == "fail":
+            raise DesyncError(text)
+        if validation == "warn":
+            self._say(f"{text}; that of rank {group.ranks[0]} is used for all")
+        return tags[0]
+
+    def _check_folder(self, folder: Any, group: Group) -> None:
+        """Raises CheckpointError on every rank alike where any gave no folder."""
+        for fault in all_gather_object(_folder_fault(folder), group, label="load asked for"):
+            if fault:
+                raise CheckpointError(fault)
 
     def _check_names(self, loaded: LoadedState, strict: bool) -> None:
         lost = list(loaded.missing)
@@ -198,6 +259,17 @@ class EngineCheckpoint:
         engine = cast("DeepSpeedEngine", self)
         if text and engine._group.ranks[engine._group.rank] == 0:
             _log.warning(text)
+
+
+def _folder_fault(folder: Any) -> str:
+    if isinstance(folder, (str, os.PathLike)) and os.fspath(folder):
+        return ""
+    return describe(
+        "the checkpoint's folder",
+        expected="a path",
+        found=repr(folder),
+        fix='give one, such as "checkpoints"',
+    )
 
 
 def _listed(names: Any, limit: int = 5) -> str:

@@ -14,7 +14,7 @@ from zeropipe.comm.group import SELF
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
 MOST = 3.0  # times by which the CPU time per tensor may rise over eight times as many: quadratic time gives 8
-FEW, MANY = 500, 4000
+FEW, MANY = 250, 2000
 
 
 def state(count: int, apart: bool, value: float) -> LocalState:

@@ -16,6 +16,8 @@ from zeropipe.checkpoint.legacy import KNOWN_KEYS
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.state import FP32, PARAM, TrainState
 from zeropipe.checkpoint.universal.patterns import rules_in
+from zeropipe.checkpoint.words import CLIENT, training_back
+from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
@@ -127,14 +129,17 @@ class UniversalSource:
 
     def train_state(self, rank: int) -> TrainState:
         model = self._model
-        known = KNOWN_KEYS | {k.UNIVERSAL_CHECKPOINT_INFO}
+        known = KNOWN_KEYS | {k.UNIVERSAL_CHECKPOINT_INFO, OURS}
+        rest = {
+            "lr_scheduler": model.get("lr_scheduler"),
+            CLIENT: {key: value for key, value in model.items() if key not in known},
+        } | training_back(model.get(OURS) or {}, {})
         return TrainState(
             global_steps=int(model.get("global_steps", 0)),
             global_samples=int(model.get("global_samples", 0)),
             skipped_steps=int(model.get("skipped_steps", 0)),
-            lr_scheduler=model.get("lr_scheduler"),
-            client_state={key: value for key, value in model.items() if key not in known},
             ds_config=model.get("ds_config") or {},
+            **rest,
         )
 
     def _flat(self, name: str, folder: Path) -> FlatEntry:

@@ -16,11 +16,14 @@ from zeropipe.checkpoint.files import replace_text, sync_folder, write_torch
 from zeropipe.checkpoint.manifest import FlatEntry
 from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.peer_keys import PEER_VERSION
+from zeropipe.checkpoint.plain import lowered
 from zeropipe.checkpoint.source import Source, read_full
 from zeropipe.checkpoint.state import FP32, PARAM
 from zeropipe.checkpoint.tags import LATEST_UNIVERSAL
 from zeropipe.checkpoint.universal.patterns import Joining, Rule, joining_of
 from zeropipe.checkpoint.weights import Weight, weights
+from zeropipe.checkpoint.words import training_words
+from zeropipe.checkpoint.writer import OURS
 
 
 def write_universal(
@@ -91,7 +94,7 @@ def _parameter(
 
 def _common(source: Source) -> dict[str, Any]:
     groups = [
-        {key: v for key, v in group.items() if key != "param_names"} | {"params": [index]}
+        {key: v for key, v in lowered(group).items() if key != "param_names"} | {"params": [index]}
         for index, group in enumerate(source.param_groups)
     ]
     return {k.PARAM_GROUPS: groups, k.ZERO_STAGE: source.stage, k.DS_VERSION: PEER_VERSION}
@@ -116,7 +119,7 @@ def _model(source: Source, everything: list[Weight]) -> dict[str, Any]:
         "frozen_param_shapes": {w.name: torch.Size(w.shape) for w in everything if w.kind == "frozen"},
         "frozen_param_fragments": None,
         "shared_params": dict(source.tied),
-        "lr_scheduler": train.lr_scheduler,
+        "lr_scheduler": lowered(train.lr_scheduler),
         "data_sampler": None,
         "random_ltd": None,
         "sparse_tensor_module_names": [],
@@ -132,5 +135,6 @@ def _model(source: Source, everything: list[Weight]) -> dict[str, Any]:
             k.UNIVERSAL_CHECKPOINT_VERSION_KEY: k.UNIVERSAL_CHECKPOINT_VERSION_VALUE
         }
         | dict(source.universal_info or {}),
-        **{key: v for key, v in train.client_state.items() if key != k.UNIVERSAL_CHECKPOINT_INFO},
+        OURS: training_words(train, {}),
+        **{key: v for key, v in lowered(train.client_state).items() if key != k.UNIVERSAL_CHECKPOINT_INFO},
     }
