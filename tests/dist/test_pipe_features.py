@@ -114,8 +114,7 @@ def shape_changes(rank: int, world: int) -> str:
     engine = engine_of(2, 1, CARRIERS, config())
     with pytest.raises((UsageError, CommunicationError)) as caught:
         engine.train_batch(iter(masked(3, [5, 5, 3, 5])))
-    with pytest.raises(UsageError, match="has stopped"):
-        engine.train_batch(iter(masked(3, [5] * 4)))
+    engine.train_batch(iter(masked(3, [3] * 4)))  # no message was lost, and the next batch tells its shapes anew
     return str(caught.value)
 
 

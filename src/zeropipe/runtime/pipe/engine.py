@@ -14,16 +14,17 @@ import torch
 
 from zeropipe.checkpoint.state import LoadedState
 from zeropipe.comm.agree import agree
-from zeropipe.comm.collectives import all_gather_object, all_reduce, barrier, broadcast, broadcast_object
+from zeropipe.comm.collectives import all_gather_object, barrier
 from zeropipe.errors import UsageError, describe
 from zeropipe.runtime.engine import DeepSpeedEngine, Parts
 from zeropipe.runtime.engine_stages import StageSharding
 from zeropipe.runtime.pipe.choice import pick_schedule, shard_policy
 from zeropipe.runtime.pipe.executor import Executor
-from zeropipe.runtime.pipe.feed import Feed, Losses
+from zeropipe.runtime.pipe.feed import Feed, Losses, Repeat
 from zeropipe.runtime.pipe.host import TrainingHost
 from zeropipe.runtime.pipe.instructions import Schedule
 from zeropipe.runtime.pipe.module import PipelineModule
+from zeropipe.runtime.pipe.outcome import Outcome, Settlement
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.schedule import make_schedule
 from zeropipe.runtime.pipe.sharding import Unshard, with_sharding
@@ -62,7 +63,7 @@ class PipelineEngine(DeepSpeedEngine):
             self._sharded.hooks.remove()
         self._sharding = None if self.optimizer is None else StageSharding(self.optimizer, module)
         self._host = TrainingHost(module.stages, module.ties, self.device, self._sharding)
-        self._term_names: list[str] | None = None  # of the loss function's other terms, once known
+        self._settlement = Settlement(self.grid, self.device, self._last_rank)
         self._broken = False
         agree(
             {"pipeline schedule": str(self.schedule), "loss scale": str(self.loss_scale)},
@@ -75,9 +76,11 @@ class PipelineEngine(DeepSpeedEngine):
         """Train on ``gradient_accumulation_steps`` micro-batches and step; collective over all ranks.
 
         ``data_iter`` yields ``(inputs, labels)``; it is read on the ranks of the first and of the last stage.
-        Returns the loss (fp32, []), averaged over micro-batches and data-parallel ranks, on every rank.
+        Returns the loss (fp32, or fp64 where it is that, []), averaged over micro-batches and data-parallel ranks, on
+        every rank.
 
-        Raises UsageError where the iterator ends early or the loss is no scalar; the other ranks raise too.
+        Where a rank raises (UsageError if the iterator ends early or the loss is no scalar; whatever a layer raises)
+        the others raise too, no rank steps, and the batch's gradients are forgotten: the next call starts anew.
         """
         optimizer = self._need_optimizer("train_batch")
         self._need_whole("train_batch")
@@ -88,12 +91,18 @@ class PipelineEngine(DeepSpeedEngine):
         losses = Losses(self.module.loss_fn)
         self._host.begin(partial(self._feed, data_iter, count), losses, self.loss_scale / count)
         with self._report.phase("forward"), optimizer.reducer.local_only():
-            self._run(executor)
-        self.clock.micro_steps += count - 1
-        loss = self._reduce(losses, count, "avg", broadcast_loss=True)
-        self._report.loss(loss)
-        super().step()
-        return loss
+            failure = self._run(executor)
+        outcome = self._settle(self._mailbox, failure, losses, count, "avg")
+        self.loss_terms = outcome.terms
+        self._report.loss(outcome.loss)
+        # What another engine has left of an accumulation is no part of this batch, after which a step follows always.
+        self.clock.micro_steps += count - 1 - self.clock.micro_steps % count
+        forced, self.clock.forced_boundary = self.clock.forced_boundary, True
+        try:
+            super().step()
+        finally:
+            self.clock.forced_boundary = forced
+        return outcome.loss
 
     @torch.no_grad()
     def eval_batch(
@@ -131,12 +140,18 @@ class PipelineEngine(DeepSpeedEngine):
             host = TrainingHost(self.module.stages, (), self.device, self._sharding)
             load = partial(self._feed, data_iter, count)
             host.begin(load, losses if compute_loss else None, keep_outputs=return_logits)
-            self._run(
+            failure = self._run(
                 Executor(with_transfers(plan), self.grid.stage_id, self._stages, self._eval_mailbox, host)
+            )
+            outcome = self._settle(
+                self._eval_mailbox, failure, losses if compute_loss else None, count, reduce_output
             )
         finally:
             self.train(was_training)
-        loss = self._reduce(losses, count, reduce_output, bcast_loss) if compute_loss else None
+        loss: Any = None
+        if compute_loss and (bcast_loss or self.grid.stage_id == self._last_rank):
+            self.loss_terms = outcome.terms
+            loss = outcome.each if reduce_output is None else outcome.loss
         return (loss, _joined(host.outputs)) if return_logits else loss
 
     # The plan.
@@ -301,47 +316,43 @@ class PipelineEngine(DeepSpeedEngine):
                             "to initialize",
                         )
                     )
-                self._iterator = _repeat(self.training_dataloader)
+                self._iterator = Repeat(self.training_dataloader)
             iterator = self._iterator
         return Feed(iterator, self._batch_fn, count)
 
-    def _run(self, executor: Executor) -> None:
+    def _run(self, executor: Executor) -> BaseException | None:
+        """Run a batch; what has failed, if the ranks may still agree on it."""
         try:
             with self._autocast():
                 executor.run()
-        except BaseException:
-            self._broken = True  # messages may be on their way that nobody will take
-            raise
+        except BaseException as error:
+            if not executor.kept:
+                self._broken = True  # messages may be on their way that nobody will take
+                raise
+            return error
+        return None
 
-    def _reduce(self, losses: Losses, count: int, how: str | None, broadcast_loss: bool) -> Any:
-        """The loss of all micro-batches: averaged over the data axis, then from the last stage to all ranks."""
-        pipe, last = self.grid.pipe_group, self._last_rank
-        if self._term_names is None:
-            self._term_names = broadcast_object(sorted(losses.terms), last, pipe, label="loss terms")
-        names = self._term_names
-        figures = torch.zeros(1 + len(names) + (0 if how else count), dtype=torch.float32, device=self.device)
-        if pipe.rank == last:
-            if sorted(losses.terms) != names:
-                raise UsageError(
-                    describe(
-                        "the loss function returned other terms than in the first batch",
-                        expected=names,
-                        found=sorted(losses.terms),
-                    )
-                )
-            values = torch.stack([value.float() for value in losses.values])
-            figures[0] = values.sum() if how == "sum" else values.mean()
-            for at, name in enumerate(names, 1):
-                figures[at] = torch.stack([value.float() for value in losses.terms[name]]).mean()
-            if how is None:
-                figures[1 + len(names) :] = values
-            all_reduce(figures, self._group, op="avg", label="loss")
-        if broadcast_loss:
-            broadcast(figures, last, pipe, label="loss")
-        elif pipe.rank != last:
-            return None
-        self.loss_terms = {name: figures[at] for at, name in enumerate(names, 1)}
-        return list(figures[1 + len(names) :]) if how is None else figures[0]
+    def _settle(
+        self,
+        mailbox: Mailbox,
+        failure: BaseException | None,
+        losses: Losses | None,
+        count: int,
+        how: str | None,
+    ) -> Outcome:
+        """End a batch on all ranks alike, with its losses or an error."""
+        try:
+            found = self._settlement.settle(
+                losses, count, how, failure, first=failure is not None and not mailbox.heard_of_failure
+            )
+        except BaseException:
+            self._broken = True
+            raise
+        if isinstance(found, Outcome):
+            return found
+        mailbox.forget_forms()
+        self.zero_grad()
+        raise found
 
     def _check_names(self, loaded: LoadedState, strict: bool) -> None:
         """A parameter is strange only if no stage knows it, and an error only if all ranks raise it."""
@@ -356,14 +367,9 @@ class PipelineEngine(DeepSpeedEngine):
                 describe(
                     f"engine.{call}: this pipeline has stopped",
                     rank=self.grid.global_rank,
-                    fix="a rank failed in an earlier batch and messages were lost; restart from a checkpoint",
+                    fix="a rank or its connection was lost in an earlier batch; restart from a checkpoint",
                 )
             )
-
-
-def _repeat(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 def _joined(outputs: list[Any]) -> Any:

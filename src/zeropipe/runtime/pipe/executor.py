@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from zeropipe.runtime.pipe.instructions import COMPUTE, Instruction, Op, Schedule
+from zeropipe.runtime.pipe.instructions import COMPUTE, TRANSFER, Instruction, Op, Schedule
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.simulate import Event
 from zeropipe.runtime.pipe.stage import Stage
@@ -60,6 +61,7 @@ class Executor:
             int, torch.Tensor
         ] = {}  # by micro-batch: the gradient of the loss with respect to itself
         self.events: list[Event] = []
+        self.kept = True  # the latest run left no message under way and no collective half done
         self._start = 0.0  # of the step in progress
         self._methods: dict[Op, Callable[[Instruction], None]] = {
             Op.FORWARD: self._forward,
@@ -77,24 +79,54 @@ class Executor:
         }
 
     def run(self) -> None:
-        """Do every instruction in order. Whatever fails is told to the other ranks before it is raised."""
-        self.events = []
+        """Do every instruction in order.
+
+        A rank that fails computes nothing more but keeps its appointments: it answers for the messages that it owes,
+        goes on with what is collective, takes the messages that it is owed, and raises then. `kept` says whether it
+        could, so that ranks may agree to go on; what its gradients hold is worth nothing.
+        """
+        self.events, self.kept = [], False
         self._mailbox.begin(self._queues, self._known_taken)
+        failure: BaseException | None = None
         try:
-            self._host.start()
+            failure = self._try(self._host.start)
             for step in self.schedule.ranks[self._rank]:
                 self._start = time.perf_counter()
-                self._methods[step.op](step)
-                if step.op in COMPUTE:
-                    self.events.append(Event(self._rank, step, self._start, time.perf_counter()))
-            self._mailbox.finish()
-        except BaseException:
-            self._mailbox.say_failed()
-            for stage in self._stages.values():
-                stage.drop()
-            self._here.clear()
-            self._seeds.clear()
-            raise
+                if step.op not in COMPUTE and step.op not in TRANSFER:
+                    self._methods[step.op](step)
+                elif failure is None:
+                    failure = self._try(partial(self._methods[step.op], step))
+                    if step.op in COMPUTE:
+                        self.events.append(Event(self._rank, step, self._start, time.perf_counter()))
+            if failure is None:
+                self._mailbox.finish()
+            else:
+                self._mailbox.clear()
+        except BaseException as error:
+            if failure is None:
+                self._fail()
+            self._mailbox.give_up()
+            if failure is None:
+                raise
+            raise failure from error
+        self.kept = True
+        if failure is not None:
+            raise failure
+
+    def _try(self, do: Callable[[], None]) -> BaseException | None:
+        try:
+            do()
+        except BaseException as error:
+            self._fail()
+            return error
+        return None
+
+    def _fail(self) -> None:
+        self._mailbox.say_failed()
+        for stage in self._stages.values():
+            stage.drop()
+        self._here.clear()
+        self._seeds.clear()
 
     def _forward(self, step: Instruction) -> None:
         assert step.micro_batch is not None

@@ -62,6 +62,34 @@ def _pair(batch: Any) -> tuple[Any, Any]:
     )
 
 
+class Repeat:
+    """Goes through ``loader`` again and again."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader, self._iterator = loader, iter(loader)
+
+    def __iter__(self) -> Repeat:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            self._iterator = iter(self._loader)
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            raise UsageError(
+                describe(
+                    "the training data gives no micro-batch",
+                    expected="a loader that gives at least one each time it is gone through",
+                    found=f"none from a {type(self._loader).__name__}",
+                    fix="give more samples than one micro-batch takes on each rank, set dataloader_drop_last to false, "
+                    "or, where the loader is an iterator, pass it to train_batch(data_iter)",
+                )
+            ) from None
+
+
 class Losses:
     """What the loss function returned for each micro-batch of a step, on the rank of the last stage.
 
@@ -73,6 +101,14 @@ class Losses:
         self._loss_fn = loss_fn
         self.values: list[torch.Tensor] = []  # [] each, detached
         self.terms: dict[str, list[torch.Tensor]] = {}
+
+    def row(self, names: list[str], count: int, how: str | None) -> torch.Tensor:
+        """fp64?, the loss (``how``: avg or sum), the mean of each named term, each of ``count`` losses; 1D, fp64."""
+        values = torch.stack([_wide(value) for value in self.values])
+        loss = values.sum() if how == "sum" else values.mean()
+        means = [torch.stack(self.terms[name]).mean() for name in names]
+        is_wide = torch.tensor(values.dtype == torch.float64)
+        return torch.stack([one.to("cpu", torch.float64) for one in (is_wide, loss, *means, *values)])
 
     def compute(self, output: Any, labels: Any) -> torch.Tensor:
         """The loss to minimise, with its graph; everything returned is noted."""
@@ -96,8 +132,27 @@ class Losses:
             )
         self.values.append(loss.detach().reshape(()))
         for name, value in terms.items():
-            self.terms.setdefault(name, []).append(torch.as_tensor(value).detach())
+            self.terms.setdefault(name, []).append(_mean(name, value))
         return loss.reshape(())
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    """In fp32 at least."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _mean(name: str, value: Any) -> torch.Tensor:
+    try:
+        return _wide(torch.as_tensor(value).detach()).mean()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            describe(
+                f"the loss function's term {name!r}",
+                expected="a number or a tensor",
+                found=type(value).__name__,
+                fix="return only numbers beside the loss",
+            )
+        ) from error
 
 
 def _split(returned: Any) -> tuple[Any, dict[str, Any]]:

@@ -76,7 +76,8 @@ class TrainingHost:
             raise UsageError(
                 describe(
                     "the loss depends on no trained parameter",
-                    fix="check that layers do not detach their output and that parameters require grad",
+                    fix="check that layers do not detach their output and that parameters require grad; "
+                    "checkpoint(..., use_reentrant=True) gives none where its input requires none: use False",
                 )
             )
         # In fp32 at least: the scaled loss of an fp16 model would overflow by itself.

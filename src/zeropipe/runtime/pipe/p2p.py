@@ -2,7 +2,8 @@
 
 Each pair of ranks has one queue in each direction. In the usual case (shapes never change) a message is one
 transfer, whose receive is opened ahead of its use; the first message of an edge, or every one where shapes may
-change, is preceded by its form. A rank that fails says so in every queue that it feeds, so that nobody waits for it.
+change, is preceded by its form. A rank that fails says so in place of every message that it still owes, and takes
+every one that it is still owed: nobody waits for it, and nothing is left on its way.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _TAGS = range(1 << 16, 1 << 30, 2)  # above a user's own messages and the collec
 _SIZES = 2  # int64: bytes of the form, bytes of the value; a negative form says the sender has failed
 
 Edge = tuple[int, int, Op]  # source stage, target stage, forward or backward
+
+
+class _Farewell(Exception):
+    """In the place of a message: its sender has failed."""
 
 
 class Links:
@@ -128,6 +133,7 @@ class Mailbox:
         self._targets: dict[int, deque[Message]] = {}
         self._out: dict[int, _Outgoing] = {}  # by target rank
         self._taken: Mapping[Message, int] = {}
+        self.heard_of_failure = False  # in this step: another rank failed first
 
     def begin(
         self, queues: Mapping[tuple[int, int], Sequence[Message]], taken: Mapping[Message, int]
@@ -137,6 +143,7 @@ class Mailbox:
         self._targets = {t: deque(q) for (s, t), q in queues.items() if s == self._rank}
         self._out = {target: _Outgoing() for target in self._targets}
         self._taken = taken
+        self.heard_of_failure = False
 
     def finish(self) -> None:
         """Wait until everything that was sent has arrived."""
@@ -189,12 +196,11 @@ class Mailbox:
         """Wait for ``message``; its tensors are views of a buffer of their own."""
         queue = self._queues[source]
         while message not in queue.arrived:
-            if not queue.opened and not self._open_next(queue):
-                self._receive_with_form(queue)
-                continue
-            incoming = queue.opened.popleft()
-            incoming.work.wait()
-            self._accept(queue, incoming.message, self._known[edge_of(incoming.message)], incoming.buffer)
+            try:
+                self._receive_next(queue)
+            except _Farewell:
+                self.heard_of_failure = True
+                raise self._peer_failed(source, message) from None
         if source in self._out:
             self._out[source].forget(self._taken[message])
         form, buffer = queue.arrived.pop(message)
@@ -203,20 +209,39 @@ class Mailbox:
     def say_failed(self) -> None:
         """Answer every message that others still expect from here, so that they stop instead of waiting."""
         for target, messages in self._targets.items():
-            if not messages:
-                continue
-            told = self._sent.get(edge_of(messages[0]))
-            if told is None or self._dynamic:
-                part, tag = torch.tensor([-1, self._rank], device=self.device), _FORM_TAG
-            else:
-                part, tag = farewell(told.nbytes, self.device), _VALUE_TAG
-            with contextlib.suppress(Exception):  # the peer may be gone already
-                self._out[target].add([(self._links.send(part, target, tag, "failed"), part)])
-        # Others still need what was sent before, and the transport still uses the buffers.
+            while messages:
+                told = self._sent.get(edge_of(messages.popleft()))
+                if told is None or self._dynamic:
+                    part, tag = torch.tensor([-1, self._rank], device=self.device), _FORM_TAG
+                else:
+                    part, tag = farewell(told.nbytes, self.device), _VALUE_TAG
+                with contextlib.suppress(Exception):  # the peer may be gone already
+                    self._out[target].add([(self._links.send(part, target, tag, "failed"), part)])
+
+    def clear(self) -> None:
+        """After a failure: take all that is still sent to this rank; the next batch finds nothing on its way."""
+        for queue in self._queues.values():
+            while queue.opened or queue.expected:
+                with contextlib.suppress(_Farewell):
+                    self._receive_next(queue)
+            queue.arrived.clear()
+        self.finish()
+
+    def give_up(self) -> None:
+        """What is still on its way will not be waited for, but the transport uses its buffers."""
         for outgoing in self._out.values():
             SEAM.abandoned += outgoing.works
         for queue in self._queues.values():
             SEAM.abandoned += [incoming.work for incoming in queue.opened]
+
+    def _receive_next(self, queue: _Queue) -> None:
+        """Take the next message of ``queue``, whichever it is."""
+        if not queue.opened and not self._open_next(queue):
+            self._receive_with_form(queue)
+            return
+        incoming = queue.opened.popleft()
+        incoming.work.wait()
+        self._accept(queue, incoming.message, self._known[edge_of(incoming.message)], incoming.buffer)
 
     def _open_next(self, queue: _Queue) -> bool:
         """Open the receive of the next message; False where its form must come first."""
@@ -235,7 +260,7 @@ class Mailbox:
         self._links.recv(sizes, queue.source, _FORM_TAG, "form").wait()
         form_bytes, value_bytes = sizes.tolist()
         if form_bytes < 0:
-            raise self._peer_failed(queue.source, message)
+            raise _Farewell
         data = torch.empty(form_bytes, dtype=torch.uint8, device=self.device)
         self._links.recv(data, queue.source, _FORM_TAG, "form").wait()
         form = Form.from_bytes(bytes(data.tolist()))
@@ -247,7 +272,7 @@ class Mailbox:
     def _accept(self, queue: _Queue, message: Message, form: Form, buffer: torch.Tensor) -> None:
         # On a GPU reading the first byte would stop the stream; there a failed peer shows as a dead process.
         if buffer.device.type == "cpu" and int(buffer[0]) == FAILED:
-            raise self._peer_failed(queue.source, message)
+            raise _Farewell
         queue.arrived[message] = form, buffer
 
     def _peer_failed(self, source: int, message: Message) -> CommunicationError:
