@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from heapq import heapify, heappop, heappush
 
 
 class Phase(Enum):
@@ -77,44 +78,60 @@ def parse_plan(text: str) -> tuple[Step, ...]:
 
 
 def plan(visits: Sequence[Visit], numel: Sequence[int], budget: Budget) -> tuple[Step, ...]:
-    """The steps for ``visits``; ``numel[u]`` is the number of elements of unit ``u``.
+    """The steps for ``visits``; ``numel[u]`` is the number of elements of unit ``u``. Takes O(n log n).
 
     A unit is always fetched by its visit. Ahead of that, units are fetched in the order of their visits while
     what is fetched and not yet used fits ``prefetch_bucket_size`` and what is live fits ``max_live_parameters``.
     So what is live is at most ``max_live_parameters`` and the visited unit.
     """
     following = _next_visits(visits)
+    between = _numel_between(visits, following, numel)
     live: set[int] = set()
     waiting: set[int] = set()  # fetched ahead, not visited yet
-    ahead = 0  # the next visit to consider for fetching ahead
+    live_numel = waiting_numel = 0
+    # (next visit, unit) of those that are not live: what is to be fetched next stands first.
+    absent = [(at, unit) for unit, at in _first_visits(visits).items()]
+    heapify(absent)
     steps = []
     for at, visit in enumerate(visits):
         fetch = []
-        waiting.discard(visit.unit)
+        if visit.unit in waiting:
+            waiting.discard(visit.unit)
+            waiting_numel -= numel[visit.unit]
         if visit.unit not in live:
+            heappop(absent)  # the visited unit itself: no other visit is nearer
             fetch.append(visit.unit)
             live.add(visit.unit)
-        ahead = max(ahead, at + 1)
-        while ahead < len(visits):
-            unit = visits[ahead].unit
-            if unit not in live:
-                in_flight = sum(numel[u] for u in waiting) + numel[unit]
-                total = sum(numel[u] for u in live) + numel[unit]
-                if in_flight > budget.prefetch_bucket_size or total > budget.max_live_parameters:
-                    break
-                fetch.append(unit)
-                live.add(unit)
-                waiting.add(unit)
-            ahead += 1
-        keep = _keeps(at, visits, following, numel, budget, live)
+            live_numel += numel[visit.unit]
+        while absent:
+            unit = absent[0][1]
+            fits = waiting_numel + numel[unit] <= budget.prefetch_bucket_size
+            if not fits or live_numel + numel[unit] > budget.max_live_parameters:
+                break
+            heappop(absent)
+            fetch.append(unit)
+            live.add(unit)
+            waiting.add(unit)
+            live_numel += numel[unit]
+            waiting_numel += numel[unit]
+        again = following[at]
+        keep = again is not None and live_numel <= budget.max_live_parameters
+        keep = keep and (again == at + 1 or between[at] <= budget.max_reuse_distance)
         if not keep:
             live.discard(visit.unit)
-            # Whatever was skipped over because it was live has to be looked at again.
-            again = following[at]
-            if again is not None and again < ahead:
-                ahead = again
+            live_numel -= numel[visit.unit]
+            if again is not None:
+                heappush(absent, (again, visit.unit))
         steps.append(Step(visit, tuple(fetch), keep))
     return tuple(steps)
+
+
+def _first_visits(visits: Sequence[Visit]) -> dict[int, int]:
+    """Each unit's first visit."""
+    first: dict[int, int] = {}
+    for at, visit in enumerate(visits):
+        first.setdefault(visit.unit, at)
+    return first
 
 
 def _next_visits(visits: Sequence[Visit]) -> list[int | None]:
@@ -127,18 +144,32 @@ def _next_visits(visits: Sequence[Visit]) -> list[int | None]:
     return following
 
 
-def _keeps(
-    at: int,
-    visits: Sequence[Visit],
-    following: Sequence[int | None],
-    numel: Sequence[int],
-    budget: Budget,
-    live: set[int],
-) -> bool:
-    again = following[at]
-    if again is None or sum(numel[u] for u in live) > budget.max_live_parameters:
-        return False
-    if again == at + 1:
-        return True
-    between = {visit.unit for visit in visits[at + 1 : again]}
-    return sum(numel[u] for u in between) <= budget.max_reuse_distance
+def _numel_between(
+    visits: Sequence[Visit], following: Sequence[int | None], numel: Sequence[int]
+) -> list[int]:
+    """For each visit, the elements of the units visited between it and the next one of its unit, each counted once."""
+    found = [0] * len(visits)
+    sums = [0] * (
+        len(visits) + 1
+    )  # a Fenwick tree over visits: the first one of each unit from here on counts
+
+    def add(place: int, value: int) -> None:
+        place += 1
+        while place < len(sums):
+            sums[place] += value
+            place += place & -place
+
+    def up_to(place: int) -> int:
+        total = 0
+        while place:
+            total += sums[place]
+            place -= place & -place
+        return total
+
+    for at in reversed(range(len(visits))):
+        again, size = following[at], numel[visits[at].unit]
+        if again is not None:
+            found[at] = up_to(again)
+            add(again, -size)
+        add(at, size)
+    return found
