@@ -188,8 +188,8 @@ def two_steps(engine: Any, rank: int) -> None:
         step(engine, at, rank)
 
 
-def raise_alone(rank: int, world: int, where: str, compiled: bool = False) -> str:
-    engine = engine_of(Trapped(), 3, world)
+def raise_alone(rank: int, world: int, where: str, compiled: bool = False, **zero: Any) -> str:
+    engine = engine_of(Trapped(), 3, world, zero_optimization=zero)
     if compiled:
         engine.compile(backend="eager")
     step(engine, 0, rank)
@@ -215,10 +215,19 @@ def test_a_rank_that_raises_in_compiled_code_tells_the_others(pool: Pools) -> No
     assert f"rank {ODD} is at 'ArithmeticError raised in" in outcomes[0].value
 
 
-def raise_together(rank: int, world: int, where: str) -> dict[str, torch.Tensor]:
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_it_tells_those_of_other_shard_groups_too(pool: Pools, where: str) -> None:
+    """With MiCS they waited for it until the group's timeout: only those of its own group were told."""
+    outcomes = pool(4).run_faulty(raise_alone, where, timeout=60, mics_shard_size=2)
+    assert [outcome.kind for outcome in outcomes] == ["result"] * 4, [outcome.error for outcome in outcomes]
+    for other in (0, 2, 3):
+        assert "raised in" in outcomes[other].value
+
+
+def raise_together(rank: int, world: int, where: str, **zero: Any) -> dict[str, torch.Tensor]:
     """Every rank drops the same batch because of the same error, and goes on."""
     torch.manual_seed(0)
-    engine = engine_of(Trapped(), 3, world)
+    engine = engine_of(Trapped(), 3, world, zero_optimization=zero)
     for at in range(3):
         engine.module.blocks[1].where = where if at == 1 else ""
         try:
@@ -233,6 +242,12 @@ def test_an_error_on_all_ranks_can_be_survived(pool: Pools, where: str) -> None:
     skipped = pool(2).run(raise_together, where)
     assert_bitwise(skipped[0], skipped[1])
     assert_bitwise(skipped[0], pool(2).run(skip_together)[0])
+
+
+def test_an_error_on_all_ranks_of_two_shard_groups_can_be_survived(pool: Pools) -> None:
+    first, *others = pool(4).run(raise_together, "forward", mics_shard_size=2)
+    for other in others:
+        assert_bitwise(other, first)
 
 
 def skip_together(rank: int, world: int) -> dict[str, torch.Tensor]:

@@ -18,15 +18,17 @@ import torch
 
 from zeropipe.comm.collectives import announce, broadcast, meet
 from zeropipe.comm.group import Group
+from zeropipe.comm.leases import LEASES
 from zeropipe.comm.record import SEAM
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.fingerprint import Fingerprint, fingerprint
 from zeropipe.runtime.zero.host_memory import FreedMemory
 from zeropipe.runtime.zero.offload_files import Arena
 from zeropipe.runtime.zero.param import shards_of
+from zeropipe.runtime.zero.sharded_parameter import mark_available
 from zeropipe.runtime.zero.shards import GATHER, Shards, shard_parameter
 from zeropipe.runtime.zero.state_dict import install_state_dict
-from zeropipe.runtime.zero.status import ZeroParamType
+from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
 from zeropipe.tensor.dtypes import was_prepared, working_dtypes
 
 # Elements that stay gathered after a use; older ones are put back while the constructor runs on.
@@ -46,6 +48,26 @@ class _Fetched:
     def forgotten(self) -> bool:
         """Whether nobody holds the view any more."""
         return self.watched is None or not _shared(self.watched[0])
+
+    @property
+    def moved(self) -> bool:
+        """Whether the parameter was given other memory: ``.data = ...``, or ``set_`` as parametrizations do."""
+        here = self.param.detach()
+        same = (here.shape, here.dtype, here.data_ptr()) == (
+            self.shards.shape,
+            self.shards.dtype,
+            self.shards.full.data_ptr(),
+        )
+        return not same and self.shards.status is ZeroParamStatus.AVAILABLE
+
+    def take_moved(self) -> bool:
+        """Take the value over from the other memory; False where it does not fit the shards."""
+        here, full = self.param.detach(), self.shards.full
+        if (here.shape, here.dtype) != (self.shards.shape, self.shards.dtype):
+            return False
+        full[: self.shards.numel].copy_(here.reshape(-1))
+        mark_available(self.param, full[: self.shards.numel].view(self.shards.shape))
+        return True
 
     def check(self) -> None:
         """Raise UsageError if the view was written to since the value was put back."""
@@ -132,6 +154,9 @@ class Build:
         shards.gather()
         shards.holds += 1
         frame.fetched[id(shards)] = _Fetched(param, shards, fingerprint(shards.full))
+        param.__class__ = (
+            torch.nn.Parameter
+        )  # from which another parameter may be made: torch asks for its very class
         while len(frame.fetched) > 1 and sum(f.shards.numel for f in frame.fetched.values()) > max(
             WINDOW, shards.numel
         ):
@@ -202,6 +227,9 @@ class Build:
             frame.put_back.remove(earlier)
         shards = fetched.shards
         shards.holds -= 1
+        if fetched.moved and not fetched.take_moved():
+            self._give_up(fetched)
+            return
         if not fetched.before.matches(shards.full):
             meet(f"{self.what}: {shards.name} was written", shards.group, channel=GATHER)
             broadcast(shards.full, 0, shards.everyone, label=shards.name)
@@ -214,6 +242,11 @@ class Build:
         if _shared(kept):
             fetched.watched = (kept, fingerprint(kept))
             frame.put_back.append(fetched)
+
+    def _give_up(self, fetched: _Fetched) -> None:
+        """The parameter has another shape now: it is whole, and will be cut anew with those of its module."""
+        LEASES.drop(fetched.shards)
+        del fetched.param._zero  # type: ignore[attr-defined]
 
     def _drop(self, frame: _Frame) -> None:
         """After an exception: free what was gathered, unwritten."""

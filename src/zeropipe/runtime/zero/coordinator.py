@@ -22,9 +22,10 @@ from torch.utils.hooks import RemovableHandle
 
 from zeropipe.comm.collectives import announce, greets, hand_on, meet
 from zeropipe.comm.group import Group
-from zeropipe.errors import CommunicationError, DesyncError
+from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.fetch_plan import Budget, Phase, Step, Visit, plan
 from zeropipe.runtime.zero.shards import GATHER, Shards
+from zeropipe.runtime.zero.writes import join
 
 # For peers to come to where this rank raised an error, so that it can hand on what they will then wait for.
 PATIENCE = timedelta(seconds=30)
@@ -39,13 +40,15 @@ class Unit:
     index: int
     name: str
     shards: list[Shards]  # own ones, and external ones that it was seen to use
+    known: set[Shards] = field(default_factory=set)  # the same
 
     @property
     def numel(self) -> int:
         return sum(s.numel for s in self.shards if not s.persist)
 
     def add(self, shards: Shards) -> None:
-        if not any(shards is known for known in self.shards):
+        if shards not in self.known:
+            self.known.add(shards)
             self.shards.append(shards)
 
 
@@ -89,7 +92,11 @@ class Coordinator:
         self._loose: list[Use] = []  # hold what a root returned of its parameters
         self._silent = 0  # contexts in which every parameter is held whole
         self.until_settled: list[RemovableHandle] = []  # hooks on tensors that outlive their pass
-        self._told: Callable[[], int] | None = None  # an error told to the peers: whether they have the same
+        self._told: list[Callable[[], int]] = []  # an error told to the peers: whether they have the same
+        self._parted = False  # the last meeting ended in an error, of which everyone knows
+        self._written: set[Shards] = (
+            set()
+        )  # what forwards wrote to on this rank, not joined with the others yet
 
     def add_unit(self, name: str, shards: Iterable[Shards]) -> Unit:
         unit = Unit(len(self.units), name, [])
@@ -109,8 +116,12 @@ class Coordinator:
         checkpoint's second forward)."""
         if self.running or in_backward():
             return
-        self.settle()
-        self.meet(f"forward of {root}")
+        try:
+            self.settle()
+            self.meet(f"forward of {root}")
+        except BaseException as error:
+            self.tell(error, root)
+            raise
         self._close_trace()
         self._grad = torch.is_grad_enabled()
         self._replaying = self._grad in self._plans and not self._silent
@@ -119,11 +130,29 @@ class Coordinator:
         """Go on when every rank is about to do ``what``; DesyncError when one is not."""
         if self._silent:
             return
-        if self._told is not None:
-            told, self._told = self._told, None
-            told()
+        told, self._told, self._parted = self._told, [], False
+        for same in told:
+            same()
+        wrote = not self._written
         for circle in self.circles:
-            meet(what, circle, channel=GATHER)
+            try:
+                wrote = min(wrote, bool(meet(what, circle, channel=GATHER, note=int(not self._written))))
+            except DesyncError:
+                self._parted = circle is self.circles[-1]
+                raise
+        if not wrote:
+            self._join()
+
+    def _join(self) -> None:
+        """Somebody's forward wrote to parameters: give every rank what was written."""
+        written, self._written = self._written, set()
+        known = {shards.ident: shards for unit in self.units for shards in unit.shards}
+        join(written, [known[ident] for ident in sorted(known)], self.circles[-1])
+
+    def end_pass(self, root: str) -> None:
+        """The root module has run forward. Without gradients no meeting follows in which ranks join what it wrote."""
+        if not self._grad and not self.running and not in_backward():
+            self.meet(f"end of {root}")
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -141,6 +170,21 @@ class Coordinator:
             self.meet(f"backward of {unit.name}")
         use = Use(unit)
         (self.running if phase is Phase.FORWARD else self._backward).append(use)
+        try:
+            self._fetch(use, phase)
+        except BaseException as error:
+            use.keep = False
+            if phase is Phase.FORWARD:
+                self.failed(use, error)
+            else:
+                self.end(use)
+                self.tell(error, f"backward of {unit.name}")
+            raise
+        return use
+
+    def _fetch(self, use: Use, phase: Phase) -> None:
+        """Gather for ``use``, and ahead of those that follow it."""
+        unit = use.unit
         step = self._advance(Visit(phase, unit.index))
         use.keep = step is not None and step.keep
         note = 0 if self.reductions is None else self.reductions.progress
@@ -155,11 +199,10 @@ class Coordinator:
         for shards in unit.shards:
             found = shards.finish_gather()
             heard = heard if found is None else found
-            shards.holds += 1
+            shards.hold()
             use.held.append(shards)
         if phase is Phase.BACKWARD and self.reductions is not None:
             self._compare_reductions(unit, self.reductions, heard)
-        return use
 
     def _read_ahead(self) -> None:
         """Shards that live in files: let those that the next visit gathers be read while this unit runs."""
@@ -210,30 +253,40 @@ class Coordinator:
 
     def tell(self, error: BaseException, where: str) -> None:
         """Tell the peers, who would wait for this rank, that it has raised; they may have, too."""
-        if self._told is not None or self._silent or isinstance(error, DesyncError):
+        if self._told or self._silent:
             return
-        if isinstance(error, CommunicationError) and self.group.hops is None:
-            return  # every rank has it; in two hops only those of one node may
-        with suppress(RuntimeError):  # connections may be gone; the error itself says more
-            self._told = announce(f"{type(error).__name__} raised in {where}", self.group, channel=GATHER)
-            hand_on(self.group, GATHER, PATIENCE)
+        for circle in self._unaware(error):
+            with suppress(RuntimeError):  # connections may be gone; the error itself says more
+                said = f"{type(error).__name__} raised in {where}"
+                self._told.append(announce(said, circle, channel=GATHER))
+                hand_on(circle, GATHER, PATIENCE)
 
-    def fetch_for_use(self, shards: Shards) -> bool:
+    def _unaware(self, error: BaseException) -> list[Group]:
+        """The circles in which somebody waits for this rank and does not have ``error`` itself."""
+        if isinstance(error, DesyncError):
+            return (
+                [] if self._parted else self.circles[1:]
+            )  # heard in a gather, among those who share the shards
+        if isinstance(error, CommunicationError) and self.group.hops is None:
+            return self.circles[1:]  # every rank of the gather has it; in two hops only those of one node may
+        return self.circles
+
+    def fetch_for_use(self, shards: Shards, ask: bool = False) -> bool:
         """A function met ``shards`` while they are away: gather them if a module is running forward, and remember
-        that it uses them. False outside of any forward."""
-        if not self.running:
-            return False
+        that it uses them. False outside of any forward. ``ask``: only say so."""
+        if not self.running or ask:
+            return bool(self.running)
         use = self.running[-1]
         use.unit.add(shards)
         shards.gather()
-        shards.holds += 1
+        shards.hold()
         use.held.append(shards)
         return True
 
     def expect_gradient(self, shards: Shards) -> None:
         """Backward is about to make the gradient of ``shards`` without its value."""
         use = Use(Unit(-1, "", []), [shards])
-        shards.holds += 1
+        shards.hold()
         shards.show_shape()
         self._loose.append(use)
 
@@ -265,15 +318,28 @@ class Coordinator:
         else:
             use = Use(Unit(-1, "", []))
             self._loose.append(use)
-        shards.holds += 1
+        shards.hold()
         use.held.append(shards)
 
     def _let_go(self, use: Use, free: bool) -> None:
         for shards in use.held:
+            if shards.writes.end(shards):
+                self._wrote(shards)
             shards.holds -= 1
             if free:
                 shards.release_if_idle()
         use.held.clear()
+
+    def _wrote(self, shards: Shards) -> None:
+        everyone = self.circles[-1]
+        if everyone.size > 1 and not greets(everyone):
+            shards.writes.edits = None
+            raise UsageError(
+                f"forward wrote into parameter '{shards.name}', and ranks have no gloo by which to tell each other. "
+                "Fix: start with the backend 'cpu:gloo,cuda:nccl', keep the value in a buffer, or write between steps "
+                "inside zero.GatheredParameters(param, modifier_rank=0)"
+            )
+        self._written.add(shards)
 
     def _advance(self, visit: Visit) -> Step | None:
         """Note the visit; the plan's step for it, or None where there is no plan (any more)."""

@@ -87,8 +87,12 @@ class ModelHooks:
 
     def _attach(self, module: torch.nn.Module, hooks: UnitHooks) -> None:
         before, after = unless_covered(hooks, hooks.before), unless_covered(hooks, hooks.after)
-        self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        self.handles.append(module.register_forward_hook(after, always_call=True))
+        first = module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+        hooks.first = first.id
+        self.handles.append(first)
+        last = module.register_forward_hook(after, always_call=True)
+        hooks.last = last.id
+        self.handles.append(last)
 
     def _take_off(self) -> None:
         while self.handles:

@@ -163,10 +163,11 @@ class Reducer:
         """End the pass in progress, if any: launch what is left, wait for all."""
         if not self._open:
             return
-        self._open = False
         if self._reducing:
+            self._meet(
+                "end of backward"
+            )  # where it raises the pass is still open: some reductions are under way
             self._reduced_passes += 1
-            self._meet("end of backward")
             self._common = len(self._order)
             while self._next < len(self._order):
                 self._launch_next()
@@ -175,6 +176,7 @@ class Reducer:
             for store in self.stores:
                 store.reduced = store.keeps_whole
                 store.show()
+        self._open = False
         self._owes = not self._reducing
         self._apart = self._apart or self._reducing
         self.passes += 1

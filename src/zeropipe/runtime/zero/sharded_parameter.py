@@ -7,7 +7,6 @@ parameter is fetched and the module remembered as its user; anywhere else a clea
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,14 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from zeropipe.errors import UnavailableParameterError, UsageError
+from zeropipe.runtime.zero.away_value import HARMLESS, away_value, makes_a_parameter, plainly
 from zeropipe.runtime.zero.status import ZeroParamStatus
 
 if TYPE_CHECKING:
     from zeropipe.runtime.zero.shards import Shards
+
+
+_DATA: Any = torch.Tensor.data  # type: ignore[misc]  # what reads and sets it without telling anybody
 
 
 class ShardedParameter(torch.nn.Parameter):
@@ -31,6 +34,21 @@ class ShardedParameter(torch.nn.Parameter):
         shards = self._zero.shards
         assert shards is not None
         return shards
+
+    @property  # type: ignore[override]
+    def data(self) -> torch.Tensor:
+        zero = self.__dict__.get("_zero")
+        if zero is not None and zero.shards is not None:
+            zero.shards.writes.look(zero.shards)
+        value: torch.Tensor = _DATA.__get__(self)
+        return value
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        zero = self.__dict__.get("_zero")
+        if zero is not None and zero.shards is not None:
+            zero.shards.writes.move(zero.shards)
+        _DATA.__set__(self, value)
 
     @property
     def ds_id(self) -> int:
@@ -110,90 +128,11 @@ class ShardedParameter(torch.nn.Parameter):
         return torch.nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
 
 
-# What may be asked of a parameter that is away: bookkeeping, and facts that its shards know.
-_HARMLESS = frozenset(
-    [
-        "__hash__",
-        "__repr__",
-        "__format__",
-        "__dir__",
-        "__setstate__",
-        "__reduce_ex__",
-        "__deepcopy__",
-        "__set__",
-        "__delete__",
-        "dtype",
-        "device",
-        "layout",
-        "requires_grad",
-        "grad",
-        "grad_fn",
-        "is_leaf",
-        "names",
-        "output_nr",
-        "retains_grad",
-        "volatile",
-        "is_meta",
-        "is_cuda",
-        "is_cpu",
-        "is_sparse",
-        "is_sparse_csr",
-        "is_quantized",
-        "is_mkldnn",
-        "is_nested",
-        "is_mtia",
-        "is_mps",
-        "is_xpu",
-        "is_xla",
-        "is_ipu",
-        "is_maia",
-        "is_vulkan",
-        "itemsize",
-        "nbytes",
-        "_version",
-        "_base",
-        "_cdata",
-        "_grad",
-        "_grad_fn",
-        "_backward_hooks",
-        "_post_accumulate_grad_hooks",
-        "_is_param",
-        "element_size",
-        "is_floating_point",
-        "is_complex",
-        "is_contiguous",
-        "is_shared",
-        "is_pinned",
-        "is_inference",
-        "is_conj",
-        "is_neg",
-        "get_device",
-        "type",
-        "data_ptr",
-        "storage",
-        "untyped_storage",
-        "_typed_storage",
-        "is_set_to",
-        "storage_offset",
-        "stride",
-        "_is_view",
-        "is_same_size",
-        "has_names",
-        "has_torch_function",
-        "is_tensor",
-        "is_storage",
-        "_has_compatible_shallow_copy_type",
-        "requires_grad_",
-        "detach_",
-        "set_",
-        "retain_grad",
-        "register_hook",
-        "register_post_accumulate_grad_hook",
-    ]
-)
-# What gives the shape; inside zero.Init it is the whole parameter's, elsewhere that of the value here: [0].
+# What says where the elements lie; code that asks for it in a forward is about to read them.
+_ADDRESSES = frozenset(["data_ptr", "storage", "untyped_storage", "_typed_storage"])
+# What gives the shape; in zero.Init and in a forward the whole parameter's, elsewhere that of the value here: [0].
 _SHAPES = frozenset(["shape", "size", "numel", "nelement", "dim", "ndimension", "ndim", "__len__"])
-# What gives another tensor of the same elements; of a parameter that is away it is one of shape [0].
+# What gives another tensor of the same elements; of a parameter that is away it is one of shape [0], but in a forward.
 _EMPTY = frozenset(
     [
         "data",
@@ -233,27 +172,38 @@ class _Away(ShardedParameter):
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", name)
         first = args[0] if args and isinstance(args[0], _Away) else None
-        if name == "__set__" and first is not None and _converts(first, func, args[1]):
-            first._shards.cast(args[1].dtype, args[1].device)
-            return None
-        if name in _HARMLESS:
-            return _plainly(func, args, kwargs)
+        if first is not None and _gives_memory(name, func, args):
+            if first._shards.building:
+                first._shards.builder.fetch(first._shards)  # type: ignore[union-attr]  # which takes it over later
+                return plainly(func, args, kwargs)
+            if name == "set_" or args[1].numel():
+                raise _unavailable(first._shards, "giving it another value")
+            if _converts(first, args[1]):
+                first._shards.cast(args[1].dtype, args[1].device)
+                return None
+        if first is not None and (name in _EMPTY or name in _ADDRESSES) and first._shards.fetch_in_forward():
+            first._shards.writes.look(first._shards)
+            return plainly(func, args, kwargs)
+        if name in HARMLESS or name in _ADDRESSES:
+            return plainly(func, args, kwargs)
         if first is not None and name in _SHAPES:
             shards = first._shards
-            return (
-                _shape_fact(shards.shape, name, *args[1:], **kwargs)
-                if shards.building
-                else _plainly(func, args, kwargs)
-            )
-        if first is not None and name == "detach" and _makes_a_parameter():
-            raise _unavailable(first._shards, "torch.nn.Parameter(...)")
+            if shards.building or shards.fetch_in_forward(ask=True):
+                return _shape_fact(shards.shape, name, *args[1:], **kwargs)
+            return plainly(func, args, kwargs)
+        if first is not None and name == "detach" and makes_a_parameter():
+            builder = first._shards.builder
+            if builder is None or not builder.active:
+                raise _unavailable(first._shards, "torch.nn.Parameter(...)")
+            builder.fetch(first._shards)
+            return plainly(func, args, kwargs).as_subclass(
+                torch.nn.Parameter
+            )  # the class that ``first`` has now
         if first is not None and name in _EMPTY and not first._shards.building:
-            empty = _plainly(func, args, kwargs)
+            empty = plainly(func, args, kwargs)
             if name not in ("data", "detach"):
                 return empty
-            value = empty.as_subclass(AwayValue)
-            value.of = first._shards.name
-            return value
+            return away_value(empty, first._shards.name)
         if first is not None and name == "copy_" and first._shards.loading:
             first._shards.end_loading()
             first._shards.write(args[1])
@@ -263,81 +213,22 @@ class _Away(ShardedParameter):
                 shards = value._shards
                 if shards.builder is not None and shards.builder.active:
                     shards.builder.fetch(shards)
-                elif shards.fetch_for_use is None or not shards.fetch_for_use(shards):
+                elif not shards.fetch_in_forward():
                     raise _unavailable(shards, f"torch function '{name}'")
-        return _plainly(func, args, kwargs)
+        return plainly(func, args, kwargs)
 
 
-# What says something of all elements: of none of them it would be said without a word.
-_SUMMARIES = frozenset(
-    [
-        "norm",
-        "vector_norm",
-        "linalg_norm",
-        "linalg_vector_norm",
-        "sum",
-        "mean",
-        "std",
-        "var",
-        "max",
-        "min",
-        "amax",
-        "amin",
-        "any",
-        "all",
-        "isnan",
-        "isinf",
-        "isfinite",
-        "item",
-        "tolist",
-        "numpy",
-    ]
-)
+def _gives_memory(name: str, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether the call is ``param.data = tensor`` or ``param.set_(tensor)``."""
+    if len(args) < 2 or not isinstance(args[1], torch.Tensor):
+        return False
+    return name == "set_" or (name == "__set__" and getattr(func.__self__, "__name__", "") == "data")  # type: ignore[attr-defined]
 
 
-class AwayValue(torch.Tensor):
-    """``.data`` of a parameter that is away: shape [0]. Writing to it, or summing it up, raises, instead of doing
-    nothing or giving 0."""
-
-    of: str  # the parameter's name
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name == "detach" and _makes_a_parameter():
-            raise UnavailableParameterError(
-                f"torch.nn.Parameter(...) of the value of parameter '{getattr(args[0], 'of', '?')}', which is sharded "
-                "and not here. Fix: make it from a clone inside 'with zero.GatheredParameters(param):'"
-            )
-        writes = name == "__setitem__" or (
-            name.endswith("_") and not name.startswith("_") and name not in _HARMLESS
-        )
-        if name in _SUMMARIES and args and isinstance(args[0], AwayValue):
-            raise UnavailableParameterError(
-                f"'{name}' of the value of parameter '{getattr(args[0], 'of', '?')}', which is sharded and not here, "
-                "would be that of an empty tensor. Fix: read it inside 'with zero.GatheredParameters(param):'"
-            )
-        if writes and args and isinstance(args[0], AwayValue):
-            raise UnavailableParameterError(
-                f"'{name}' would write to the value of parameter '{getattr(args[0], 'of', '?')}', which is sharded and "
-                "not here, and so do nothing. Fix: write inside 'with zero.GatheredParameters(param, modifier_rank=0):'"
-            )
-        result = _plainly(func, args, kwargs or {})
-        return result.as_subclass(torch.Tensor) if isinstance(result, AwayValue) else result
-
-
-def _converts(param: _Away, setter: Callable[..., Any], value: Any) -> bool:
+def _converts(param: _Away, value: torch.Tensor) -> bool:
     """Whether ``param.data = value`` is what ``module.to(...)`` does to give the parameter a dtype or a device."""
     shards = param._shards
-    if getattr(setter.__self__, "__name__", "") != "data" or not isinstance(value, torch.Tensor):  # type: ignore[attr-defined]
-        return False
-    if value.numel() or (value.dtype == shards.dtype and value.device == shards.full.device):
+    if value.dtype == shards.dtype and value.device == shards.full.device:
         return False
     if param._zero.partition is not None:
         raise UsageError(
@@ -355,16 +246,6 @@ def _shape_fact(shape: torch.Size, name: str, dim: int | None = None) -> Any:
     return shape.numel() if name in ("numel", "nelement") else len(shape)
 
 
-def _makes_a_parameter() -> bool:
-    """Whether the caller's caller is the constructor of nn.Parameter, whose own error speaks of torch's insides."""
-    return sys._getframe(2).f_code is torch.nn.Parameter.__new__.__code__
-
-
-def _plainly(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **kwargs)
-
-
 def _unavailable(shards: Shards, use: str) -> UnavailableParameterError:
     rank = shards.group.ranks[shards.group.rank]
     return UnavailableParameterError(
@@ -378,17 +259,18 @@ def _unavailable(shards: Shards, use: str) -> UnavailableParameterError:
 def mark_available(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Let ``param`` be ``value`` (its own shape)."""
     param.__class__ = ShardedParameter
-    param.data = value
+    _DATA.__set__(param, value)
 
 
 def mark_unavailable(param: torch.nn.Parameter, nothing: torch.Tensor) -> None:
     """Let ``param`` be ``nothing`` (shape [0]), guarded against use."""
-    param.data = nothing
+    param.__class__ = ShardedParameter
+    _DATA.__set__(param, nothing)
     param.__class__ = _Away
 
 
 def show_shape(param: torch.nn.Parameter, shape: torch.Size) -> None:
     """Let autograd see ``shape`` on a parameter that is away; a use of it still meets the guard."""
     param.__class__ = ShardedParameter
-    param.data = param.data.new_full((1,), torch.nan).expand(shape)
+    _DATA.__set__(param, param.detach().new_full((1,), torch.nan).expand(shape))
     param.__class__ = _Away

@@ -20,6 +20,7 @@ from zeropipe.comm.collectives import Work, all_gather
 from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
 from zeropipe.layout.flat import FlatShards, flat_shards
+from zeropipe.runtime.zero.own_writes import OwnWrites
 from zeropipe.runtime.zero.param import ZeroParam
 from zeropipe.runtime.zero.sharded_parameter import mark_available, mark_unavailable, show_shape
 from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType, check_transition
@@ -36,6 +37,12 @@ class Builder(Protocol):
     def fetch(self, shards: Shards) -> None: ...
 
 
+class FetchForUse(Protocol):
+    """Gathers for a use inside a forward, or only says whether it would (``ask``); False outside of any."""
+
+    def __call__(self, shards: Shards, ask: bool = False) -> bool: ...
+
+
 class Shards:
     """Owns the elements of one parameter on this rank. ``source``: what a gather reads, any floating dtype."""
 
@@ -49,6 +56,7 @@ class Shards:
         self.dtype = param.dtype
         spec = (name, tuple(param.shape), str(param.dtype).removeprefix("torch."))
         self.layout: FlatShards = flat_shards([spec], group.size)
+        self.numel, self.shard_numel = self.layout.numel, self.layout.shard_numel
         self.status = ZeroParamStatus.AVAILABLE
         self.persist = False  # stays gathered between uses
         self.holds = 0  # users that need it gathered now
@@ -57,7 +65,7 @@ class Shards:
         self.kind = ZeroParamType.PARTITIONED
         self.active_modules: set[int] = set()  # what clients know as ds_active_sub_modules
         # Set by a coordinator: fetches for a use inside a forward and says whether it did.
-        self.fetch_for_use: Callable[[Shards], bool] | None = None
+        self.fetch_for_use: FetchForUse | None = None
         self.builder: Builder | None = None  # zero.Init that made it
         self.loading = False  # load_state_dict is about to copy a whole value in
         # The last state dict that has the whole value, and that value.
@@ -65,6 +73,7 @@ class Shards:
         self.contexts = 0  # GatheredParameters that hold it
         self.pinned = False  # held by zero.unshard until zero.reshard
         self.renewals = 0  # how often the shards changed under a gathered value
+        self.writes = OwnWrites()  # of modules' forwards on this rank
         self.master: torch.Tensor | None = None  # 1D, shard_numel; where ``source`` is a copy of it
         # Told of elements of ``source`` that were read and are not used for a while.
         self.let_go: Callable[[torch.Tensor], None] = _keep
@@ -76,13 +85,9 @@ class Shards:
         self.source = self.full[self._own()].clone()  # 1D, shard_numel
         mark_available(param, self.full[: self.numel].view(self.shape))
 
-    @property
-    def numel(self) -> int:
-        return self.layout.numel
-
-    @property
-    def shard_numel(self) -> int:
-        return self.layout.shard_numel
+    def fetch_in_forward(self, ask: bool = False) -> bool:
+        """Gather for a use that is met in the forward of some module, or only say whether one runs (``ask``)."""
+        return self.fetch_for_use is not None and self.fetch_for_use(self, ask)
 
     @property
     def building(self) -> bool:
@@ -122,19 +127,24 @@ class Shards:
         # Before the status: where memory is short the parameter stays at rest, and may be gathered later.
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
         self.status = check_transition(self.name, self.status, ZeroParamStatus.INFLIGHT)
-        own = self.full[self._own()]
-        own.copy_(self.source, non_blocking=True)
-        self.let_go(self.source)
-        self._work = all_gather(
-            self.full,
-            own,
-            self.group,
-            label=self.name,
-            async_op=True,
-            channel=GATHER,
-            guarded=True,
-            note=note,
-        )
+        try:
+            own = self.full[self._own()]
+            own.copy_(self.source, non_blocking=True)
+            self.let_go(self.source)
+            self._work = all_gather(
+                self.full,
+                own,
+                self.group,
+                label=self.name,
+                async_op=True,
+                channel=GATHER,
+                guarded=True,
+                note=note,
+            )
+        except BaseException:  # nothing is under way: the parameter is at rest as before
+            self.status = check_transition(self.name, self.status, ZeroParamStatus.NOT_AVAILABLE)
+            self.full.untyped_storage().resize_(0)
+            raise
 
     def finish_gather(self) -> int | None:
         """Wait for the gather under way, if any; the parameter is then available.
@@ -151,6 +161,8 @@ class Shards:
             raise
         self.status = check_transition(self.name, self.status, ZeroParamStatus.AVAILABLE)
         self.shows_shape = False
+        if self.writes.edits is not None:  # not joined yet: this rank goes on with what it wrote
+            self.full[: self.numel].copy_(self.writes.edits.view(-1))
         mark_available(self.param, self.full[: self.numel].view(self.shape))
         return work.heard
 
@@ -180,6 +192,11 @@ class Shards:
             mark_unavailable(self.param, self.full.new_empty(0))
             self.full = torch.empty_like(self.full)
             self.full.untyped_storage().resize_(0)
+
+    def begin_loading(self) -> None:
+        """Let torch see the shape, of memory to which it cannot write; what it copies in comes to ``write``."""
+        self.loading = True
+        mark_unavailable(self.param, self.full.new_empty(()).expand(self.shape))
 
     def end_loading(self) -> None:
         self.loading = False
@@ -224,6 +241,22 @@ class Shards:
         self.finish_gather()
         if self.status is ZeroParamStatus.AVAILABLE:
             return self.full[: self.numel].clone().view(self.shape)
+        return self.settled()
+
+    def hold(self) -> None:
+        """A use begins: from here on writes are noticed."""
+        self.holds += 1
+        if self.holds == 1:
+            self.writes.begin(self)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a write now would be one of a module's forward."""
+        return self.holds > 0 and not self.contexts and self.status is ZeroParamStatus.AVAILABLE
+
+    def settled(self) -> torch.Tensor:
+        """A new tensor with the whole value as the shards have it, whatever was written here; collective."""
+        self.finish_gather()
         value = torch.empty(self.layout.padded_numel, dtype=self.dtype, device=self.full.device)
         own = value[self._own()]
         own.copy_(self.source)
@@ -270,6 +303,7 @@ class Shards:
         shards.full.untyped_storage().resize_(0)
         shards.persist, shards.holds, shards.contexts, shards.pinned = False, 0, 0, False
         shards.active_modules, shards.shown, shards.fetch_for_use = set(), None, None
+        shards.writes = OwnWrites()
         other._zero = ZeroParam(self.name, shards=shards)  # type: ignore[attr-defined]
         mark_unavailable(other, empty)
         return other

@@ -106,7 +106,7 @@ def _cut_shards(
     """Before torch loads ``module``'s own parameters: let torch see their whole shapes, so that its checks and
     messages are the usual ones; what it then copies is cut into shards (``loading``)."""
     metadata["assign_to_params_buffers"] = False  # a shard cannot be replaced by the tensor that is loaded
-    for name, param, shards in _own(module):
+    for name, _, shards in _own(module):
         value = state.get(prefix + name)
         if not isinstance(value, torch.Tensor):
             continue
@@ -115,8 +115,7 @@ def _cut_shards(
             if value.shape == shards.shape or (value.shape == (1,) and shards.shape == ()):
                 shards.write(value)  # torch's own copy then changes nothing
         else:
-            shards.loading = True
-            param.data = param.data.new_empty(()).expand(shards.shape)
+            shards.begin_loading()
 
 
 def _hide_shapes(module: torch.nn.Module, incompatible: Any) -> None:

@@ -1,15 +1,16 @@
 """What happens around one unit: its forward by module hooks, its backward by hooks on what it takes and gives.
 
 Tensor hooks are used for backward, so that neither the outputs nor the inputs become other tensors. A unit
-without an input that requires gradients ends its backward when all its parameters have theirs, or with the
+without an input that comes from autograd's graph ends its backward when all its parameters have theirs, or with the
 whole backward.
 """
 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._dynamo import eval_frame
@@ -26,22 +27,25 @@ from zeropipe.runtime.zero.shards import Shards
 class _Call:
     """One forward of a unit with gradients: waits for the two moments of its backward, or of several."""
 
-    __slots__ = ("coordinator", "inputs", "unit", "use", "waiting")
+    __slots__ = ("coordinator", "ends", "inputs", "unit", "use", "waiting")
 
     def __init__(self, coordinator: Coordinator, unit: Unit, inputs: Iterable[torch.Tensor]) -> None:
         self.coordinator = coordinator
         self.unit = unit
         self.use: Use | None = None
-        self.inputs = [id(tensor) for tensor in inputs]
+        # By reference: an input that is gone by the end of the forward may have left its id to an output.
+        self.inputs = {id(tensor): weakref.ref(tensor) for tensor in inputs}
+        self.ends = 0  # inputs whose gradient comes after those of the parameters: autograd gives leaves theirs at once
         self.waiting = 0
         for tensor in inputs:
-            handle = tensor.register_hook(untraced(self._input_done))
-            if tensor.grad_fn is None:  # the tensor outlives the graph, and so would the hook
-                coordinator.until_settled.append(handle)
+            if tensor.grad_fn is not None:
+                self.ends += 1
+                tensor.register_hook(untraced(self._input_done))
 
     def watch(self, outputs: Iterable[torch.Tensor]) -> None:
         for tensor in outputs:
-            if id(tensor) not in self.inputs:
+            known = self.inputs.get(id(tensor))
+            if known is None or known() is not tensor:
                 tensor.register_hook(untraced(self._output_arrives))
 
     def anchor(self, output: Any) -> Any:
@@ -55,7 +59,7 @@ class _Call:
 
     def start(self) -> None:
         if self.use is None or not self.coordinator.is_open(self.use):
-            self.waiting = len(self.inputs) or self._watch_parameters()
+            self.waiting = self.ends or self._watch_parameters()
             self.use = self.coordinator.start(self.unit, Phase.BACKWARD)
 
     def _output_arrives(self, _: torch.Tensor) -> None:
@@ -138,8 +142,12 @@ class UnitHooks:
         self.begin: Callable[[], None] | None = None  # of the root: a pass begins
         self.coordinator = coordinator
         self.unit = unit
-        # use, its backward where it will have one, and the exception that was being handled when it began
-        self.calls: list[tuple[Use, _Call | _Lookup | None, BaseException | None]] = []
+        self.calls: list[_Running] = []
+        # The ids of the hooks ``before`` and ``after``, which stand around all others on their module.
+        self.first: int | None = None
+        self.last: int | None = None
+        # Tensors in attributes of the module, when last looked at: by name and place in a list.
+        self._attributes: dict[tuple[str, int], weakref.ref[torch.Tensor]] = {}
 
     def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if self.begin is not None:
@@ -152,6 +160,7 @@ class UnitHooks:
                 "Fix: take the values with zero.GatheredParameters and pass them to torch.func.functional_call, "
                 "or use stage 2"
             )
+        self._stand_around(module)
         handling = sys.exc_info()[1]
         use = self.coordinator.start(self.unit, Phase.FORWARD)
         call: _Call | _Lookup | None = None
@@ -160,23 +169,71 @@ class UnitHooks:
         elif torch.is_grad_enabled():
             inputs = [t for t in _tensors((args, kwargs)) if t.requires_grad]
             call = _Call(self.coordinator, self.unit, inputs)
-        self.calls.append((use, call, handling))
+        given = [one for one in (*args, *kwargs.values()) if not isinstance(one, _IMMUTABLE)]
+        self.calls.append(_Running(use, call, handling, given))
 
-    def after(self, _: torch.nn.Module, args: Any, output: Any) -> Any:
+    def after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         if not self.calls:
             return None  # ``before`` has not been reached
-        use, call, handling = self.calls.pop()
+        running = self.calls.pop()
         error = sys.exc_info()[1]
-        if output is None and error is not None and error is not handling:
-            self.coordinator.failed(use, error)
+        if output is None and error is not None and error is not running.handling:
+            self.coordinator.failed(running.use, error)
             return None
+        call = running.call
         if isinstance(call, _Call) and self.anchored:
             output = call.anchor(output)
         tensors = _tensors(output)
+        if running.given:
+            tensors += _tensors(running.given)
+        if not _is_torchs(module):
+            tensors += self._set_attributes(module)
         if call is not None:
             call.watch(t for t in tensors if t.requires_grad and t.grad_fn is not None)
-        self.coordinator.end(use, _returned(use, tensors))
+        self.coordinator.end(running.use, _returned(running.use, tensors))
+        if self.begin is not None:
+            self.coordinator.end_pass(self.unit.name)
         return output
+
+    def _stand_around(self, module: torch.nn.Module) -> None:
+        """Hooks that a client added later run while the parameters are whole."""
+        after: Any = module._forward_hooks
+        if self.last in after and next(reversed(after)) != self.last:
+            after.move_to_end(self.last)
+        before: Any = module._forward_pre_hooks
+        if self.first in before and next(iter(before)) != self.first:  # from the next forward on
+            before.move_to_end(self.first, last=False)
+
+    def _set_attributes(self, module: torch.nn.Module) -> list[torch.Tensor]:
+        """The tensors that the forward left in attributes of the module, by which they leave it as by its result."""
+        here: dict[tuple[str, int], torch.Tensor] = {}
+        for name, value in module.__dict__.items():
+            if isinstance(value, torch.Tensor):
+                here[name, 0] = value
+            elif isinstance(value, list | tuple):
+                here.update(
+                    {(name, at): leaf for at, leaf in enumerate(value) if isinstance(leaf, torch.Tensor)}
+                )
+        before = self._attributes
+        found = [
+            value for place, value in here.items() if place not in before or before[place]() is not value
+        ]
+        self._attributes = {place: weakref.ref(value) for place, value in here.items()}
+        return found
+
+
+class _Running(NamedTuple):
+    """One forward in progress."""
+
+    use: Use
+    call: _Call | _Lookup | None  # its backward, where it will have one
+    handling: BaseException | None  # the exception that was being handled when it began
+    given: list[Any]  # arguments by which something may leave it
+
+
+def _is_torchs(module: torch.nn.Module) -> bool:
+    """Whether the code of the forward is torch's own, which leaves nothing in attributes."""
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _returned(use: Use, tensors: Iterable[torch.Tensor]) -> list[Shards]:
@@ -221,6 +278,8 @@ _PLAIN = (
     type,
     torch.nn.Module,
 )
+# By what cannot be changed nothing leaves a forward.
+_IMMUTABLE = (torch.Tensor, *_PLAIN)
 _MOST_OBJECTS = 200  # looked into per call: an argument may be anything, also the door to half the process
 
 
