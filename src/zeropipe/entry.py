@@ -20,6 +20,7 @@ from zeropipe.errors import ConfigError, describe
 from zeropipe.runtime import assembly, placement
 from zeropipe.runtime.accumulation import Clock
 from zeropipe.runtime.engine import DeepSpeedEngine, Parts
+from zeropipe.runtime.mixed_inputs import MixedInputs
 from zeropipe.runtime.pipe.engine import PipelineEngine
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.offload import Offload
@@ -132,8 +133,11 @@ def initialize(
     if sharded is not None:
         sharded.place(Offload(assembly.policy_of(parsed)) if wrapped is None else wrapped.offload)
     placement.synchronize_module(model, group)
+    mixed = MixedInputs(model) if dtypes.mixed else None
     kind = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
-    engine = kind(Parts(model, parsed, clock, group, device, wrapped, schedule, mpu, collate_fn, sharded))
+    engine = kind(
+        Parts(model, parsed, clock, group, device, wrapped, schedule, mpu, collate_fn, sharded, mixed)
+    )
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

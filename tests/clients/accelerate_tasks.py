@@ -19,7 +19,7 @@ from accelerate.utils import (
 from torch.utils.data import DataLoader
 
 from tests.clients.configs import FP16, ds_config
-from tests.clients.tiny import Tokens, llama
+from tests.clients.tiny import Tokens, in_16_bits, llama
 from tests.clients.trainer_tasks import LR, Masters, weights
 
 STEPS = 6
@@ -90,7 +90,7 @@ def loop(
     model = llama()
     masters = stage is None and precision != "fp32"
     if masters:
-        model = model.to(torch.bfloat16 if precision == "bf16" else torch.float16)
+        model = in_16_bits(model, torch.bfloat16 if precision == "bf16" else torch.float16)
     loader = DataLoader(Tokens(96), batch_size=2, shuffle=False)
     if how == "dummies" and stage is not None:
         optimizer: Any = DummyOptim(model.parameters(), lr=LR, weight_decay=0.1)

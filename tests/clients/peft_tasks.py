@@ -9,10 +9,11 @@ import deepspeed
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.integrations import HfDeepSpeedConfig
 
-from tests.clients.tiny import SEED, Tokens, llama
+from tests.clients.tiny import SEED, Tokens, in_16_bits, llama
 from tests.clients.trainer_tasks import LR, STEPS, Masters, arguments, weights
 from zeropipe.errors import UnavailableParameterError
 
@@ -37,14 +38,15 @@ def trainer_of(
     bf16 = precision == "bf16"
     args = arguments(folder, config, weight_decay=0.0, bf16=bf16 and config is not None, **changes)
     given: dict[str, Any] = {"attn_implementation": "eager"}
-    if bf16 and config is None:
+    if bf16:
         given["dtype"] = torch.bfloat16  # as the base model is made inside zero.Init
     base = AutoModelForCausalLM.from_pretrained(f"{folder}/saved", **given) if sharded else llama()
     torch.manual_seed(SEED + 1)
     model = get_peft_model(base, adapters(kind))
     optimizer = None
     if bf16 and config is None:
-        model = model.to(torch.bfloat16)
+        if not sharded:  # then nothing has 16 bits yet; otherwise peft keeps its adapters in fp32 on purpose
+            in_16_bits(model, torch.bfloat16)
         trained = [param for param in model.parameters() if param.requires_grad]
         optimizer = Masters([{"params": trained, "lr": LR, "weight_decay": 0.0}])
     return Trainer(model, args, train_dataset=Tokens(48), optimizers=(optimizer, None))
@@ -85,6 +87,7 @@ def train(
         "weights": {name: found[name] for name in trained},
         "frozen": {name: value for name, value in found.items() if name not in trained},
         "files": sorted(p.name for p in Path(f"{folder}/adapter").iterdir()),
+        "saved": load_file(f"{folder}/adapter/adapter_model.safetensors") if rank == 0 else {},
     }
 
 

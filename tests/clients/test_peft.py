@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from tests.clients.compare import assert_same_bits, assert_same_story
 from tests.clients.configs import ds_config
@@ -51,6 +52,25 @@ def test_adapters_in_bf16(ranks: Ranks, plain, tmp_path, stage: int, sharded: bo
     expected = plain(kind, "bf16", sharded)
     assert_same_story(found, expected, "losses", "counts", "files")
     assert_same_bits(found["frozen"], expected["frozen"])
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_that_peft_keeps_in_fp32_stay_and_are_saved_in_fp32(
+    ranks: Ranks, plain, tmp_path, stage: int, checkpointing: bool
+):
+    """On a base model in bf16 peft keeps its adapters in fp32; the engine cast them, and bf16 adapters were saved."""
+    ranks.run("trainer_tasks.save_plain", 1, folder=str(tmp_path))
+    again = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    given = {"folder": str(tmp_path), "config": ds_config(stage), "kind": "lora", "sharded": True}
+    found = ranks.run("peft_tasks.train", precision="bf16", **given, **(again if checkpointing else {}))[0]
+    expected = plain("lora", "bf16", True)
+    assert_same_story(found, expected, "losses", "counts", "files")
+    assert {value.dtype for value in found["frozen"].values()} == {torch.bfloat16}
+    assert {value.dtype for value in found["weights"].values()} == {torch.float32}
+    assert_same_bits(found["weights"], expected["weights"])
+    assert found["saved"] and {value.dtype for value in found["saved"].values()} == {torch.float32}
+    assert_same_bits(found["saved"], expected["saved"])
 
 
 @pytest.mark.parametrize("stage", [2, 3])

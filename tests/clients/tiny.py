@@ -42,6 +42,13 @@ def llama(**changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(llama_config(**changes))
 
 
+def in_16_bits(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """What an engine makes of an fp32 model: its parameters are cast, its rotary tables are not."""
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
+    return model
+
+
 class Tokens(Dataset[dict[str, torch.Tensor]]):
     """``size`` samples of a sequence that can be learnt: each token is the last plus the sample's stride."""
 

@@ -10,7 +10,7 @@ import deepspeed
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from tests.clients.tiny import Tokens, llama
+from tests.clients.tiny import Tokens, in_16_bits, llama
 
 STEPS = 6
 LR = 1e-2
@@ -98,7 +98,7 @@ def make_trainer(
     optimizer = scheduler = None
     if plain and (precision == "bf16" or lrs is not None):
         if precision == "bf16":
-            model = model.to(torch.bfloat16)
+            model = in_16_bits(model, torch.bfloat16)
         # The client decays no norms; an optimizer of the config decays all parameters.
         decayed = [p for p in model.parameters() if p.ndim > 1 or lrs is not None]
         others = [p for p in model.parameters() if p.ndim == 1 and lrs is None]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from zeropipe.checkpoint.manifest import FlatEntry
+from zeropipe.checkpoint.numbers import Numbers
 from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.source import Source, read_full
 from zeropipe.checkpoint.state import FP32, PARAM
@@ -47,6 +48,7 @@ def compare(
 
 def _moments(left: Source, right: Source) -> Iterator[Difference]:
     mine, theirs = _index(left), _index(right)
+    numbers = Numbers(left), Numbers(right)
     for name in dict.fromkeys((*mine, *theirs)):
         if name not in mine or name not in theirs:
             yield Difference(name, "optimizer state", "only left" if name in mine else "only right")
@@ -59,7 +61,7 @@ def _moments(left: Source, right: Source) -> Iterator[Difference]:
                 yield Difference(name, key, "only left" if key in a.keys else "only right")
                 continue
             yield from _values(name, key, read_full(left, a, name, key), read_full(right, b, name, key))
-        scalars_a, scalars_b = left.flat_scalars(a), right.flat_scalars(b)
+        scalars_a, scalars_b = (n.shared(e) | n.own(e, name) for n, e in zip(numbers, (a, b), strict=True))
         for key in dict.fromkeys((*scalars_a, *scalars_b)):
             if not same(scalars_a.get(key), scalars_b.get(key)):
                 yield Difference(name, key, f"{_short(scalars_a.get(key))} | {_short(scalars_b.get(key))}")

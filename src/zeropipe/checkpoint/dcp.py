@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 
 from zeropipe.checkpoint.files import sync_folder
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
+from zeropipe.checkpoint.numbers import STEP, Numbers
 from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.plain import lowered
 from zeropipe.checkpoint.source import Source, read_full
@@ -37,7 +38,7 @@ from zeropipe.runtime.optimizers.state_kinds import per_element_keys
 OURS = "zeropipe"
 _MODELS = ("model", "module", "app", "state_dict")
 _OPTIMIZERS = ("optim", "optimizer", "optimizers")
-_GROUPS = "param_groups"
+_STATE, _GROUPS = "state", "param_groups"
 
 
 class DcpSource:
@@ -100,11 +101,14 @@ class DcpSource:
 
     def flat_scalars(self, entry: FlatEntry) -> dict[str, Any]:
         found = self._state[entry.name]
-        return {
-            key: read_tensor(self.folder, s).view(()) if s.dtype else self._value(s)
+        numbers = {
+            key: read_tensor(self.folder, s) if s.dtype else self._value(s)
             for key, s in found.items()
             if key not in entry.keys
         }
+        if STEP in numbers:  # some write it with one dim
+            numbers[STEP] = torch.as_tensor(numbers[STEP]).view(())
+        return numbers
 
     def module_tensor(self, entry: TensorEntry) -> torch.Tensor:
         return read_tensor(self.folder, self._values[entry.name])
@@ -120,30 +124,49 @@ class DcpSource:
     def _sort(self, index: Mapping[str, Stored]) -> None:
         """Tell weights, optimizer state and hyperparameters apart by their keys."""
         flat_groups: dict[str, dict[str, Any]] = {}
+        optimizer: list[tuple[Key, Stored]] = []
         for name, stored in index.items():
             key = stored.key if len(stored.key) > 1 else tuple(name.split("."))
             head, rest = str(key[0]), key[1:]
             if head in _OPTIMIZERS and rest:
-                self._sort_optimizer(rest, stored, flat_groups)
+                # Whole names stand in a path of its own; a flat dict's keys are joined by dots, which names have too.
+                whole = key is stored.key and rest[0] in (_STATE, _GROUPS)
+                optimizer.append((rest if whole else (".".join(map(str, rest)),), stored))
             elif stored.dtype and head != OURS:
                 words = rest if head in _MODELS and rest else key
                 self._values[".".join(map(str, words))] = stored
+        for key, stored in optimizer:
+            kind, owner, *parts = self._words(str(key[0])) if len(key) == 1 else key
+            if kind == _STATE and parts:
+                self._state.setdefault(str(owner), {})[".".join(map(str, parts))] = stored
+            elif kind == _GROUPS and parts:
+                value = read_tensor(self.folder, stored) if stored.dtype else self._value(stored)
+                self._take_option(owner, parts, value, flat_groups)
         if not self._groups and flat_groups:
             self._groups = _same_hyperparameters(flat_groups)
 
-    def _sort_optimizer(self, key: Key, stored: Stored, flat_groups: dict[str, dict[str, Any]]) -> None:
-        """``key``: what follows ``optim``; parts of it may be joined by dots."""
-        words = ".".join(map(str, key)).split(".")
-        if words[0] == "state":
-            self._state.setdefault(".".join(words[1:-1]), {})[words[-1]] = stored
-        elif words[0] == _GROUPS and words[1].isdigit() and len(words) == 3:
-            while len(self._groups) <= int(words[1]):
+    def _words(self, joined: str) -> Key:
+        """(head, parameter, key) of words joined by dots: the longest known name counts, else all but the last word."""
+        words = joined.split(".")
+        for stop in range(len(words) - 1, 1, -1):
+            name = ".".join(words[1:stop])
+            if name in self._values:
+                return words[0], name, ".".join(words[stop:])
+        return words[0], ".".join(words[1:-1]), words[-1]
+
+    def _take_option(
+        self, group: str | int, words: Sequence[str | int], value: Any, flat_groups: dict[str, dict[str, Any]]
+    ) -> None:
+        """One hyperparameter, of a param group by number or of one parameter by name."""
+        if str(group).isdigit():
+            while len(self._groups) <= int(group):
                 self._groups.append({})
-            value = read_tensor(self.folder, stored) if stored.dtype else self._value(stored)
-            self._groups[int(words[1])][words[2]] = value
-        elif words[0] == _GROUPS:
-            value = read_tensor(self.folder, stored) if stored.dtype else self._value(stored)
-            flat_groups.setdefault(".".join(words[1:-1]), {})[words[-1]] = value
+            into = self._groups[int(group)]
+        else:
+            into = flat_groups.setdefault(str(group), {})
+        for word in words[:-1]:
+            into = into.setdefault(str(word), {})
+        into[str(words[-1])] = value
 
     @cached_property
     def _state_keys(self) -> set[str]:
@@ -219,17 +242,17 @@ def _items(source: Source, progress: Callable[[int], None]) -> Iterator[tuple[Ke
             yield ("model", name), Lazy(weight.shape, weight.dtype, weight.read)
         progress(1)
     names: dict[int, list[str]] = {}
+    numbers = Numbers(source)
     for flat in source.flats:
-        scalars = source.flat_scalars(flat)
         for spec in flat.layout.tensors if set(flat.keys) - {PARAM} else ():
             names.setdefault(flat.group_index, []).append(spec.name)
             for key, dtype in flat.keys.items():
                 if key not in (FP32, PARAM):
                     read = partial(read_full, source, flat, spec.name, key)
-                    yield ("optim", "state", spec.name, key), Lazy(spec.shape, getattr(torch, dtype), read)
-            for key, value in scalars.items():
-                counts = key == "step" and isinstance(value, (int, float))
-                yield ("optim", "state", spec.name, key), torch.tensor(float(value)) if counts else value
+                    yield ("optim", _STATE, spec.name, key), Lazy(spec.shape, getattr(torch, dtype), read)
+            for key, value in numbers.all_of(flat, spec.name).items():
+                counts = key == STEP and isinstance(value, (int, float))
+                yield ("optim", _STATE, spec.name, key), torch.tensor(float(value)) if counts else value
     groups = [
         {k: v for k, v in lowered(group).items() if k not in ("params", "param_names")}
         | {"params": names.get(i, [])}

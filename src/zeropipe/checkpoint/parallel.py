@@ -18,6 +18,7 @@ import torch
 
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
+from zeropipe.checkpoint.numbers import Numbers
 from zeropipe.checkpoint.source import Source, read_full
 from zeropipe.checkpoint.state import TrainState
 from zeropipe.checkpoint.universal.patterns import Joining, Rule, join, joining_of, split
@@ -128,6 +129,7 @@ class _Cut(_View):
         self._values = self._by_name((e.name, e) for e in source.module)
         self._holders = self._by_name((s.name, e) for e in source.flats for s in e.layout.tensors)
         self._kept: tuple[tuple[str, str], torch.Tensor] | None = None
+        self._numbers = Numbers(source)
         self.module = tuple(self._entry(name, held) for name, held in self._values.items())
         self.flats = tuple(self._flat(name, held) for name, held in self._holders.items())
 
@@ -139,7 +141,7 @@ class _Cut(_View):
         return self._kept[1]
 
     def flat_scalars(self, entry: FlatEntry) -> dict[str, Any]:
-        return self._source.flat_scalars(self._holders[entry.name][0])
+        return self._numbers.all_of(self._holders[entry.name][0], entry.name)
 
     def module_tensor(self, entry: TensorEntry) -> torch.Tensor:
         return self._block(entry.name, [self._source.module_tensor(e) for e in self._values[entry.name]])

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
+from zeropipe.checkpoint.numbers import Numbers
 from zeropipe.checkpoint.source import Source, read_full, value_key
 from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LoadedFlat, LocalState
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.copy_plan import copies_of
 from zeropipe.layout.flat import FlatShards, Piece
+from zeropipe.layout.numbers import number_of
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class Reader:
         for names in (source.tied, into.model.tied, into.model.peer_names):
             for alias, first in names.items():
                 self._aliases.setdefault(first, []).append(alias)
+        self._numbers = Numbers(source)
         self._report = _Report()
         self._threads = int(getattr(source, "threads", 1))
 
@@ -203,10 +206,16 @@ class Reader:
         return [name for name, entry in entries.items() if entry is None]
 
     def _scalars(self, flat: FlatState, sources: list[FlatEntry]) -> dict[str, object]:
-        """One value per flat; sources that disagree (unfrozen at different times) give the largest."""
+        """What is a tensor's own, and one value per flat of all else; sources that disagree (unfrozen at different
+        times) give the largest."""
         merged: dict[str, object] = {}
+        for spec in flat.layout.tensors:
+            name = self._first_name(spec.name, self._flats)
+            for entry in self._flats.get(name, ()):
+                for key, value in self._numbers.own(entry, name).items():
+                    merged.setdefault(number_of(key, spec.name), value)
         for entry in sources:
-            for key, value in self._source.flat_scalars(entry).items():
+            for key, value in self._numbers.shared(entry).items():
                 if key in merged and not _equal(merged[key], value):
                     self._report.notices.append(
                         f"{key} differs among the parameters of {flat.name}; the largest is used"

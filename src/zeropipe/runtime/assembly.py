@@ -211,7 +211,7 @@ def shard_model(
         apply_sees_whole=zero.override_module_apply,
     )
     leaves = leaf_modules(module, zero.leaf_module)
-    return ShardedModel(module, group, sharding, device, dtypes.params, leaves, parts)
+    return ShardedModel(module, group, sharding, device, dtypes.tensors, leaves, parts)
 
 
 def check_offload(module: torch.nn.Module, group: Group, config: Config, dtypes: Dtypes) -> None:

@@ -29,6 +29,7 @@ from zeropipe.runtime.engine_memory import MemoryRow, memory_report
 from zeropipe.runtime.engine_offload import EngineOffload
 from zeropipe.runtime.engine_report import Reporter, Status
 from zeropipe.runtime.engine_weights import EngineWeights
+from zeropipe.runtime.mixed_inputs import MixedInputs
 from zeropipe.runtime.placement import DTYPES
 from zeropipe.runtime.plain_backward import Gate
 from zeropipe.runtime.zero.optimizer import ZeroOptimizer
@@ -49,6 +50,7 @@ class Parts:
     mpu: Any = None
     collate_fn: Any = None
     sharded: ShardedModel | None = None  # stage 3
+    mixed: MixedInputs | None = None  # of a model that keeps some tensors wide
 
 
 class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeights, torch.nn.Module):
@@ -71,6 +73,7 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         self._config = parts.config
         self._group = parts.group
         self._sharded = parts.sharded
+        self._mixed = parts.mixed
         self._gate = Gate(self._plain_factor)
         self._told: set[str] = set()
         self._passes = 0  # of the reducer, when the current micro-step began
@@ -248,6 +251,9 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         if self._sharded is not None:
             self._sharded.destroy()
             self._sharded = None
+        if self._mixed is not None:
+            self._mixed.remove()
+            self._mixed = None
         self._report.close()
         self.optimizer = None
         self.lr_scheduler = None
@@ -261,7 +267,7 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
     def _autocast(self) -> AbstractContextManager[Any]:
         autocast = self._config.torch_autocast
         if not autocast.enabled:
-            return nullcontext()
+            return nullcontext() if self._mixed is None else self._mixed
         dtype = None if autocast.dtype is None else DTYPES[autocast.dtype]
         return torch.autocast(self.device.type, dtype=dtype)
 

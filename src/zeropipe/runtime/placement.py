@@ -13,40 +13,60 @@ from zeropipe.comm.group import Group
 from zeropipe.config.schema import Config
 from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.param import is_sharded, zero_param
-from zeropipe.tensor.dtypes import was_prepared, working_dtypes
+from zeropipe.tensor.dtypes import HALVES, buffers_of_weights, free_tensors, was_prepared, working_dtypes
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class Dtypes:
-    """What every tensor of a model works in. ``params``: those that are cast or kept by rule; others keep their own.
-    ``buffers``: of floating-point buffers; None: their own."""
+    """What every tensor of a model works in: ``tensors`` those that are cast or kept by rule, ``buffers`` the other
+    floating-point buffers (None: their own), and all else its own. ``mixed``: wide values may meet 16-bit layers."""
 
-    params: Mapping[torch.nn.Parameter, torch.dtype]
+    tensors: Mapping[torch.Tensor, torch.dtype]
     buffers: torch.dtype | None = None
+    mixed: bool = False
 
-    def of(self, param: torch.nn.Parameter) -> torch.dtype:
-        return self.params.get(param, param.dtype)
+    def of(self, tensor: torch.Tensor) -> torch.dtype:
+        known = self.tensors.get(tensor)
+        if known is not None:
+            return known
+        cast = not isinstance(tensor, torch.nn.Parameter) and tensor.dtype.is_floating_point
+        return self.buffers if cast and self.buffers is not None else tensor.dtype
 
 
 def decide_dtypes(module: torch.nn.Module, device: torch.device, config: Config, stages: Group) -> Dtypes:
-    """The dtypes of a run. Collective over ``stages``, the ranks that hold the other parts of this replica, in 16 bits:
-    a stage of nothing but fp32 norms belongs to a prepared model if another stage holds 16-bit layers."""
+    """The dtypes of a run. In 16 bits collective over ``stages``, the ranks that hold the other parts of this replica:
+    a stage of nothing but fp32 norms belongs to a prepared model if another stage holds 16-bit layers, and gets wide
+    values if another stage makes them."""
     chosen = config.data_types
     buffers = None if chosen.buffer_dtype is None else DTYPES[chosen.buffer_dtype]
-    params = list(module.parameters())
-    if chosen.param_dtype is not None:
-        values = (p for p in params if p.dtype.is_floating_point and p.dtype.itemsize > 1)  # and no codes
-        return Dtypes(dict.fromkeys(values, DTYPES[chosen.param_dtype]), buffers)
+    params, modules = list(module.parameters()), list(module.modules())
+    forced = None if chosen.param_dtype is None else DTYPES[chosen.param_dtype]
+    values = [p for p in params if p.dtype.is_floating_point and p.dtype.itemsize > 1]  # and no codes
     if config.precision == "fp32":
-        return Dtypes({}, buffers)
-    prepared = was_prepared(params)
-    if stages.size > 1:
-        flag = torch.tensor([int(prepared)], dtype=torch.int32, device=device)
-        all_reduce(flag, stages, op="max", label="whether the model was prepared in 16 bits")
-        prepared = bool(flag.item())
-    return Dtypes(working_dtypes(module.modules(), DTYPES[config.precision], prepared, buffers), buffers)
+        return Dtypes(dict.fromkeys(values if forced is not None else (), torch.float32), buffers)
+    wide = [any(t.dtype not in HALVES for t in tensors) for tensors in free_tensors(module)]
+    prepared, wide_params, wide_buffers = _anywhere([was_prepared(params), *wide], device, stages)
+    if forced is not None:
+        wanted = dict.fromkeys(values, forced)
+    else:
+        wanted = working_dtypes(modules, DTYPES[config.precision], prepared, buffers)
+    tensors: dict[torch.Tensor, torch.dtype] = dict(wanted.items())
+    if buffers is None:
+        tensors.update(buffers_of_weights(modules, wanted))
+    wide_buffers = wide_buffers if buffers is None else buffers not in HALVES
+    mixed = wide_buffers or (prepared and wide_params and forced is None)
+    return Dtypes(tensors, buffers, mixed)
+
+
+def _anywhere(here: list[bool], device: torch.device, group: Group) -> list[bool]:
+    """Which of ``here`` hold on any rank of ``group``."""
+    if group.size == 1:
+        return here
+    flags = torch.tensor(here, dtype=torch.int32, device=device)
+    all_reduce(flags, group, op="max", label="dtypes of the stages")
+    return [bool(flag) for flag in flags.tolist()]
 
 
 def place_module(module: torch.nn.Module, device: torch.device, dtypes: Dtypes) -> None:
@@ -60,15 +80,6 @@ def place_module(module: torch.nn.Module, device: torch.device, dtypes: Dtypes) 
 
     grads = {param.grad: dtypes.of(param) for param in module.parameters() if param.grad is not None}
 
-    def dtype_of(tensor: torch.Tensor) -> torch.dtype:
-        if isinstance(tensor, torch.nn.Parameter):
-            return dtypes.of(tensor)
-        if tensor in grads:
-            return grads[tensor]
-        return (
-            tensor.dtype if dtypes.buffers is None or not tensor.dtype.is_floating_point else dtypes.buffers
-        )
-
     def place(tensor: torch.Tensor) -> torch.Tensor:
         if is_sharded(tensor):
             return tensor
@@ -78,7 +89,7 @@ def place_module(module: torch.nn.Module, device: torch.device, dtypes: Dtypes) 
                 "call zero.Init(module=model, config_dict_or_path=config) first, which makes it module by module, or "
                 "model.to_empty(device=...) and initialize it"
             )
-        placed = tensor.to(device, dtype_of(tensor))
+        placed = tensor.to(device, grads.get(tensor) or dtypes.of(tensor))
         if placed is not tensor and isinstance(tensor, torch.nn.Parameter) and zero_param(tensor) is not None:
             raise UsageError(
                 f"initialize: another engine trains this module in {tensor.dtype} on {tensor.device}, and this one "

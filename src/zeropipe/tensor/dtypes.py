@@ -7,14 +7,20 @@ In a 16-bit run parameters are cast, but for those that somebody kept as they ar
     marked                     the module has a ``KeepsDtype`` hook, as ``fp16_utils.convert_network`` leaves it
     batch norm                 its statistics are buffers, which stay, and torch refuses 16-bit weights beside them
     codes                      fewer than 16 bits: rounding up would free them of the scale that goes with them
+
+Buffers stay as the model makes them, but for those that torch multiplies a weight with before a layer uses it (masks of
+pruning, the vectors of spectral norm, what a parametrization holds): these go with their weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -64,3 +70,40 @@ def _wide_statistics(module: torch.nn.Module, buffers: torch.dtype | None) -> to
         return None
     dtype = mean.dtype if buffers is None else buffers
     return None if dtype in HALVES else dtype
+
+
+def buffers_of_weights(
+    modules: Iterable[torch.nn.Module], wanted: Mapping[torch.nn.Parameter, torch.dtype]
+) -> dict[torch.Tensor, torch.dtype]:
+    """The floating-point buffers that go with a weight, and its dtype among ``wanted``."""
+    found: dict[torch.Tensor, torch.dtype] = {}
+
+    def go_with(weight: object, buffers: Iterable[torch.Tensor | None]) -> None:
+        if isinstance(weight, torch.nn.Parameter) and weight in wanted:
+            tensors = (t for t in buffers if t is not None and t.dtype.is_floating_point)
+            found.update(dict.fromkeys(tensors, wanted[weight]))
+
+    for module in modules:
+        if isinstance(module, ParametrizationList):
+            go_with(getattr(module, "original", getattr(module, "original0", None)), module.buffers())
+        for hook in module._forward_pre_hooks.values():
+            name = getattr(hook, "_tensor_name", None) or getattr(hook, "name", None)
+            if isinstance(hook, BasePruningMethod):
+                go_with(module._parameters.get(f"{name}_orig"), [module._buffers.get(f"{name}_mask")])
+            elif isinstance(hook, SpectralNorm):
+                pair = [module._buffers.get(f"{name}_{part}") for part in "uv"]
+                go_with(module._parameters.get(f"{name}_orig"), pair)
+    return found
+
+
+def free_tensors(module: torch.nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The floating-point parameters, and buffers, whose dtype may show in activations: that of a batch norm, or of a
+    module that ``fp16_utils`` converted, does not."""
+    owners = [one for one in module.modules() if not isinstance(one, _NormBase) and not keeps_dtype(one)]
+    params = [t for one in owners for t in one._parameters.values() if t is not None]
+    buffers = [t for one in owners for t in one._buffers.values() if t is not None]
+    return [t for t in params if _is_value(t)], [t for t in buffers if _is_value(t)]
+
+
+def _is_value(tensor: torch.Tensor) -> bool:
+    return tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1

@@ -14,6 +14,8 @@ from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.legacy import KNOWN_KEYS
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
+from zeropipe.checkpoint.numbers import STEP
+from zeropipe.checkpoint.plain import decode
 from zeropipe.checkpoint.state import FP32, PARAM, TrainState
 from zeropipe.checkpoint.universal.patterns import rules_in
 from zeropipe.checkpoint.words import CLIENT, training_back
@@ -21,14 +23,13 @@ from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
-_STEP = "step"
+OUR_FILE = "zeropipe_state.pt"
 
 
 class UniversalSource:
     """A folder with ``zero/NAME/*.pt``. Raises CheckpointError when it has no model file beside them."""
 
     stage = 0
-    world = 1
 
     def __init__(self, folder: Path, tag: str, *, trust: bool = False) -> None:
         self.folder = folder
@@ -43,6 +44,7 @@ class UniversalSource:
             )
         self._model_file = models[0].name
         self._model: Any = load_torch(models[0], trust=trust)
+        self.world = len(self._ours.get("per_rank") or [None])
         self.degrees = {"dp": int(self._model.get("dp_world_size", 1)), "tp": 1, "pp": 1}
         self.tied: Mapping[str, str] = dict(self._model.get("shared_params") or {})
         self.optimizer = str((self._model.get("ds_config") or {}).get("optimizer", {}).get("type", ""))
@@ -96,10 +98,7 @@ class UniversalSource:
 
     @property
     def param_groups(self) -> tuple[dict[str, Any], ...]:
-        path = self.folder / "zero" / "optimizer_state.pt"
-        if not path.exists():
-            return ()
-        groups = load_torch(path, trust=self._trust).get(k.PARAM_GROUPS) or ()
+        groups = self._common.get(k.PARAM_GROUPS) or ()
         return tuple({key: v for key, v in group.items() if key != "params"} for group in groups)
 
     def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
@@ -108,27 +107,42 @@ class UniversalSource:
         return self._read(entry.name, key).reshape(-1)
 
     def flat_scalars(self, entry: FlatEntry) -> dict[str, Any]:
-        path = self.folder / "zero" / entry.name / f"{_STEP}.pt"
+        further = self._numbers.get(entry.name) or {}
+        path = self.folder / "zero" / entry.name / f"{STEP}.pt"
         if path.exists():
-            return {_STEP: load_torch(path, trust=self._trust)}
-        return self._common_scalars if FP32 in entry.keys else {}
+            return {STEP: load_torch(path, trust=self._trust)} | further
+        return (self._common_scalars if FP32 in entry.keys else {}) | further
+
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        path = self.folder / "zero" / "optimizer_state.pt"
+        return load_torch(path, trust=self._trust) if path.exists() else {}
+
+    @cached_property
+    def _ours(self) -> Mapping[str, Any]:
+        """What ``universal.write`` keeps beyond DeepSpeed's form; {} where DeepSpeed wrote the folder."""
+        path = self.folder / OUR_FILE
+        return load_torch(path, trust=self._trust) if path.exists() else {}
+
+    @cached_property
+    def _numbers(self) -> Mapping[str, dict[str, Any]]:
+        return decode(self._ours.get("numbers") or {}, "numbers", {})
 
     @cached_property
     def _common_scalars(self) -> dict[str, Any]:
         """At stage 3 DeepSpeed keeps one step count for all, beside the hyperparameters."""
-        path = self.folder / "zero" / "optimizer_state.pt"
-        tree = load_torch(path, trust=self._trust) if path.exists() else {}
+        tree = self._common
         states: dict[Any, Any] = (tree.get(k.OPTIMIZER_STATE_DICT) or tree).get("state") or {}
         for state in states.values():
-            if _STEP in state:
-                return {_STEP: state[_STEP]}
+            if STEP in state:
+                return {STEP: state[STEP]}
         return {}
 
     def module_tensor(self, entry: TensorEntry) -> torch.Tensor:
         return self._model["module"][entry.name]
 
     def train_state(self, rank: int) -> TrainState:
-        model = self._model
+        model, per_rank = self._model, self._ours.get("per_rank") or []
         known = KNOWN_KEYS | {k.UNIVERSAL_CHECKPOINT_INFO, OURS}
         rest = {
             "lr_scheduler": model.get("lr_scheduler"),
@@ -138,12 +152,14 @@ class UniversalSource:
             global_steps=int(model.get("global_steps", 0)),
             global_samples=int(model.get("global_samples", 0)),
             skipped_steps=int(model.get("skipped_steps", 0)),
+            micro_steps=int(self._ours.get("micro_steps") or 0),
+            per_rank=per_rank[rank] if rank < len(per_rank) else {},
             ds_config=model.get("ds_config") or {},
             **rest,
         )
 
     def _flat(self, name: str, folder: Path) -> FlatEntry:
-        keys = {path.stem: "" for path in sorted(folder.glob("*.pt")) if path.stem != _STEP}
+        keys = {path.stem: "" for path in sorted(folder.glob("*.pt")) if path.stem != STEP}
         if FP32 not in keys:
             raise CheckpointError(describe(f"{folder} has no fp32.pt", fix="convert the checkpoint again"))
         tensors = {key: self._read(name, key) for key in keys}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ import torch
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.files import replace_text, sync_folder, write_torch
 from zeropipe.checkpoint.manifest import FlatEntry
+from zeropipe.checkpoint.numbers import STEP, Numbers
 from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.peer_keys import PEER_VERSION
-from zeropipe.checkpoint.plain import lowered
+from zeropipe.checkpoint.plain import encode, lowered
 from zeropipe.checkpoint.source import Source, read_full
 from zeropipe.checkpoint.state import FP32, PARAM
 from zeropipe.checkpoint.tags import LATEST_UNIVERSAL
 from zeropipe.checkpoint.universal.patterns import Joining, Rule, joining_of
+from zeropipe.checkpoint.universal.read import OUR_FILE
 from zeropipe.checkpoint.weights import Weight, weights
 from zeropipe.checkpoint.words import training_words
 from zeropipe.checkpoint.writer import OURS
@@ -59,6 +61,7 @@ def write_universal(
     with ThreadPoolExecutor(workers) as threads:
         list(threads.map(one, everything))
     write_torch(work / "zero" / "optimizer_state.pt", _common(source))
+    write_torch(work / OUR_FILE, _ours(source, holders))
     write_torch(work / "mp_rank_00_model_states.pt", _model(source, everything))
     sync_folder(work)
     if final.exists():
@@ -87,9 +90,9 @@ def _parameter(
     for key in flat.keys:
         if key not in (FP32, PARAM):
             write_torch(folder / f"{key}.pt", {k.PARAM: read_full(source, flat, weight.name, key)} | slicing)
-    step = source.flat_scalars(flat).get("step")
+    step = source.flat_scalars(flat).get(STEP)
     if step is not None:
-        write_torch(folder / "step.pt", torch.as_tensor(step, dtype=torch.float32))
+        write_torch(folder / f"{STEP}.pt", torch.as_tensor(step, dtype=torch.float32))
 
 
 def _common(source: Source) -> dict[str, Any]:
@@ -98,6 +101,19 @@ def _common(source: Source) -> dict[str, Any]:
         for index, group in enumerate(source.param_groups)
     ]
     return {k.PARAM_GROUPS: groups, k.ZERO_STAGE: source.stage, k.DS_VERSION: PEER_VERSION}
+
+
+def _ours(source: Source, holders: Mapping[str, FlatEntry]) -> dict[str, Any]:
+    """What DeepSpeed's form has no place for: numbers of a parameter other than ``step`` (any other file in its folder
+    is a tensor to DeepSpeed), and what each rank keeps for itself."""
+    numbers = Numbers(source)
+    of_each = {name: numbers.all_of(flat, name) for name, flat in holders.items()}
+    further = {n: {key: v for key, v in found.items() if key != STEP} for n, found in of_each.items()}
+    return {
+        "numbers": encode(further, "numbers", {}),
+        "micro_steps": source.train_state(0).micro_steps,
+        "per_rank": [source.train_state(rank).per_rank for rank in range(source.world)],
+    }
 
 
 def _model(source: Source, everything: list[Weight]) -> dict[str, Any]:

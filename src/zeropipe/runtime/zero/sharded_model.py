@@ -62,7 +62,7 @@ class ShardedModel:
         group: Group,
         sharding: Sharding,
         device: torch.device,
-        dtypes: Mapping[torch.nn.Parameter, torch.dtype] | None = None,
+        dtypes: Mapping[torch.Tensor, torch.dtype] | None = None,
         leaves: Iterable[torch.nn.Module] = (),
         parts: Replication | None = None,
     ) -> None:
@@ -150,7 +150,7 @@ def shard_module(
     module: torch.nn.Module,
     group: Group,
     device: torch.device,
-    dtypes: Mapping[torch.nn.Parameter, torch.dtype],
+    dtypes: Mapping[torch.Tensor, torch.dtype],
     shard_group: Group | None = None,
 ) -> list[Shards]:
     """Make every parameter of ``module`` a shard on ``device``, with rank 0's values; collective.

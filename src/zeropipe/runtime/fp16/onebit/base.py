@@ -278,7 +278,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         state, topology = info.get("rank_state"), self._ready()
         if state is not None and is_own(state, self._layouts(topology), topology):
             self.load_rank_states([state])
-        elif self._phases.step and self._compressed() and topology.group.size > 1:
+        elif self._phases.owes and topology.group.size > 1:
             warnings.warn(
                 "the loaded optimizer state holds no error feedback of this rank in a world of this size: it starts "
                 "from zero. Load all ranks' states with load_rank_states to keep it",
@@ -300,8 +300,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
             lane.step = int(mine[0].get("step", 0))
             lane.variance_steps = int(mine[0].get("variance_steps", self._phases.variance_steps))
             restore_tensors(lane, mine, self._more_own(mine[0]))
-            if int(mine[0].get("variance_steps", 0)) < lane.step:
-                lane.drop_noise()  # left by earlier versions, or by DeepSpeed
+            lane.drop_noise()  # left by earlier versions, or by DeepSpeed
             self._restored(lane, mine)
         self._publish()
 
@@ -324,7 +323,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         Returns what the log should say, or "".
         """
         self._refresh()
-        if not self._compressed() or not self._phases.step:
+        if not self._phases.owes:
             return ""
         topology = self._ready()
         if own is not None and is_own(own, self._layouts(topology), topology):
@@ -340,7 +339,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         """Take over the error feedback of a run of any size, after ``load_state_dict``.
 
         ``states``: one per rank of the saving run (of all pipeline stages), or this rank's own alone if the ranks
-        are the same. The rule is in ``rank_state``. Nothing is done in a dense phase.
+        are the same. The rule is in ``rank_state``. Nothing is done in a dense beginning.
         Raises CheckpointError when they belong to other parameters, or some ranks' are missing.
         """
         self._refresh()
@@ -348,7 +347,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         layouts = self._layouts(topology)
         own = next((state for state in states if is_own(state, layouts, topology)), None)
         groups = [] if own is not None and len(states) == 1 else groups_of(states)
-        if not self._compressed():
+        if not self._phases.owes:
             return
         for number, (lane, layout) in enumerate(zip(self._lanes, layouts, strict=True)):
             debt = shared_debt(groups, number, layout, topology) if own is None else own_debt(own, number)

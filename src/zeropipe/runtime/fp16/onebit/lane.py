@@ -132,9 +132,14 @@ class Lane:
         self._unused_known = False
 
     def drop_noise(self) -> None:
-        """Momentum of what has no variance is 0 (see ``hiding``), also where a run that did not hold to it saved it."""
+        """Momentum of what has no variance is 0 (see ``hiding``), also where a run that did not hold to it saved it.
+
+        But a v of 0 may be a sum of squares that vanished in fp32, and its momentum right: (1 - b2) g g < 2**-149
+        holds for no g above 2**-60 (b2 up to 1 - 2**-29), and no momentum is larger than the largest g.
+        """
         for name in self.own.keys() & {"exp_avg", "momentum_accumulator"}:
-            self.own[name].masked_fill_(self.own["exp_avg_sq"] == 0, 0)
+            values = self.own[name]
+            values.masked_fill_((self.own["exp_avg_sq"] == 0) & (values.abs() > 2.0**-60), 0)
 
     def hiding(self, topology: Topology) -> Exchange:
         """The exchange, told what a bit must not speak of: elements without variance, and those of the mask.

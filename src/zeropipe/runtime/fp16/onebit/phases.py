@@ -79,6 +79,11 @@ class OneBitPhases:
         """Whether the coming step is compressed."""
         return self.step >= self.freeze_step
 
+    @property
+    def owes(self) -> bool:
+        """Whether error feedback of earlier steps is still to be delivered: a new dense beginning has no use for it."""
+        return self.frozen
+
     def next(self) -> tuple[Phase, OneBitPhases]:
         phase = Phase.COMPRESSED if self.frozen else Phase.WARM_UP
         return phase, OneBitPhases(self.freeze_step, self.step + 1)
@@ -147,6 +152,11 @@ class ZeroOnePhases:
     def interval(self) -> int:
         """Steps between exchanges, for the coming step."""
         return self.rules.interval(self.step)
+
+    @property
+    def owes(self) -> bool:
+        """Whether error feedback of earlier steps is still to be delivered: always, past the dense steps between."""
+        return self.step > 0
 
     def next(self) -> tuple[Phase, ZeroOnePhases]:
         step, interval = self.step + 1, self.interval

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from zeropipe.errors import CheckpointError, describe
+from zeropipe.layout.numbers import number_of
 from zeropipe.runtime.fp16.onebit.exchange import Topology
 from zeropipe.runtime.fp16.onebit.lane import Lane
 
 _PHASE = "phase_"  # prefix of keys in ``state``
-_OF = " of "  # in keys of numbers that belong to one tensor of a master: "last_factor of blocks.0.weight"
 Entry = Mapping[str, Any]  # one parameter's part of ``optimizer.state``
 
 
@@ -77,7 +77,7 @@ def per_tensor(lane: Lane, name: str, entries: Sequence[Entry]) -> torch.Tensor:
 
 
 def _keys_of(lane: Lane, name: str) -> list[str]:
-    return [f"{name}{_OF}{spec.name}" for spec in lane.layout.tensors]
+    return [number_of(name, spec.name) for spec in lane.layout.tensors]
 
 
 def _error_views(lane: Lane, topology: Topology) -> dict[str, list[torch.Tensor]]:
