@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from copy import deepcopy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -46,6 +48,20 @@ def plain_steps(layers: nn.Sequential) -> list[torch.Tensor]:
     return losses
 
 
+def engine_of(layers: list[nn.Module], world: int, schedule: str, stage: int) -> Any:
+    module = PipelineModule(
+        layers, num_stages=world, loss_fn=F.mse_loss, schedule=schedule, partition_method="uniform"
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": 5,
+        "gradient_accumulation_steps": MICRO,
+        "optimizer": deepcopy(SGD),
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+    }
+    return zeropipe.initialize(model=module, config=settings)[0]
+
+
 def as_plain(rank: int, world: int, group: list[str], stage: int) -> None:
     for schedule in SCHEDULES:
         made, logs = [], []
@@ -57,22 +73,12 @@ def as_plain(rank: int, world: int, group: list[str], stage: int) -> None:
             logs.append(seen)
         layers, alone = made[0], nn.Sequential(*made[1])
         want = plain_steps(alone)
-        module = PipelineModule(
-            layers, num_stages=world, loss_fn=F.mse_loss, schedule=schedule, partition_method="uniform"
-        )
-        settings = {
-            "train_micro_batch_size_per_gpu": 5,
-            "gradient_accumulation_steps": MICRO,
-            "optimizer": deepcopy(SGD),
-            "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": stage},
-        }
-        engine = zeropipe.initialize(model=module, config=settings)[0]
+        engine = engine_of(layers, world, schedule, stage)
         batches = iter(data())
         found = [engine.train_batch(batches) for _ in range(STEPS)]
         assert [a.item() for a in found] == [a.item() for a in want], schedule
         state = alone.state_dict()
-        for name, value in module.state_dict().items():
+        for name, value in engine.module.state_dict().items():
             if "running" in name:  # a schedule recomputes between other forwards than plain training does
                 continue
             assert torch.equal(value, state[name]), f"{schedule}: {name}"
@@ -89,3 +95,55 @@ def test_stateful_functions_checkpoints_and_hooks_train_as_in_plain_pytorch(pool
 @pytest.mark.filterwarnings("ignore")
 def test_the_same_with_sharded_gradients(pool):
     pool(2).run(as_plain, GROUPS[1], 2, timeout=120)
+
+
+class Pair(NamedTuple):
+    h: torch.Tensor
+    kept: torch.Tensor | None
+
+
+@dataclass
+class Record:
+    h: torch.Tensor
+    note: str = "as it was"
+
+
+class Attributes(OrderedDict[str, Any]):
+    """A dict whose items are attributes too, as transformers' outputs are."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(**items)
+        self.__dict__.update(items)
+
+
+class Gives(nn.Module):
+    """Takes one container and gives the next; whatever it takes has ``h``."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.linear, self.place = nn.Linear(W, W), place
+
+    def forward(self, value: Any) -> Any:
+        h = torch.tanh(self.linear(value if isinstance(value, torch.Tensor) else value.h))
+        if isinstance(value, Attributes):
+            h = h + value["h"] * value.twice["also"]
+        if isinstance(value, Record):
+            assert value.note == "as it was"
+        kinds = (Pair(h, None), Record(h), Attributes(h=h, twice={"also": h}), h)
+        return kinds[self.place % 4]
+
+
+def contained(rank: int, world: int) -> None:
+    for schedule in SCHEDULES:
+        torch.manual_seed(0)
+        layers = [Gives(i) for i in range(LAYERS)]
+        want = plain_steps(nn.Sequential(*deepcopy(layers)))
+        engine = engine_of(layers, world, schedule, stage=0)
+        batches = iter(data())
+        assert [engine.train_batch(batches).item() for _ in range(STEPS)] == [a.item() for a in want], schedule
+        engine.destroy()
+
+
+def test_named_tuples_dataclasses_and_dicts_with_attributes_cross_every_cut(pool):
+    """They arrived as plain tuples and dicts, without their attributes, where the model was cut."""
+    pool(4).run(contained)

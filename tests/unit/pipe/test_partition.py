@@ -84,3 +84,10 @@ def test_tied_layer_spec_takes_one_attribute_or_several():
 def test_layer_spec_refuses_a_built_module():
     with pytest.raises(UsageError, match="needs a class"):
         LayerSpec(nn.Linear(2, 2))
+
+
+def test_the_specs_are_found_beside_the_module_too():
+    """One of the paths under which users know them."""
+    from zeropipe.runtime.pipe import module, specs
+
+    assert (module.LayerSpec, module.TiedLayerSpec) == (specs.LayerSpec, specs.TiedLayerSpec)

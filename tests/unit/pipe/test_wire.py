@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import enum
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zeropipe.errors import UsageError
+from zeropipe.runtime.pipe.containers import flatten, map_tensors, rebuild
 from zeropipe.runtime.pipe.wire import (
     ALIGN,
     FAILED,
     HEAD,
     Form,
     farewell,
-    flatten,
     form_of,
     pack,
-    rebuild,
     views,
 )
 
@@ -87,3 +91,103 @@ def test_each_tensor_starts_aligned_and_the_head_says_value():
 def test_what_cannot_travel_is_named(value):
     with pytest.raises(UsageError, match="the output of stage 3 cannot be sent"):
         flatten(value, "the output of stage 3")
+
+
+class Color(enum.IntEnum):
+    RED = 1
+
+
+class Pair(NamedTuple):
+    h: Any
+    k: Any
+
+
+class Output(OrderedDict[str, Any]):
+    """As transformers' ModelOutput: keys that are attributes too."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(**items)
+        self.__dict__.update(items)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    h: Any
+    note: str = "n"
+    made: list[int] = field(init=False, default_factory=list)
+
+
+@dataclass(slots=True)
+class Slots:
+    h: Any
+    kind: Color
+
+
+class Row(list[Any]):
+    pass
+
+
+class Named(dict[str, Any]):
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def row(*items: Any) -> Row:
+    made = Row(items)
+    made.length = len(items)  # type: ignore[attr-defined]
+    return made
+
+
+ODD = [
+    Pair(torch.ones(2), None),
+    Output(h=torch.ones(2), mask=None),
+    OrderedDict(b=torch.ones(1), a=1),
+    Frozen(torch.ones(2)),
+    Slots(torch.ones(2), Color.RED),
+    row(torch.ones(1), 2),
+    Named(h=torch.ones(2)),
+    torch.Size((2, 3)),
+    {"deep": [Pair(Frozen(Output(h=torch.ones(1))), (Color.RED,))]},
+    torch.return_types.max((torch.ones(2), torch.zeros(2))),
+    torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)]),
+]
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: type(value).__name__)
+def test_containers_keep_their_class_and_attributes(value):
+    """They became plain tuples and dicts, or lost their attributes, where a cut fell and only there."""
+    tree, found = flatten(value, "a value")
+    for copied in (rebuild(tree, found), map_tensors(value, torch.clone, "a value")):
+        assert type(copied) is type(value)
+        assert same(vars(copied), vars(value)) if hasattr(value, "__dict__") else True
+        if isinstance(value, (tuple, list, dict)):
+            assert same(copied, value)
+    assert str(rebuild(tree, found)) == str(value)
+
+
+def test_a_tensor_that_is_there_twice_travels_once():
+    h = torch.ones(2)
+    tree, found = flatten(Output(h=h), "a value")
+    assert len(found) == 1
+    copied = rebuild(tree, found)
+    assert copied["h"] is copied.h
+
+
+def test_what_would_not_be_found_or_made_on_the_other_side_is_named():
+    class Local(NamedTuple):
+        h: Any
+
+    ring: list[Any] = []
+    ring.append(ring)
+    lambdas = defaultdict(lambda: 1, h=torch.ones(1))
+    for value, words in (
+        (Local(1), "class at the top of a module"),
+        (ring, "contains itself"),
+        (lambdas, "cannot be sent"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            flatten(value, "the output of stage 3")
+    assert map_tensors(Local(torch.ones(1)), torch.clone, "the output").h == 1  # nothing leaves the process

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
+from zeropipe.runtime.pipe.containers import flatten, rebuild
 from zeropipe.runtime.pipe.instructions import COMPUTE, TRANSFER, Instruction, Op, Schedule
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.simulate import Event
 from zeropipe.runtime.pipe.stage import Stage
 from zeropipe.runtime.pipe.transfers import Message, known_taken, made_by, needed_by, queues
-from zeropipe.runtime.pipe.wire import flatten, rebuild
 
 
 class Host(Protocol):
@@ -161,8 +161,7 @@ class Executor:
         found = backward(step.micro_batch, grads)
         made = made_by(step, self.schedule.num_stages)
         if made is not None:
-            tree, tensors = flatten(found, "gradients")
-            self._give(made, tree, tensors)
+            self._give(made, "", found)
 
     def _backward_weight(self, step: Instruction) -> None:
         assert step.micro_batch is not None

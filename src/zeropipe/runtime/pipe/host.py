@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from zeropipe.errors import UsageError, describe
+from zeropipe.runtime.pipe.containers import map_tensors
 from zeropipe.runtime.pipe.feed import Feed, Losses
 from zeropipe.runtime.pipe.tied import Tie, sum_gradients
-from zeropipe.runtime.pipe.wire import map_tensors
 
 
 class Sharding(Protocol):

@@ -18,7 +18,8 @@ from zeropipe.runtime.pipe.grid import PipelineParallelGrid
 from zeropipe.runtime.pipe.layers import Layers
 from zeropipe.runtime.pipe.partition import Bounds, partition
 from zeropipe.runtime.pipe.schedule import find_kind
-from zeropipe.runtime.pipe.specs import LayerSpec
+from zeropipe.runtime.pipe.specs import LayerSpec as LayerSpec
+from zeropipe.runtime.pipe.specs import TiedLayerSpec as TiedLayerSpec  # users know it under this path
 from zeropipe.runtime.pipe.tied import Tie, TiePlan, share_values
 from zeropipe.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from zeropipe.runtime.pipe.weigh import LayerScales

@@ -10,8 +10,8 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from zeropipe.errors import UsageError, describe
+from zeropipe.runtime.pipe.containers import flatten, rebuild
 from zeropipe.runtime.pipe.split_backward import Entry, SplitBackward
-from zeropipe.runtime.pipe.wire import flatten, rebuild
 
 Run = Callable[[Any], Any]
 

@@ -1,8 +1,7 @@
 """Packs what one stage hands to the next into one flat message, and unpacks it.
 
-Whatever a layer returns may travel: tensors of any dtype, in tuples, lists and dicts, beside None, bool, int, float
-and str. The tensors go end to end into one byte buffer; everything else is the *form*, which the other side is told
-once, or with every message where shapes may change::
+The tensors of a value, of any dtype, go end to end into one byte buffer; all else (`containers`) is the *form*, which
+the other side is told once, or with every message where shapes may change::
 
     payload  | state, 64 bytes | tensor 0 | pad | tensor 1 | pad | ...      each tensor starts on 64 bytes
 """
@@ -10,19 +9,15 @@ once, or with every message where shapes may change::
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
-
-from zeropipe.errors import UsageError, describe
 
 ALIGN = 64  # bytes; enough for any vector load
 HEAD = 64  # bytes before the first tensor; the first byte says whether this is a value or a farewell
 VALUE, FAILED = 0, 1
-_PLAIN = (bool, int, float, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,54 +64,6 @@ class Form:
 
     def __str__(self) -> str:
         return ", ".join(f"{t.dtype}{list(t.shape)}" for t in self.tensors) or "no tensors"
-
-
-def flatten(value: Any, where: str) -> tuple[str, list[torch.Tensor]]:
-    """The containers of ``value`` as JSON, and its tensors. ``where`` names the value in errors."""
-    tensors: list[torch.Tensor] = []
-
-    def walk(node: Any) -> Any:
-        if isinstance(node, torch.Tensor):
-            tensors.append(node)
-            return {"tensor": len(tensors) - 1}
-        if node is None or isinstance(node, _PLAIN):
-            return {"plain": node}
-        if isinstance(node, (tuple, list)):
-            return {type(node).__name__ if type(node) in (tuple, list) else "tuple": [walk(n) for n in node]}
-        if isinstance(node, dict) and all(isinstance(key, str) for key in node):
-            return {"dict": [[key, walk(child)] for key, child in node.items()]}
-        raise UsageError(
-            describe(
-                f"{where} cannot be sent to the next stage",
-                expected="tensors in tuples, lists and dicts with str keys, None, bool, int, float or str",
-                found=type(node).__name__,
-                fix="return only these from the last layer of a stage",
-            )
-        )
-
-    return json.dumps(walk(value)), tensors
-
-
-def rebuild(tree: str, tensors: Sequence[Any]) -> Any:
-    """The value with the containers of ``tree`` around ``tensors``."""
-
-    def walk(node: dict[str, Any]) -> Any:
-        ((kind, inner),) = node.items()
-        if kind == "tensor":
-            return tensors[inner]
-        if kind == "plain":
-            return inner
-        if kind == "dict":
-            return {key: walk(child) for key, child in inner}
-        return (tuple if kind == "tuple" else list)(walk(child) for child in inner)
-
-    return walk(json.loads(tree))
-
-
-def map_tensors(value: Any, change: Callable[[torch.Tensor], Any], where: str) -> Any:
-    """``value`` with ``change`` applied to each tensor."""
-    tree, tensors = flatten(value, where)
-    return rebuild(tree, [change(tensor) for tensor in tensors])
 
 
 def form_of(tree: str, tensors: Sequence[torch.Tensor]) -> Form:
