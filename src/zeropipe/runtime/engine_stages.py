@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from zeropipe.runtime.pipe.module import PipelineModule
-from zeropipe.runtime.zero.grads import GradStore
 from zeropipe.runtime.zero.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.param import shards_of, zero_param
 from zeropipe.runtime.zero.shards import Shards
+from zeropipe.runtime.zero.types import AnyStore
 
 
 class StageSharding:
@@ -17,21 +17,33 @@ class StageSharding:
     def __init__(self, optimizer: ZeroOptimizer, module: PipelineModule) -> None:
         self._optimizer, self._module = optimizer, module
 
+    def has_gradient(self, param: torch.nn.Parameter) -> bool:
+        """Whether a backward of this batch has reached ``param`` on this rank."""
+        trained = zero_param(param)
+        if trained is None or trained.partition is None or not param.requires_grad:
+            return False
+        return param.grad is not None or trained.index in self._store(param).seen
+
     def gradient(self, param: torch.nn.Parameter) -> torch.Tensor:
+        trained, store = zero_param(param), self._store(param)
+        assert trained is not None
+        taken = store.local(trained.index)
+        if taken is not None:
+            return taken
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+        # A store that does not keep it whole leaves it in the parameter until it is reduced, unless it widens it.
+        if not store.keeps_whole and store.dtype == store.partition.dtype:
+            return param.grad
+        store.accept(trained.index, keep_grad=store.keeps_whole)
+        taken = store.local(trained.index)
+        assert taken is not None
+        return taken
+
+    def _store(self, param: torch.nn.Parameter) -> AnyStore:
         trained = zero_param(param)
         assert trained is not None
-        assert trained.partition is not None
-        store = next(s for s in self._optimizer.reducer.stores if s.partition is trained.partition)
-        # A store that does not keep it whole leaves it in the parameter until it is reduced.
-        if not isinstance(store, GradStore) or not store.keeps_whole:
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-            return param.grad
-        view = store.view(trained.index)
-        if trained.index not in store.seen:
-            view.zero_()
-            store.seen.add(trained.index)
-        return view
+        return next(s for s in self._optimizer.reducer.stores if s.partition is trained.partition)
 
     def reduce(self) -> None:
         self._optimizer.reducer.finish_window()

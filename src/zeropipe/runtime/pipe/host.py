@@ -6,19 +6,15 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from zeropipe.errors import UsageError, describe
 from zeropipe.runtime.pipe.containers import map_tensors
 from zeropipe.runtime.pipe.feed import Feed, Losses
-from zeropipe.runtime.pipe.tied import Tie, sum_gradients
+from zeropipe.runtime.pipe.tied import Gradients, Tie, sum_gradients
 
 
-class Sharding(Protocol):
+class Sharding(Gradients, Protocol):
     """What the owner of parameters and gradients offers a pipeline."""
-
-    def gradient(self, param: nn.Parameter) -> torch.Tensor:
-        """The tensor that holds the gradient accumulated on this rank; zeros where there was none."""
 
     def reduce(self) -> None:
         """Reduce the gradients of all this rank's stages over the data axis."""
@@ -94,7 +90,7 @@ class TrainingHost:
 
     def reduce_tied(self, stage: int) -> None:
         if self._sharding is not None:
-            sum_gradients(self._ties, self._sharding.gradient)
+            sum_gradients(self._ties, self._sharding)
 
     def reduce_grad(self, stage: int) -> None:
         # One reduction for all stages of the rank: its buckets run over the borders of stages.

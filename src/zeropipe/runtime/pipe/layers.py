@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from zeropipe.comm.collectives import all_gather_object
 from zeropipe.comm.group import Group, new_group
 from zeropipe.errors import UsageError, describe
 from zeropipe.runtime.pipe.specs import LayerSpec, TiedLayerSpec
@@ -81,16 +82,52 @@ class Layers:
         """The module of layer ``index`` on this rank; None for a plain function."""
         return self._modules.get(index)
 
+    def tied_names(self, modules: Mapping[str, nn.Module], pipe: Group) -> dict[str, list[str]]:
+        """The names of all parameters of each tied module, by key; collective over the pipeline.
+
+        Raises UsageError, on every rank, where a ``tied_weight_attr`` is no parameter.
+        """
+        specs = [layer for layer in self.given if isinstance(layer, TiedLayerSpec)]
+        if not specs:
+            return {}
+        mine = {
+            key: (
+                [name for name, _ in module.named_parameters()],
+                [
+                    (f"{type(module).__name__}.{path}", type(found).__name__)
+                    for path, found in _attributes(specs, key, module)
+                ],
+            )
+            for key, module in modules.items()
+        }
+        names: dict[str, list[str]] = {}
+        for theirs in all_gather_object(mine, pipe, label="tied modules"):
+            for key, (parameters, strange) in theirs.items():
+                for path, kind in strange:
+                    raise UsageError(
+                        describe(
+                            f"tied weight {key!r}: {path} is not a parameter",
+                            expected="a torch.nn.Parameter",
+                            found=kind,
+                            fix="set tied_weight_attr to the attribute that holds the weight",
+                        )
+                    )
+                names[key] = parameters
+        return names
+
     def plans(
-        self, stage_of: Callable[[int], int], rank_of: Callable[[int], int]
+        self, stage_of: Callable[[int], int], rank_of: Callable[[int], int], tied: Mapping[str, Sequence[str]]
     ) -> list[tuple[TiePlan, str, int]]:
-        """Every shared weight as (plan, attribute path, a layer that has it), in one order on all ranks."""
+        """Every shared parameter as (plan, path in the layer, a layer that has it), in one order on all ranks.
+
+        ``tied``: the names of each tied module's parameters.
+        """
         uses: dict[str, list[tuple[int, str]]] = {}
         first_use: dict[int, str] = {}
         for index, layer in enumerate(self.given):
             if isinstance(layer, TiedLayerSpec):
-                for attribute in layer.tied_weight_attr:
-                    uses.setdefault(f"{layer.key}.{attribute}", []).append((index, attribute))
+                for name in tied[layer.key]:
+                    uses.setdefault(f"{layer.key}.{name}", []).append((index, name))
             elif isinstance(layer, nn.Module):
                 for name, param in layer.named_parameters():
                     key = first_use.setdefault(id(param), f"{index}.{name}")
@@ -122,7 +159,7 @@ class Layers:
             if module is None or plan.key in found:
                 continue
             owner = grid.stage_id == plan.ranks[0]
-            found[plan.key] = Tie(plan, _parameter(module, path, plan.key), groups[plan.ranks], owner)
+            found[plan.key] = Tie(plan, module.get_parameter(path), groups[plan.ranks], owner)
         return list(found.values())
 
 
@@ -136,20 +173,14 @@ class _Bound:
         return self.function(self.module, value)
 
 
-def _parameter(module: nn.Module, path: str, key: str) -> nn.Parameter:
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    if not isinstance(value, nn.Parameter):
-        raise UsageError(
-            describe(
-                f"tied weight {key!r}: {type(module).__name__}.{path} is not a parameter",
-                expected="a torch.nn.Parameter",
-                found=type(value).__name__,
-                fix="set tied_weight_attr to the attribute that holds the weight",
-            )
-        )
-    return value
+def _attributes(specs: Sequence[TiedLayerSpec], key: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What stands under each ``tied_weight_attr`` of ``key`` and is no parameter."""
+    for path in dict.fromkeys(path for spec in specs if spec.key == key for path in spec.tied_weight_attr):
+        found: Any = module
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if not isinstance(found, nn.Parameter):
+            yield path, found
 
 
 def on_meta(spec: LayerSpec) -> nn.Module | None:

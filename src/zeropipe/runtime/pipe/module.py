@@ -20,7 +20,7 @@ from zeropipe.runtime.pipe.partition import Bounds, partition
 from zeropipe.runtime.pipe.schedule import find_kind
 from zeropipe.runtime.pipe.specs import LayerSpec as LayerSpec
 from zeropipe.runtime.pipe.specs import TiedLayerSpec as TiedLayerSpec  # users know it under this path
-from zeropipe.runtime.pipe.tied import Tie, TiePlan, share_values
+from zeropipe.runtime.pipe.tied import Tie, TiePlan, share_values, sum_gradients
 from zeropipe.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from zeropipe.runtime.pipe.weigh import LayerScales
 
@@ -89,13 +89,13 @@ class PipelineModule(nn.Module):
         self._layers = Layers(layers, partial(self._seed, seed_fn))
         # By key; registered under the number of the key's first layer, the same name on every rank that has it.
         self.tied_modules: dict[str, nn.Module] = {}
-        self._tie_plans = self._layers.plans(self.stage_of, self.rank_of)
         local = set(self.local_layers())
-        for index in range(len(layers)):
-            if index in local:
-                self._layers.build(index, self)
-            else:
-                self._layers.forget_values(index)
+        for index in sorted(local):
+            self._layers.build(index, self)
+        tied = self._layers.tied_names(self.tied_modules, self._grid.pipe_group)
+        self._tie_plans = self._layers.plans(self.stage_of, self.rank_of, tied)
+        for index in set(range(len(layers))) - local:
+            self._layers.forget_values(index)
         self.ties: list[Tie] = self._layers.ties(self)
         share_values(self.ties)
 
@@ -232,14 +232,19 @@ class PipelineModule(nn.Module):
 
     def allreduce_tied_weight_gradients(self) -> None:
         """Sum the tied weights' ``.grad`` over the pipe axis; the engine does this by itself."""
-        from zeropipe.runtime.pipe.tied import sum_gradients
+        sum_gradients(self.ties, _OwnGradients())
 
-        def gradient(param: nn.Parameter) -> torch.Tensor:
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-            return param.grad
 
-        sum_gradients(self.ties, gradient)
+class _OwnGradients:
+    """The parameters' own ``.grad``."""
+
+    def has_gradient(self, param: nn.Parameter) -> bool:
+        return param.grad is not None
+
+    def gradient(self, param: nn.Parameter) -> torch.Tensor:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+        return param.grad
 
 
 def _recompute(run: Callable[[Any], Any], value: Any) -> Any:

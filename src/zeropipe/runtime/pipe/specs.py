@@ -46,10 +46,12 @@ class LayerSpec:
 
 
 class TiedLayerSpec(LayerSpec):
-    """A layer that shares the attributes ``tied_weight_attr`` with every other layer of the same ``key``.
+    """A layer whose module is that of every other layer of the same ``key``.
 
     ``forward_fn(module, inputs)`` replaces the module's own forward, such as the matrix product of an output head
-    with the weight of an embedding. The module is built once on each rank that has layers of this key.
+    with the weight of an embedding. The module is built once on each rank that has layers of this key; all its
+    parameters stay equal on those ranks, as the one module that they are where no cut falls between them.
+    ``tied_weight_attr`` names those that all the layers use, and is checked.
     """
 
     def __init__(

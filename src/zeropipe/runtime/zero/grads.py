@@ -61,6 +61,14 @@ class GradStore:
         """keeps_whole: parameter ``index``'s gradient in the buffer, in its shape."""
         return self._views[index]
 
+    def local(self, index: int) -> torch.Tensor | None:
+        """What was taken of parameter ``index``'s gradient on this rank, to be changed in place; None if nothing."""
+        held = self._held.get(index)
+        if held is not None:  # maybe autograd's memory, and of the parameter's dtype
+            self._held[index] = held = held.to(self.dtype, copy=True)
+            return held
+        return self._views[index] if index in self._filled else None
+
     def _cut_views(self) -> list[torch.Tensor]:
         layout = self.partition.layout
         ranges = (layout.tensor_range(index) for index in range(len(layout.tensors)))

@@ -72,6 +72,13 @@ class ShardedGradStore:
         param.grad = None
         self.seen.add(index)
 
+    def local(self, index: int) -> torch.Tensor | None:
+        """What was taken of parameter ``index``'s gradient here, 1D, to be changed in place; None if nothing."""
+        held = self._held.get(index)
+        if held is not None:  # maybe autograd's memory, and of the parameter's dtype
+            self._held[index] = held = held.to(self.dtype, copy=True)
+        return held
+
     def reopen(self) -> None:
         """Nothing to do: each reduction adds to the shard."""
 
