@@ -43,11 +43,14 @@ def plan(
             describe("the run's length is not known", found=f"total_num_steps {total!r}", fix="pass --steps")
         )
     options = parsed.optimizer.params or {}
+    width = 4 if parsed.precision == "fp32" else 2
+    wire = parsed.communication_data_type
     job = planning.Job(
         params,
         total,
         world,
-        element_bytes=4 if parsed.precision == "fp32" else 2,
+        element_bytes=width if wire is None else 4 if wire == "fp32" else 2,
+        param_bytes=width,
         stage=parsed.zero_optimization.stage,
         tensors=tensors,
         node_size=int(options.get("node_size", 1)),
@@ -67,5 +70,10 @@ def plan(
         typer.echo(
             f"{name} sends {ours.times_less_than(other):.3g} times less than {other.name} "
             f"({100 * ours.less_bytes_than(other):.1f} % less), in "
+            f"{100 * ours.fewer_exchanges_than(other):.1f} % fewer exchanges and "
             f"{100 * ours.fewer_rounds_than(other):.1f} % fewer rounds"
         )
+    typer.echo(
+        "An exchange is a step in which gradients, momenta or updates travel, a round one in which ranks wait for each "
+        "other: they agree on the gradients' norm in every step."
+    )

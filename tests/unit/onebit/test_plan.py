@@ -34,8 +34,10 @@ PAPER_RULES = ZeroOneRules(12_500, 16, 32_678, 16)
 def test_a_compressed_step_sends_a_16th_of_16_bit_and_a_32nd_of_32_bit() -> None:
     for element_bytes, ratio in ((2, 16), (4, 32)):
         job = Job(10**8, 10, 8, element_bytes=element_bytes, tensors=100)
-        scales = 2 * 7 * 4 * (100 // 8 + 2)
-        assert compressed_bytes(job) == dense_bytes(job) // ratio + scales
+        scales = 2 * 7 * 4 * 13  # an eighth of 100 tensors is 12 and a half
+        assert (
+            0 <= compressed_bytes(job) - dense_bytes(job) // ratio - scales < 2 * 7 * 8
+        )  # padding of the shards
 
 
 def test_one_bit_adam_with_15_percent_warm_up_sends_5_times_less_than_fp16() -> None:
@@ -45,11 +47,13 @@ def test_one_bit_adam_with_15_percent_warm_up_sends_5_times_less_than_fp16() -> 
 
 
 def test_zero_one_adam_at_the_papers_settings() -> None:
-    """Rounds as in the paper (54 % fewer). Its "up to 87 %" less data, over all of its tasks, is 85 % here."""
+    """Exchanges as in the paper (54 % fewer), though ranks wait in every step. Its "up
+    to 87 %" less data, over all of its tasks, is 85 % here."""
     ours = plan("ZeroOneAdam", ZeroOnePhases(PAPER_RULES), PAPER)
     one_bit = plan("OnebitAdam", OneBitPhases(23_000), PAPER)
     assert ours.times_less_than(dense_plan(PAPER)) > 26
-    assert round(100 * ours.fewer_rounds_than(one_bit)) == 54
+    assert round(100 * ours.fewer_exchanges_than(one_bit)) == 54
+    assert ours.rounds == one_bit.rounds == PAPER.steps
     assert round(100 * ours.less_bytes_than(one_bit)) == 85
     longer = plan("OnebitAdam", OneBitPhases(28_800), PAPER)
     assert round(100 * ours.less_bytes_than(longer)) == 87
@@ -63,13 +67,12 @@ def test_zero_one_adam_at_the_papers_settings() -> None:
 def test_stages_nodes_and_one_rank() -> None:
     job = Job(10**6, 10, 8, element_bytes=2)
     sharded = Job(10**6, 10, 8, element_bytes=2, stage=1)
-    assert (
-        compressed_bytes(sharded) - compressed_bytes(job) == dense_bytes(job) // 2
-    )  # parameters are gathered
+    gathered = compressed_bytes(sharded) - compressed_bytes(job)
+    assert 0 <= gathered - dense_bytes(job) // 2 < 16 * 8 * 2  # parameters are gathered, padding included
     one_node = Job(10**6, 10, 8, element_bytes=4, node_size=8)
     assert compressed_bytes(one_node) == dense_bytes(one_node)  # nobody to send bits to: an all-reduce
     alone = plan("OnebitAdam", OneBitPhases(5), Job(10**6, 10, 1))
-    assert alone.bytes == alone.rounds == 0
+    assert alone.bytes == alone.rounds == alone.exchanges == 0
 
 
 def test_what_cannot_be_planned_is_named() -> None:
@@ -85,6 +88,20 @@ def test_what_cannot_be_planned_is_named() -> None:
         Job(10, 50, 4, node_size=3)
     with pytest.raises(ConfigError, match=r"params.*at least 1"):
         Job(0, 50, 4)
+
+
+def test_the_command_counts_gradients_in_the_dtype_in_which_they_travel(tmp_path: Path) -> None:
+    """bf16 with communication_data_type fp32 used to be counted with two bytes for each gradient."""
+    optimizer = {"type": "OneBitAdam", "params": {"freeze_step": 15}}
+    for config, sent in (
+        ({"bf16": {"enabled": True}}, "2.86 MiB"),
+        ({"bf16": {"enabled": True}, "communication_data_type": "fp32"}, "5.72 MiB"),
+        ({"communication_data_type": "fp16"}, "2.86 MiB"),
+        ({}, "5.72 MiB"),
+    ):
+        result = run_plan(tmp_path, {"optimizer": optimizer, **config}, "--steps", "100")
+        warm_up = next(line for line in result.output.splitlines() if line.startswith("  warm-up"))
+        assert sent in warm_up, (config, result.output)
 
 
 def test_units() -> None:
