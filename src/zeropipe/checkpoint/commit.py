@@ -1,25 +1,31 @@
 """Makes a finished folder the checkpoint of its tag: manifest, rename, ``latest`` - in this order.
 
-    .TAG.incomplete/  --manifest, sync-->  --rename-->  TAG/   then `latest`
+    .TAG.zeropipe-TOKEN.incomplete/  --manifest, sync-->  --rename-->  TAG/   then `latest`
 
-A process may die between any two of these steps; whatever it leaves, the previous checkpoint can be read.
+A process may die between any two of these steps; whatever it leaves, the previous checkpoint can be read. Each save
+has a work folder of its own, so it shares nothing with another run, or with an earlier save that still goes on.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from zeropipe.checkpoint import tags
+from zeropipe.checkpoint import ownership, tags
 from zeropipe.checkpoint.files import FileRecord, replace_text, sync_folder, write_text
+from zeropipe.checkpoint.locks import Hold
 from zeropipe.checkpoint.manifest import MANIFEST_NAME, Manifest, Part, join_flats
 from zeropipe.checkpoint.script import SCRIPT, SCRIPT_NAME
 from zeropipe.checkpoint.state import LocalState
+from zeropipe.errors import CheckpointError, describe
+
+_log = logging.getLogger("zeropipe")
 
 
 def build_manifest(tag: str, local: LocalState, parts: Sequence[Part]) -> Manifest:
@@ -51,33 +57,39 @@ def build_manifest(tag: str, local: LocalState, parts: Sequence[Part]) -> Manife
     )
 
 
-def prepare(folder: Path, tag: str) -> Path:
-    """An empty work folder for ``tag``; what an earlier, killed save of it left is removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    work = tags.work_folder(folder, tag)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    return work
+def prepare(folder: Path, tag: str, save_latest: bool = True) -> tuple[Path, Hold]:
+    """A new work folder for ``tag``, which is held; what earlier, killed saves of it left is removed.
+
+    Raises OSError as it comes, CheckpointError where ``latest`` could not be moved in the end.
+    """
+    latest = folder / tags.LATEST
+    if save_latest and (latest.is_symlink() or latest.is_dir()):
+        raise CheckpointError(
+            describe(
+                f"{latest} cannot name the checkpoint",
+                expected="a file, or nothing",
+                found="a link" if latest.is_symlink() else "a folder",
+                fix="remove or rename it, or pass save_latest=False",
+            )
+        )
+    for path in ownership.leftovers(folder):
+        if tags.tag_of(path) == tag:
+            with suppress(OSError, CheckpointError):  # it does no harm but to take room
+                ownership.clear(path)
+    return ownership.begin(folder / tag)
 
 
-def commit(folder: Path, tag: str, manifest: Manifest, save_latest: bool) -> Path:
-    """Publish the work folder of ``tag``. Raises OSError as it comes; then the tag is what it was."""
-    work, final, aside = tags.work_folder(folder, tag), folder / tag, tags.aside_folder(folder, tag)
+def commit(folder: Path, tag: str, work: Path, manifest: Manifest, save_latest: bool) -> Path:
+    """Publish ``work`` as ``tag``. Raises OSError as it comes; then the tag is what it was."""
     write_text(work / MANIFEST_NAME, manifest.to_text())
     sync_folder(work)
-    if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(final, aside)
-    try:
-        os.rename(work, final)
-    except OSError:
-        if aside.exists() and not final.exists():
-            os.rename(aside, final)
-        raise
-    sync_folder(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    final = folder / tag
+    kept = ownership.publish(work, final)
+    if kept:
+        listed = ", ".join(map(str, kept[:3])) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
+        _log.warning("what stood under the name of %s and is not zeropipe's is kept: %s", final, listed)
     script = folder / SCRIPT_NAME
-    if not script.exists() or script.read_text(encoding="utf-8", errors="replace") != SCRIPT:
+    if not os.path.lexists(script):
         replace_text(script, SCRIPT)
     if save_latest:
         replace_text(folder / tags.LATEST, tag)

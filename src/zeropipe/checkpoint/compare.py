@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from zeropipe.checkpoint.manifest import FlatEntry
@@ -34,6 +35,7 @@ def compare(
         a, b = getattr(left.train_state(0), name), getattr(right.train_state(0), name)
         if not same(a, b):
             yield Difference(name, "counter", f"{_short(a)} | {_short(b)}")
+    yield from _settings(left, right)
     mine = {w.name: w for w in weights(left)}
     theirs = {w.name: w for w in weights(right)}
     for name in dict.fromkeys((*mine, *theirs)):
@@ -44,6 +46,34 @@ def compare(
         yield from _values(name, "weight", mine[name].read(), theirs[name].read())
         progress(1)
     yield from _moments(left, right)
+
+
+def _settings(left: Source, right: Source) -> Iterator[Difference]:
+    """Hyperparameters of the param groups and the client's own state."""
+    a, b = (_hyperparameters(source) for source in (left, right))
+    if len(a) != len(b):
+        yield Difference("param groups", "hyperparameters", f"{len(a)} groups | {len(b)} groups")
+    for number, (x, y) in enumerate(zip(a, b, strict=False)):
+        yield from _entries(f"param group {number}", "hyperparameter", x, y)
+    yield from _entries(
+        "client state", "client state", left.train_state(0).client_state, right.train_state(0).client_state
+    )
+
+
+def _hyperparameters(source: Source) -> list[dict[str, object]]:
+    """Without the parameters' names and numbers, which are not hyperparameters."""
+    return [
+        {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        for group in source.param_groups
+    ]
+
+
+def _entries(name: str, what: str, a: Mapping[str, object], b: Mapping[str, object]) -> Iterator[Difference]:
+    for key in dict.fromkeys((*a, *b)):
+        if key not in a or key not in b:
+            yield Difference(f"{name}: {key}", what, "only left" if key in a else "only right")
+        elif not same(a[key], b[key]):
+            yield Difference(f"{name}: {key}", what, f"{_short(a[key])} | {_short(b[key])}")
 
 
 def _moments(left: Source, right: Source) -> Iterator[Difference]:
@@ -101,7 +131,10 @@ def same(a: object, b: object) -> bool:
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b or (a != a and b != b)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        x, y = np.asarray(a), np.asarray(b)
+        return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+    return bool(a == b or (a != a and b != b))
 
 
 def _short(value: object) -> str:

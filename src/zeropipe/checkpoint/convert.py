@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,11 +18,12 @@ import torch
 from zeropipe.checkpoint.commit import build_manifest, commit, prepare
 from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
 from zeropipe.checkpoint.manifest import FlatEntry, Part, TensorEntry
+from zeropipe.checkpoint.ownership import cannot_write, discard
 from zeropipe.checkpoint.parallel import Place, seen_from
 from zeropipe.checkpoint.reader import Reader
 from zeropipe.checkpoint.source import Source, value_key
 from zeropipe.checkpoint.state import FP32, PARAM, FlatState, Grid, LocalState, ModelState
-from zeropipe.checkpoint.tags import check_tag, work_folder
+from zeropipe.checkpoint.tags import check_tag
 from zeropipe.checkpoint.writer import collect, write
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
@@ -65,18 +67,28 @@ def convert(
     views = {t: seen_from(source, Place(t, tp)) for t in range(tp)}
     grids = list(_grids(dp, tp, pp))
     tied_first = _tied_layers(source)
-    prepare(root, name)
     parts: list[Part] = []
     local: LocalState | None = None
-    for grid in grids:
-        view = views[grid.tp_rank]
-        if pp > 1:
-            view = _Stage(view, grid.pp_rank, source)
-        local = _as_rank(view, grid, stage, tied_first)
-        parts.append(write(work_folder(root, name), collect(local, copy=False)))
-        progress(1)
-    assert local is not None
-    return commit(root, name, build_manifest(name, local, parts), save_latest=True)
+    work: Path | None = None
+    try:
+        work, hold = prepare(root, name)
+        with hold:
+            for grid in grids:
+                view = views[grid.tp_rank]
+                if pp > 1:
+                    view = _Stage(view, grid.pp_rank, source)
+                local = _as_rank(view, grid, stage, tied_first)
+                parts.append(write(work, collect(local, copy=False)))
+                progress(1)
+            assert local is not None
+            return commit(root, name, work, build_manifest(name, local, parts), save_latest=True)
+    except BaseException as error:
+        if work is not None:
+            with suppress(OSError, CheckpointError):
+                discard(work)
+        if isinstance(error, OSError):
+            raise CheckpointError(cannot_write(root / name, error)) from error
+        raise
 
 
 def _grids(dp: int, tp: int, pp: int) -> Iterator[Grid]:

@@ -12,7 +12,6 @@ client state) goes into one more value, ``zeropipe``, which readers that do not 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property, partial
@@ -21,9 +20,10 @@ from typing import Any
 
 import torch
 
-from zeropipe.checkpoint.files import sync_folder
+from zeropipe.checkpoint.files import new_file
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.numbers import STEP, Numbers
+from zeropipe.checkpoint.ownership import replacing
 from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.plain import lowered
 from zeropipe.checkpoint.source import Source, read_full
@@ -217,19 +217,12 @@ def write_dcp(
 
     ``dcp.load(..., checkpoint_id=output)`` reads it at any number of ranks, whole or sharded. A tied tensor is
     written under each of its names, as in a module's state dict. One tensor is in memory at a time; ``progress``
-    gets 1 per weight. An older folder of that name is replaced once the new one is whole.
+    gets 1 per weight. What an earlier call wrote there is replaced once the new one is whole; anything else that is
+    there is a CheckpointError, before a byte is written.
     """
-    final = Path(output)
-    work = final.with_name(f".{final.name}.incomplete")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    write(work, _items(source, progress))
-    sync_folder(work)
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(work, final)
-    sync_folder(final.parent)
-    return final
+    with replacing(Path(output), "dcp", source.folder) as work:
+        write(work, _items(source, progress), new_file)
+    return Path(output)
 
 
 def _items(source: Source, progress: Callable[[int], None]) -> Iterator[tuple[Key, Any]]:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
-from zeropipe.checkpoint.files import replace_text, sync_folder
+from zeropipe.checkpoint import exported
+from zeropipe.checkpoint.files import Output, new_file, sync_folder
+from zeropipe.checkpoint.ownership import begin, cannot_write, clear, discard, leftovers, name_of
 from zeropipe.checkpoint.source import Source
 from zeropipe.checkpoint.weights import Weight, aliases, weights
 from zeropipe.errors import CheckpointError, describe
@@ -34,6 +39,7 @@ _UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
+_WORK = "export"  # what the work folders of exports are for, by their names
 Progress = Callable[[int], None]
 
 
@@ -49,11 +55,14 @@ class _Item:
 
 def parse_size(text: str | int) -> int:
     """``5GB``, ``500MB``, ``1GiB`` or a number of bytes. Raises CheckpointError for anything else."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?B?)\s*", str(text).upper())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?I?B?)\s*", str(text).upper(), re.ASCII)
     unit = match[2] if match else None
-    if match is None or (unit not in _UNITS and unit != "B"):
+    size = 0
+    if match is not None and (unit in _UNITS or unit == "B"):
+        size = int(float(match[1]) * _UNITS.get(unit or "", 1))
+    if size < 1:
         raise CheckpointError(describe("the size of a shard", expected="e.g. 5GB or 500MB", found=repr(text)))
-    return int(float(match[1]) * _UNITS.get(unit or "", 1))
+    return size
 
 
 def export(
@@ -72,7 +81,9 @@ def export(
     ``dtype``: ``fp32``, ``bf16`` or ``fp16``; integer tensors keep theirs. ``tied``: ``repeat`` writes a tied
     tensor under each of its names, so that a strict load works anywhere; ``drop`` only under the first, and
     lists the others in the files' metadata. ``progress`` gets the bytes of each tensor written.
-    Memory: one tensor for safetensors, one shard for torch's format. Raises CheckpointError for an unknown dtype.
+    Memory: one tensor for safetensors, one shard for torch's format. An older export in the folder goes once the
+    new one is written. Raises CheckpointError for an unknown dtype, for files of somebody else that readers would
+    take for these weights or that have their names, and where the disk is full; nothing is changed then.
     """
     if dtype not in DTYPES:
         raise CheckpointError(describe("dtype of the export", expected=", ".join(DTYPES), found=dtype))
@@ -85,32 +96,54 @@ def export(
         items += [_Item(name, weight, out, size) for name in names]
     shards = _cut(items, parse_size(max_shard_size))
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     stem, suffix = ("model", "safetensors") if safetensors else ("pytorch_model", "bin")
     dropped = {o: n for n, list_ in others.items() for o in list_} if tied == "drop" else {}
-    written: list[Path] = []
     where: dict[str, str] = {}
+    contents: dict[str, Callable[[Output], None]] = {}
     for number, shard in enumerate(shards, 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        path = folder / f"{stem}{part}.{suffix}"
-        temporary = path.with_name(f".{path.name}.incomplete")
-        with open(temporary, "wb") as file:
-            if safetensors:
-                _write_safetensors(file, shard, dropped, progress)
-            else:
-                _write_torch(file, shard, progress)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        written.append(path)
-        where |= {item.name: path.name for item in shard}
+        name = f"{stem}{part}.{suffix}"
+        fill = partial(_write_safetensors, dropped=dropped) if safetensors else _write_torch
+        contents[name] = partial(fill, shard=shard, progress=progress)
+        where |= {item.name: name for item in shard}
     if len(shards) > 1:
-        index = folder / f"{stem}.{suffix}.index.json"
-        total = sum(item.nbytes for item in items)
-        replace_text(index, json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1))
-        written.append(index)
-    sync_folder(folder)
-    return written
+        text = exported.index_text(where, sum(item.nbytes for item in items))
+        contents[f"{stem}.{suffix}.index.json"] = partial(_write_bytes, data=text.encode())
+    return _put(folder, contents)
+
+
+def _put(folder: Path, contents: dict[str, Callable[[Output], None]]) -> list[Path]:
+    """Write the files and let them take the place of an older export; nothing is left where that fails.
+
+    Several ranks may do so at once: each writes in a folder of its own, and what they put in place is the same.
+    """
+    work: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        old = exported.in_the_way(folder, tuple(contents))
+        for path in leftovers(folder):
+            if name_of(path) == _WORK:  # of an export that was killed
+                with suppress(OSError, CheckpointError):
+                    clear(path)
+        work, hold = begin(folder / _WORK)
+        with hold:
+            for name, fill in contents.items():
+                with new_file(work / name) as output:
+                    fill(output)
+            for path in old:  # first: half an export must not look like a whole older one
+                path.unlink(missing_ok=True)
+            for name in contents:
+                os.replace(work / name, folder / name)
+            discard(work)
+        sync_folder(folder)
+    except BaseException as error:
+        if work is not None:
+            with suppress(OSError, CheckpointError):
+                discard(work)
+        if isinstance(error, OSError):
+            raise CheckpointError(cannot_write(folder, error)) from error
+        raise
+    return [folder / name for name in contents]
 
 
 def _cut(items: Iterable[_Item], limit: int) -> list[list[_Item]]:
@@ -127,10 +160,10 @@ def _cut(items: Iterable[_Item], limit: int) -> list[list[_Item]]:
 
 
 def _write_safetensors(
-    file: IO[bytes], shard: Sequence[_Item], dropped: dict[str, str], progress: Progress
+    output: Output, shard: Sequence[_Item], progress: Progress, dropped: dict[str, str]
 ) -> None:
     """Eight bytes of header size, the header as JSON, then the tensors end to end, little-endian."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dropped}
+    header: dict[str, Any] = {"__metadata__": exported.METADATA | dropped}
     at = 0
     for item in shard:
         if item.dtype not in _NAMES:
@@ -143,21 +176,25 @@ def _write_safetensors(
         at += item.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
+    output.write(len(text).to_bytes(8, "little"))
+    output.write(text)
     for item in shard:
         value = item.weight.read(item.dtype).contiguous()
         if value.numel():
-            file.write(value.view(-1).view(torch.uint8).numpy().data)
+            output.write(value.view(-1).view(torch.uint8).numpy().data)
         progress(item.nbytes)
 
 
-def _write_torch(file: IO[bytes], shard: Sequence[_Item], progress: Progress) -> None:
+def _write_bytes(output: Output, data: bytes) -> None:
+    output.write(data)
+
+
+def _write_torch(output: Output, shard: Sequence[_Item], progress: Progress) -> None:
     values: dict[int, torch.Tensor] = {}
-    state: dict[str, torch.Tensor] = {}
+    state = exported.marked(OrderedDict())
     for item in shard:
         if id(item.weight) not in values:
             values[id(item.weight)] = item.weight.read(item.dtype)
         state[item.name] = values[id(item.weight)]
         progress(item.nbytes)
-    torch.save(state, file)
+    torch.save(state, cast("IO[bytes]", output))

@@ -1,15 +1,18 @@
 """The file layer: everything written is synced and checksummed, nothing read is executed.
 
 A checkpoint is a folder of files; a folder becomes visible by a rename, after all that it holds is on the disk.
+A file that could not be written whole is removed, and the error is the disk's own.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import secrets
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,19 +36,34 @@ class FileRecord:
     checksum: str
 
 
-class _ChecksumWriter:
-    """Passes bytes on to a file and keeps their CRC: one pass over the data, none when reading it back."""
+class Output:
+    """A raw file that is written whole: it sums up what passes and remembers why the disk refused.
 
-    def __init__(self, file: _Whole) -> None:
+    One pass over the data, none when reading it back. A raw write may stop early, at 2 GiB or when the disk is
+    filling. torch's writer loses the error that its file raises and complains of a position instead.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.crc = 0
         self.bytes = 0
+        self.refusal: OSError | None = None
 
     def write(self, data: Any) -> int:
-        self.crc = zlib.crc32(data, self.crc)
-        written = self._file.write(data)
-        self.bytes += written
-        return written
+        view = memoryview(data).cast("B")
+        self.crc = zlib.crc32(view, self.crc)
+        done = 0
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self.refusal = self.refusal or error
+            raise
+        self.bytes += done
+        return done
+
+    def tell(self) -> int:
+        return self.bytes
 
     def flush(self) -> None:
         self._file.flush()
@@ -57,44 +75,53 @@ def checksum_text(crc: int) -> str:
 
 def write_torch(path: Path, obj: Any) -> FileRecord:
     """``torch.save`` in a new file, synced to the disk."""
-    return _write(path, lambda writer: torch.save(obj, writer, pickle_module=naming))
+    return _write(path, lambda output: torch.save(obj, output, pickle_module=naming))
 
 
 def write_text(path: Path, text: str) -> FileRecord:
-    return _write(path, lambda writer: writer.write(text.encode()))
+    return _write(path, lambda output: output.write(text.encode()))
 
 
 def _write(path: Path, fill: Callable[[Any], object]) -> FileRecord:
+    with new_file(path) as output:
+        fill(output)
+    return FileRecord(path.name, output.bytes, checksum_text(output.crc))
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Output]:
+    """A file that did not exist, on the disk when the block ends; gone where the block raises.
+
+    Raises OSError, with the path, where the disk refused.
+    """
     # Unbuffered: torch's writer hands over whole tensors, which Python's buffer would only copy.
-    with open(path, "wb", buffering=0) as file:
-        writer = _ChecksumWriter(_Whole(file))
-        fill(writer)
-        os.fsync(file.fileno())
-    return FileRecord(path.name, writer.bytes, checksum_text(writer.crc))
+    with open(path, "xb", buffering=0) as file:
+        output = Output(file)
+        try:
+            yield output
+            os.fsync(file.fileno())
+        except BaseException as error:
+            path.unlink(missing_ok=True)
+            refusal = output.refusal or (error if isinstance(error, OSError) else None)
+            if refusal is None or not isinstance(error, Exception):
+                raise
+            raise OSError(refusal.errno, refusal.strerror or str(refusal), str(path)) from error
 
 
-class _Whole:
-    """A raw file whose ``write`` writes all: a raw write may stop early, at 2 GiB or when the disk is filling."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
-        return done
-
-    def flush(self) -> None:
-        self._file.flush()
+def temporary(path: Path) -> Path:
+    """A name for what will be ``path``, of nobody else: not of another run that saves into the same folder."""
+    return path.with_name(f".{path.name}.zeropipe-{secrets.token_hex(6)}.incomplete")
 
 
 def replace_text(path: Path, text: str) -> None:
     """Give ``path`` new contents at once: a reader sees the old or the new text, never a part."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    write_text(temporary, text)
-    os.replace(temporary, path)
+    new = temporary(path)
+    write_text(new, text)
+    try:
+        os.replace(new, path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -8,7 +8,7 @@ end to end. Stage 0: ``torch.optim``'s state, by position. Facts measured on fil
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ import torch
 
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.files import THREADS
+from zeropipe.checkpoint.legacy_optimizer import buffer_order, hyperparameters, moments
 from zeropipe.checkpoint.legacy_pipe import stage_orders
-from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
+from zeropipe.checkpoint.manifest import MANIFEST_NAME, FlatEntry, TensorEntry
 from zeropipe.checkpoint.source import Files, Source
 from zeropipe.checkpoint.stand_ins import LossScalerValues
 from zeropipe.checkpoint.state import FP32, PARAM, TrainState
 from zeropipe.checkpoint.universal.patterns import rules_in
+from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
-from zeropipe.runtime.optimizers.state_kinds import per_element_keys, shapes_in, split_state
+from zeropipe.runtime.optimizers.state_kinds import per_element_keys, shapes_in
 
 _ALIGN = 2  # elements: what each shard of stages 1 and 2 is a multiple of
 _OPTIM = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
@@ -39,9 +41,27 @@ KNOWN_KEYS = {
 }  # fmt: skip
 
 
-def open_peer(path: Path, tag: str, *, trust: bool = False, order: Sequence[Sequence[str]] = ()) -> Source:
-    """Open a folder that DeepSpeed wrote. Raises CheckpointError when it is none, or misses a rank's file."""
-    return PeerSource(path, tag, trust=trust, order=order)
+def open_peer(
+    path: Path,
+    tag: str,
+    *,
+    trust: bool = False,
+    order: Sequence[Sequence[str]] = (),
+    unchecked: bool = False,
+) -> Source:
+    """Open a folder that DeepSpeed wrote. Raises CheckpointError when it is none, or misses a rank's file.
+
+    Also for files of ours without their manifest, since nothing says that they are whole; not if ``unchecked``.
+    """
+    source = PeerSource(path, tag, trust=trust, order=order)
+    if source.is_ours and not unchecked:
+        raise CheckpointError(
+            describe(
+                f"{path} was written by zeropipe, but its {MANIFEST_NAME} is gone: nothing can be checked",
+                fix="copy it too from where the checkpoint is whole; verify=False loads the files unchecked",
+            )
+        )
+    return source
 
 
 class PeerSource:
@@ -71,6 +91,11 @@ class PeerSource:
                     fix="give the folder that holds `latest`, or a tag's folder",
                 )
             )
+        # DeepSpeed hands a model file's further keys to its client, who may save them again; not these.
+        first = self._optims[min(self._optims)] if self._optims else None
+        self.is_ours = any(n.startswith("zeropipe_rank_") for n in names) or (
+            first is not None and OURS in self.files[first]
+        )
         lead = self._lead()
         self.world = int(lead.get("dp_world_size", 1)) * int(lead.get("mp_world_size", 1))
         dims = lead.get(k.CHECKPOINT_PARALLEL_DIMS) or {}
@@ -203,10 +228,10 @@ class PeerSource:
 
     def _stage12(self, mp_rank: int, states: list[Any], files: tuple[str, ...]) -> list[FlatEntry]:
         shapes = self.files[self._model_of(mp_rank)][k.PARAM_SHAPES]
-        self.param_groups = _hyper(states[0][k.BASE_OPTIMIZER_STATE])
+        self.param_groups = hyperparameters(states[0][k.BASE_OPTIMIZER_STATE])
         flats = []
         for group, group_shapes in enumerate(shapes):
-            names = _buffer_order(states, group) or list(group_shapes)
+            names = buffer_order(states, group) or list(group_shapes)
             # Tensors without elements have no slice anywhere.
             names += [n for n in group_shapes if n not in names]
             specs = tuple(TensorSpec(n, tuple(group_shapes[n]), "float32") for n in names)
@@ -214,7 +239,7 @@ class PeerSource:
             name = f"group{group}"
             keys: dict[str, str] = {}
             for shard, state in enumerate(states):
-                tensors, scalars = _moments(state[k.BASE_OPTIMIZER_STATE], group)
+                tensors, scalars = moments(state[k.BASE_OPTIMIZER_STATE], group)
                 tensors[FP32] = state[k.SINGLE_PARTITION_OF_FP32_GROUPS][group]
                 keys = self._keep(name, mp_rank, shard, tensors)
                 self._scalars.setdefault(f"{mp_rank}/{name}", scalars)
@@ -223,7 +248,7 @@ class PeerSource:
 
     def _stage3(self, mp_rank: int, states: list[Any], files: tuple[str, ...]) -> list[FlatEntry]:
         shapes = self.files[self._model_of(mp_rank)][k.PARAM_SHAPES]
-        self.param_groups = _hyper(states[0][k.OPTIMIZER_STATE_DICT])
+        self.param_groups = hyperparameters(states[0][k.OPTIMIZER_STATE_DICT])
         flats: list[FlatEntry] = []
         sub_group, offset = 0, 0
         for group, group_shapes in enumerate(shapes):
@@ -234,7 +259,7 @@ class PeerSource:
                     sub_group, offset = sub_group + 1, 0
                 keys: dict[str, str] = {}
                 for shard, state in enumerate(states):
-                    tensors, scalars = _moments(state[k.OPTIMIZER_STATE_DICT], sub_group)
+                    tensors, scalars = moments(state[k.OPTIMIZER_STATE_DICT], sub_group)
                     tensors[FP32] = state[k.FP32_FLAT_GROUPS][sub_group]
                     cut = {key: t[offset : offset + size] for key, t in tensors.items()}
                     keys = self._keep(name, mp_rank, shard, cut)
@@ -261,7 +286,7 @@ class PeerSource:
         file = self._model_of(mp_rank)
         tree = self.files[file]
         state = tree.get("optimizer") or {}
-        self.param_groups = _hyper(state)
+        self.param_groups = hyperparameters(state)
         names = [name for group in self._order for name in group]
         if self._layer_entries and isinstance(state.get("state"), dict):
             names = self._stage_order(mp_rank)
@@ -293,7 +318,7 @@ class PeerSource:
         flats = []
         for index, values in values_of.items():
             name = names[index]
-            tensors, scalars = _moments(state, index, per_element)
+            tensors, scalars = moments(state, index, per_element)
             shape = next((tuple(t.shape) for t in tensors.values()), tuple(values.shape))
             layout = FlatShards((TensorSpec(name, shape, "float32"),), 1)
             flat = {key: t.reshape(-1) for key, t in tensors.items()}
@@ -311,7 +336,7 @@ class PeerSource:
         members = [mp for _, mp in sorted(self._models, key=lambda key: key[1]) if mp % tp == rank]
         states = [self.files[self._model_of(mp)].get("optimizer") or {} for mp in members]
         shapes = [
-            [tuple(next(iter(_moments(s, i)[0].values())).shape) for i in range(len(s["state"]))]
+            [tuple(next(iter(moments(s, i)[0].values())).shape) for i in range(len(s["state"]))]
             for s in states
         ]
         layers = [(n, e.shape) for (n, at), e in self._layer_entries.items() if at == rank]
@@ -352,41 +377,3 @@ class PeerSource:
 def _numbers(match: re.Match[str]) -> tuple[int, int]:
     """(dp rank, or -1 where the file has none; mp rank)."""
     return (-1 if match[1] is None else int(match[1]), int(match[2]))
-
-
-def _hyper(state: Any) -> tuple[dict[str, Any], ...]:
-    groups = state.get("param_groups", ()) if isinstance(state, dict) else ()
-    return tuple({key: v for key, v in group.items() if key != "params"} for group in groups)
-
-
-def _moments(
-    base: Any, index: int, per_element: Set[str] | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors, one-value entries) that an optimizer state dict holds for parameter ``index``.
-
-    ``per_element``: the keys of the former; None for flat buffers, whose state is 1D.
-    """
-    if not isinstance(base, dict):
-        raise CheckpointError(
-            describe(
-                "this DeepSpeed checkpoint was saved with elastic_checkpoint, whose format is not read",
-                fix="save it again without `elastic_checkpoint`, or convert it to the universal format first",
-            )
-        )
-    state = base.get("state", {}).get(index, {})
-    if per_element is None:
-        per_element = {key for key, v in state.items() if isinstance(v, torch.Tensor) and v.dim() > 0}
-    return split_state(state, per_element)
-
-
-def _buffer_order(states: list[Any], group: int) -> list[str]:
-    """Names in the order in which they lie in the buffer, which need not be that of the parameters."""
-    names: dict[str, None] = {}
-    for state in states:
-        mappings = state.get(k.PARAM_SLICE_MAPPINGS)
-        if not mappings:
-            return []
-        for name, address in sorted(mappings[group].items(), key=lambda item: item[1].start):
-            if address.numel:
-                names[name] = None
-    return list(names)

@@ -48,7 +48,15 @@ def open_source(
     raise CheckpointError("; ".join(errors))
 
 
-def open_folder(path: Path, tag: str, *, trust: bool = False, order: Sequence[Sequence[str]] = ()) -> Source:
+def open_folder(
+    path: Path,
+    tag: str,
+    *,
+    trust: bool = False,
+    order: Sequence[Sequence[str]] = (),
+    unchecked: bool = False,
+) -> Source:
+    """``unchecked``: read files of ours without their manifest."""
     manifest = read_manifest(path)
     if manifest is not None:
         return OurSource(path, manifest, trust=trust)
@@ -56,7 +64,7 @@ def open_folder(path: Path, tag: str, *, trust: bool = False, order: Sequence[Se
         return UniversalSource(path, tag, trust=trust)
     if (path / INDEX_NAME).exists():
         return DcpSource(path, tag, trust=trust)
-    return open_peer(path, tag, trust=trust, order=order)
+    return open_peer(path, tag, trust=trust, order=order, unchecked=unchecked)
 
 
 def load(
@@ -77,6 +85,7 @@ def load(
     Raises CheckpointError on every rank alike, naming file and rank, before anything is changed.
     """
     root = Path(folder)
+    # It passes over what it cannot read: an error here would leave the other ranks waiting.
     choice = broadcast_object(tags.choose(root, tag) if group.rank == 0 else None, 0, group, label="tag")
     notices = list(choice.notices)
     for candidate in choice.candidates:
@@ -110,7 +119,7 @@ def _try(
         if manifest is not None:
             _check_share(candidate.path, manifest, group, verify)
         order = [list(g.get("param_names") or ()) for g in into.param_groups]
-        opened = open_folder(candidate.path, candidate.tag, trust=trust, order=order)
+        opened = open_folder(candidate.path, candidate.tag, trust=trust, order=order, unchecked=not verify)
         source = seen_from(opened, _place(into), into.model.universal_info)
         reader = Reader(source, into)
         reader.check_shapes()

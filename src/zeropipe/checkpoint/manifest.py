@@ -16,6 +16,7 @@ from typing import Any
 from zeropipe.checkpoint.files import FileRecord, checksum_text, missing_text
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards
+from zeropipe.paths import inside
 
 MANIFEST_NAME = "zeropipe_manifest.json"
 FORMAT = 1
@@ -132,6 +133,16 @@ class Manifest:
         text = json.dumps(body, indent=1)
         return text.replace(_own(_BLANK), _own(checksum_text(zlib.crc32(text.encode()))))
 
+    def check_names(self, folder: Path) -> None:
+        """Raises CheckpointError for a file that would be outside of ``folder``, or that nothing checks."""
+        known = {record.name for record in self.files}
+        for name in known:
+            inside(folder, name, "a file of the manifest")
+        used = {entry.file for entry in self.module} | set(self.rank_files)
+        used |= {file for flat in self.flats for file in flat.files}
+        if used - known:
+            raise ValueError(f"it has no size and checksum for {min(used - known)!r}")
+
     @classmethod
     def from_text(cls, text: str, path: Path) -> Manifest:
         """Raises CheckpointError when the text is not, to the byte, what ``to_text`` gave, or is newer than us."""
@@ -150,7 +161,8 @@ class Manifest:
                         fix="update zeropipe",
                     )
                 )
-            return cls(
+            found_files = tuple(FileRecord(n, r["bytes"], r["checksum"]) for n, r in data["files"].items())
+            manifest = cls(
                 data["tag"],
                 data["stage"],
                 data["dtype"],
@@ -159,13 +171,15 @@ class Manifest:
                 data["degrees"],
                 data["global_steps"],
                 data["versions"],
-                tuple(FileRecord(n, r["bytes"], r["checksum"]) for n, r in data["files"].items()),
+                found_files,
                 tuple(map(TensorEntry.from_json, data["module"])),
                 tuple(map(FlatEntry.from_json, data["flats"])),
                 data["tied"],
                 tuple(data["excluded"]),
                 tuple(data["rank_files"]),
             )
+            manifest.check_names(path.parent)
+            return manifest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 describe(

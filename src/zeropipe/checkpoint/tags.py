@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from zeropipe.checkpoint import ownership
 from zeropipe.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from zeropipe.checkpoint.script import SCRIPT_NAME
 from zeropipe.comm.dcp import INDEX_NAME
 from zeropipe.errors import CheckpointError, describe
+from zeropipe.paths import is_plain_word
 
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
-_INCOMPLETE = ".incomplete"
-_REPLACED = ".replaced"
+_RESERVED = frozenset({LATEST, LATEST_UNIVERSAL, SCRIPT_NAME})  # files beside the tags' folders
+_MODELS = "model_states.pt"  # how the names of model and layer files end
+_LONGEST = 200  # bytes; a save's work folder has a longer name
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +38,19 @@ class Choice:
 
 
 def check_tag(tag: str) -> str:
-    """Raises CheckpointError for a tag that would not be one folder inside the checkpoint's."""
-    if not tag or tag in (".", "..", LATEST) or "/" in tag or os.sep in tag or "\0" in tag or tag[0] == ".":
+    """Raises CheckpointError for a tag that would not be one folder inside the checkpoint's, and found again."""
+    if (
+        not is_plain_word(tag)
+        or tag in _RESERVED
+        or tag[0] == "."
+        or tag != tag.strip()
+        or not tag.isprintable()
+        or len(os.fsencode(tag)) > _LONGEST
+    ):
         raise CheckpointError(
             describe(
                 "the checkpoint's tag cannot be used",
-                expected="a plain folder name that does not start with a dot",
+                expected=f"a plain folder name of at most {_LONGEST} bytes that does not start with a dot",
                 found=repr(tag),
                 fix="use letters, digits, '_', '-' and '.'",
             )
@@ -46,20 +58,14 @@ def check_tag(tag: str) -> str:
     return tag
 
 
-def work_folder(folder: Path, tag: str) -> Path:
-    """Where a save writes until it is complete; the dot hides it from ``global_step*``."""
-    return folder / f".{tag}{_INCOMPLETE}"
-
-
-def aside_folder(folder: Path, tag: str) -> Path:
-    """Where an older checkpoint of the same tag stands while the new one takes its name."""
-    return folder / f".{tag}{_REPLACED}"
+def tag_of(path: Path) -> str:
+    """The tag in the name of a folder that a save wrote into or set aside; "" for other names."""
+    return ownership.name_of(path) or ""
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What killed saves have left: nothing reads it."""
-    asides = [p for p in folder.glob(f".*{_REPLACED}") if (folder / p.name[1 : -len(_REPLACED)]).exists()]
-    return sorted([*(p for p in folder.glob(f".*{_INCOMPLETE}") if p.is_dir()), *asides])
+    """What killed saves have left: nothing reads it and nobody writes in it."""
+    return ownership.leftovers(folder)
 
 
 def choose(folder: Path, tag: str | None) -> Choice:
@@ -89,30 +95,45 @@ def choose(folder: Path, tag: str | None) -> Choice:
 
 
 def newest_first(folder: Path, notices: list[str] | None = None) -> list[Candidate]:
-    """Every checkpoint in ``folder``, by its step and then by its time; damaged manifests are passed over."""
+    """Every checkpoint in ``folder``, by its step and then by its time; damaged manifests are passed over.
+
+    So are folders that this process may not read: they are no reason not to take the others.
+    """
     found: list[tuple[int, float, Candidate]] = []
     for candidate in _all(folder):
-        step = -1
         try:
             manifest = read_manifest(candidate.path)
-            if manifest is not None:
-                step = manifest.global_steps
-        except CheckpointError as error:
+            step = -1 if manifest is None else manifest.global_steps
+            found.append((step, candidate.path.stat().st_mtime, candidate))
+        except (CheckpointError, OSError) as error:
             if notices is not None:
                 notices.append(f"skipped {candidate.path}: {error}")
-            continue
-        found.append((step, candidate.path.stat().st_mtime, candidate))
+    return [c for _, _, c in sorted(found, key=lambda item: item[:2], reverse=True)]
+
+
+def ours(folder: Path) -> list[Candidate]:
+    """The checkpoints that saves made in ``folder`` and that still have their names, newest first.
+
+    Not those of other programs, not links, and not copies or renamed ones: somebody wanted to keep these.
+    """
+    found: list[tuple[int, float, Candidate]] = []
+    for candidate in _all(folder):
+        with suppress(CheckpointError, OSError):
+            manifest = None if candidate.path.is_symlink() else read_manifest(candidate.path)
+            if manifest is not None and manifest.tag == candidate.path.name:
+                found.append((manifest.global_steps, candidate.path.stat().st_mtime, candidate))
     return [c for _, _, c in sorted(found, key=lambda item: item[:2], reverse=True)]
 
 
 def is_checkpoint(path: Path) -> bool:
-    return path.is_dir() and (
-        (path / MANIFEST_NAME).exists()
-        or any(path.glob("*_model_states.pt"))
-        or any(path.glob("*-model_states.pt"))
-        or (path / "zero").is_dir()
-        or (path / INDEX_NAME).exists()
-    )
+    """Whether ``path`` is a folder of files as checkpoints have them; False where it cannot be read."""
+    try:
+        if not path.is_dir():
+            return False
+        names = [n for n in os.listdir(path) if n in (MANIFEST_NAME, INDEX_NAME) or n.endswith(_MODELS)]
+        return any((path / name).is_file() for name in names)
+    except (OSError, ValueError):  # a damaged name holds a zero or is too long for the file system
+        return False
 
 
 def latest_universal(folder: Path) -> str | None:
@@ -129,24 +150,28 @@ def _latest(folder: Path, name: str = LATEST) -> str | None:
 
 
 def _locate(folder: Path, tag: str) -> Candidate | None:
-    if "/" in tag or "\0" in tag or tag in (".", ".."):
+    """The folder of ``tag``, or the one that had the name when a save was killed between its two renames."""
+    if not is_plain_word(tag):
         return None
-    for path in (folder / tag, aside_folder(folder, tag)):
-        try:
-            if path.is_dir():
+    with suppress(OSError):  # a damaged name may be too long for the file system
+        if (folder / tag).is_dir():
+            return Candidate(tag, folder / tag)
+        for path in ownership.asides(folder / tag):
+            if is_checkpoint(path):
                 return Candidate(tag, path)
-        except OSError:  # a damaged name may be too long for the file system
-            return None
     return None
 
 
 def _all(folder: Path) -> Iterator[Candidate]:
-    if not folder.is_dir():
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError:
         return
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            tag = path.name[1 : -len(_REPLACED)]
-            if path.name.endswith(_REPLACED) and not (folder / tag).exists() and is_checkpoint(path):
-                yield Candidate(tag, path)
-        elif is_checkpoint(path):
-            yield Candidate(path.name, path)
+    for path in paths:
+        if not path.name.startswith("."):
+            if is_checkpoint(path):
+                yield Candidate(path.name, path)
+            continue
+        tag = ownership.stood_for(path)
+        if tag is not None and not os.path.lexists(folder / tag) and is_checkpoint(path):
+            yield Candidate(tag, path)

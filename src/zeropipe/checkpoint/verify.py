@@ -8,7 +8,9 @@ from enum import Enum
 from pathlib import Path
 
 from zeropipe.checkpoint.files import check_file, load_torch
+from zeropipe.checkpoint.legacy import PeerSource
 from zeropipe.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from zeropipe.checkpoint.ownership import MARK
 from zeropipe.comm.dcp import INDEX_NAME, read_chunk, read_index
 from zeropipe.errors import CheckpointError
 
@@ -44,8 +46,9 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
     except CheckpointError as error:
         return [Finding(MANIFEST_NAME, _size(folder / MANIFEST_NAME), FileState.DAMAGED, str(error))]
     if manifest is None:
+        lost = [Finding(MANIFEST_NAME, 0, FileState.MISSING)] if _without_manifest(folder) else []
         chunks = _chunks(folder, progress) if (folder / INDEX_NAME).exists() else []
-        return chunks + [_open(path, progress) for path in sorted(folder.glob("**/*.pt"))]
+        return lost + chunks + [_open(path, progress) for path in sorted(folder.glob("**/*.pt"))]
     findings = [Finding(MANIFEST_NAME, _size(folder / MANIFEST_NAME), FileState.WHOLE)]
     for record in manifest.files:
         path = folder / record.name
@@ -56,11 +59,19 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
             state = FileState.DAMAGED if path.exists() else FileState.MISSING
             findings.append(Finding(record.name, _size(path), state, str(error)))
         progress(record.bytes)
-    known = {record.name for record in manifest.files} | {MANIFEST_NAME}
+    known = {record.name for record in manifest.files} | {MANIFEST_NAME, MARK}
     for path in sorted(folder.iterdir()):
         if path.name not in known:
             findings.append(Finding(path.name, _size(path), FileState.EXTRA))
     return findings
+
+
+def _without_manifest(folder: Path) -> bool:
+    """Whether these are files of ours whose manifest is gone."""
+    try:
+        return PeerSource(folder, folder.name).is_ours
+    except CheckpointError:  # other files, or damaged ones, which are found one by one
+        return False
 
 
 def _open(path: Path, progress: Callable[[int], None]) -> Finding:

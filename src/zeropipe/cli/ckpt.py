@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,8 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-from zeropipe.checkpoint import tags
+from zeropipe.checkpoint import ownership, tags
 from zeropipe.checkpoint.compare import compare
 from zeropipe.checkpoint.convert import convert as convert_checkpoint
 from zeropipe.checkpoint.dcp import write_dcp
@@ -69,7 +69,7 @@ def inspect(
         "tied": ", ".join(f"{a} = {b}" for a, b in source.tied.items()) or "none",
     }
     for name, value in facts.items():
-        console.print(f"{name:>13}  {value}", highlight=False, markup=False)
+        console.print(f"{name:>13}  {_shown(value).plain}", highlight=False, markup=False)
     console.print(_summary(source))
     if tensors:
         console.print(_tensors(source))
@@ -88,8 +88,14 @@ def _summary(source: Source) -> Table:
             for spec in flat.layout.tensors:
                 _count(row, spec.numel, dtype)
     for (what, dtype), (count, numel, nbytes) in rows.items():
-        table.add_row(what, str(count), f"{numel:,}", _size(nbytes), dtype)
+        table.add_row(_shown(what), str(count), f"{numel:,}", _size(nbytes), _shown(dtype))
     return table
+
+
+def _shown(name: object) -> Text:
+    """Text from a file as it is: brackets are no markup, and nothing in it steers the terminal."""
+    text = str(name)
+    return Text(text if text.isprintable() else repr(text))
 
 
 def _tensors(source: Source) -> Table:
@@ -100,7 +106,7 @@ def _tensors(source: Source) -> Table:
             if weight.flat is None
             else f"{weight.flat.name} x {weight.flat.layout.num_shards} shards"
         )
-        table.add_row(weight.name, str(weight.shape), weight.kind, where)
+        table.add_row(_shown(weight.name), str(weight.shape), weight.kind, _shown(where))
     return table
 
 
@@ -114,11 +120,11 @@ def verify(folder: Folder, tag: Tag = None) -> None:
     total = sum(record.bytes for record in manifest.files) if manifest else 0
     with _bar("checking", total) as advance:
         findings = verify_folder(candidate, advance)
-    table = Table("file", "bytes", "state", title=str(candidate))
+    table = Table("file", "bytes", "state", title=_shown(candidate))
     colours = {FileState.WHOLE: "green", FileState.UNCHECKED: "yellow", FileState.EXTRA: "yellow"}
     for finding in findings:
         colour = colours.get(finding.state, "red")
-        table.add_row(finding.file, f"{finding.bytes:,}", f"[{colour}]{finding.state.value}[/]")
+        table.add_row(_shown(finding.file), f"{finding.bytes:,}", Text(finding.state.value, colour))
     Console(soft_wrap=True).print(table)
     bad = [f for f in findings if f.state in (FileState.DAMAGED, FileState.MISSING)]
     if bad:
@@ -138,10 +144,12 @@ def diff(
     with _bar("comparing", len(list(weights(a))), files=False) as advance:
         for found in compare(a, b, advance):
             largest = "" if found.largest is None else f"{found.largest:.3g}"
-            table.add_row(found.name, found.what, found.text, largest)
+            table.add_row(_shown(found.name), _shown(found.what), _shown(found.text), largest)
     console = Console(soft_wrap=True)
     if not table.row_count:
-        console.print("equal: weights, optimizer state and counters, bit for bit")
+        console.print(
+            "equal: weights, optimizer state, hyperparameters, counters and client state, bit for bit"
+        )
         return
     console.print(table)
     raise typer.Exit(1)
@@ -223,19 +231,42 @@ def prune(
     keep: Annotated[int, typer.Option("--keep", "-k", min=1, help="How many of the newest to keep.")] = 3,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
-    """Remove all but the newest checkpoints, and what killed saves have left; the one in `latest` stays."""
+    """Remove all but the newest checkpoints, and what killed saves have left; the one in `latest` stays.
+
+    Only what saves of zeropipe made under this name: other programs' checkpoints, links and what they point to, copies
+    under another name and other files stay, and do not count.
+    """
     console = Console(soft_wrap=True)
-    found = tags.newest_first(folder)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    found = tags.ours(folder)
     first = tags.choose(folder, None).candidates[:1]
-    kept = [*found[:keep], *first]
+    held = {path.resolve() for path in (*(c.path for c in first), *_links(folder))}
+    kept = [c for number, c in enumerate(found) if number < keep or c.path.resolve() in held]
     gone = [c.path for c in found if c not in kept]
+    failed: list[str] = []
     for path in (*gone, *tags.leftovers(folder)):
-        console.print(f"{'would remove' if dry_run else 'removed'} {path}", highlight=False, markup=False)
-        if not dry_run:
-            shutil.rmtree(path)
-    console.print(
-        f"kept {', '.join(sorted({c.tag for c in kept})) or 'nothing'}", highlight=False, markup=False
-    )
+        if dry_run:
+            say(f"would remove {path}")
+            continue
+        try:
+            rest = ownership.remove_listed(path) if path in gone else ownership.clear(path)
+        except (OSError, CheckpointError) as error:
+            failed.append(str(error))
+            continue
+        say(f"removed {path}")
+        for other in rest:
+            say(f"  but for {other}, which is not zeropipe's")
+    say(f"kept {', '.join(sorted(c.tag for c in kept)) or 'nothing'}")
+    if failed:
+        raise CheckpointError("; ".join(failed))
+
+
+def _links(folder: Path) -> list[Path]:
+    """Links beside the checkpoints: somebody gave what they point to another name."""
+    return [path for path in folder.iterdir() if path.is_symlink()] if folder.is_dir() else []
 
 
 def _locate(folder: Path, tag: str | None) -> Path:

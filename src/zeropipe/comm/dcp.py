@@ -11,16 +11,17 @@ memory at a time, both ways. (torch's own writer keeps all tensors of a file unt
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from zeropipe.errors import CheckpointError, describe
+from zeropipe.paths import inside
 
 INDEX_NAME = ".metadata"
 _PACKAGE = "torch.distributed.checkpoint."
@@ -127,12 +128,12 @@ def _chunk(name: str, start: tuple[int, ...] | None, shape: tuple[int, ...], ind
                 fix="save it again without extensions of the FileSystemWriter",
             )
         )
-    return Chunk(start or (), shape, place.relative_path, place.offset, place.length)
+    return Chunk(start or (), shape, str(place.relative_path), place.offset, place.length)
 
 
 def read_chunk(folder: Path, chunk: Chunk, *, trust: bool = False) -> Any:
     """A chunk's tensor or value. ``trust``: unpickle any object, which runs code of whoever wrote it."""
-    path = folder / chunk.file
+    path = inside(folder, chunk.file, "a file of the index")
     try:
         with open(path, "rb") as file:
             file.seek(chunk.offset)
@@ -193,10 +194,13 @@ def _whole(value: Any) -> bool:
     return not isinstance(value, (Mapping, torch.Tensor, Lazy))
 
 
-def write(folder: Path, items: Iterable[tuple[Key, Any]]) -> None:
-    """Write an index and one data file into ``folder``, synced; the index last. Raises OSError as it comes.
+def write(
+    folder: Path, items: Iterable[tuple[Key, Any]], create: Callable[[Path], AbstractContextManager[Any]]
+) -> None:
+    """Write an index and one data file into ``folder``; the index last. Raises OSError as it comes.
 
     ``items``: what ``flatten`` gives; leaves are tensors, ``Lazy`` ones, or values that ``torch.save`` takes.
+    ``create``: opens a new file for writing, which is on the disk when its block ends.
     """
     from torch.distributed.checkpoint import metadata as meta
     from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
@@ -205,7 +209,7 @@ def write(folder: Path, items: Iterable[tuple[Key, Any]]) -> None:
     described: dict[str, Any] = {}
     places: dict[Any, Any] = {}
     keys: dict[str, Key] = {}
-    with open(folder / name, "wb") as file:
+    with create(folder / name) as file:
         for key, value in items:
             flat = ".".join(map(str, key))
             keys[flat] = key
@@ -223,20 +227,13 @@ def write(folder: Path, items: Iterable[tuple[Key, Any]]) -> None:
                 index = meta.MetadataIndex(flat)
                 torch.save(value, file)
             places[index] = _StorageInfo(name, start, file.tell() - start)
-        _sync(file)
-    with open(folder / INDEX_NAME, "wb") as file:
+    with create(folder / INDEX_NAME) as file:
         pickle.dump(
             meta.Metadata(described, keys, places, meta.StorageMeta(), version=CURRENT_DCP_VERSION), file
         )
-        _sync(file)
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in a storage of exactly its size: ``torch.save`` writes whole storages."""
     tensor = tensor.detach().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

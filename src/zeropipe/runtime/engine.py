@@ -138,7 +138,8 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         An overflow skips the step on every rank, and the schedule with it.
         """
         optimizer = self._need_optimizer("step")
-        self.raise_failed_save()
+        if self.clock.is_boundary:
+            self.raise_failed_save()
         self.reload_states()
         with self._report.phase("step"):
             self._end_pass(optimizer)

@@ -106,7 +106,7 @@ class EngineCheckpoint:
         """
         engine = cast("DeepSpeedEngine", self)
         if self._saver is not None:
-            self._saver.wait()
+            self._saver.raise_pending(join=True)
         group = self._checkpoint_group()
         self._check_folder(load_dir, group)
         name = None if tag is None else str(tag)
@@ -158,7 +158,7 @@ class EngineCheckpoint:
             self._saver.wait()
 
     def raise_failed_save(self) -> None:
-        """Raise what an asynchronous save of this rank has failed with; costs nothing otherwise."""
+        """Raise on every rank alike what an asynchronous save has failed with; costs nothing without one."""
         if self._saver is not None:
             self._saver.raise_pending()
 

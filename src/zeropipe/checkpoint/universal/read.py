@@ -22,6 +22,7 @@ from zeropipe.checkpoint.words import CLIENT, training_back
 from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.paths import inside
 
 OUR_FILE = "zeropipe_state.pt"
 
@@ -56,8 +57,11 @@ class UniversalSource:
             self._shapes |= {name: tuple(shape) for names in groups for name, shape in names.items()}
         buffers = set(self._model.get(k.BUFFER_NAMES) or ())
         module = {n: t for n, t in (self._model.get("module") or {}).items() if isinstance(t, torch.Tensor)}
-        folders = {path.name: path for path in sorted((folder / "zero").iterdir()) if path.is_dir()}
         self._fragments = self._frozen_fragments(models)
+        # Asked for by name, not listed: a name with a slash is a folder in a folder.
+        names = sorted({*self._group, *module, *self._fragments})
+        places = {name: inside(folder / "zero", name, "a tensor's name") for name in names}
+        folders = {name: path for name, path in places.items() if path.is_dir()}
         self.flats = tuple(self._flat(n, p) for n, p in folders.items() if n in self._group)
         self.flats += tuple(
             self._frozen(n, parts) for n, parts in self._fragments.items() if n not in folders
@@ -189,7 +193,8 @@ class UniversalSource:
         return FlatEntry(name, 0, 0, layout, {PARAM: _dtype(parts[0])}, {}, (self._model_file,) * len(parts))
 
     def _read(self, name: str, key: str) -> torch.Tensor:
-        held = load_torch(self.folder / "zero" / name / f"{key}.pt", trust=self._trust)
+        place = inside(self.folder / "zero", name, "a tensor's name")
+        held = load_torch(place / f"{key}.pt", trust=self._trust)
         return held[k.PARAM] if isinstance(held, dict) else held
 
 

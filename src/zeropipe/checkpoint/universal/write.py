@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
-from zeropipe.checkpoint.files import replace_text, sync_folder, write_torch
+from zeropipe.checkpoint.files import replace_text, write_torch
 from zeropipe.checkpoint.manifest import FlatEntry
 from zeropipe.checkpoint.numbers import STEP, Numbers
+from zeropipe.checkpoint.ownership import replacing
 from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.peer_keys import PEER_VERSION
 from zeropipe.checkpoint.plain import encode, lowered
@@ -26,6 +26,7 @@ from zeropipe.checkpoint.universal.read import OUR_FILE
 from zeropipe.checkpoint.weights import Weight, weights
 from zeropipe.checkpoint.words import training_words
 from zeropipe.checkpoint.writer import OURS
+from zeropipe.paths import inside
 
 
 def write_universal(
@@ -38,35 +39,32 @@ def write_universal(
     """Write the folder ``output`` and name it in ``latest_universal`` beside it.
 
     No temporary copy of the data is made; at most ``workers`` parameters are in memory. ``progress`` gets 1 per
-    parameter. Returns ``output``. An older folder of that name is replaced once the new one is whole.
+    parameter. Returns ``output``. What an earlier call wrote there is replaced once the new one is whole; anything
+    else that is there is a CheckpointError, before a byte is written.
     """
     source = joined(source)
     rules = source.universal_info
     final = Path(output)
-    work = final.with_name(f".{final.name}.incomplete")
-    shutil.rmtree(work, ignore_errors=True)
-    (work / "zero").mkdir(parents=True)
     holders: dict[str, FlatEntry] = {
         s.name: f for f in source.flats if FP32 in f.keys for s in f.layout.tensors
     }
     everything = list(weights(source))
+    folders = {w.name: inside(Path("zero"), w.name, "a tensor's name") for w in everything}
 
-    def one(weight: Weight) -> None:
+    def one(weight: Weight, folder: Path) -> None:
         cut = joining_of(weight.name, rules or {})
         if cut.dim >= len(weight.shape):
             cut = Joining(Rule.REPLICATED)
-        _parameter(source, weight, holders.get(weight.name), work / "zero" / weight.name, _slicing(cut))
+        _parameter(source, weight, holders.get(weight.name), folder, _slicing(cut))
         progress(1)
 
-    with ThreadPoolExecutor(workers) as threads:
-        list(threads.map(one, everything))
-    write_torch(work / "zero" / "optimizer_state.pt", _common(source))
-    write_torch(work / OUR_FILE, _ours(source, holders))
-    write_torch(work / "mp_rank_00_model_states.pt", _model(source, everything))
-    sync_folder(work)
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(work, final)
+    with replacing(final, "universal", source.folder) as work:
+        (work / "zero").mkdir()
+        with ThreadPoolExecutor(workers) as threads:
+            list(threads.map(lambda weight: one(weight, work / folders[weight.name]), everything))
+        write_torch(work / "zero" / "optimizer_state.pt", _common(source))
+        write_torch(work / OUR_FILE, _ours(source, holders))
+        write_torch(work / "mp_rank_00_model_states.pt", _model(source, everything))
     replace_text(final.parent / LATEST_UNIVERSAL, final.name)
     return final
 
@@ -83,13 +81,14 @@ def _slicing(how: Joining) -> dict[str, Any]:
 def _parameter(
     source: Source, weight: Weight, flat: FlatEntry | None, folder: Path, slicing: dict[str, Any]
 ) -> None:
-    folder.mkdir()
+    folder.mkdir(parents=True)  # a name may have a slash in it
     write_torch(folder / "fp32.pt", {k.PARAM: weight.contiguous()} | slicing)
     if flat is None:
         return
     for key in flat.keys:
         if key not in (FP32, PARAM):
-            write_torch(folder / f"{key}.pt", {k.PARAM: read_full(source, flat, weight.name, key)} | slicing)
+            file = inside(folder, f"{key}.pt", "a key of the optimizer's state")
+            write_torch(file, {k.PARAM: read_full(source, flat, weight.name, key)} | slicing)
     step = source.flat_scalars(flat).get(STEP)
     if step is not None:
         write_torch(folder / f"{STEP}.pt", torch.as_tensor(step, dtype=torch.float32))

@@ -1,0 +1,382 @@
+"""What is provably ours, and the only place of this package that removes anything or takes a name from it.
+
+    .NAME.zeropipe-TOKEN.incomplete/   being written: it carries the mark, and who writes in it holds the mark
+    NAME/                              published: a list in it (the manifest, or LISTING) names our files
+    .NAME.zeropipe-TOKEN.replaced/     what had the name NAME until then
+
+Ours is a regular file that a list names, or one with a name that we give in a folder with the mark. A link is never
+ours, nor what is behind one. Everything is looked at before the first byte is removed; what is not ours stays where
+it is, or goes into the folder that takes the name.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from zeropipe.checkpoint.files import sync_folder, temporary, write_text
+from zeropipe.checkpoint.locks import Hold, is_abandoned
+from zeropipe.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from zeropipe.errors import CheckpointError, describe
+from zeropipe.paths import inside
+
+MARK = "zeropipe_unfinished.json"
+_DRAFT = f".{MARK}"  # its name until it is held
+LISTING = "zeropipe_files.json"  # of the folders that have no manifest
+_INCOMPLETE = ".incomplete"
+_REPLACED = ".replaced"
+_NAME = re.compile(r"^\.(?P<name>.+)\.zeropipe-[0-9a-f]{12}\.(incomplete|replaced)$")
+_WRITTEN = re.compile(r"^(.+\.(pt|json|distcp|safetensors|bin|incomplete)|\.metadata|claimed)$")
+_STATE = re.compile(r"^(.+_(model|optim)_states\.pt|zeropipe_.+|zero|\.metadata|.+\.distcp)$")
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+_RACES = 100  # runs that publish under one name at the same moment
+_YOUNG = (
+    3600.0  # seconds: a lock of another machine may not be seen, but a file that is being written changes
+)
+
+
+# Folders that are being written.
+
+
+def begin(final: Path) -> tuple[Path, Hold]:
+    """A new work folder for what will be ``final``, empty but for the mark, which is held. Raises OSError."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    work = temporary(final)
+    work.mkdir()
+    try:
+        text = json.dumps({"for": final.name, "host": socket.gethostname()})
+        return work, Hold.create(work / MARK, work / _DRAFT, text)
+    except BaseException:
+        (work / _DRAFT).unlink(missing_ok=True)
+        _without_folder(work)
+        raise
+
+
+def writing(work: Path) -> Hold:
+    """Tell other processes that this one writes in ``work``, until it is released."""
+    return Hold(work / MARK)
+
+
+def publish(work: Path, final: Path) -> list[Path]:
+    """Give a finished work folder its name, and remove what of ours had it. Raises OSError; then all is as it was.
+
+    Returns what had the name, is not ours and could not go into the new folder: it stays beside it.
+    """
+    aside: Path | None = None
+    for _ in range(_RACES):
+        try:
+            os.rename(work, final)
+            break
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                if aside is not None and not os.path.lexists(final):
+                    os.rename(aside, final)
+                raise
+        other = temporary(final)
+        aside, before = other.with_name(other.name.removesuffix(_INCOMPLETE) + _REPLACED), aside
+        try:
+            os.rename(final, aside)
+        except FileNotFoundError:  # another run has just done it
+            aside = before
+    else:
+        raise OSError(errno.EBUSY, "other runs save under this name all the time", str(final))
+    sync_folder(final.parent)
+    (final / MARK).unlink(missing_ok=True)
+    kept: list[Path] = []
+    for old in asides(final):
+        try:
+            kept += settle(old, final)
+        except (
+            OSError,
+            CheckpointError,
+        ):  # the new one stands; whether the old one goes is no reason to fail
+            kept.append(old)
+    return kept
+
+
+def asides(final: Path) -> list[Path]:
+    """What had the name of ``final`` before, the newest first."""
+    found = [p for p in _entries(final.parent) if stood_for(p) == final.name]
+    return sorted(found, key=_age)
+
+
+def name_of(path: Path) -> str | None:
+    """The name that a work folder is for, or that what stands aside had; None for other names."""
+    match = _NAME.match(path.name)
+    return match["name"] if match is not None else stood_for(path)
+
+
+def stood_for(path: Path) -> str | None:
+    """The name that ``path`` had before it was set aside; None where it was not."""
+    match = _NAME.match(path.name)
+    if match is not None:
+        return match["name"] if match[2] == "replaced" else None
+    # Earlier versions made one name of a tag, without a token.
+    old = path.name.startswith(".") and path.name.endswith(_REPLACED)
+    return path.name[1 : -len(_REPLACED)] if old else None
+
+
+def settle(aside: Path, final: Path) -> list[Path]:
+    """Remove what is ours in a folder that ``final`` has replaced; what is not goes into ``final``.
+
+    Returns what could not: its name is taken there, or it looks like a part of a checkpoint and is not of this one.
+    """
+    if not _is_folder(aside):
+        return [aside]  # a link or a file that stood under this name
+    listed = listed_files(aside)
+    ours = {name.split("/", 1)[0] for name in listed or ()}
+    for path in _entries(aside):
+        if path.name not in ours and not _STATE.match(path.name) and not os.path.lexists(final / path.name):
+            os.rename(path, final / path.name)
+    if listed is None:
+        return _entries(aside) or _without_folder(aside)
+    return remove_listed(aside)
+
+
+# What can be removed.
+
+
+def listed_files(folder: Path) -> set[str] | None:
+    """The files, as paths inside ``folder``, that its list proves to be ours; None without a list that is whole."""
+    if not _is_folder(folder):
+        return None
+    names: set[str] | None = None
+    with suppress(CheckpointError):
+        manifest = read_manifest(folder) if _is_file(folder / MANIFEST_NAME) else None
+        if manifest is not None:
+            names = {record.name for record in manifest.files} | {MANIFEST_NAME}
+    with suppress(OSError, ValueError, CheckpointError, KeyError, TypeError):
+        if names is None and _is_file(folder / LISTING):
+            listing = json.loads((folder / LISTING).read_text(encoding="utf-8"))["files"]
+            names = {str(inside(folder, n, "a listed file").relative_to(folder)) for n in listing} | {LISTING}
+    return names if names is None else names | {MARK}
+
+
+def foreign(folder: Path) -> list[Path]:
+    """What in ``folder`` its list does not name; everything where it has none."""
+    listed = listed_files(folder) or set()
+    return [path for path in _walk(folder) if str(path.relative_to(folder)) not in listed]
+
+
+def remove_listed(folder: Path) -> list[Path]:
+    """Remove the files that the folder's list names, and the folder if that empties it; what stays.
+
+    Raises CheckpointError, before anything is removed, where a listed file is a link or behind one.
+    """
+    listed = listed_files(folder)
+    if listed is None:
+        raise CheckpointError(
+            describe(
+                f"{folder} is not removed: nothing proves that zeropipe wrote it", expected=MANIFEST_NAME
+            )
+        )
+    paths = [folder / name for name in sorted(listed)]
+    for path in paths:
+        for part in (path, *path.parents[: len(path.relative_to(folder).parts) - 1]):
+            if part.is_symlink() or (path.exists() and not _is_file(path)):
+                raise CheckpointError(
+                    f"{folder} is not removed: {part} is a link or no file, which zeropipe did not make. "
+                    "Fix: remove it yourself"
+                )
+    # The lists last: a removal that was cut short can be taken up again.
+    for path in sorted(paths, key=lambda path: path.name in (MANIFEST_NAME, LISTING)):
+        path.unlink(missing_ok=True)
+    for parent in sorted({p.parent for p in paths} - {folder}, reverse=True):
+        _without_folder(parent)
+    return _walk(folder) or _without_folder(folder)
+
+
+def discard(work: Path) -> None:
+    """Remove a work folder with all that was written in it. Raises CheckpointError where something is not ours."""
+    if not os.path.lexists(work):
+        return
+    if not (_is_folder(work) and (_is_file(work / MARK) or _is_file(work / _DRAFT))):
+        raise CheckpointError(f"{work} is not removed: nothing proves that zeropipe wrote it")
+    found = _walk(work)
+    for path in found:
+        if not (_is_folder(path) or (_is_file(path) and _WRITTEN.match(path.name))):
+            raise CheckpointError(f"{work} is not removed: {path} is not zeropipe's. Fix: remove it yourself")
+    folders = {work, *filter(_is_folder, found)}
+    folders |= {parent for path in found for parent in path.parents if work in parent.parents}
+    for path in sorted(filter(_is_file, found), key=lambda path: path.name == MARK):
+        path.unlink(missing_ok=True)
+    for folder in sorted(folders, reverse=True):
+        _without_folder(folder)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed processes have left in ``folder``, as far as it is proved that nobody writes there any more."""
+    found: list[Path] = []
+    for path in _entries(folder):
+        with suppress(OSError):
+            replaced = stood_for(path)
+            if replaced is not None:
+                if (folder / replaced).is_dir() and listed_files(path) is not None:
+                    found.append(path)
+            elif path.name.startswith(".") and path.name.endswith(_INCOMPLETE) and _is_left(path):
+                found.append(path)
+    return found
+
+
+def clear(path: Path) -> list[Path]:
+    """Remove one of the ``leftovers``; what of it stays. Raises OSError or CheckpointError where it cannot be."""
+    replaced = stood_for(path)
+    if replaced is not None:
+        return settle(path, path.with_name(replaced))
+    if _is_file(path):
+        path.unlink(missing_ok=True)
+    elif not _walk(path):
+        _without_folder(path)
+    else:
+        discard(path)
+    return []
+
+
+def _is_left(path: Path) -> bool:
+    named = _NAME.match(path.name) is not None
+    if _is_file(path):
+        return named and _age(path) > _YOUNG
+    if not _is_folder(path):
+        return False
+    mark = path / MARK
+    if not _is_file(mark):
+        others = [entry for entry in _entries(path) if entry.name != _DRAFT]
+        # A save may be between its folder and its mark; earlier versions gave their folders no token.
+        return not others and (not named or _age(path) > _YOUNG)
+    if not is_abandoned(mark):
+        return False
+    with suppress(OSError, ValueError, AttributeError):
+        if json.loads(mark.read_text(encoding="utf-8")).get("host") == socket.gethostname():
+            return True
+    return all(_age(file) > _YOUNG for file in _walk(path))
+
+
+# Whole outputs of the tools.
+
+
+@contextmanager
+def replacing(output: Path, kind: str, source: Path) -> Iterator[Path]:
+    """A work folder that becomes ``output`` when the block ends, and is gone when it raises.
+
+    Raises CheckpointError, before anything is written, unless ``output`` does not exist, is empty, or is what an
+    earlier call of the same ``kind`` made and nobody has added to; or where it is ``source`` or holds it.
+    """
+    _check_output(output, kind, source)
+    try:
+        work, hold = begin(output)
+    except OSError as error:
+        raise CheckpointError(cannot_write(output, error)) from error
+    with hold:
+        try:
+            yield work
+            files = [str(p.relative_to(work)) for p in _walk(work) if p.name != MARK]
+            write_text(work / LISTING, json.dumps({"format": 1, "kind": kind, "files": files}, indent=1))
+            sync_folder(work)
+            publish(work, output)
+        except BaseException as error:
+            with suppress(OSError, CheckpointError):
+                discard(work)
+            if isinstance(error, OSError):
+                raise CheckpointError(cannot_write(output, error)) from error
+            raise
+
+
+def _check_output(output: Path, kind: str, source: Path) -> None:
+    fix = "give a folder that does not exist"
+    if output.resolve() == source.resolve() or output.resolve() in source.resolve().parents:
+        raise CheckpointError(
+            describe(f"{output} holds the checkpoint that is read, and would be replaced", fix=fix)
+        )
+    if not os.path.lexists(output):
+        return
+    if not _is_folder(output):
+        raise CheckpointError(describe(f"{output} is a link or a file", expected="a folder", fix=fix))
+    if not _entries(output):
+        return
+    others = foreign(output)
+    if not others and _kind(output) != kind:
+        others = _entries(output)
+    if others:
+        names = ", ".join(str(p.relative_to(output)) for p in others[:3])
+        raise CheckpointError(
+            describe(
+                f"{output} holds what would be lost",
+                expected=f"nothing, or what a conversion to {kind} wrote",
+                found=names + (f" and {len(others) - 3} more" if len(others) > 3 else ""),
+                fix=fix,
+            )
+        )
+
+
+def _kind(folder: Path) -> str:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((folder / LISTING).read_text(encoding="utf-8"))["kind"])
+    return ""
+
+
+def cannot_write(path: Path, error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return describe(
+        f"cannot write {path}: {error.strerror or error}{where}",
+        fix="free space or make the folder writable and try again; nothing was left there",
+    )
+
+
+# Looking without following links.
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _entries(folder: Path) -> list[Path]:
+    with suppress(OSError):
+        return sorted(folder.iterdir())
+    return []
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Everything below ``folder`` that is no folder, and folders that are empty."""
+    found: list[Path] = []
+    for path in _entries(folder):
+        if _is_folder(path):
+            found += _walk(path) or [path]
+        else:
+            found.append(path)
+    return found
+
+
+def _without_folder(folder: Path) -> list[Path]:
+    """Remove an empty folder; [] or, where it is not, what is in it."""
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return []
+    except OSError:
+        return _entries(folder) or [folder]
+    return []
+
+
+def _age(path: Path) -> float:
+    """Seconds since ``path`` was changed; none for what is gone."""
+    with suppress(OSError):
+        return time.time() - path.lstat().st_mtime
+    return 0.0
