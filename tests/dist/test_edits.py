@@ -13,7 +13,7 @@ from tests.helpers.referee import assert_bitwise, weights_of
 from tests.helpers.train import config
 from tests.helpers.zero3 import Stack, engine_of, whole, x_batch
 from zeropipe import utils
-from zeropipe.errors import UnavailableParameterError
+from zeropipe.errors import UnavailableParameterError, UsageError
 
 BF16 = {"bf16": {"enabled": True}}
 PERSIST = {"stage3_param_persistence_threshold": 100_000}
@@ -157,3 +157,58 @@ def away(rank: int, world: int) -> None:
 
 def test_a_parameter_that_is_away_says_so(pool):
     pool(2).run(away)
+
+
+def assign(rank: int, world: int, stage: int, extra: dict[str, Any], how: str) -> Any:
+    """Weights replaced as an average or a pruner does it, between backward and step and before a forward."""
+    zero = PERSIST if stage == 3 else {}
+    engine = engine_of(build(Stack), stage, world, **extra, zero_optimization=zero)
+    model = engine.module
+    for step in range(STEPS):
+        for moment in range(2):
+            for name in EDITED:
+                param = model.get_parameter(name)
+                new = torch.where(mask_of(param, step + moment), 0.5, param.detach())
+                if how == "assigned":
+                    param.data = new
+                else:
+                    with torch.no_grad():
+                        param.copy_(new)
+            if moment == 0:
+                x = x_batch(step, rank)
+                engine.backward(engine(x.bfloat16() if extra else x).float().square().mean())
+        engine.step()
+    masters = {name: utils.safe_get_full_fp32_param(param) for name, param in model.named_parameters()}
+    values = whole(model)
+    engine.destroy()
+    return masters, values
+
+
+@pytest.mark.parametrize("extra", [{}, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_data_that_is_assigned_is_an_edit_too(pool, stage: int, extra: dict[str, Any]):
+    """After ``param.data = value`` the engine stepped on values that the model no longer showed."""
+    expected = pool(2).run(assign, stage, extra, "copied")[0]
+    for ours in pool(2).run(assign, stage, extra, "assigned"):
+        assert_bitwise(ours, expected)
+
+
+def converted(rank: int, world: int, stage: int) -> None:
+    engine = engine_of(build(Stack), stage, world)
+    x = x_batch(0, rank)
+    for convert in ("half", "bfloat16", "double"):
+        with pytest.raises(UsageError, match=r"is trained in torch.float32 on cpu and cannot become .* Fix:"):
+            getattr(engine.module, convert)()
+            engine(x)
+        engine.module.float()
+        before = whole(engine.module)  # rounded by now; the next step trains them
+        engine.backward(engine(x).square().mean())
+        engine.step()
+        assert all(not torch.equal(value, before[name]) for name, value in whole(engine.module).items())
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_module_that_is_converted_after_initialize_is_told_by_name(pool, stage: int):
+    """``engine.module.half()`` trained on in silence, and the weights never changed again."""
+    pool(2).run(converted, stage)

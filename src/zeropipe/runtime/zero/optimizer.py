@@ -193,6 +193,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
         At the other stages that happens in ``step``, where all ranks can compare what they would take in.
         """
+        for partition in self.partitions:
+            partition.check_dtypes()
         if self.policy.shards_parameters and any(param.requires_grad for _, param in self._dormant):
             self._wake()
 

@@ -17,6 +17,7 @@ import torch
 
 from zeropipe.comm.collectives import Work, all_gather, broadcast, gather_from_owners
 from zeropipe.comm.group import SELF, Group
+from zeropipe.errors import UsageError, describe
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.optimizers.shard_view import ShardView
 from zeropipe.runtime.zero.held_state import HeldState
@@ -65,6 +66,7 @@ class Partition:
         self.shapes = tuple(tuple(param.shape) for param in params)
         self.layout: FlatShards = flat_shards(specs, group.size if self.sharded else 1, ALIGN)
         self.shard = group.rank if self.sharded else 0
+        self._starts = tuple(self.layout.tensor_range(index)[0] for index in range(len(self.params)))
         self.values = _flatten(self.params, self.layout)  # 1D, padded_numel
         start, stop = self.layout.shard_range(self.shard)
         self.own_values = self.values[start:stop]  # 1D, shard_numel; a view
@@ -202,8 +204,13 @@ class Partition:
         """Let what was written to parameters in place, under ``no_grad``, reach a master that is a tensor of its own.
 
         Not collective: each rank takes the elements of its shard, so all must have written the same. The version
-        counters tell of it, which a write through ``.data`` leaves alone.
+        counters tell of it, which a write through ``.data`` leaves alone; a tensor that was assigned to ``.data`` is
+        told by its place.
         """
+        first, size = self.values.data_ptr(), self.values.element_size()
+        for index, param in enumerate(self.params):
+            if param.data_ptr() != first + self._starts[index] * size:
+                self._bring_home(index)
         versions = [param._version for param in self.params]
         if versions == self._versions:
             return
@@ -211,8 +218,39 @@ class Partition:
         if not self.master_is_values:
             take_edited(self.master.detach(), self.own_values)
 
+    def _bring_home(self, index: int) -> None:
+        """Copy a value that was assigned to ``param.data`` into the flat buffer, and show that again."""
+        param, home = self.params[index], self._values_of(index).view(self.shapes[index])
+        if not param.numel() or param.data_ptr() == home.data_ptr():
+            return
+        self.check_dtypes([index])
+        if param.shape != home.shape:
+            raise UsageError(
+                describe(
+                    f"parameter '{self.names[index]}' was given other data (param.data = ...)",
+                    expected=f"shape {tuple(home.shape)}",
+                    found=f"shape {tuple(param.shape)}",
+                    fix="give it data of its shape, or a model of the new shape an engine of its own",
+                )
+            )
+        home.copy_(param.detach())
+        param.data = home
+        self._versions[index] = -1  # an edit, whatever its counter says
+
+    def check_dtypes(self, indices: Sequence[int] = (0,)) -> None:
+        """Raise UsageError where the module was converted (``module.half()``) after the engine had taken it; that
+        converts all parameters, so that one tells."""
+        for index in indices:
+            param = self.params[index]
+            if param.dtype != self.dtype or param.device != self.values.device:
+                raise UsageError(
+                    f"parameter '{self.names[index]}' is trained in {self.dtype} on {self.values.device} and cannot "
+                    f"become {param.dtype} on {param.device}. Fix: choose the precision in the config (bf16 or fp16)"
+                )
+
     def take_edit(self, index: int) -> None:
         """``take_edits`` of one parameter."""
+        self._bring_home(index)
         version = self.params[index]._version
         if version == self._versions[index]:
             return

