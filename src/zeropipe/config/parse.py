@@ -40,6 +40,11 @@ def parse_config(source: Source | Config) -> Config:
     return config
 
 
+def DeepSpeedConfig(config: Source | Config, mpu: object = None, mesh_device: object = None) -> Config:
+    """``parse_config`` under the name that scripts look up, with its arguments; only ``config`` is read."""
+    return parse_config(config)
+
+
 def _notices(foreign: tuple[str, ...], idle: dict[str, str], renamed: dict[str, str]) -> tuple[Notice, ...]:
     found = []
     if foreign:

@@ -200,3 +200,10 @@ def test_what_deepspeeds_files_name_can_be_loaded(deepspeed: ModuleType) -> None
         pickled("deepspeed.utils.tensor_fragment", "fragment_address", {"numel": 5, "start": 7})
     )
     assert (piece.numel, piece.start) == (5, 7)
+
+
+def test_a_configuration_is_read_under_the_name_that_scripts_import():
+    """Scripts that import the name told their users to install deepspeed, and ended with exit code 0."""
+    config = zeropipe.DeepSpeedConfig({"train_batch_size": 4, "bf16": {"enabled": True}}, mpu=None)
+    assert (config.train_batch_size, config.bf16.enabled) == (4, True)
+    assert zeropipe.DeepSpeedConfig(config) is config
