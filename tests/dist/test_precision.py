@@ -125,7 +125,7 @@ def overflow_run(rank: int, world: int, plain: bool) -> list[Any]:
             for micro in range(GAS):
                 bad = step in OVERFLOWS and rank == 1 and micro == 1
                 loss = engine(x_of(step, rank, micro), bad)
-                loss.backward() if plain else engine.backward(loss)
+                engine.scale(loss).backward() if plain else engine.backward(loss)
                 engine.step()
             found = optimizer.last_nonfinite
             seen.append(
@@ -143,7 +143,7 @@ def overflow_run(rank: int, world: int, plain: bool) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["engine.backward", "loss.backward"])
+@pytest.mark.parametrize("plain", [False, True], ids=["engine.backward", "engine.scale"])
 def test_overflow_on_one_rank_skips_the_step_everywhere(pool, plain):
     for results in pool(2).run(overflow_run, plain):
         for seen, weights in results:

@@ -31,7 +31,7 @@ from zeropipe.runtime.engine_report import Reporter, Status
 from zeropipe.runtime.engine_weights import EngineWeights
 from zeropipe.runtime.mixed_inputs import MixedInputs
 from zeropipe.runtime.placement import DTYPES
-from zeropipe.runtime.plain_backward import Gate
+from zeropipe.runtime.scaling import Scaling
 from zeropipe.runtime.zero.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.sharded_model import ShardedModel
 
@@ -74,8 +74,10 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         self._group = parts.group
         self._sharded = parts.sharded
         self._mixed = parts.mixed
-        self._gate = Gate(self._plain_factor)
         self._told: set[str] = set()
+        self._scaling = Scaling(lambda: self.loss_scale, self.gradient_accumulation_steps)
+        if self.optimizer is not None:
+            self.optimizer.reducer.missing_factor = self._scaling.missing
         self._passes = 0  # of the reducer, when the current micro-step began
         self._report = Reporter(parts.config, parts.clock, parts.device, first=self._first_rank)
         self.train(parts.module.training)
@@ -99,10 +101,8 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         self._reload_for_forward()
         self.optimizer.wake()
         with self._report.phase("forward"), self._autocast():
-            args, kwargs = self._cast(args), self._cast(kwargs)
-            if self._plain_factor() == 1.0:
-                return self.module(*args, **kwargs)
-            return self._gate.leave(self.module(*self._gate.enter(args), **self._gate.enter(kwargs)))
+            self._scaling.enter((args, kwargs))
+            return self.module(*self._cast(args), **self._cast(kwargs))
 
     def backward(
         self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
@@ -110,27 +110,34 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         """Run backward on ``loss`` (one element), scaled by the loss scale and by 1 / accumulation steps.
 
         ``scale_wrt_gas=False``: the caller has divided by the accumulation steps already. Gradients are reduced
-        here if a step follows. Returns ``loss`` as it was given. Raises UsageError without an optimizer.
+        here if a step follows. Returns the loss as the step uses it, divided by the accumulation steps. Raises
+        UsageError without an optimizer.
         """
         optimizer = self._need_optimizer("backward")
         if not torch.is_tensor(loss) or loss.numel() != 1:
             found = f"a tensor of shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
             raise UsageError(describe("backward: loss", expected="a tensor with one element", found=found))
-        factor = optimizer.loss_scale
-        if scale_wrt_gas:
-            factor /= self.gradient_accumulation_steps()
+        steps = self.gradient_accumulation_steps() if scale_wrt_gas else 1
+        factor = optimizer.loss_scale / steps
         self._report.loss(loss)
-        self._gate.closed = True
-        try:
-            with self._report.phase("backward"), optimizer.reducer.one_pass():
-                # In fp32 at least: the scaled loss of an fp16 model would overflow by itself.
-                wide = loss if loss.dtype in (torch.float32, torch.float64) else loss.float()
-                (loss if factor == 1.0 else wide * factor).backward(retain_graph=retain_graph)
-        finally:
-            self._gate.closed = False
+        scaling = self._scaling
+        with (
+            self._report.phase("backward"),
+            scaling.running(factor, loss),
+            optimizer.reducer.one_pass(),
+        ):
+            scaling.scaled(loss, factor).backward(retain_graph=retain_graph)
         if self._sharded is not None:
             self._sharded.end_backward()
-        return loss
+        return loss if steps == 1 else loss / steps
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """``loss`` as ``engine.backward`` scales it; ``engine.scale(loss).backward()`` is ``engine.backward(loss)``.
+
+        In fp16 a plain backward needs it: a loss without the loss scale is refused when its gradients arrive.
+        """
+        self._need_optimizer("scale")
+        return self._scaling.scale(loss)
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """End the micro-step; at the boundary clip, step the optimizer and the schedule, and clear gradients.
@@ -158,7 +165,8 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
     def _end_pass(self, optimizer: ZeroOptimizer) -> None:
         """Every rank reduces in every micro-step, also one whose plain backward reached no parameter."""
         reducer = optimizer.reducer
-        reducer.finish_pass()
+        reducer.settle()
+        reducer.refuse_broken()
         if reducer.passes == self._passes:
             with reducer.one_pass():
                 pass
@@ -277,9 +285,6 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         if not self._config.fp16.enabled or not self._config.fp16.auto_cast:
             return inputs
         return tree_map_only(torch.Tensor, lambda t: t.half() if t.is_floating_point() else t, inputs)
-
-    def _plain_factor(self) -> float:
-        return self.loss_scale / self.gradient_accumulation_steps()
 
     def _status(self) -> Status:
         return Status(self.get_lr(), self.loss_scale, self.get_global_grad_norm(), self.memory_report)

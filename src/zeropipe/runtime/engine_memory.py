@@ -14,6 +14,7 @@ import torch
 from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
 from zeropipe.runtime.zero.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.sharded_partition import ShardedPartition
+from zeropipe.runtime.zero.shown import AbsentGradient
 from zeropipe.runtime.zero.types import AnyPartition
 
 ADAM_MOMENTS = 2  # state that an Adam-like optimizer keeps per element, before it has made any
@@ -107,7 +108,7 @@ def _gradient_tensors(
         yield store.shard
         yield from store.held
     for param in params:
-        if param.grad is not None:
+        if param.grad is not None and not isinstance(param.grad, AbsentGradient):
             yield param.grad
 
 

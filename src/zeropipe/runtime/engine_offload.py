@@ -44,7 +44,7 @@ class EngineOffload:
                 describe("offload_states: device", expected="cpu", found=name, fix="leave it out")
             )
         optimizer = engine._need_optimizer("offload_states")
-        optimizer.reducer.finish_pass()
+        optimizer.reducer.settle()
         kinds = states.wanted(include) - self._away
         states.move_states(optimizer, kinds, states.to_host(optimizer, pin_memory, non_blocking))
         if engine.device.type == "cuda":

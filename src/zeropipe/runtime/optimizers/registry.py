@@ -143,9 +143,10 @@ def require_shardable(optimizer: torch.optim.Optimizer, stage: int, allow_untest
     """What ``classify`` says; raises UnsupportedOptimizerError where sharding would be wrong or is unproved.
 
     ``allow_untested`` (config key ``zero_allow_untested_optimizer``) lets unknown classes pass, not those known
-    to need whole tensors. At stage 0 nothing is sharded and everything passes.
+    to need whole tensors. At stage 0 nothing is sharded, and only what an engine cannot serve at all is refused.
     """
     kind = classify(optimizer)
+    _refuse_unservable(optimizer)
     if stage == 0 or kind != "whole":
         return kind
     cls = optimizer.__class__
@@ -167,6 +168,25 @@ def require_shardable(optimizer: torch.optim.Optimizer, stage: int, allow_untest
             expected="elementwise update or bind_shards, at zero_optimization.stage " + str(stage),
             fix="set zero_allow_untested_optimizer: true if it updates each element by that element's history "
             "alone; give it bind_shards (see docs/optimizers.md) if it needs whole tensors; or use stage 0",
+        )
+    )
+
+
+def _refuse_unservable(optimizer: torch.optim.Optimizer) -> None:
+    """An engine steps on gradients that it has averaged, dense, once per step."""
+    cls = optimizer.__class__
+    closure = inspect.signature(inspect.unwrap(cls.step)).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        reason = "its step evaluates the model again, by a closure, while gradients of an engine come before the step"
+    elif isinstance(optimizer, torch.optim.SparseAdam):
+        reason = "it takes sparse gradients only, and ranks average dense ones"
+    else:
+        return
+    raise UnsupportedOptimizerError(
+        describe(
+            f"{cls.__module__}.{cls.__qualname__} cannot step in an engine: {reason}",
+            expected="an optimizer that steps on dense gradients that are there, at every stage",
+            fix="use another one such as AdamW or SGD (embeddings may keep sparse=True), or train without an engine",
         )
     )
 

@@ -89,8 +89,9 @@ class PipelineEngine(DeepSpeedEngine):
         executor = self._training_executor()
         count = executor.schedule.micro_batches
         losses = Losses(self.module.loss_fn)
-        self._host.begin(partial(self._feed, data_iter, count), losses, self.loss_scale / count)
-        with self._report.phase("forward"), optimizer.reducer.local_only():
+        factor = self.loss_scale / count
+        self._host.begin(partial(self._feed, data_iter, count), losses, factor)
+        with self._report.phase("forward"), self._scaling.running(factor), optimizer.reducer.local_only():
             failure = self._run(executor)
         outcome = self._settle(self._mailbox, failure, losses, count, "avg")
         self.loss_terms = outcome.terms

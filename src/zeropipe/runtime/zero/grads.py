@@ -14,6 +14,7 @@ from zeropipe.comm.collectives import Work, all_reduce, reduce_to_owners
 from zeropipe.layout.buckets import Bucket, Span, cut_buckets
 from zeropipe.runtime.zero.partition import Partition
 from zeropipe.runtime.zero.policy import Policy
+from zeropipe.runtime.zero.shown import Change, Shown
 
 # Elements from which a message of its own costs less than a copy into a common one; only gloo sends one by one.
 ALONE_NUMEL = 2**16
@@ -34,6 +35,7 @@ class GradStore:
         on_gloo = self.buffer.device.type == "cpu"
         self.buckets = cut_buckets(layout, policy.bucket_numel, ALONE_NUMEL if on_gloo else None)
         self.seen: set[int] = set()  # parameters with a gradient in this window
+        self.shown = Shown(partition.params, partition.names)
         self._filled: set[int] = set()  # whose place in the buffer holds a term
         self.reduced = False  # keeps_whole: the buffer holds reduced values
         self._held: dict[int, torch.Tensor] = {}  # gradients that wait for their bucket
@@ -78,8 +80,7 @@ class GradStore:
         ]
 
     def accept(self, index: int, keep_grad: bool) -> None:
-        """Take ``param.grad`` in. ``keep_grad`` (whole gradients only): no reduction follows, and it becomes a view of
-        the buffer."""
+        """Take ``param.grad`` in. ``keep_grad`` (whole gradients only): no reduction follows, and it stays visible."""
         param = self.partition.params[index]
         grad = param.grad
         assert grad is not None
@@ -88,17 +89,23 @@ class GradStore:
         if self._views and (keep_grad or not self._may_wait(index, grad)):
             view = self._views[index]
             if grad.data_ptr() != view.data_ptr() or grad.numel() == 0:
-                if index in self._filled:
+                # Where the view was in .grad, autograd has added already (out of place under create_graph).
+                if index in self._filled and index not in self.shown:
                     view.add_(grad)
                 else:
                     view.copy_(grad)
             self._filled.add(index)
-            param.grad = view if keep_grad and view.dtype == param.dtype else None
+            if keep_grad and view.dtype == param.dtype:
+                self.shown.view(index, view)
+            else:
+                self.shown.hide(index)
+                if keep_grad:
+                    self.shown.absent((index,))
         else:
             held = self._held.get(index)
             grad = grad.detach() if grad.requires_grad else grad
             self._held[index] = grad if held is None else held.to(self.dtype).add(grad)
-            param.grad = None
+            self.shown.hide(index)
         self.seen.add(index)
 
     def _may_wait(self, index: int, grad: torch.Tensor) -> bool:
@@ -111,6 +118,7 @@ class GradStore:
     def reopen(self) -> None:
         """Make the reduced buffer one more local term: own shard times size, zero elsewhere, so that the next
         average gives reduced + average(new)."""
+        self.take_changes(lift=True)
         if not self.reduced:
             return
         self.reduced = False
@@ -200,19 +208,38 @@ class GradStore:
                 if index not in held and index not in self._filled:
                     self._views[index].zero_()
         if held:
+            self._filled.update(held)
             store = torch._foreach_copy_ if fresh else torch._foreach_add_
             store([self._views[index] for index in held], list(held.values()))
 
-    def show(self) -> None:
-        """Let every ``.grad`` be its view of the reduced buffer, where this rank has the whole of it."""
-        if self.keeps_whole and not self.partition.sharded and self.dtype == self.partition.dtype:
-            for index in self.seen:
-                self.partition.params[index].grad = self._views[index]
+    def take_changes(self, lift: bool = False) -> None:
+        """Let what users did to ``.grad`` since the last backward be done to the gradients that are held."""
+        for index, change, found in self.shown.changes(lift):
+            # Where the buffer is whole, other ranks' parts of a reduced one have no meaning.
+            place = self._views[index] if self._views else self.partition.local(self.shard, index)
+            if found is not None:
+                place.copy_(found.detach())
+                self.shown.view(index, place)
+                continue
+            place.zero_()
+            if change is Change.DROPPED:
+                self.seen.discard(index)
+                self._filled.discard(index)
+
+    def show(self, reduced: bool) -> None:
+        """After a pass: let ``.grad`` be the view of the buffer where that is whole here, else a stand-in."""
+        if self.keeps_whole and not reduced:
+            return  # ``accept`` has shown it
+        whole = self._views and (not self.partition.sharded or self.partition.group.size == 1)
+        if not whole or self.dtype != self.partition.dtype:
+            self.shown.absent(self.seen)
+            return
+        for index in self.seen:
+            self.shown.view(index, self._views[index])
 
     def clear(self) -> None:
         """Start a new window."""
-        for param in self.partition.params:
-            param.grad = None
+        self.shown.clear()
         self.seen.clear()
         self._filled.clear()
         self._held.clear()

@@ -86,7 +86,7 @@ def move_states(optimizer: ZeroOptimizer, kinds: frozenset[OffloadStateTypeEnum]
 def _move_gradients(partition: AnyPartition, store: AnyStore, move: Move, host_steps: bool) -> None:
     if isinstance(store, GradStore):
         # A parameter's grad must be where the parameter is, so buffers that grads are views of stay.
-        if all(param.grad is None for param in partition.params):
+        if not store.shown.whole:
             store.replace(move(store.buffer))
     elif not host_steps:
         store.replace(move(store.shard))

@@ -22,6 +22,7 @@ from zeropipe.errors import UsageError
 from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
 from zeropipe.runtime.optimizers.registry import classify
 from zeropipe.runtime.optimizers.shard_view import ShardAware
+from zeropipe.runtime.zero.client_optimizer import install_zero_grad, remove_zero_grad
 from zeropipe.runtime.zero.offload import Offload
 from zeropipe.runtime.zero.offload_step import step_in_pieces
 from zeropipe.runtime.zero.overlapped_step import can_overlap, step_and_publish
@@ -98,6 +99,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._dormant: list[tuple[int, torch.nn.Parameter]] = []  # frozen: (param group, parameter)
         watch = Watch(group, micro_step) if options.scaler is not None else None
         self.reducer = Reducer(policy, is_boundary, watch, options.replicas)
+        install_zero_grad(optimizer, self.reducer)
         self._own = bind(optimizer, policy.stage, group)
         if self._own is not None:
             self.reducer.keeps_own = self._own.wants_local_gradients
@@ -217,7 +219,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def destroy(self) -> None:
         """Remove every hook and give the torch optimizer back its own parameters, without state."""
-        self.reducer.remove_hooks()
+        self.reducer.arrivals.remove()
+        remove_zero_grad(self.optimizer)
         self.reducer.clear()
         for partition in self.partitions:
             partition.release()

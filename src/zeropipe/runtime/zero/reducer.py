@@ -22,7 +22,10 @@ import torch
 
 from zeropipe.comm.collectives import Work, all_reduce, broadcast
 from zeropipe.comm.group import SELF, Group
+from zeropipe.errors import UsageError
 from zeropipe.layout.buckets import Bucket
+from zeropipe.runtime.zero.arrivals import Arrivals
+from zeropipe.runtime.zero.backward_end import Ending, at_end_of_backward
 from zeropipe.runtime.zero.grads import GradStore
 from zeropipe.runtime.zero.launch_order import Key, launch_order
 from zeropipe.runtime.zero.leaf import z3_leaf_parameter
@@ -78,11 +81,13 @@ class Reducer:
         self.is_boundary = is_boundary
         # Whether the window's gradients stay on their rank, for an optimizer that exchanges something else.
         self.keeps_own: Callable[[], bool] = lambda: False
+        # What gradients that nobody scaled for this optimizer must be multiplied by; asked as a pass begins.
+        self.missing_factor: Callable[[], float] = lambda: 1.0
         self.stores: list[AnyStore] = []
         self.passes = 0  # finished ones, ever
         self._reduced_passes = 0  # of them
         self._window_start = 0  # passes when the window began
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.arrivals = Arrivals(self)
         self.conductor: Conductor | None = None  # stage 3 sets it
         self._order: list[_Open] = []  # the current pass's buckets, in launch order
         self._place: dict[tuple[int, int], _Open] = {}  # (id of the store, parameter) -> its bucket
@@ -96,6 +101,12 @@ class Reducer:
         self._reducing = False
         self._local_only = False
         self._explicit = False
+        self._begun = 0  # passes, ever
+        self._missing = 1.0  # factor of what arrives in the current pass
+        self._ending: weakref.ref[Ending] | None = (
+            None  # of the backward that opened the pass, if it was a plain one
+        )
+        self._broken = ""  # the backward of this window that raised
         self._owes = True  # something of the window may not have been reduced yet; the same on all ranks
 
     @property
@@ -125,18 +136,13 @@ class Reducer:
         self.stores.append(store)
         self._order = []
         self._learned = ()
-        for index, param in enumerate(partition.params):
-            self._handles.append(param.register_post_accumulate_grad_hook(self._hook(store, index)))
+        self.arrivals.listen(store)
         return store
-
-    def remove_hooks(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
 
     @contextmanager
     def local_only(self) -> Iterator[None]:
         """Inside, gradients accumulate on this rank and nothing is reduced."""
-        self.finish_pass()
+        self.settle()
         before, self._local_only = self._local_only, True
         try:
             yield
@@ -146,27 +152,45 @@ class Reducer:
     @contextmanager
     def one_pass(self) -> Iterator[None]:
         """Around one backward: the pass ends with the block, also when no parameter got a gradient."""
-        self.finish_pass()
+        self.settle()
         before, self._explicit = self._explicit, True
+        begun = self._begun
         try:
             yield
             self._begin()
             self.finish_pass()
         except BaseException as error:
+            if self._begun != begun:  # else it has added nothing
+                self._broken = type(error).__name__
             if self.conductor is not None:
                 self.conductor.tell(error, "backward")
             raise
         finally:
             self._explicit = before
 
+    def settle(self) -> None:
+        """End a pass that is still open, which outside of a backward it only is where that has raised."""
+        if not self._open:
+            return
+        if not _in_backward() or not (self._explicit or self._ends()):
+            self._broken = self._broken or "an exception"
+        self.finish_pass()
+
+    def refuse_broken(self) -> None:
+        """Raise UsageError if a backward of the window raised: nobody knows what it has added."""
+        if self._broken:
+            raise UsageError(
+                f"a backward since the last step ended with {self._broken}, and its gradients are incomplete. Fix: "
+                "call engine.zero_grad(), on every rank, and run the forwards and backwards since that step again"
+            )
+
     def finish_pass(self) -> None:
         """End the pass in progress, if any: launch what is left, wait for all."""
         if not self._open:
             return
         if self._reducing:
-            self._meet(
-                "end of backward"
-            )  # where it raises the pass is still open: some reductions are under way
+            # Where it raises the pass is still open: some reductions are under way.
+            self._meet("end of backward")
             self._reduced_passes += 1
             self._common = len(self._order)
             while self._next < len(self._order):
@@ -175,7 +199,8 @@ class Reducer:
             self._learn()
             for store in self.stores:
                 store.reduced = store.keeps_whole
-                store.show()
+        for store in self.stores:
+            store.show(self._reducing)
         self._open = False
         self._owes = not self._reducing
         self._apart = self._apart or self._reducing
@@ -183,7 +208,10 @@ class Reducer:
 
     def finish_window(self) -> None:
         """Leave the reduced gradients of the whole window in the stores' shards."""
-        self.finish_pass()
+        self.settle()
+        self.refuse_broken()
+        for store in self.stores:
+            store.take_changes()
         self._meet("gradients of a step")
         if self._owes:
             self._begin(force=True)
@@ -222,7 +250,8 @@ class Reducer:
 
     def clear(self) -> None:
         """Forget the window's gradients."""
-        self.finish_pass()
+        self.settle()
+        self._broken = ""
         self._owes = True
         self._apart = False
         self._window_start = self.passes
@@ -231,48 +260,57 @@ class Reducer:
         for store in self.stores:
             store.clear()
 
-    def _hook(self, store: AnyStore, index: int) -> Callable[[torch.nn.Parameter], None]:
-        key = (id(store), index)
-        # A parameter's hook is not seen by the garbage collector: it must not be what keeps an optimizer alive.
-        reducer, store_of = weakref.ref(self), weakref.ref(store)
+    def is_ready(self, store: AnyStore, index: int) -> bool:
+        """Whether a gradient may be added to ``.grad`` as it is."""
+        if not self._open or self._missing != 1.0:
+            return False
+        if not self._explicit and not self._ends():
+            return False
+        return not self._reducing or index in self._place[id(store), index].waiting
 
-        def accept(param: torch.nn.Parameter) -> None:
-            self, store = reducer(), store_of()
-            if self is None or store is None:
-                return
-            if not self._open:
-                self._begin()
-                if not self._explicit:
-                    torch.autograd.Variable._execution_engine.queue_callback(self.finish_pass)
-            # None: a custom function's backward said so; this rank adds nothing to the sum.
-            given = param.grad is not None
-            if self.watch is not None and param.grad is not None:
-                self.watch.look(store.partition.names[index], param.grad)
-            if not self._reducing:
-                # Where the dtype is the parameter's own, autograd itself adds up a sharded store's gradients.
-                if given and (store.keeps_whole or store.dtype != store.partition.dtype):
-                    store.accept(index, keep_grad=store.keeps_whole)
-                return
-            place = self._place[key]
-            if index not in place.waiting:  # a second gradient in one pass: re-entrant backward
-                self.finish_pass()
-                self._begin()
-                place = self._place[key]
-            if given:
-                store.accept(index, keep_grad=False)
-            place.waiting.discard(index)
-            if place.waiting:
-                return
-            self._complete.append(place.key)
-            while self._next < len(self._order) and not self._order[self._next].waiting:
-                self._launch_next()
+    def expect(self, store: AnyStore, index: int) -> float:
+        """A gradient is about to be added to ``.grad``; returns what it must be multiplied by."""
+        if self._open and not self._explicit and not self._ends():
+            self.settle()
+        if self._open and self._reducing and index not in self._place[id(store), index].waiting:
+            self.finish_pass()  # a second gradient in one pass: re-entrant backward
+        self._begin()
+        return self._missing
 
-        return accept
+    def take(self, store: AnyStore, index: int) -> None:
+        """Take over what is in ``.grad``."""
+        grad = store.partition.params[index].grad
+        # None: a custom function's backward said so; this rank adds nothing to the sum.
+        given = grad is not None
+        if self.watch is not None and grad is not None:
+            self.watch.look(store.partition.names[index], grad)
+        if not self._reducing:
+            # Where the dtype is the parameter's own, autograd itself adds up a sharded store's gradients.
+            if given and (store.keeps_whole or store.dtype != store.partition.dtype):
+                store.accept(index, keep_grad=store.keeps_whole)
+            return
+        place = self._place[id(store), index]
+        if given:
+            store.accept(index, keep_grad=False)
+        place.waiting.discard(index)
+        if place.waiting:
+            return
+        self._complete.append(place.key)
+        while self._next < len(self._order) and not self._order[self._next].waiting:
+            self._launch_next()
+
+    def _ends(self) -> bool:
+        """Whether the plain backward that opened the pass is still to end."""
+        return self._ending is not None and self._ending() is not None
 
     def _begin(self, force: bool = False) -> None:
         if self._open:
             return
+        inside = _in_backward()
+        self._missing = self.missing_factor() if inside else 1.0
         self._open = True
+        self._begun += 1
+        self._ending = at_end_of_backward(self.finish_pass) if inside and not self._explicit else None
         whole = self.stores[0].keeps_whole if self.stores else False
         wanted = force or (not self._local_only and (not whole or self.is_boundary()))
         self._reducing = wanted and not self.keeps_own()
@@ -335,3 +373,7 @@ class Reducer:
         broadcast(order, 0, store.partition.group, label="order of gradients")
         self._learned = tuple(keys[place] for place in order.tolist() if place >= 0)
         self._order = []
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

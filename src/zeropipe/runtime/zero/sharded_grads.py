@@ -16,6 +16,7 @@ from zeropipe.runtime.zero.grads import ALONE_NUMEL
 from zeropipe.runtime.zero.offload import HostCopies
 from zeropipe.runtime.zero.policy import Policy
 from zeropipe.runtime.zero.sharded_partition import ShardedPartition
+from zeropipe.runtime.zero.shown import Change, Shown
 
 REDUCE = 2  # the channel of gradients: they need no order among gathers
 
@@ -36,6 +37,7 @@ class ShardedGradStore:
         self._whole: FlatShards = flat_shards(((s.name, tuple(s.shape), "") for s in partition.shards), 1)
         self.buckets = cut_buckets(self._whole, policy.bucket_numel)
         self.seen: set[int] = set()
+        self.shown = Shown(partition.params, partition.names)
         self._held: dict[int, torch.Tensor] = {}  # whole gradients that wait for their bucket, 1D
         self._written: set[int] = set()  # buckets (by first parameter) that the window has written
 
@@ -69,7 +71,7 @@ class ShardedGradStore:
         held = self._held.get(index)
         flat = grad.detach().reshape(-1)
         self._held[index] = flat if held is None else held.to(self.dtype).add(flat)
-        param.grad = None
+        self.shown.hide(index)
         self.seen.add(index)
 
     def local(self, index: int) -> torch.Tensor | None:
@@ -80,10 +82,21 @@ class ShardedGradStore:
         return held
 
     def reopen(self) -> None:
-        """Nothing to do: each reduction adds to the shard."""
+        """Each reduction adds to the shard."""
+        self.take_changes(lift=True)
 
-    def show(self) -> None:
-        """Nothing to show: no rank has a whole gradient."""
+    def take_changes(self, lift: bool = False) -> None:
+        """Let what users did to ``.grad`` since the last backward be done to the shard."""
+        for index, change, _ in self.shown.changes(lift):
+            place = self.partition.local(self.shard, index)
+            place.zero_()
+            self._offload.let_go(place)
+            if change is Change.DROPPED:
+                self.seen.discard(index)
+
+    def show(self, reduced: bool) -> None:
+        """No rank has a whole gradient: stand-ins say so."""
+        self.shown.absent(self.seen)
 
     def launch(self, bucket: Bucket) -> Work:
         """Start the reduction of ``bucket``; when the work is done the shard holds (or has added) its average."""
@@ -159,8 +172,7 @@ class ShardedGradStore:
 
     def clear(self) -> None:
         """Start a new window."""
-        for param in self.partition.params:
-            param.grad = None
+        self.shown.clear()
         self.seen.clear()
         self._held.clear()
         self._written.clear()

@@ -207,11 +207,27 @@ def test_every_elementwise_class_steps_on_a_slice_as_on_the_whole(name):
 def test_classes_that_need_whole_tensors_are_refused_by_name(name):
     optimizer = getattr(torch.optim, name)(params((2, 2)))
     assert classify(optimizer) == "whole"
+    if name in UNSERVABLE:
+        return
     assert require_shardable(optimizer, 0) == "whole"
     with pytest.raises(UnsupportedOptimizerError, match=rf"torch\.optim.*{name} cannot.*stage 0"):
         require_shardable(optimizer, 1, allow_untested=True)
     if name == "Muon":
         assert classify(build_optimizer("Muon", {}, params())) == "shard_aware"
+
+
+UNSERVABLE = {"LBFGS": "closure", "SparseAdam": "sparse"}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("name", UNSERVABLE)
+def test_what_an_engine_cannot_serve_is_refused_at_every_stage(name, stage):
+    """LBFGS ended in torch's words about a missing closure, SparseAdam in ones about dense gradients."""
+    optimizer = getattr(torch.optim, name)(params((2, 2)))
+    with pytest.raises(
+        UnsupportedOptimizerError, match=rf"{name} cannot step in an engine.*{UNSERVABLE[name]}"
+    ):
+        require_shardable(optimizer, stage)
 
 
 def test_unknown_classes_need_the_flag():
