@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import zeropipe
-from tests.helpers.zero3 import assert_as_stage_0, x_batch
+from tests.helpers.zero3 import assert_as_stage, assert_as_stage_0, x_batch
 
 
 class Out(nn.Module):
@@ -167,3 +167,26 @@ def test_a_module_whose_input_autograd_has_no_node_of_keeps_its_parameters_throu
     assert_as_stage_0(pool, partial(Marked, which), loss)
 
 
+
+
+def penalty_gathered(engine: Any, step: int, rank: int) -> torch.Tensor:
+    """The weights themselves in the loss, whose backward comes when they are no longer gathered by the client."""
+    params = [engine.module[0].weight, engine.module[2].weight]
+    out = engine(x_batch(step, rank))
+    with zeropipe.zero.GatheredParameters(params):
+        penalty = sum(param.square().sum() + (param @ param.t()).square().mean() for param in params)
+    return out.square().mean() + 0.01 * penalty
+
+
+def penalty_first(engine: Any, step: int, rank: int) -> torch.Tensor:
+    params = [engine.module[0].weight, engine.module[2].weight]
+    with zeropipe.zero.GatheredParameters(params):
+        penalty = sum(param.square().sum() for param in params)
+    return engine(x_batch(step, rank)).square().mean() + 0.01 * penalty
+
+
+@pytest.mark.parametrize("loss", [penalty_gathered, penalty_first])
+@pytest.mark.parametrize("gas", [1, 2])
+def test_a_loss_on_gathered_weights_may_run_backward_later(pool, loss, gas):
+    """Torch spoke of a size of 0. Nothing of it stays gathered when the step is over."""
+    assert_as_stage(2, pool, three, loss, gradient_accumulation_steps=gas, train_batch_size=2 * gas)

@@ -90,6 +90,8 @@ class Coordinator:
         self._replaying = False
         self._backward: list[Use] = []  # backward uses that have not ended
         self._loose: list[Use] = []  # hold what a root returned of its parameters
+        # What graphs read that were made outside of any module, and whether they still may.
+        self._kept: list[tuple[Shards, Callable[[], bool]]] = []
         self._silent = 0  # contexts in which every parameter is held whole
         self.until_settled: list[RemovableHandle] = []  # hooks on tensors that outlive their pass
         self._told: list[Callable[[], int]] = []  # an error told to the peers: whether they have the same
@@ -102,7 +104,7 @@ class Coordinator:
         unit = Unit(len(self.units), name, [])
         for one in shards:
             unit.add(one)
-            one.fetch_for_use = self.fetch_for_use
+            one.fetch_for_use, one.keep_for_graph = self.fetch_for_use, self.keep_for_graph
         self.units.append(unit)
         return unit
 
@@ -298,6 +300,25 @@ class Coordinator:
         self.until_settled.append(shards.param.register_post_accumulate_grad_hook(arrived))
         torch.autograd.Variable._execution_engine.queue_callback(arrived)  # if none comes
 
+    def keep_for_graph(self, shards: Shards, needed: Callable[[], bool]) -> None:
+        """A graph reads the value in its backward: inside a forward it is that module's from now on, else it stays,
+        on every rank, while it is ``needed``, at most to the end of the micro-step."""
+        if self.running:
+            self.running[-1].unit.add(shards)
+            return
+        shards.holds += 1
+        self._kept.append((shards, needed))
+
+    def end_backward(self, step: bool = False) -> None:
+        """A whole backward is over, or the micro-step is (``step``): as ``settle``, also for what graphs needed."""
+        kept, self._kept = self._kept, []
+        for shards, needed in kept:
+            if not step and needed():
+                self._kept.append((shards, needed))
+            else:
+                shards.holds -= 1
+        self.settle()
+
     def settle(self) -> None:
         """End what backward or a forward that raised left open, and free what was fetched ahead and not used."""
         for use in (*self._backward, *self.running, *self._loose):
@@ -326,6 +347,7 @@ class Coordinator:
             if shards.writes.end(shards):
                 self._wrote(shards)
             shards.holds -= 1
+            shards.uses -= 1
             if free:
                 shards.release_if_idle()
         use.held.clear()

@@ -12,15 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 from zeropipe.comm.collectives import announce, broadcast, meet
 from zeropipe.comm.group import Group
 from zeropipe.comm.record import SEAM
 from zeropipe.errors import CommunicationError, DesyncError, UsageError, describe
+from zeropipe.runtime.zero.coordinator import in_backward
 from zeropipe.runtime.zero.external import register_external_parameter
 from zeropipe.runtime.zero.fingerprint import Fingerprint, fingerprint
 from zeropipe.runtime.zero.param import shards_of
@@ -41,6 +44,13 @@ class _Held:
     before: Fingerprint | None
     renewals: int
     kept: torch.Tensor | None  # the value, where it stays gathered after the exit
+    edge: Any  # by which graphs reach the parameter: they need no value for it
+    references: int  # to the parameter, in torch: by graphs that saved it or a view of it
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether a graph of autograd, made since the entry, seems to hold the value."""
+        return _in_graph(self.param, self.edge, self.references)
 
     @property
     def moved(self) -> bool:
@@ -135,19 +145,22 @@ class GatheredParameters:
                 self._spread(held)
         finally:
             for one in held:
-                if one.param.requires_grad and torch._C._current_graph_task_id() != -1:
+                if one.param.requires_grad and in_backward():
                     _keep_for_gradient(one.shards)
                 one.shards.release_if_idle()
 
     def _hold(self, param: torch.nn.Parameter, shards: Shards) -> _Held:
         answers = self.modifier_rank is not None or shards.contexts == 0
         stays = shards.persist or shards.holds > 0
+        edge = get_gradient_edge(param) if param.requires_grad and not in_backward() else None
         held = _Held(
             param,
             shards,
             fingerprint(shards.full) if answers else None,
             shards.renewals,
             shards.full.clone() if answers and stays else None,
+            edge,
+            _references(param),
         )
         shards.contexts += 1
         shards.holds += 1
@@ -171,7 +184,7 @@ class GatheredParameters:
                 one.restore()
         if not edited:
             for group in _groups(held):
-                meet("leave GatheredParameters unedited", group, channel=GATHER)
+                self._leave("leave GatheredParameters unedited", group, held)
             return
         names = ", ".join(f"'{shards.name}'" for shards in edited)
         for group in _groups(held):
@@ -186,12 +199,23 @@ class GatheredParameters:
             )
         )
 
+    def _leave(self, what: str, group: Group, held: list[_Held]) -> None:
+        """Go on when every rank leaves; where graphs on all of them read the values later, they stay as long."""
+        members = [one for one in held if one.shards.everyone == group]
+        graph = torch.is_grad_enabled() and any(one.in_graph for one in members)
+        if meet(what, group, channel=GATHER, note=int(graph)):
+            for one in members:
+                if one.shards.keep_for_graph is not None:
+                    one.shards.keep_for_graph(
+                        one.shards, partial(_in_graph, one.param, one.edge, one.references)
+                    )
+
     def _spread(self, held: list[_Held]) -> None:
         for group in _groups(held):
             source = self._source(group)
             assert source is not None
             members = [one for one in held if one.shards.everyone == group]
-            meet(f"leave GatheredParameters of rank {self.modifier_rank}", group, channel=GATHER)
+            self._leave(f"leave GatheredParameters of rank {self.modifier_rank}", group, held)
             verdicts = torch.tensor([_verdict(one) for one in members], dtype=torch.uint8)
             verdicts = verdicts.to(members[0].shards.full.device)
             broadcast(verdicts, source, group, label="edited parameters")
@@ -261,6 +285,16 @@ def _sharded(params: Any) -> list[torch.nn.Parameter]:
         if param is not None and shards_of(param) is not None:
             found.setdefault(id(param), param)
     return list(found.values())
+
+
+def _in_graph(param: torch.nn.Parameter, edge: Any, references: int) -> bool:
+    return edge is not None and _references(param) > references
+
+
+def _references(param: torch.nn.Parameter) -> int:
+    """How often torch itself holds the parameter: saved, or as the base of a view."""
+    count = getattr(param, "_use_count", None)
+    return int(count()) if count is not None else 0
 
 
 def _groups(held: list[_Held]) -> list[Group]:

@@ -57,7 +57,7 @@ class ModelHooks:
             hide_external_parameters(module)
         for unit in self.coordinator.units:
             for shards in unit.shards:
-                shards.fetch_for_use = None
+                shards.fetch_for_use = shards.keep_for_graph = None
 
     def begin_pass(self) -> None:
         """The root module is about to run forward."""

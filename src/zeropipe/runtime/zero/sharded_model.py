@@ -90,18 +90,18 @@ class ShardedModel:
 
     def end_backward(self) -> None:
         """A whole backward is over."""
-        self.coordinator.settle()
+        self.coordinator.end_backward()
 
     def settle(self) -> None:
         """A micro-step ends: free what a finished or failed pass left gathered; every rank does so now."""
-        self.coordinator.settle()
+        self.coordinator.end_backward(step=True)
         self.coordinator.meet("step")
 
     def destroy(self) -> None:
         """Remove every hook and end the process groups of this engine; the parameters stay shards, and their group
         with them, until ``zero.unshard_module`` makes them whole."""
         self.hooks.remove()
-        self.coordinator.settle()
+        self.coordinator.end_backward(step=True)
         for shards in self.persistent:
             shards.persist = False
             shards.release_if_idle()

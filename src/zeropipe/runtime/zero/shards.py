@@ -60,12 +60,15 @@ class Shards:
         self.status = ZeroParamStatus.AVAILABLE
         self.persist = False  # stays gathered between uses
         self.holds = 0  # users that need it gathered now
+        self.uses = 0  # of those, modules that run
         self.shows_shape = False  # though it is away
         self.in_leaf = False  # gathered with a whole module whose children run as the data says
         self.kind = ZeroParamType.PARTITIONED
         self.active_modules: set[int] = set()  # what clients know as ds_active_sub_modules
         # Set by a coordinator: fetches for a use inside a forward and says whether it did.
         self.fetch_for_use: FetchForUse | None = None
+        # Set with it: keeps the value for a graph that reads it later, as long as the function says that it may.
+        self.keep_for_graph: Callable[[Shards, Callable[[], bool]], None] | None = None
         self.builder: Builder | None = None  # zero.Init that made it
         self.loading = False  # load_state_dict is about to copy a whole value in
         # The last state dict that has the whole value, and that value.
@@ -244,15 +247,16 @@ class Shards:
         return self.settled()
 
     def hold(self) -> None:
-        """A use begins: from here on writes are noticed."""
+        """A use by a module begins: from here on writes are noticed."""
         self.holds += 1
-        if self.holds == 1:
+        self.uses += 1
+        if self.uses == 1:
             self.writes.begin(self)
 
     @property
     def in_use(self) -> bool:
         """Whether a write now would be one of a module's forward."""
-        return self.holds > 0 and not self.contexts and self.status is ZeroParamStatus.AVAILABLE
+        return self.uses > 0 and not self.contexts and self.status is ZeroParamStatus.AVAILABLE
 
     def settled(self) -> torch.Tensor:
         """A new tensor with the whole value as the shards have it, whatever was written here; collective."""
@@ -301,8 +305,10 @@ class Shards:
         shards.master, shards.let_go, shards.read_ahead = None, _keep, _keep
         shards.full = torch.empty_like(self.full)
         shards.full.untyped_storage().resize_(0)
-        shards.persist, shards.holds, shards.contexts, shards.pinned = False, 0, 0, False
+        shards.persist, shards.pinned = False, False
+        shards.holds, shards.uses, shards.contexts = 0, 0, 0
         shards.active_modules, shards.shown, shards.fetch_for_use = set(), None, None
+        shards.keep_for_graph = None
         shards.writes = OwnWrites()
         other._zero = ZeroParam(self.name, shards=shards)  # type: ignore[attr-defined]
         mark_unavailable(other, empty)
