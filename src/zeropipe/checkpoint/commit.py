@@ -73,7 +73,7 @@ def prepare(folder: Path, tag: str, save_latest: bool = True) -> tuple[Path, Hol
             )
         )
     for path in ownership.leftovers(folder):
-        if tags.tag_of(path) == tag:
+        if tags.tag_of(path) in (tag, tags.LATEST, SCRIPT_NAME):
             with suppress(OSError, CheckpointError):  # it does no harm but to take room
                 ownership.clear(path)
     return ownership.begin(folder / tag)

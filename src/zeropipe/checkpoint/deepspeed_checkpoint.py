@@ -9,13 +9,19 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.reshape_3d_utils import get_model_3d_descriptor, model_3d_desc
 from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map, reshape_meg_2d_parallel
+from zeropipe.checkpoint.reshape_ranks import LAYER_CONCAT_DIM as LAYER_CONCAT_DIM
+from zeropipe.checkpoint.reshape_ranks import SEQUENTIAL_LAYERS as SEQUENTIAL_LAYERS
+from zeropipe.checkpoint.reshape_ranks import slice_of, unite
 from zeropipe.checkpoint.reshape_utils import (
     basic_folder_validation,
     get_files,
@@ -25,28 +31,12 @@ from zeropipe.checkpoint.reshape_utils import (
     partition_data,
     validate_files,
 )
+from zeropipe.checkpoint.universal.patterns import rules_in
+from zeropipe.checkpoint.writer import OURS
 from zeropipe.checkpoint.zero_checkpoint import ZeROCheckpoint
 from zeropipe.errors import CheckpointError, describe
 
 _log = logging.getLogger("zeropipe")
-
-# Parameters of Megatron's layers that every tensor-parallel rank has whole; they are not joined end to end.
-SEQUENTIAL_LAYERS = (
-    "input_layernorm.weight",
-    "input_layernorm.bias",
-    "self_attention.dense.bias",
-    "attention.dense.bias",
-    "post_attention_layernorm.weight",
-    "post_attention_layernorm.bias",
-    "mlp.dense_4h_to_h.bias",
-    "position_embeddings.weight",
-    "final_layernorm.weight",
-    "final_layernorm.bias",
-    "norm.weight",
-    "norm.bias",
-)
-# ... and those that are cut along dim 1.
-LAYER_CONCAT_DIM = ("self_attention.dense.weight", "attention.dense.weight", "mlp.dense_4h_to_h.weight")
 
 EMBEDDING_LAYER_INDEX = 0
 ARGS_KEY = "args"
@@ -173,7 +163,8 @@ class DeepSpeedCheckpoint:
         )
 
     def get_embedding_state(self, tp_index: int) -> dict[str, Any]:
-        return self._join(self.get_embedding_files(tp_index))
+        self.get_embedding_files(tp_index)
+        return self._layer(self.layer_keys[EMBEDDING_LAYER_INDEX], tp_index)
 
     def get_final_norm_state(self, tp_index: int) -> dict[str, Any]:
         """The first file's: the norm is whole on every rank."""
@@ -181,16 +172,33 @@ class DeepSpeedCheckpoint:
 
     def get_transformer_state(self, tp_index: int, pp_index: int) -> list[dict[str, Any]]:
         """One state dict per layer of a (tensor, pipeline) rank."""
-        return [self._join(files) for files in self.transformer_file_map[(tp_index, pp_index)]]
+        names = self.get_pp_transformer_map(pp_index)
+        return [self._layer(int(name.removeprefix(k.LAYER_FILE_PREFIX)), tp_index) for name in names]
 
     def get_2d_parallel_state(self, tp_index: int, pp_index: int) -> dict[str, Any]:
-        """The model file of a (tensor, pipeline) rank, several merged into one."""
-        merged: dict[str, Any] | None = None
-        for file in self.get_2d_parallel_files(tp_index, pp_index):
-            state = self._read(file)
-            merged = state if merged is None else merge_state(merged, state)
-        assert merged is not None
-        return merged
+        """The model file of a (tensor, pipeline) rank: several merged into one, or one whose module is cut."""
+        stages: dict[int, list[dict[str, Any]]] = {}
+        for rank in self.new_2d_map.get_data(pp_index, tp_index):
+            state = self._read(self.mp_rank_files[rank])
+            state.pop(OURS, None)  # it describes one rank's file
+            stages.setdefault(rank // self.original_tp_degree, []).append(state)
+        united: dict[str, Any] | None = None
+        for stage, ranks in stages.items():
+            merged = ranks[0]
+            for state in ranks[1:]:
+                merged = merge_state(merged, state)
+            if self.tp_degree > self.original_tp_degree:
+                merged = merged | {"module": self._cut_module(stage, tp_index)}
+            united = merged if united is None else unite(united, merged)
+        assert united is not None
+        return united
+
+    def _cut_module(self, stage: int, tp_index: int) -> dict[str, Any] | None:
+        """A larger tensor-parallel degree's part of what the model files of a stage hold of the module."""
+        first = stage * self.original_tp_degree
+        files = self.mp_rank_files[first : first + self.original_tp_degree]
+        modules = [self._read(file).get("module") for file in files]
+        return None if modules[0] is None else self._parts(modules, tp_index)
 
     def get_iteration(self) -> int:
         """The trainer's iteration count, 0 where it left none."""
@@ -269,16 +277,25 @@ class DeepSpeedCheckpoint:
     def _layer_id(self, index: int) -> str:
         return f"{k.LAYER_FILE_PREFIX}{self.layer_keys[index]:02d}"
 
-    def _join(self, files: Sequence[str]) -> dict[str, Any]:
-        import torch
+    def _layer(self, number: int, tp_index: int) -> dict[str, Any]:
+        """A new tensor rank's part of a layer."""
+        return self._parts([self._read(file) for file in self._files_of(number)], tp_index, f"{number}.")
 
-        states = [self._read(file) for file in files]
-        merged: dict[str, Any] = {}
-        for key, first in states[0].items():
-            whole = len(states) == 1 or not isinstance(first, torch.Tensor) or key.endswith(SEQUENTIAL_LAYERS)
-            dim = 1 if key.endswith(LAYER_CONCAT_DIM) else 0
-            merged[key] = first if whole else torch.cat([state[key] for state in states], dim)
-        return merged
+    def _parts(self, states: Sequence[Any], tp_index: int, prefix: str = "") -> dict[str, Any]:
+        """``prefix``: what the names have before them in the module, which the rules go by."""
+        return {
+            key: slice_of(
+                prefix + key, [state[key] for state in states], tp_index, self.tp_degree, self._rules
+            )
+            if isinstance(first, torch.Tensor)
+            else first
+            for key, first in states[0].items()
+        }
+
+    @cached_property
+    def _rules(self) -> dict[str, Any] | None:
+        """What the files say of how their tensors are cut."""
+        return rules_in(self._read(self.mp_rank_files[0])) if self.mp_rank_files else None
 
     def _read(self, file: str) -> dict[str, Any]:
         return dict(load_torch(Path(file)))

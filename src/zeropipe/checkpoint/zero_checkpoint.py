@@ -14,6 +14,8 @@ from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.reshape_3d_utils import get_model_3d_descriptor, model_3d_desc
 from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map
 from zeropipe.checkpoint.reshape_utils import basic_folder_validation, get_zero_files, merge_state
+from zeropipe.checkpoint.stand_ins import FragmentAddress
+from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.copy_plan import copy_plan
 from zeropipe.layout.flat import FlatShards, TensorSpec
@@ -89,8 +91,10 @@ class ZeROCheckpoint:
 
         Where only the data degree differs, the flat shards are cut anew exactly, up or down. Where pipeline or
         tensor ranks are joined, their shards lie end to end. ``strip_tensor_paddings``: without the padding at
-        the end of the last shard.
+        the end of the last shard. Raises CheckpointError, with a tensor's name, for more pipeline or tensor
+        ranks than there were: flat shards cannot be cut so.
         """
+        self._check_down(pp_index, tp_index)
         indices = self.get_file_indices_for_rank(pp_index, tp_index, dp_index)
         per_mp = self.src_3d.pp_degree * self.src_3d.tp_degree
         source = (self.src_3d.pp_degree, self.src_3d.tp_degree)
@@ -102,9 +106,26 @@ class ZeROCheckpoint:
         for index in indices:
             # As one of one shards, so that only its padding changes.
             state = self._recut([self._load(index, keys_to_ignore)], 0, 1, strip_tensor_paddings)
-            joined = state if joined is None else merge_state(joined, state)
+            joined = state if joined is None else _end_to_end(joined, state)
         assert joined is not None
         return joined
+
+    def _check_down(self, pp_index: int, tp_index: int) -> None:
+        source, target = self.src_3d, self.target_3d
+        if target.pp_degree <= source.pp_degree and target.tp_degree <= source.tp_degree:
+            return
+        file = self.get_files_for_rank(pp_index, tp_index, 0)[0]
+        inner = load_torch(Path(file)).get(k.OPTIMIZER_STATE_DICT, {})
+        names = [name for group in inner.get(k.PARAM_SLICE_MAPPINGS) or () for name in group]
+        raise CheckpointError(
+            describe(
+                f"the optimizer state of {names[0] if names else 'the parameters'} in {file} lies in a flat shard, "
+                "which cannot be cut for more ranks",
+                expected=f"at most {source.get_desc()}",
+                found=target.get_desc(),
+                fix="`zeropipe ckpt convert --tp N` for tensor parallelism; a pipeline engine loads at any size",
+            )
+        )
 
     def print_3d_index_map(self, tag: str | None = None) -> None:
         """Log which source files each target rank takes."""
@@ -121,6 +142,7 @@ class ZeROCheckpoint:
 
     def _load(self, index: int, keys_to_ignore: Sequence[str]) -> dict[str, Any]:
         state = dict(load_torch(Path(self.file_list[index])))
+        state.pop(OURS, None)  # it describes one rank's file
         inner = dict(state.get(k.OPTIMIZER_STATE_DICT, {}))
         for key in keys_to_ignore:
             inner.pop(key, None)
@@ -170,6 +192,21 @@ class ZeROCheckpoint:
                 fix="load it with engine.load_checkpoint, or `zeropipe ckpt convert` it",
             )
         )
+
+
+def _end_to_end(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    """Two ranks' states as one: their flat tensors end to end, the addresses in them moved along."""
+    a, b = dict(left[k.OPTIMIZER_STATE_DICT]), dict(right[k.OPTIMIZER_STATE_DICT])
+    mine, theirs = a.pop(k.PARAM_SLICE_MAPPINGS, None), b.pop(k.PARAM_SLICE_MAPPINGS, None)
+    merged = merge_state(left | {k.OPTIMIZER_STATE_DICT: a}, right | {k.OPTIMIZER_STATE_DICT: b})
+    # Slices of one tensor lie apart then, so there is no address for it.
+    if mine and theirs and not any(x.keys() & y.keys() for x, y in zip(mine, theirs, strict=False)):
+        sizes = [t.numel() for t in a[k.SINGLE_PARTITION_OF_FP32_GROUPS]]
+        merged[k.OPTIMIZER_STATE_DICT][k.PARAM_SLICE_MAPPINGS] = [
+            dict(x) | {name: FragmentAddress(at.numel, at.start + size) for name, at in y.items()}
+            for x, y, size in zip(mine, theirs, sizes, strict=True)
+        ]
+    return merged
 
 
 def _full_size(shard: torch.Tensor, tensors: dict[str, Any], padding: int) -> int:
