@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+from math import inf
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from zeropipe.errors import ConfigError, ScheduleError, ZeropipeError, describe
+
+if TYPE_CHECKING:
+    from zeropipe.runtime.pipe.simulate import Costs, Simulation
+
+_BEST_CHUNKS = 4
+_MOST_STEPS = 2**14  # a few seconds: schedules that are played out take longer than linear time
+_MOST_CELLS = 1024  # of a rank's line
 
 app = typer.Typer(help="Pipeline schedules: plan, compare, draw.", no_args_is_help=True)
 
@@ -81,9 +90,15 @@ def _plan(
     print_text: bool,
 ) -> None:
     from zeropipe.runtime.pipe import schedule as schedules
-    from zeropipe.runtime.pipe.grid_text import chrome_trace, text_grid
     from zeropipe.runtime.pipe.simulate import Costs, simulate
 
+    for option, value in (("--memory", memory), ("--activation-bytes", activation_bytes)):
+        if value is not None and not value >= 0:  # neither is nan
+            raise ConfigError(describe(option, expected="a number that is not negative", found=value))
+    for kind, path in files.items():
+        if path is not None and kind != "trace" and path.suffix.lower() != f".{kind}":
+            raise ConfigError(describe(f"--{kind}", expected=f"a file that ends in .{kind}", found=path))
+    _check_size(ranks, micro_batches, max(chunks or 1, _BEST_CHUNKS if best else 1))
     measured = costs_text.endswith(".json")
     costs = Costs.from_mapping(_read_json(Path(costs_text))) if measured else Costs.parse(costs_text)
     if best:
@@ -91,36 +106,65 @@ def _plan(
             raise ConfigError(
                 describe("--best compares several cuts of the model", fix="give --costs as numbers")
             )
-        plans = schedules.choose(ranks, micro_batches, float("inf") if memory is None else memory, costs)
-        if not plans:
-            raise ScheduleError(
-                describe(
-                    "no schedule fits the memory limit",
-                    expected=f"activations of at most {memory} micro-batches",
-                    fix="raise --memory, recompute activations, or use smaller micro-batches",
-                )
-            )
-        typer.echo("schedule         chunks   time     bubble   peak activations")
-        for one in plans:
-            v = one.schedule.num_stages // ranks
-            typer.echo(
-                f"{one.schedule.name:<16} {v:>6} {one.makespan:>8.4g} {one.bubble:>9.4f}   {one.peak:.4g}"
-            )
-        return
-    wanted = Path(name).read_text() if Path(name).suffix and Path(name).is_file() else name
-    v = chunks or schedules.default_chunks(wanted)
-    share = costs if measured else schedules.split_costs(costs, v)
-    made = schedules.make_schedule(wanted, ranks, micro_batches, chunks, share.steps())
-    result = simulate(made, share)
+        result = _best(ranks, micro_batches, inf if memory is None else memory, costs)
+    else:
+        given = Path(name)
+        wanted = _read_text(given) if given.suffix and given.exists() else name
+        share = (
+            costs if measured else schedules.split_costs(costs, chunks or schedules.default_chunks(wanted))
+        )
+        made = schedules.make_schedule(wanted, ranks, micro_batches, chunks, share.steps())
+        _check_size(made.num_ranks, made.micro_batches, made.num_stages // made.num_ranks)
+        result = simulate(made, share.checked(made.num_stages))
     if print_text:
-        typer.echo(str(made), nl=False)
-        return
-    steps = [e.end - e.start for e in result.events if e.end > e.start]
-    title = (
-        f"{made.name}: {made.num_ranks} ranks, {made.micro_batches} micro-batches, {v} stage(s) a rank; "
-        f"bubble {result.bubble:.4f}, peak activations {result.peak:.4g}"
-    )
-    typer.echo(text_grid(result.events, made.num_ranks, unit=min(steps)))
+        typer.echo(str(result.schedule), nl=False)
+    elif not best:
+        _show(result, activation_bytes)
+    _write(result, files, quiet=print_text)
+
+
+def _check_size(ranks: int, micro_batches: int, chunks: int) -> None:
+    steps = ranks * micro_batches * chunks
+    if min(ranks, micro_batches, chunks) > 0 and steps > _MOST_STEPS:
+        raise ConfigError(
+            describe(
+                "this schedule is too large to be played out here",
+                expected=f"at most {_MOST_STEPS:,} ranks x micro-batches x chunks",
+                found=f"{steps:,}",
+                fix="the figures hardly change beyond four micro-batches a rank: plan with fewer",
+            )
+        )
+
+
+def _best(ranks: int, micro_batches: int, memory: float, costs: Costs) -> Simulation:
+    """Print every plan that fits; the quickest."""
+    from zeropipe.runtime.pipe import schedule as schedules
+
+    plans = schedules.choose(ranks, micro_batches, memory, costs, range(1, _BEST_CHUNKS + 1))
+    if not plans:
+        raise ScheduleError(
+            describe(
+                "no schedule fits the memory limit",
+                expected=f"activations of at most {memory:g} micro-batches",
+                fix="raise --memory, recompute activations, or use smaller micro-batches",
+            )
+        )
+    typer.echo("schedule         chunks   time     bubble   peak activations")
+    for one in plans:
+        v = one.schedule.num_stages // ranks
+        typer.echo(f"{one.schedule.name:<16} {v:>6} {one.makespan:>8.4g} {one.bubble:>9.4f}   {one.peak:.4g}")
+    return plans[0]
+
+
+def _show(result: Simulation, activation_bytes: float | None) -> None:
+    from zeropipe.runtime.pipe.grid_text import text_grid
+
+    made = result.schedule
+    # Steps that are short beside the rest share a cell, else one long step would fill the screen.
+    shortest = min(e.end - e.start for e in result.events if e.end > e.start)
+    unit = max(shortest, result.makespan / _MOST_CELLS)
+    columns = shutil.get_terminal_size((120, 24)).columns
+    typer.echo(text_grid(result.events, made.num_ranks, unit=unit, columns=columns))
     typer.echo(
         f"\ntime {result.makespan:.6g}   bubble {result.bubble:.4f} (idle over ideal)   peak {result.peak:.4g}"
     )
@@ -128,22 +172,47 @@ def _plan(
         bytes_text = "" if activation_bytes is None else f", {peak * activation_bytes / 2**20:,.1f} MiB"
         owned = ",".join(map(str, made.stages_of(rank)))
         typer.echo(f"rank {rank}: stages {owned}; peak activations {peak:.4g} micro-batches{bytes_text}")
+
+
+def _write(result: Simulation, files: dict[str, Path | None], quiet: bool) -> None:
+    from zeropipe.runtime.pipe.grid_text import chrome_trace
+
+    made = result.schedule
+    title = (
+        f"{made.name}: {made.num_ranks} ranks, {made.micro_batches} micro-batches, "
+        f"{made.num_stages // made.num_ranks} stage(s) a rank; "
+        f"bubble {result.bubble:.4f}, peak activations {result.peak:.4g}"
+    )
     for kind, path in files.items():
         if path is None:
             continue
-        if kind == "trace":
-            path.write_text(chrome_trace(result.events, made.num_ranks))
-        else:
-            from zeropipe.runtime.pipe.picture import draw
+        try:
+            if kind == "trace":
+                path.write_text(chrome_trace(result.events, made.num_ranks))
+            else:
+                from zeropipe.runtime.pipe.picture import draw
 
-            draw(result.events, made.num_ranks, path, title)
-        typer.echo(f"wrote {path}")
+                draw(result.events, made.num_ranks, path, title)
+        except OSError as error:
+            raise ConfigError(
+                describe(f"cannot write {path}", found=error.strerror or str(error), fix="name another file")
+            ) from error
+        typer.echo(f"wrote {path}", err=quiet)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            describe(f"cannot read {path}", found=str(error), fix="give a text file")
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, object]:
     try:
-        data = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        data = json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(describe(f"cannot read the cost profile {path}", found=str(error))) from error
     if not isinstance(data, dict):
         raise ConfigError(describe(f"the cost profile {path} is not an object", found=type(data).__name__))

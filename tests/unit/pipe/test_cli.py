@@ -70,3 +70,79 @@ def test_mistakes_are_one_line(words, found):
     assert result.exit_code == 1
     assert found in result.output
     assert "Traceback" not in result.output
+
+
+BAD_PROFILES = [
+    '{"forward": ["x"]}',
+    '{"forward": [1, 2, 3]}',
+    '{"forward": []}',
+    '{"forward": NaN}',
+    "[]",
+    "{",
+    "\udcff",
+]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--stages", n] for n in ("0", "-3", "100000000")),
+        *(["--micro-batches", n] for n in ("0", "-1", "100000000")),
+        *(["--schedule", "interleaved", "--chunks", n] for n in ("0", "-1", "1000000")),
+        *(["--costs", text] for text in ("", "0,0,0", "nan,1,1", "inf,1,1", "-1,1,1", "1,1,1,1,1", "a,b,c")),
+        *(["--schedule", text] for text in ("", ",", "folder.csv", "binary.csv", "empty.csv", "0F0,0F0")),
+        *(["--memory", n] for n in ("-1", "nan")),
+        ["--activation-bytes", "nan"],
+        ["--best", "--stages", "0"],
+        ["--best", "--costs", "profile0.json"],
+        *(["--costs", f"profile{i}.json"] for i in range(len(BAD_PROFILES))),
+        *([flag, path] for flag in ("--png", "--svg", "--trace") for path in ("none/x.png", "folder.csv")),
+        ["--svg", "x.png"],
+        ["--best", "--trace", "none/x.json"],
+    ],
+    ids=" ".join,
+)
+def test_no_argument_ends_in_a_traceback(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe")
+    (tmp_path / "empty.csv").touch()
+    for i, text in enumerate(BAD_PROFILES):
+        (tmp_path / f"profile{i}.json").write_bytes(text.encode(errors="surrogateescape"))
+    result = _plan(*words)
+    assert result.exit_code == 1
+    assert result.output.startswith("zeropipe: ") or "\nzeropipe: " in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_best_draws_the_best(tmp_path):
+    """It printed the table, and no picture."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "best.png"
+    result = _plan("--best", "--memory", "4", "--png", str(path))
+    assert result.exit_code == 0
+    assert path.stat().st_size > 10_000
+    assert f"wrote {path}" in result.output
+
+
+def test_the_grid_wraps_at_the_width_of_the_terminal(monkeypatch):
+    whole = _plan("--schedule", "zbv", "--micro-batches", "32").output
+    for columns in ("20", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        grid = _plan("--schedule", "zbv", "--micro-batches", "32").output.split("\ntime ")[0]
+        assert max(map(len, grid.splitlines())) <= int(columns)
+        rows: dict[str, list[str]] = {}
+        for line in filter(None, grid.splitlines()):
+            rank, _, cells = line.partition(" | ")
+            rows.setdefault(rank, []).extend(cells.split())
+        assert len(rows) == 4
+        assert rows["0"].count("F31") == 1
+        assert [c for c in rows["3"] if c != "."] == [
+            c for line in whole.splitlines() if line.startswith("3 | ") for c in line[4:].split() if c != "."
+        ]
+
+
+def test_one_long_step_does_not_fill_the_screen():
+    result = _plan("--costs", "1e-9,1,1", "--stages", "2", "--micro-batches", "2")
+    assert result.exit_code == 0
+    assert len(result.output) < 30_000

@@ -17,11 +17,11 @@ NAMES = {
 }
 
 
-def text_grid(events: Sequence[Event], ranks: int, unit: float = 1.0) -> str:
+def text_grid(events: Sequence[Event], ranks: int, unit: float = 1.0, columns: int | None = None) -> str:
     """One line for each rank, one cell for each ``unit`` of time: ``F3`` is a forward of micro-batch 3.
 
     A step longer than one cell goes on as dashes; a later chunk of the rank is marked by an apostrophe for each
-    chunk before it; dots are idle.
+    chunk before it; dots are idle. A run that is wider than ``columns`` characters goes on below, like text.
     """
     computed = [e for e in events if e.step.op in COMPUTE]
     begin = min((e.start for e in computed), default=0.0)
@@ -40,10 +40,13 @@ def text_grid(events: Sequence[Event], ranks: int, unit: float = 1.0) -> str:
         length = max(length, last)
     width = max((len(label) for line in cells for label in line.values()), default=1)
     head = len(str(ranks - 1))
-    return "\n".join(
-        f"{rank:>{head}} | " + " ".join(line.get(at, ".").ljust(width) for at in range(length)).rstrip()
-        for rank, line in enumerate(cells)
-    )
+    fit = max(length, 1) if columns is None else max(1, (columns - head - len(" | ") + 1) // (width + 1))
+    blocks = []
+    for start in range(0, max(length, 1), fit):
+        places = range(start, min(start + fit, length))
+        rows = (" ".join(line.get(at, ".").ljust(width) for at in places).rstrip() for line in cells)
+        blocks.append("\n".join(f"{rank:>{head}} | {row}" for rank, row in enumerate(rows)))
+    return "\n\n".join(blocks)
 
 
 def chrome_trace(events: Sequence[Event], ranks: int, microseconds: float = 1000.0) -> str:

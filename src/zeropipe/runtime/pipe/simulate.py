@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from zeropipe.errors import ScheduleError, describe
@@ -37,15 +38,41 @@ class Costs:
             parts = [float(word) for word in text.split(",")]
             forward, backward, weight = parts[:3]
             transfer = parts[3] if len(parts) == 4 else 0.0
-            if len(parts) > 4 or min(parts) < 0:
+            if len(parts) > 4:
                 raise ValueError(text)
         except ValueError as error:
             raise ScheduleError(
-                describe(
-                    "cannot read the costs", expected="F,B,W or F,B,W,comm, none negative", found=repr(text)
-                )
+                describe("cannot read the costs", expected="F,B,W or F,B,W,comm", found=repr(text))
             ) from error
-        return cls((forward,), (backward,), (weight,), transfer)
+        return cls((forward,), (backward,), (weight,), transfer).checked()
+
+    def checked(self, stages: int | None = None) -> Costs:
+        """These costs; raises ScheduleError for what no time can be, or for another number of ``stages``."""
+        times = {
+            "forward": self.forward,
+            "backward_input": self.backward_input,
+            "backward_weight": self.backward_weight,
+            "activation": self.activation or (1.0,),
+        }
+        single = [self.transfer, self.unshard, self.reduce]
+        for name, values in (*times.items(), ("transfer, unshard, reduce", single)):
+            if not all(0 <= value < inf for value in values):
+                raise ScheduleError(
+                    describe(f"cost {name}", expected="finite numbers, none negative", found=list(values))
+                )
+            if values is not single and len(values) not in (1, stages or len(values)):
+                raise ScheduleError(
+                    describe(
+                        f"cost {name}",
+                        expected=f"one number, or one for each of {stages} stages",
+                        found=list(values),
+                    )
+                )
+        if not sum(self.forward + self.backward_input + self.backward_weight):
+            raise ScheduleError(
+                describe("every step costs nothing", expected="a forward or backward above 0")
+            )
+        return self
 
     @classmethod
     def of_steps(cls, costs: StepCosts) -> Costs:
@@ -72,13 +99,17 @@ class Costs:
                     f"unknown key in the cost profile: {wrong[0]!r}", expected=f"some of {sorted(known)}"
                 )
             )
-        values: dict[str, Any] = {
-            key: tuple(map(float, value if isinstance(value, Sequence) else [value]))
-            if key in lists
-            else float(value)
-            for key, value in data.items()
-        }
-        return cls(**values)
+        values: dict[str, Any] = {}
+        for key, value in data.items():
+            many = key in lists and isinstance(value, list) and value
+            try:
+                numbers = tuple(map(float, value if many else [value]))
+            except (TypeError, ValueError) as error:
+                raise ScheduleError(
+                    describe(f"cost {key!r} of the profile", expected="numbers", found=repr(value))
+                ) from error
+            values[key] = numbers if key in lists else numbers[0]
+        return cls(**values).checked()
 
     def of(self, step: Instruction) -> float:
         """How long ``step`` keeps its rank busy."""
