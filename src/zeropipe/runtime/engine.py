@@ -33,6 +33,7 @@ from zeropipe.runtime.mixed_inputs import MixedInputs
 from zeropipe.runtime.placement import DTYPES
 from zeropipe.runtime.scaling import Scaling
 from zeropipe.runtime.zero.optimizer import ZeroOptimizer
+from zeropipe.runtime.zero.row_norms import RowNorms
 from zeropipe.runtime.zero.sharded_model import ShardedModel
 
 
@@ -75,9 +76,13 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         self._sharded = parts.sharded
         self._mixed = parts.mixed
         self._told: set[str] = set()
+        self._rows: RowNorms | None = None
         self._scaling = Scaling(lambda: self.loss_scale, self.gradient_accumulation_steps)
         if self.optimizer is not None:
             self.optimizer.reducer.missing_factor = self._scaling.missing
+            if self._sharded is None:
+                self._rows = RowNorms(parts.module, parts.group)
+                self.optimizer.reducer.at_boundary = self._rows.join
         self._passes = 0  # of the reducer, when the current micro-step began
         self._report = Reporter(parts.config, parts.clock, parts.device, first=self._first_rank)
         self.train(parts.module.training)
@@ -257,6 +262,8 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         """Remove every hook and buffer; the module works on as a plain module. May be called again."""
         if self.optimizer is not None:
             self.optimizer.destroy()
+        if self._rows is not None:
+            self._rows.remove_hooks()
         if self._sharded is not None:
             self._sharded.destroy()
             self._sharded = None

@@ -83,6 +83,7 @@ class Reducer:
         self.keeps_own: Callable[[], bool] = lambda: False
         # What gradients that nobody scaled for this optimizer must be multiplied by; asked as a pass begins.
         self.missing_factor: Callable[[], float] = lambda: 1.0
+        self.at_boundary: Callable[[], None] = _nothing  # collective; called once the window is reduced
         self.stores: list[AnyStore] = []
         self.passes = 0  # finished ones, ever
         self._reduced_passes = 0  # of them
@@ -219,6 +220,7 @@ class Reducer:
         if self._apart:
             self._apart = False
             self._average_replicas()
+        self.at_boundary()
 
     def _average_replicas(self) -> None:
         """Average each shard over its replicas. Averaged terms and new ones may be mixed: the former are alike."""
@@ -373,6 +375,10 @@ class Reducer:
         broadcast(order, 0, store.partition.group, label="order of gradients")
         self._learned = tuple(keys[place] for place in order.tolist() if place >= 0)
         self._order = []
+
+
+def _nothing() -> None:
+    """What most models need at a boundary."""
 
 
 def _in_backward() -> bool:
