@@ -19,7 +19,7 @@ from zeropipe.runtime.placement import DTYPES, Dtypes
 from zeropipe.runtime.zero.leaf import leaf_modules
 from zeropipe.runtime.zero.offload import check_folders
 from zeropipe.runtime.zero.own_gradients import Communicates
-from zeropipe.runtime.zero.param import is_sharded, zero_param
+from zeropipe.runtime.zero.param import is_sharded, is_trained
 from zeropipe.runtime.zero.policy import AUTO_BUCKET_NUMEL, AUTO_SUB_GROUP_NUMEL, Place, Policy
 from zeropipe.runtime.zero.replication import Replication, replicated, shard_size, with_hops
 from zeropipe.runtime.zero.sharded_model import ShardedModel, Sharding
@@ -336,8 +336,7 @@ def check_params(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> N
                     f"{where} holds a parameter of shape {tuple(param.shape)} that the model does not have. "
                     "Fix: build the optimizer from this model's parameters()"
                 )
-            known = zero_param(param)
-            if known is not None and (known.partition is not None or known.shards is None):
+            if is_trained(param):
                 raise UsageError(
                     f"{where} holds '{names[param]}', which another engine trains. Fix: call destroy() on that "
                     "engine first, or give each engine parameters of its own"

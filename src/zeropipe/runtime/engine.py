@@ -35,6 +35,7 @@ from zeropipe.runtime.scaling import Scaling
 from zeropipe.runtime.zero.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.row_norms import RowNorms
 from zeropipe.runtime.zero.sharded_model import ShardedModel
+from zeropipe.runtime.zero.whole_edits import forget_whole, know_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         self._group = parts.group
         self._sharded = parts.sharded
         self._mixed = parts.mixed
+        know_whole(self.module, self._group)
         self._told: set[str] = set()
         self._rows: RowNorms | None = None
         self._scaling = Scaling(lambda: self.loss_scale, self.gradient_accumulation_steps)
@@ -267,6 +269,7 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         if self._sharded is not None:
             self._sharded.destroy()
             self._sharded = None
+        forget_whole(self.module)
         if self._mixed is not None:
             self._mixed.remove()
             self._mixed = None

@@ -12,7 +12,7 @@ from zeropipe.comm.collectives import all_reduce, broadcast
 from zeropipe.comm.group import Group
 from zeropipe.config.schema import Config
 from zeropipe.errors import UsageError
-from zeropipe.runtime.zero.param import is_sharded, zero_param
+from zeropipe.runtime.zero.param import is_sharded, is_trained
 from zeropipe.tensor.dtypes import HALVES, buffers_of_weights, free_tensors, was_prepared, working_dtypes
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -90,7 +90,7 @@ def place_module(module: torch.nn.Module, device: torch.device, dtypes: Dtypes) 
                 "model.to_empty(device=...) and initialize it"
             )
         placed = tensor.to(device, grads.get(tensor) or dtypes.of(tensor))
-        if placed is not tensor and isinstance(tensor, torch.nn.Parameter) and zero_param(tensor) is not None:
+        if placed is not tensor and is_trained(tensor):
             raise UsageError(
                 f"initialize: another engine trains this module in {tensor.dtype} on {tensor.device}, and this one "
                 f"would make it {placed.dtype} on {placed.device}. Fix: use the same precision, or destroy() that "
@@ -104,8 +104,7 @@ def place_module(module: torch.nn.Module, device: torch.device, dtypes: Dtypes) 
 def synchronize_module(module: torch.nn.Module, group: Group) -> None:
     """Give every rank rank 0's value of what no partition has broadcast: buffers and untrained parameters."""
     for tensor in (*module.parameters(), *module.buffers()):
-        trained = isinstance(tensor, torch.nn.Parameter) and zero_param(tensor) is not None
-        if trained or is_sharded(tensor) or tensor.numel() == 0:
+        if is_trained(tensor) or is_sharded(tensor) or tensor.numel() == 0:
             continue
         data = tensor.detach()
         whole = data.contiguous()

@@ -28,7 +28,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from zeropipe.errors import UsageError, describe
-from zeropipe.runtime.zero.param import zero_param
+from zeropipe.runtime.zero.param import is_trained
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -159,23 +159,19 @@ def _take_off(grad: torch.Tensor) -> torch.Tensor:
 
 def _leads_to_engine(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is, or was computed from, a parameter that an engine trains."""
-    if _is_trained(tensor):
+    if is_trained(tensor):
         return True
     found, waiting = set(), [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in found:
             continue
-        if _is_trained(getattr(node, "variable", None)):
+        variable = getattr(node, "variable", None)
+        if variable is not None and is_trained(variable):
             return True
         found.add(node)
         waiting.extend(following for following, _ in node.next_functions)
     return False
-
-
-def _is_trained(tensor: torch.Tensor | None) -> bool:
-    known = None if tensor is None else zero_param(tensor)
-    return known is not None and known.partition is not None
 
 
 class _Mark(torch.autograd.Function):

@@ -30,6 +30,7 @@ from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.sharded_parameter import mark_available
 from zeropipe.runtime.zero.shards import GATHER, Shards
 from zeropipe.runtime.zero.status import ZeroParamStatus
+from zeropipe.runtime.zero.whole_edits import WholeEdits, holders
 
 _SAME, _EDITED, _MISSHAPEN = 0, 1, 2  # what the modifier rank says of each parameter
 Params = torch.nn.Parameter | torch.nn.Module | Iterable[torch.nn.Parameter | None] | None
@@ -93,7 +94,9 @@ class GatheredParameters:
         enabled: False makes it do nothing.
 
     The fp32 master of an element that was not edited keeps its bits. After an exception in the body nothing is
-    written. Contexts nest; of the same parameter the outermost one frees it.
+    written. Where every rank holds a parameter of an engine whole (stages 0 to 2, frozen ones) nothing is gathered,
+    but the modifier's values reach all ranks and the masters as well. Contexts nest; of the same parameter the
+    outermost one frees it.
 
     Raises:
         UsageError: on exit, naming the parameter: it was edited without a modifier rank (the other ranks raise
@@ -110,8 +113,11 @@ class GatheredParameters:
     ) -> None:
         self.enabled = enabled
         self.modifier_rank = modifier_rank
-        self.params = _sharded(params) if enabled else []
-        self._entered: list[list[_Held]] = []
+        given = _given(params) if enabled else []
+        self.params = [param for param in given if shards_of(param) is not None]
+        edited = [] if modifier_rank is None else given
+        self._whole = [param for param in edited if holders(param) is not None]
+        self._entered: list[tuple[list[_Held], WholeEdits]] = []
         if fwd_module is not None:
             own = {id(param) for param in fwd_module.parameters()}
             for param in self.params:
@@ -126,23 +132,26 @@ class GatheredParameters:
             shards.start_gather()
         for _, shards in found:
             shards.finish_gather()
-        self._entered.append([self._hold(param, shards) for param, shards in found])
+        held = [self._hold(param, shards) for param, shards in found]
+        self._entered.append((held, WholeEdits(self._whole, self._source)))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        held = self._entered.pop()
+        held, whole = self._entered.pop()
         for one in held:
             one.shards.contexts -= 1
             one.shards.holds -= 1
         try:
             if error is not None:
+                whole.restore()
                 self._fail(held, error)
             elif self.modifier_rank is None:
                 self._check(held)
             else:
                 self._spread(held)
+                whole.spread()
         finally:
             for one in held:
                 if one.param.requires_grad and in_backward():
@@ -273,18 +282,14 @@ def _of(param: torch.nn.Parameter) -> Shards:
     return shards
 
 
-def _sharded(params: Any) -> list[torch.nn.Parameter]:
-    """Every sharded parameter of ``params``, once, in order."""
+def _given(params: Any) -> list[torch.nn.Parameter]:
+    """Every parameter of ``params``, once, in order."""
     if params is None:
         return []
     if isinstance(params, torch.nn.Module):
         params = params.parameters()
     given: list[Any] = [params] if isinstance(params, torch.Tensor) else list(params)
-    found: dict[int, torch.nn.Parameter] = {}
-    for param in given:
-        if param is not None and shards_of(param) is not None:
-            found.setdefault(id(param), param)
-    return list(found.values())
+    return list({id(param): param for param in given if param is not None}.values())
 
 
 def _in_graph(param: torch.nn.Parameter, edge: Any, references: int) -> bool:

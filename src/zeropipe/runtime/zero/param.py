@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from zeropipe.comm.group import Group
     from zeropipe.runtime.zero.partition import Partition
     from zeropipe.runtime.zero.sharded_partition import ShardedPartition
     from zeropipe.runtime.zero.shards import Shards
@@ -24,6 +25,7 @@ class ZeroParam:
     partition: Partition | ShardedPartition | None = None
     index: int = 0  # in partition.params
     shards: Shards | None = None
+    group: Group | None = None  # the ranks that hold it whole, where no optimizer trains it
 
 
 def zero_param(param: torch.Tensor) -> ZeroParam | None:
@@ -35,6 +37,12 @@ def shards_of(param: torch.Tensor) -> Shards | None:
     """The parameter's shards; None where its value is whole on each rank."""
     zp = getattr(param, "_zero", None)
     return None if zp is None else zp.shards
+
+
+def is_trained(param: torch.Tensor) -> bool:
+    """Whether an engine's optimizer has it."""
+    zp = getattr(param, "_zero", None)
+    return zp is not None and zp.partition is not None
 
 
 def is_sharded(param: torch.Tensor) -> bool:
