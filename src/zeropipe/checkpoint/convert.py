@@ -22,7 +22,7 @@ from zeropipe.checkpoint.ownership import cannot_write, discard
 from zeropipe.checkpoint.parallel import Place, seen_from
 from zeropipe.checkpoint.reader import Reader
 from zeropipe.checkpoint.source import Source, value_key
-from zeropipe.checkpoint.state import FP32, PARAM, FlatState, Grid, LocalState, ModelState
+from zeropipe.checkpoint.state import COMPUTED, FP32, PARAM, FlatState, Grid, LocalState, ModelState
 from zeropipe.checkpoint.tags import check_tag
 from zeropipe.checkpoint.writer import collect, write
 from zeropipe.errors import CheckpointError, describe
@@ -217,18 +217,23 @@ def _model(source: Source, sharded: set[str], stage: int) -> ModelState:
     tensors: dict[str, torch.Tensor] = {}
     buffers: list[str] = []
     frozen: list[str] = []
+    computed: list[str] = []
+    rest = source.rest()
     for entry in source.module:
         if entry.kind == "frozen":
             frozen.append(entry.name)
         if entry.kind == "buffer":
             buffers.append(entry.name)
+        if entry.kind == COMPUTED:
+            computed.append(entry.name)
         if entry.name not in sharded:
             tensors.setdefault(entry.name, source.module_tensor(entry))
     specs: list[TensorSpec] = [s for e in source.flats if value_key(e) for s in e.layout.tensors]
-    rest = {s.name: s for s in specs if s.name not in sharded and s.name not in tensors}
-    if rest:
+    without = rest.hidden | sharded
+    lacking = {s.name: s for s in specs if s.name not in without and s.name not in tensors}
+    if lacking:
         dtype = getattr(torch, source.dtype)
-        made = {name: torch.empty(spec.shape, dtype=dtype) for name, spec in rest.items()}
+        made = {name: torch.empty(spec.shape, dtype=dtype) for name, spec in lacking.items()}
         Reader(source, LocalState(Grid(), 0, source.dtype, ModelState(made))).fill(optimizer=False)
         tensors |= made
     frozen += [s.name for e in source.flats if value_key(e) == PARAM for s in e.layout.tensors]
@@ -246,5 +251,9 @@ def _model(source: Source, sharded: set[str], stage: int) -> ModelState:
         tuple(dict.fromkeys(frozen)),
         tied,
         universal_info=None if source.universal_info is None else dict(source.universal_info),
+        extra=dict(rest.extra),
+        computed=tuple(dict.fromkeys(computed)),
+        hidden=tuple(sorted(rest.hidden)),
+        versions={key: dict(value) for key, value in (rest.versions or {}).items()},
         layers=tuple(layers),
     )

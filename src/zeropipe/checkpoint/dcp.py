@@ -27,9 +27,9 @@ from zeropipe.checkpoint.ownership import replacing
 from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.plain import lowered
 from zeropipe.checkpoint.source import Source, read_full
-from zeropipe.checkpoint.state import FP32, PARAM, TrainState
+from zeropipe.checkpoint.state import FP32, PARAM, ModuleRest, TrainState
 from zeropipe.checkpoint.weights import aliases, weights
-from zeropipe.checkpoint.words import training_back, training_words
+from zeropipe.checkpoint.words import rest_back, rest_words, training_back, training_words
 from zeropipe.comm.dcp import Key, Lazy, Stored, flatten, read_chunk, read_index, read_tensor, write
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
@@ -91,6 +91,9 @@ class DcpSource:
             {k: v for k, v in g.items() if k != "params"} | {"param_names": list(g.get("params", ()))}
             for g in self._groups
         )
+
+    def rest(self, tp_rank: int = 0) -> ModuleRest:
+        return rest_back(self._ours.get("module") or {}, {})
 
     def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
         if self._kept is None or self._kept[0] != (entry.name, key):
@@ -268,5 +271,6 @@ def _rest(source: Source, kinds: dict[str, str]) -> dict[str, Any]:
         "kinds": kinds,
         "train": {name: getattr(train, name) for name in counts},
         "words": words,
+        "module": rest_words(source.rest()),
         "per_rank": [source.train_state(rank).per_rank for rank in range(source.world)],
     }

@@ -21,7 +21,7 @@ from zeropipe.checkpoint.legacy_pipe import stage_orders
 from zeropipe.checkpoint.manifest import MANIFEST_NAME, FlatEntry, TensorEntry
 from zeropipe.checkpoint.source import Files, Source
 from zeropipe.checkpoint.stand_ins import LossScalerValues
-from zeropipe.checkpoint.state import FP32, PARAM, TrainState
+from zeropipe.checkpoint.state import FP32, PARAM, ModuleRest, TrainState
 from zeropipe.checkpoint.universal.patterns import rules_in
 from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError, describe
@@ -124,6 +124,24 @@ class PeerSource:
     @property
     def universal_info(self) -> Mapping[str, Any] | None:
         return rules_in(self._lead())
+
+    def rest(self, tp_rank: int = 0) -> ModuleRest:
+        extra: dict[str, Any] = {}
+        versions: dict[str, Any] | None = None
+        trees = [
+            (file, "")
+            for (_, mp_rank), file in self._models.items()
+            if mp_rank % self.degrees["tp"] == tp_rank
+        ]
+        trees += [(e.file, e.name.split(".", 1)[0] + ".") for e in self._layer_entries.values()]
+        for file, prefix in dict(trees).items():
+            tree = self.files[file]
+            tree = tree.get("module", tree) or {}
+            extra |= {prefix + key: v for key, v in tree.items() if not isinstance(v, torch.Tensor)}
+            found = getattr(tree, "_metadata", None)
+            if found is not None:
+                versions = (versions or {}) | {(prefix + key).rstrip("."): v for key, v in found.items()}
+        return ModuleRest(extra, versions)
 
     def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
         return self._tensors[(entry.name, key, shard, str(entry.mp_rank))]

@@ -30,7 +30,7 @@ class TensorEntry:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    kind: str  # "param", "frozen" or "buffer"
+    kind: str  # "param", "frozen", "buffer" or "computed" (by a hook)
     file: str
     mp_rank: int = 0
 

@@ -20,7 +20,7 @@ from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.numbers import Numbers
 from zeropipe.checkpoint.source import Source, read_full
-from zeropipe.checkpoint.state import TrainState
+from zeropipe.checkpoint.state import ModuleRest, TrainState
 from zeropipe.checkpoint.universal.patterns import Joining, Rule, join, joining_of, split
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
@@ -86,10 +86,14 @@ class _View:
         self.tied = source.tied
         self.universal_info = source.universal_info
         self.left_out = getattr(source, "left_out", "")
+        self._tp_rank = place.tp_rank
 
     @property
     def param_groups(self) -> tuple[dict[str, Any], ...]:
         return self._source.param_groups
+
+    def rest(self, tp_rank: int | None = None) -> ModuleRest:
+        return self._source.rest(self._tp_rank if tp_rank is None else tp_rank)
 
     def train_state(self, rank: int) -> TrainState:
         return self._source.train_state(rank)

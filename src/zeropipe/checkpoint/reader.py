@@ -11,8 +11,9 @@ import torch
 
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.numbers import Numbers
+from zeropipe.checkpoint.regions import Regions
 from zeropipe.checkpoint.source import Source, read_full, value_key
-from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LoadedFlat, LocalState
+from zeropipe.checkpoint.state import COMPUTED, FP32, PARAM, FlatState, LoadedFlat, LocalState
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.copy_plan import copies_of
 from zeropipe.layout.flat import FlatShards, Piece
@@ -52,6 +53,7 @@ class Reader:
             for alias, first in names.items():
                 self._aliases.setdefault(first, []).append(alias)
         self._numbers = Numbers(source)
+        self._regions = Regions(into.model.regions)  # the values of those are loaded by the modules' own code
         self._report = _Report()
         self._threads = int(getattr(source, "threads", 1))
 
@@ -73,7 +75,8 @@ class Reader:
         wanted |= {t.name for f in self._into.flats for t in f.layout.tensors}
         there = {*self._flats, *self._module}
         first_names = {self._source.tied.get(name, name) for name in wanted}
-        unexpected = tuple(sorted(there - wanted - first_names - set(self._source.tied)))
+        others = there - wanted - first_names - set(self._source.tied)
+        unexpected = tuple(sorted(name for name in others if self._regions.of(name) is None))
         return Filled(
             flats, tuple(dict.fromkeys(self._report.missing)), unexpected, tuple(self._report.notices)
         )
@@ -89,7 +92,7 @@ class Reader:
         entry = self._module_entry(name)
         flat = self._value_flat(name)
         own = str(out.dtype).removeprefix("torch.")
-        if entry is not None and (entry.dtype == own or flat is None):
+        if entry is not None and (entry.dtype == own or flat is None or entry.kind == COMPUTED):
             out.copy_(self._source.module_tensor(entry))
         elif flat is not None:
             self._copy_value(flat, self._first_name(name, self._flats), out)
@@ -148,6 +151,7 @@ class Reader:
         for (key, out), filled in zip(asked.items(), found, strict=True):
             lost = [n for n in names if n not in filled]
             if key in (FP32, PARAM):
+                lost = [n for n in lost if self._regions.of(n) is None]
                 self._report.missing += self._from_module(flat, lost, out)
             elif lost and filled:
                 self._report.notices.append(
@@ -186,9 +190,12 @@ class Reader:
         for index, spec in enumerate(layout.tensors):
             name = self._first_name(spec.name, self._flats)
             for entry in self._flats.get(name, ()):
+                tensor = entry.layout.index(name)
+                if not _fits(entry.layout.tensors[tensor].shape, spec.shape):
+                    continue  # in a region, where code may reshape; ``check_shapes`` has refused it elsewhere
                 source_key = value_key(entry) if key in (FP32, PARAM) else key
                 if source_key is not None and source_key in entry.keys:
-                    found[index] = (entry, source_key, entry.layout.index(name))
+                    found[index] = (entry, source_key, tensor)
                     break
         return found
 
@@ -231,9 +238,8 @@ class Reader:
         for flat in self._into.flats:
             wanted |= {t.name: t.shape for t in flat.layout.tensors}
         for name, shape in wanted.items():
-            for found in self._shapes_there(name):
-                # A scalar may have been stored as one element; anything else must match.
-                if found != shape and not (found in ((), (1,)) and shape in ((), (1,))):
+            for found in self._shapes_there(name) if self._regions.of(name) is None else ():
+                if not _fits(found, shape):
                     raise CheckpointError(
                         describe(
                             f"{name} in {self._source.folder} does not fit the model",
@@ -246,6 +252,11 @@ class Reader:
     def _shapes_there(self, name: str) -> list[tuple[int, ...]]:
         shapes = [e.shape for e in self._module.get(name, ())]
         return shapes + [e.layout.tensors[e.layout.index(name)].shape for e in self._flats.get(name, ())]
+
+
+def _fits(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """A scalar may have been stored as one element; anything else must match."""
+    return found == shape or (found in ((), (1,)) and shape in ((), (1,)))
 
 
 def _equal(a: object, b: object) -> bool:

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +18,13 @@ from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
 from zeropipe.checkpoint.files import THREADS, load_torch
 from zeropipe.checkpoint.manifest import FlatEntry, Manifest, TensorEntry
 from zeropipe.checkpoint.plain import decode, settle
-from zeropipe.checkpoint.state import FP32, PARAM, TrainState
+from zeropipe.checkpoint.state import FP32, PARAM, ModuleRest, TrainState
 from zeropipe.checkpoint.universal.patterns import rules_in
-from zeropipe.checkpoint.words import CLIENT, training_back
-from zeropipe.checkpoint.writer import CODE_FILE, OURS
+from zeropipe.checkpoint.words import CLIENT, rest_back, training_back
+from zeropipe.checkpoint.writer import CODE_FILE, OURS, code_file
 from zeropipe.errors import CheckpointError, describe
+
+_MODEL_FILE = re.compile(r"^(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt$")
 
 
 class Files:
@@ -60,6 +63,10 @@ class Source(Protocol):
     @property
     def universal_info(self) -> Mapping[str, Any] | None:
         """How slices of tensor-parallel ranks make a whole; None where the checkpoint does not say."""
+        ...
+
+    def rest(self, tp_rank: int = 0) -> ModuleRest:
+        """What the state dict held beside its tensors, on all pipeline stages of one tensor-parallel rank."""
         ...
 
     @property
@@ -106,6 +113,32 @@ class OurSource:
     @property
     def param_groups(self) -> tuple[dict[str, Any], ...]:
         return tuple(decode(self._lead()[OURS].get("param_groups") or [], "param_groups", self._code()))
+
+    def rest(self, tp_rank: int = 0) -> ModuleRest:
+        tp_degree = int(self.degrees.get("tp", 1))
+        extra: dict[str, Any] = {}
+        versions: dict[str, Any] | None = None
+        hidden: set[str] = set()
+        for mp_rank, name in self._model_files().items():
+            if mp_rank % tp_degree != tp_rank % tp_degree:
+                continue
+            tree = self.files[name]
+            plain = {k: v for k, v in (tree["module"] or {}).items() if not isinstance(v, torch.Tensor)}
+            found = rest_back(tree[OURS], plain, self._code(mp_rank))
+            extra |= found.extra
+            hidden |= found.hidden
+            if found.versions is not None:
+                versions = (versions or {}) | dict(found.versions)
+        return ModuleRest(extra, versions, frozenset(hidden))
+
+    def _model_files(self) -> dict[int, str]:
+        """Model-parallel rank -> the model file of its first data-parallel rank."""
+        found: dict[int, str] = {}
+        for record in self.manifest.files:
+            match = _MODEL_FILE.match(record.name)
+            if match:
+                found[int(match[1])] = record.name
+        return dict(sorted(found.items()))
 
     def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
         tensor = self._flat(entry, shard)["tensors"][key]
@@ -164,11 +197,12 @@ class OurSource:
             return ""
         return f"{CODE_FILE} holds objects that only running their code can restore; it was not opened"
 
-    def _code(self) -> Mapping[str, Any]:
+    def _code(self, mp_rank: int = 0) -> Mapping[str, Any]:
         """The objects that need code, by path; none unless the caller trusts the file."""
-        if not self._has(CODE_FILE) or not self.files.trust:
+        name = code_file(mp_rank)
+        if not self._has(name) or not self.files.trust:
             return {}
-        return dict(self.files[CODE_FILE].get(OURS) or {})
+        return dict(self.files[name].get(OURS) or {})
 
     def _flat(self, entry: FlatEntry, shard: int) -> Any:
         return self.files[entry.files[shard]][OURS]["flats"][entry.name]
@@ -178,18 +212,7 @@ class OurSource:
 
     def _lead(self) -> Any:
         """The model file of model-parallel rank 0, as its first data-parallel rank wrote it."""
-        names = sorted(r.name for r in self.manifest.files if r.name.endswith("_model_states.pt"))
-        firsts = [n for n in names if "mp_rank_00_" in n and (n[0] == "m" or n.startswith("zero_pp_rank_0_"))]
-        return self.files[firsts[0]]
-
-
-def pieces_of(source: Source, name: str, mp_rank: int | None = None) -> Iterator[FlatEntry]:
-    """The flats that hold (a part of) the tensor ``name``."""
-    for entry in source.flats:
-        if (mp_rank is None or entry.mp_rank == mp_rank) and any(
-            t.name == name for t in entry.layout.tensors
-        ):
-            yield entry
+        return self.files[self._model_files()[0]]
 
 
 def value_key(entry: FlatEntry) -> str | None:

@@ -16,6 +16,7 @@ import torch
 from zeropipe.layout.flat import FlatShards
 
 FP32 = "fp32"  # key of the fp32 master shard in FlatState.tensors
+COMPUTED = "computed"  # kind of a value that a hook of the module put into its state dict
 PARAM = "param"  # key of the shard of a parameter that has no master (frozen, stage 3)
 
 
@@ -76,8 +77,25 @@ class ModelState:
     extra: dict[str, Any] = field(default_factory=dict)  # non-tensor entries (get_extra_state)
     # DeepSpeed's name -> ours, where they differ: tied layers of pipelines. Only loads look at it.
     peer_names: dict[str, str] = field(default_factory=dict)
+    # Prefixes of the modules (with all below them) whose own code takes part in saving or loading. A load leaves their
+    # values to that code (``saved_module``); masters and moments are found by the parameters' names all the same.
+    regions: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()  # which of ``tensors`` are neither parameters nor buffers
+    hidden: tuple[str, ...] = ()  # parameters that are no keys of the state dict
+    versions: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # the state dict's metadata, if not version 1
     # Pipelines only: (layer, key in that layer's file, name in ``tensors``); such tensors go to files by layer.
     layers: tuple[tuple[int, str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRest:
+    """What a saved state dict held beside its tensors. ``versions``: None where the checkpoint does not say."""
+
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Mapping[str, Any]] | None = None
+    hidden: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

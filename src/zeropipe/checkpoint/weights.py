@@ -10,6 +10,7 @@ import torch
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.source import Source, read_full, value_key
+from zeropipe.checkpoint.state import COMPUTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype  # as stored
-    kind: str  # "param", "frozen", "buffer"
+    kind: str  # "param", "frozen", "buffer", "computed"
     source: Source
     flat: FlatEntry | None  # where its elements are; None: in the module
     entry: TensorEntry | None
@@ -47,16 +48,18 @@ def weights(source: Source, *, exclude_frozen: bool = False) -> Iterator[Weight]
     """
     source = joined(source)
     holders: dict[str, FlatEntry] = {}
+    hidden = source.rest().hidden
     for held in source.flats:
         if value_key(held) is not None:
             for spec in held.layout.tensors:
-                holders.setdefault(spec.name, held)
+                if spec.name not in hidden:
+                    holders.setdefault(spec.name, held)
     seen: set[str] = set()
     for entry in source.module:
         if entry.name in seen or (exclude_frozen and entry.kind == "frozen"):
             continue
         seen.add(entry.name)
-        flat = holders.get(entry.name)
+        flat = None if entry.kind == COMPUTED else holders.get(entry.name)
         dtype = getattr(torch, entry.dtype if flat is None else flat.keys[value_key(flat) or ""])
         yield Weight(entry.name, entry.shape, dtype, entry.kind, source, flat, entry)
     for name, holder in holders.items():

@@ -13,7 +13,7 @@ import torch
 from zeropipe.checkpoint import naming
 from zeropipe.checkpoint.plain import below, decode, encode
 from zeropipe.checkpoint.plain_kinds import name_of
-from zeropipe.checkpoint.state import FlatState, LocalState, ModelState, TrainState
+from zeropipe.checkpoint.state import FlatState, LocalState, ModelState, ModuleRest, TrainState
 from zeropipe.errors import describe
 
 CLIENT = "client_state"
@@ -39,8 +39,28 @@ def training_back(words: Mapping[str, Any], code: Mapping[str, Any]) -> dict[str
 
 
 def module_words(model: ModelState, code: dict[str, Any]) -> dict[str, Any]:
-    """What modules gave as their extra state, by its key in the state dict."""
-    return {key: encode(value, key, code) for key, value in model.extra.items()}
+    """As ``rest_words``, of a module that is saved; what needs code goes to ``code``."""
+    return {
+        "extra": {key: encode(value, key, code) for key, value in model.extra.items()},
+        "hidden": list(model.hidden),
+        "versions": encode(model.versions, "versions", {}),
+    }
+
+
+def rest_words(rest: ModuleRest) -> dict[str, Any]:
+    """What a state dict held beside its tensors, without what needs code."""
+    words: dict[str, Any] = {"extra": {key: encode(value, key, {}) for key, value in rest.extra.items()}}
+    words["hidden"] = sorted(rest.hidden)
+    return words if rest.versions is None else words | {"versions": encode(rest.versions, "versions", {})}
+
+
+def rest_back(
+    words: Mapping[str, Any], plain: Mapping[str, Any], code: Mapping[str, Any] | None = None
+) -> ModuleRest:
+    """Back from ``rest_words``; ``plain``: extra state that stands in the state dict itself."""
+    extra = {key: decode(value, key, code) for key, value in (words.get("extra") or {}).items()}
+    versions = decode(words["versions"]) if "versions" in words else None
+    return ModuleRest(dict(plain) | extra, versions, frozenset(words.get("hidden") or ()))
 
 
 def groups_words(local: LocalState, code: dict[str, Any]) -> list[Any]:

@@ -20,7 +20,7 @@ from zeropipe.checkpoint.naming import is_plain
 from zeropipe.checkpoint.peer_keys import model_keys, optimizer_keys, whole_optimizer
 from zeropipe.checkpoint.plain import lowered
 from zeropipe.checkpoint.snapshot import HostBuffers, snapshot
-from zeropipe.checkpoint.state import FlatState, LocalState
+from zeropipe.checkpoint.state import COMPUTED, FlatState, LocalState
 from zeropipe.checkpoint.utils import (
     get_model_ckpt_name_for_rank,
     get_zero3_model_ckpt_name_for_rank,
@@ -77,8 +77,8 @@ def collect(local: LocalState, *, copy: bool, buffers: HostBuffers | None = None
         trees[optim_name] = optimizer_keys(local) | {OURS: rank_state | {"flats": _flat_trees(mine)}}
         flats += [_entry(f, local, optim_name) for f in mine]
     code = objects(code, copy=copy)
-    if code and grid.rank == 0:
-        trees[CODE_FILE] = {OURS: code}
+    if code and grid.dp_rank == 0:
+        trees[code_file(grid.mp_rank)] = {OURS: code}
     part = Part(grid.rank, (), tuple(module), tuple(flats), local.model.tied, local.model.excluded, rank_file)
     # One by one: what two files hold of a storage differs, and each must hold no more than its own.
     host = {name: snapshot(tree, copy=copy, buffers=buffers) for name, tree in trees.items()}
@@ -98,6 +98,11 @@ def model_file(local: LocalState) -> str:
     if local.stage >= 3:
         return get_zero3_model_ckpt_name_for_rank("", local.grid.dp_rank, mp_rank)
     return get_model_ckpt_name_for_rank("", f"{mp_rank:02d}")
+
+
+def code_file(mp_rank: int) -> str:
+    """Where a model-parallel rank keeps what only code restores: the first one's holds the training's state too."""
+    return CODE_FILE if mp_rank == 0 else CODE_FILE.replace("states", f"mp_rank_{mp_rank:02d}_states")
 
 
 def layer_file(layer: int, tp_rank: int) -> str:
@@ -121,7 +126,7 @@ def _model_tree(local: LocalState, code: dict[str, Any], lead: bool) -> dict[str
     """The model file; only the first data-parallel rank's (``lead``) holds values."""
     train = local.train
     module: OrderedDict[str, Any] = OrderedDict()
-    extra = module_words(local.model, code) if lead else {}
+    of_module = module_words(local.model, code) if lead else {}
     if lead:
         module.update(local.model.tensors)
         for other, name in local.model.tied.items():
@@ -131,7 +136,7 @@ def _model_tree(local: LocalState, code: dict[str, Any], lead: bool) -> dict[str
     if local.stage >= 3:
         module.update({name: local.model.tensors[name] for name in local.model.buffers})
         # A strict load in DeepSpeed wants every name; it too keeps sharded parameters as empty tensors here.
-        held = [spec.name for flat in local.flats for spec in flat.layout.tensors]
+        held = [s.name for f in local.flats for s in f.layout.tensors if s.name not in local.model.hidden]
         for name in (*held, *local.model.tied):
             module.setdefault(name, torch.empty(0, dtype=getattr(torch, local.dtype)))
     tree = model_keys(local, module, lowered(train.lr_scheduler))
@@ -141,7 +146,7 @@ def _model_tree(local: LocalState, code: dict[str, Any], lead: bool) -> dict[str
         "micro_steps": train.micro_steps,
         "optimizer": local.optimizer_name,
         "param_groups": groups_words(local, code),
-        "extra": extra,
+        **of_module,
         **training_words(train, code),
     }
     return tree
@@ -184,6 +189,7 @@ def _layer_file_of(local: LocalState) -> dict[str, str]:
 def _module_entries(local: LocalState, file: str) -> list[TensorEntry]:
     model = local.model
     kinds = dict.fromkeys(model.frozen, "frozen") | dict.fromkeys(model.buffers, "buffer")
+    kinds |= dict.fromkeys(model.computed, COMPUTED)
     layer_files = _layer_file_of(local)
     return [
         TensorEntry(

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from zeropipe.checkpoint.loader import load, nothing_there
-from zeropipe.checkpoint.plain import settle
+from zeropipe.checkpoint.plain import Absent, settle
+from zeropipe.checkpoint.saved_module import saved_module
 from zeropipe.checkpoint.saver import Saver
-from zeropipe.checkpoint.source import Source, pieces_of, read_full, value_key
-from zeropipe.checkpoint.state import LoadedState
+from zeropipe.checkpoint.source import Source, read_full, value_key
+from zeropipe.checkpoint.state import LoadedState, ModelState
 from zeropipe.checkpoint.tags import latest_universal
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.checkpoint.words import look_through
@@ -23,6 +23,7 @@ from zeropipe.comm.collectives import all_gather_object
 from zeropipe.comm.group import Group, world
 from zeropipe.errors import CheckpointError, DesyncError, describe
 from zeropipe.runtime import engine_state as translate
+from zeropipe.runtime.module_state import Outcome, load_regions
 
 if TYPE_CHECKING:
     from zeropipe.runtime.engine import DeepSpeedEngine
@@ -113,9 +114,9 @@ class EngineCheckpoint:
         if name is None and engine._config.checkpoint.load_universal:
             name = latest_universal(Path(load_dir))
         with_optimizer = load_optimizer_states and not load_module_only
-        into = translate.local_state(engine, with_rng=False)
+        into = translate.local_state(engine, saving=False)
         if custom_load_fn is not None:
-            into = replace(into, model=replace(into.model, tensors={}))
+            into = replace(into, model=replace(into.model, tensors={}, regions=()))
         found = load(
             load_dir,
             name,
@@ -137,8 +138,12 @@ class EngineCheckpoint:
             if engine.optimizer is not None:
                 translate.masters_from_values(engine.optimizer)
         else:
-            self._check_names(loaded, load_module_strict)
+            if not into.model.regions:
+                self._check_names(loaded, load_module_strict)
             translate.show_loaded_shards(engine)
+            if into.model.regions:
+                loaded = self._load_regions(engine, loaded, source, into.model, load_module_strict)
+                self._check_names(loaded, load_module_strict)
         self._adopt(engine, loaded, with_optimizer, load_lr_scheduler_states and not load_module_only)
         if with_optimizer and engine.optimizer is not None and loaded.flats:
             self._say(
@@ -161,6 +166,44 @@ class EngineCheckpoint:
         """Raise on every rank alike what an asynchronous save has failed with; costs nothing without one."""
         if self._saver is not None:
             self._saver.raise_pending()
+
+    def _load_regions(
+        self, engine: DeepSpeedEngine, loaded: LoadedState, source: Source, model: ModelState, strict: bool
+    ) -> LoadedState:
+        """Let the modules that take part in loading do so; the masters follow what they make of the values."""
+        partitions = engine.optimizer.partitions if engine.optimizer is not None else ()
+        for partition in partitions:  # the masters were read: what no key stands for has its value from them
+            partition.publish()
+        fault = ""
+        outcome = Outcome()
+        try:
+            rest = source.rest()
+            values, lost = settle(dict(rest.extra))
+            dtypes = {
+                name: param.dtype for name, param in engine.module.named_parameters(remove_duplicate=False)
+            }
+            saved = saved_module(source, model, replace(rest, extra=values), dtypes)
+            outcome = load_regions(engine.module, model.regions, saved, rest.versions, strict)
+            self._tell(lost)
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}"
+        fault = fault or "; ".join(outcome.errors)
+        group = self._checkpoint_group()
+        for rank, text in zip(
+            group.ranks, all_gather_object(fault, group, label="modules loaded"), strict=True
+        ):
+            if text:
+                raise CheckpointError(
+                    describe(
+                        f"{loaded.path} does not go into the module: {text}",
+                        rank=rank,
+                        fix="the engine's state is mixed now: load another checkpoint before training on",
+                    )
+                )
+        for partition in partitions:
+            partition.take_edits(sure=True)
+        missing = (*loaded.missing, *outcome.missing)
+        return replace(loaded, missing=missing, unexpected=(*loaded.unexpected, *outcome.unexpected))
 
     def _adopt(self, engine: DeepSpeedEngine, loaded: LoadedState, optimizer: bool, schedule: bool) -> None:
         train = loaded.train
@@ -196,6 +239,11 @@ class EngineCheckpoint:
 
     def _settled(self, saved: Any, current: Any) -> Any:
         value, lost = settle(saved, current)
+        self._tell(lost)
+        return value
+
+    def _tell(self, lost: list[Absent]) -> None:
+        """Name what was not restored."""
         for absent in lost:
             self._say(
                 describe(
@@ -204,7 +252,6 @@ class EngineCheckpoint:
                     "imported; it stays as it is now",
                 )
             )
-        return value
 
     def _agreed(self, folder: Any, tag: str, refused: str) -> str:
         """The tag under which all ranks save. Raises on every rank alike what any of them has against the save."""
@@ -278,16 +325,21 @@ def _listed(names: Any, limit: int = 5) -> str:
     return (", ".join(names[:limit]) + more) if names else "nothing"
 
 
-def _whole_module(source: Source) -> dict[str, torch.Tensor]:
-    """The module's state dict, full tensors, as it was saved; tied names share a tensor."""
-    state = {entry.name: source.module_tensor(entry).clone() for entry in source.module}
+def _whole_module(source: Source) -> dict[str, Any]:
+    """The module's state dict, full tensors and extra state, as it was saved; tied names share a tensor."""
+    rest = source.rest()
+    state: OrderedDict[str, Any] = OrderedDict()
+    for entry in source.module:
+        state[entry.name] = source.module_tensor(entry).clone()
     for flat in source.flats:
         key = value_key(flat)
-        for spec in flat.layout.tensors:
-            if key is not None and spec.name not in state:
-                holder = next(pieces_of(source, spec.name))
-                state[spec.name] = read_full(source, holder, spec.name, key)
+        for spec in flat.layout.tensors if key is not None else ():
+            if spec.name not in state and spec.name not in rest.hidden:
+                state[spec.name] = read_full(source, flat, spec.name, key or "")
     for other, name in source.tied.items():
         if name in state:
             state[other] = state[name]
+    state.update(settle(dict(rest.extra))[0] or {})
+    if rest.versions is not None:
+        state._metadata = dict(rest.versions)  # type: ignore[attr-defined]
     return state

@@ -20,14 +20,13 @@ from zeropipe.checkpoint.state import (
     LoadedFlat,
     LoadedState,
     LocalState,
-    ModelState,
     TrainState,
 )
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.group import SELF, world
 from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.runtime.module_state import capture, destination
 from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
-from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.own_gradients import Communicates
 from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.partition import Partition
@@ -44,9 +43,9 @@ def local_state(
     client_state: Mapping[str, Any] | None = None,
     *,
     exclude_frozen: bool = False,
-    with_rng: bool = True,
+    saving: bool = True,
 ) -> LocalState:
-    """What this rank holds, by reference: nothing is copied."""
+    """What this rank holds, by reference: nothing is copied. ``saving=False``: only what a load fills in place."""
     optimizer = engine.optimizer
     stage = engine.zero_optimization_stage() if optimizer is not None else 0
     flats = [held.flat for held in optimizer_flats(optimizer)] if optimizer is not None else []
@@ -61,14 +60,14 @@ def local_state(
         stage=3 if any(PARAM in f.tensors for f in flats) else stage,
         dtype={"fp16": "float16", "bf16": "bfloat16"}.get(engine._config.precision, "float32"),
         model=replace(
-            model_state(engine.module, exclude_frozen),
+            capture(engine.module, exclude_frozen) if saving else destination(engine.module),
             universal_info=plain_info((client_state or {}).get(UNIVERSAL_CHECKPOINT_INFO))
             or info_of(engine.module),
         ),
         flats=tuple(flats),
         param_groups=tuple(groups),
         optimizer_name=engine.get_type() or "",
-        train=_train_state(engine, dict(client_state or {}), with_rng),
+        train=_train_state(engine, dict(client_state or {}), saving),
     )
 
 
@@ -89,60 +88,6 @@ def grid_of(engine: DeepSpeedEngine) -> Grid:
     if mpu is None:
         return Grid(group.rank, group.size, group.rank, group.size)
     return Grid(everyone.rank, everyone.size, group.rank, group.size, tp_rank, tp, pp_rank, pp)
-
-
-def model_state(module: torch.nn.Module, exclude_frozen: bool = False) -> ModelState:
-    """The module's own values; parameters that are sharded are left to the flats."""
-    params = dict(module.named_parameters())
-    first = {id(p): name for name, p in params.items()}
-    tensors: dict[str, torch.Tensor] = {}
-    tied: dict[str, str] = {}
-    extra: dict[str, Any] = {}
-    buffers: list[str] = []
-    excluded: list[str] = []
-    frozen = [name for name, p in params.items() if not p.requires_grad]
-    with torch.no_grad():
-        state = module.state_dict(keep_vars=True)
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            extra[name] = value
-            continue
-        # A tied parameter is saved under the first of its names, which is the one that the optimizer knows.
-        known = first.setdefault(id(value), name)
-        if known != name and known in state:
-            tied[name] = known
-            continue
-        if not isinstance(value, torch.nn.Parameter):
-            buffers.append(name)
-        elif not value.requires_grad and exclude_frozen:
-            excluded.append(name)
-            continue
-        elif shards_of(value) is not None:
-            continue
-        tensors[name] = value.detach()
-    rows = module.layer_tensors() if isinstance(module, PipelineModule) else ()
-    layers = [(layer, key, first.get(id(tensor), "")) for layer, key, tensor in rows]
-    in_files = tuple(row for row in layers if row[2] in tensors)
-    return ModelState(
-        tensors,
-        tuple(buffers),
-        tuple(frozen),
-        tied,
-        excluded=tuple(excluded),
-        extra=extra,
-        peer_names=_tied_names(module, first) if isinstance(module, PipelineModule) else {},
-        layers=in_files,
-    )
-
-
-def _tied_names(module: PipelineModule, first: Mapping[int, str]) -> dict[str, str]:
-    """DeepSpeed calls a tied layer's parameters ``tied_modules.KEY.NAME``."""
-    return {
-        f"tied_modules.{key}.{name}": first[id(param)]
-        for key, layer in module.tied_modules.items()
-        for name, param in layer.named_parameters()
-        if id(param) in first
-    }
 
 
 @dataclass(frozen=True, slots=True)

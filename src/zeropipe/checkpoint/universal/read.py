@@ -16,9 +16,9 @@ from zeropipe.checkpoint.legacy import KNOWN_KEYS
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.numbers import STEP
 from zeropipe.checkpoint.plain import decode
-from zeropipe.checkpoint.state import FP32, PARAM, TrainState
+from zeropipe.checkpoint.state import FP32, PARAM, ModuleRest, TrainState
 from zeropipe.checkpoint.universal.patterns import rules_in
-from zeropipe.checkpoint.words import CLIENT, training_back
+from zeropipe.checkpoint.words import CLIENT, rest_back, training_back
 from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.flat import FlatShards, TensorSpec
@@ -104,6 +104,11 @@ class UniversalSource:
     def param_groups(self) -> tuple[dict[str, Any], ...]:
         groups = self._common.get(k.PARAM_GROUPS) or ()
         return tuple({key: v for key, v in group.items() if key != "params"} for group in groups)
+
+    def rest(self, tp_rank: int = 0) -> ModuleRest:
+        module, ours = self._model.get("module") or {}, self._model.get(OURS) or {}
+        plain = {key: v for key, v in module.items() if not isinstance(v, torch.Tensor)}
+        return rest_back(ours, plain)
 
     def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
         if key == PARAM:

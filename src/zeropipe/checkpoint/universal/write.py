@@ -13,6 +13,7 @@ import torch
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.files import replace_text, write_torch
 from zeropipe.checkpoint.manifest import FlatEntry
+from zeropipe.checkpoint.naming import is_plain
 from zeropipe.checkpoint.numbers import STEP, Numbers
 from zeropipe.checkpoint.ownership import replacing
 from zeropipe.checkpoint.parallel import joined
@@ -24,7 +25,7 @@ from zeropipe.checkpoint.tags import LATEST_UNIVERSAL
 from zeropipe.checkpoint.universal.patterns import Joining, Rule, joining_of
 from zeropipe.checkpoint.universal.read import OUR_FILE
 from zeropipe.checkpoint.weights import Weight, weights
-from zeropipe.checkpoint.words import training_words
+from zeropipe.checkpoint.words import rest_words, training_words
 from zeropipe.checkpoint.writer import OURS
 from zeropipe.paths import inside
 
@@ -126,6 +127,8 @@ def _model(source: Source, everything: list[Weight]) -> dict[str, Any]:
     dtype = getattr(torch, source.dtype)
     module = {w.name: w.read(dtype if w.kind != "buffer" else None) for w in everything}
     module |= {other: module[name] for other, name in source.tied.items() if name in module}
+    rest = source.rest()
+    module |= {key: value for key, value in rest.extra.items() if is_plain(value)}
     return {
         "module": module,
         k.BUFFER_NAMES: [w.name for w in everything if w.kind == "buffer"],
@@ -150,6 +153,6 @@ def _model(source: Source, everything: list[Weight]) -> dict[str, Any]:
             k.UNIVERSAL_CHECKPOINT_VERSION_KEY: k.UNIVERSAL_CHECKPOINT_VERSION_VALUE
         }
         | dict(source.universal_info or {}),
-        OURS: training_words(train, {}),
+        OURS: training_words(train, {}) | rest_words(rest),
         **{key: v for key, v in lowered(train.client_state).items() if key != k.UNIVERSAL_CHECKPOINT_INFO},
     }

@@ -150,15 +150,6 @@ class PipelineModule(nn.Module):
         """The module of ``layer`` on this rank; None elsewhere and for plain functions."""
         return self._layers.module(layer)
 
-    def layer_tensors(self) -> Iterator[tuple[int, str, torch.Tensor]]:
-        """(layer, name in the layer, tensor) of this rank's saved parameters and buffers; a tied one comes often."""
-        for index in self.local_layers():
-            module = self.layer_module(index)
-            if module is not None:
-                for key, value in module.state_dict(keep_vars=True).items():
-                    if isinstance(value, torch.Tensor):
-                        yield index, key, value
-
     def tie_plans(self) -> list[tuple[TiePlan, str, int]]:
         """Every shared weight as (plan, attribute path, layer), the same on every rank."""
         return self._tie_plans

@@ -200,19 +200,19 @@ class Partition:
         if not self.master_is_values:
             self.master.detach().copy_(self.own_values)
 
-    def take_edits(self) -> None:
+    def take_edits(self, sure: bool = False) -> None:
         """Let what was written to parameters in place, under ``no_grad``, reach a master that is a tensor of its own.
 
         Not collective: each rank takes the elements of its shard, so all must have written the same. The version
         counters tell of it, which a write through ``.data`` leaves alone; a tensor that was assigned to ``.data`` is
-        told by its place.
+        told by its place. ``sure``: look at the values, whatever the counters say.
         """
         first, size = self.values.data_ptr(), self.values.element_size()
         for index, param in enumerate(self.params):
             if param.data_ptr() != first + self._starts[index] * size:
                 self._bring_home(index)
         versions = [param._version for param in self.params]
-        if versions == self._versions:
+        if versions == self._versions and not sure:
             return
         self._versions = versions
         if not self.master_is_values:

@@ -156,7 +156,7 @@ class ShardedPartition:
     def check_dtypes(self) -> None:
         """Shards refuse another dtype when it is assigned."""
 
-    def take_edits(self) -> None:
+    def take_edits(self, sure: bool = False) -> None:
         """Let what was written to parameters that stay gathered reach their masters.
 
         Not collective: each rank takes the elements of its shards, so all must have written the same. What a

@@ -1,0 +1,88 @@
+"""A tensor of a checkpoint that is read when it is used, so that a state dict of a whole model costs no memory.
+
+``shape``, ``dtype`` and ``device`` are known at once. Copying it into a parameter, or a run of its elements into a
+shard, reads what is copied and keeps nothing. Any other use reads the whole and keeps it, as it may be written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+Read = Callable[[int, int], torch.Tensor]  # [start, stop) of the flattened tensor: 1D, new memory
+
+_FACTS = frozenset(
+    [
+        "shape", "size", "dtype", "device", "layout", "numel", "nelement", "dim", "ndim", "ndimension", "__len__",
+        "is_meta", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_leaf", "requires_grad", "grad", "grad_fn",
+        "is_floating_point", "is_complex", "element_size", "itemsize", "nbytes", "get_device", "is_nested",
+        "__hash__", "__format__", "_is_param", "names", "has_names", "is_mps", "is_xpu", "is_mkldnn",
+    ]
+)  # fmt: skip
+
+
+class Stored(torch.Tensor):
+    """See the file; made by ``stored``."""
+
+    _read: Read
+    _start: int  # of its elements in what ``_read`` counts
+    _value: torch.Tensor | None  # once it was used as a whole
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        kwargs = kwargs or {}
+        first = args[0] if args and isinstance(args[0], Stored) else None
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in _FACTS:
+                return func(*args, **kwargs)
+            if first is not None and first._value is None:
+                if name == "detach":
+                    return first
+                if name in ("reshape", "view", "flatten") and args[1:] in ((-1,), ((-1,),), ()):
+                    return _made((first.numel(),), first.dtype, first._read, first._start)
+                run = args[1] if name == "__getitem__" and first.dim() == 1 else None
+                if isinstance(run, slice) and run.step in (None, 1):
+                    start, stop, _ = run.indices(len(first))
+                    return first._read(first._start + start, first._start + max(start, stop))
+            copied = name == "copy_" and first is None
+            args, kwargs = tree_map_only(Stored, _once if copied else real, (args, kwargs))
+            return func(*args, **kwargs)
+
+
+def stored(shape: tuple[int, ...], dtype: torch.dtype, read: Read) -> Stored:
+    """A tensor of that shape whose elements ``read`` gives."""
+    return _made(shape, dtype, read, 0)
+
+
+def real(value: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, in memory; the same one each time. Any other tensor is given back."""
+    if not isinstance(value, Stored):
+        return value
+    if value._value is None:
+        value._value = _once(value)
+    return value._value
+
+
+def _made(shape: tuple[int, ...], dtype: torch.dtype, read: Read, start: int) -> Stored:
+    made = torch.empty((), dtype=dtype).expand(shape).as_subclass(Stored)
+    made._read, made._start, made._value = read, start, None
+    return made
+
+
+def _once(value: Stored) -> torch.Tensor:
+    if value._value is not None:
+        return value._value
+    shape = tuple(value.shape)
+    return value._read(value._start, value._start + torch.Size(shape).numel()).view(shape)
