@@ -6,6 +6,7 @@ Started by ``run.py`` under torchrun, once for each number of tensors. Figures t
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import tempfile
@@ -56,11 +57,16 @@ class Figures:
         cpu: list[float] = []
         wall: list[float] = []
         while len(cpu) < (1 if self._quiet else most) and sum(wall) < REPEAT_FOR:
+            # Python's collector looks through everything that lives, torch's own too, whenever enough is new: a jump at
+            # some size, not growth. It looks only at what the action makes.
+            gc.collect()
+            gc.freeze()
             dist.barrier()
             started, ticked = time.perf_counter(), time.process_time()
             action()
             spent = torch.tensor([time.process_time() - ticked, time.perf_counter() - started])
             dist.all_reduce(spent)
+            gc.unfreeze()
             cpu.append(float(spent[0]))
             wall.append(float(spent[1]) / dist.get_world_size())
         if dist.get_rank() == 0 and not self._quiet:
