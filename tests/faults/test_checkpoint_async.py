@@ -182,6 +182,39 @@ def test_a_failure_of_one_rank_is_every_ranks(pool: Any, tmp_path: Path, bad: in
     assert "b" not in names and "d" in names and not [n for n in names if n.startswith(".")]
 
 
+def ends_after_a_failure(rank: int, world: int, folder: str) -> str:
+    """Rank 1 fails while rank 0 still writes; then both end without another save."""
+    engine = make_engine(1)
+    real = saver.write
+
+    def write(work: Path, outgoing: Any) -> Any:
+        if rank == 1:
+            raise OSError(28, "No space left on device")
+        part = real(work, outgoing)
+        time.sleep(0.3)
+        return part
+
+    saver.write = write
+    text = ""
+    try:
+        engine.save_checkpoint(folder, tag="b", async_save=True)
+        if rank == 1:
+            engine._saver._thread.join()
+        train(engine, 1, rank)
+    except CheckpointError as error:
+        text = str(error)
+    finally:
+        engine.destroy()
+        saver.write = real
+    return text
+
+
+def test_a_run_that_ends_after_a_failed_save_leaves_nothing(pool: Any, tmp_path: Path) -> None:
+    texts = pool(2).run(ends_after_a_failure, str(tmp_path))
+    assert texts[0] == texts[1] and "[rank 1]" in texts[0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def cleaned_meanwhile(rank: int, world: int, folder: str) -> int:
     """As ``prune`` in another process does, at every moment of saves."""
     engine = make_engine(1)

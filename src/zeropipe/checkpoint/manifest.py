@@ -194,10 +194,13 @@ def _own(checksum: str) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The folder's manifest, None where it has none. Raises CheckpointError when it is damaged."""
+    """The folder's manifest, None where it has none. Raises CheckpointError when it is damaged.
+
+    As bytes: reading text would take other ends of lines for the same.
+    """
     path = folder / MANIFEST_NAME
     try:
-        return Manifest.from_text(path.read_text(encoding="utf-8"), path)
+        return Manifest.from_text(path.read_bytes().decode("utf-8"), path)
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:

@@ -110,7 +110,10 @@ class Saver:
     def wait(self) -> None:
         """Return when this rank's background writer is done. Raises CheckpointError where the save has failed."""
         self._join()
-        if self._last is None or self._told:
+        if self._last is None:
+            return
+        if self._told:
+            self._remove_failed()  # the last rank to end removes it
             return
         if not self._failure:
             with suppress(OSError, ValueError):  # of a peer; there is none where all went well

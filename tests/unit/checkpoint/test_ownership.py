@@ -390,6 +390,13 @@ def test_our_files_without_their_manifest_are_refused(engine: Any, run: Path) ->
     assert cli("verify", run, "--tag", "global_step3").exit_code == 1
 
 
+def test_another_end_of_line_in_a_manifest_is_damage(run: Path) -> None:
+    """Read as text it looked like the same, so that ``verify`` passed over a changed byte."""
+    path = run / "global_step3/zeropipe_manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r", 1))
+    assert [f.file for f in verify(path.parent) if not f.good] == [path.name]
+
+
 # Names that come from a file.
 
 OUT = ["../../x", "/etc/x", "..", "a/../../x", "", "a//b", "./a", "a\\b", "a\0b"]
