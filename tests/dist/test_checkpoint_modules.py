@@ -14,11 +14,17 @@ from torch import nn
 import zeropipe
 from tests.helpers.models import build
 from tests.helpers.stateful import OLD_SPECTRAL, STATEFUL, WIDTH, Packed, model_of
+from zeropipe.checkpoint.convert import convert
+from zeropipe.checkpoint.dcp import write_dcp
+from zeropipe.checkpoint.loader import open_source
+from zeropipe.checkpoint.universal.write import write_universal
+from zeropipe.checkpoint.weights import weights
 from zeropipe.errors import CheckpointError
+from zeropipe.pipe import PipelineModule
 from zeropipe.utils import safe_get_full_fp32_param
 
 NAMES = [*STATEFUL, "the root"]
-PAIRS = [(0, 0), (0, 3), (2, 1), (3, 3), (3, 0), (1, 3)]
+PAIRS = [(0, 0), (0, 3), (2, 1), (3, 0), (1, 3)]
 
 
 def engine_of(name: str, stage: int, seed: int, **extra: Any) -> Any:
@@ -247,3 +253,78 @@ def test_missing_and_unexpected_keys_are_those_of_load_state_dict(pool: Any, tmp
         for key in ("0.q.weight", "0.k.weight", "0.more.running_mean", "0.packed"):
             assert key in text
         assert rest == []
+
+
+PIPE = ["extra state, words", "packed", "BatchNorm", "extra state, bytes", "renamed", "transposed"]
+
+
+def pipeline(stages: int, stage: int, seed: int) -> Any:
+    torch.manual_seed(seed)
+    layers = [STATEFUL[name]() for name in PIPE]
+    module = PipelineModule(layers, num_stages=stages, loss_fn=nn.MSELoss(), partition_method="uniform")
+    config = {
+        "train_micro_batch_size_per_gpu": WIDTH,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "zero_optimization": {"stage": stage},
+    }
+    return zeropipe.initialize(model=module, config=config)[0]
+
+
+def everywhere(engine: Any) -> dict[str, Any]:
+    """The state of all layers, from all ranks."""
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, values(engine))
+    return {key: value for part in everyone for key, value in part.items()}
+
+
+def piped(rank: int, world: int, folder: str, cut: tuple[int, int], stages: tuple[int, int]) -> Any:
+    engine = pipeline(cut[0], stages[0], 0)
+    x = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5))
+    for _ in range(2):
+        engine.train_batch(iter([(x, x)] * 2))
+    engine.save_checkpoint(folder)
+    right = everywhere(engine)
+    other = pipeline(cut[1], stages[1], 1)
+    other.load_checkpoint(folder)
+    found = differences(everywhere(other), right)
+    engine.destroy(), other.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stages", [(0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize("cut", [(2, 2), (2, 1), (1, 2)], ids=str)
+def test_layers_of_a_pipeline_too_at_any_cut(
+    pool: Any, tmp_path: Path, cut: tuple[int, int], stages: tuple[int, int]
+) -> None:
+    assert pool(2).run(piped, str(tmp_path), cut, stages) == [[], []]
+
+
+def test_tools_see_the_state_dict_that_the_module_gives(pool: Any, tmp_path: Path) -> None:
+    """Beside a packed tensor an export had the parts as well, which are no keys of the state dict."""
+    for stage in (0, 1, 3):
+        where = tmp_path / str(stage)
+        (right,) = pool(1).run(save_packed, str(where), stage)
+        source = open_source(where)
+        assert differences({w.name: w.read() for w in weights(source)}, right) == []
+        convert(source, where / "ds", stage=3 - stage, dp=2)
+        write_universal(source, where / "uni")
+        write_dcp(source, where / "dcp")
+        for name in ("ds", "uni", "dcp"):
+            assert pool(1).run(load_packed, str(where / name), 1) == [differences({}, {})], name
+
+
+def save_packed(rank: int, world: int, folder: str, stage: int) -> dict[str, Any]:
+    engine = engine_of("packed", stage, 0)
+    train(engine, 1)
+    engine.save_checkpoint(folder)
+    return values(engine)
+
+
+def load_packed(rank: int, world: int, folder: str, stage: int) -> list[str]:
+    engine = engine_of("packed", stage, 0)
+    train(engine, 1)
+    right = values(engine)
+    other = engine_of("packed", stage, 1)
+    other.load_checkpoint(folder)
+    return differences(values(other), right)
