@@ -47,6 +47,9 @@ def job(ranks: int, tensors: int, parts: list[str], limit: float, found: Figures
         started.terminate()  # torchrun ends its ranks
         text, _ = started.communicate()
         why = f"not done after {limit:.0f} s"
+    finally:
+        if started.poll() is None:  # interrupted
+            started.terminate()
     for line in text.splitlines():
         if line.startswith(MARK):
             figure: dict[str, Any] = json.loads(line.removeprefix(MARK))
