@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.launch import run_torchrun
 
 LEAVE = """
@@ -61,6 +63,57 @@ for number, fails in enumerate((True, False)):
     dist.barrier()
     dist.destroy_process_group()
 """
+
+ENDED = """
+import os
+import sys
+import torch
+import torch.distributed as dist
+import zeropipe
+from zeropipe.pipe import PipelineModule
+
+
+def gloo_threads():
+    folder = "/proc/self/task"
+    names = [open(f"{folder}/{task}/comm").read() for task in os.listdir(folder)]
+    return sum(name.startswith("pt_gloo") for name in names)
+
+
+zeropipe.init_distributed("gloo")
+engines = []
+for stage in (1, 3):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    zero = {"stage": stage, **({"mics_shard_size": 1} if stage == 3 else {})}
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": zero, "optimizer": {"type": "AdamW"}}
+    engine, *_ = zeropipe.initialize(model=model, config=config)
+    engine.backward(engine(torch.ones(4, 8)).square().mean())
+    engine.step()
+    engines.append(engine)
+loss = lambda out, y: (out - y).square().mean()
+module = PipelineModule([torch.nn.Linear(8, 8) for _ in range(2)], num_stages=2, loss_fn=loss)
+config["zero_optimization"] = {"stage": 0}
+engines.append(zeropipe.initialize(model=module, config=config)[0])
+engines[-1].train_batch(iter([(torch.ones(4, 8), torch.ones(4, 8))]))
+if sys.argv[1] == "destroy":
+    for engine in engines:
+        engine.destroy()
+assert gloo_threads() > 0
+dist.barrier()
+dist.destroy_process_group()
+print("threads:", gloo_threads(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("engines", ["destroy", "keep"])
+def test_no_thread_outlives_the_process_groups_though_engines_do(tmp_path: Path, engines: str) -> None:
+    """Our groups held process groups that had been destroyed. A thread of gloo that let go of its last tensors while
+    the interpreter ended then aborted the process, in one run of 23: ``terminate called without an active exception``.
+    """
+    script = tmp_path / "ended.py"
+    script.write_text(ENDED)
+    done = run_torchrun(script, 2, [engines])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("threads: 0") == 2, done.stdout
 
 
 def test_a_process_may_end_with_messages_under_way(tmp_path: Path) -> None:

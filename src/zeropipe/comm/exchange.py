@@ -179,7 +179,7 @@ def greet(
     the order in which they were said, earlier ones too: a peer stops at the first difference and says no more.
     ``relay`` hands on when the words are found equal, which any later comparison on this channel sees to.
     """
-    queue = SEAM.greetings.setdefault((group.ranks, channel, id(group.pg)), deque())
+    queue = SEAM.greetings.setdefault((group.ranks, channel, group.started), deque())
     greeting = _Greeting(label, group, channel, note, patience, relay)
     queue.append(greeting)
     return lambda: _compare(greeting, queue)
@@ -208,7 +208,7 @@ def hand_on(group: Group, channel: int, patience: timedelta) -> None:
 
     Waits, ``patience`` for each word, until every member has started them too.
     """
-    queue = SEAM.greetings.get((group.ranks, channel, id(group.pg)), deque())
+    queue = SEAM.greetings.get((group.ranks, channel, group.started), deque())
     last = next((greeting for greeting in reversed(queue) if greeting.relay is not None), None)
     if last is None:
         return

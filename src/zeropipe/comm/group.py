@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # its functions have the world of their import as a default, which they would hold for good
 
 from zeropipe.errors import UsageError
 from zeropipe.layout.two_hops import TwoHops
@@ -17,14 +19,23 @@ from zeropipe.layout.two_hops import TwoHops
 class Group:
     """Ranks that communicate together.
 
-    ``pg`` is None for a group of one that was never started: every collective on it is the identity.
+    torch.distributed owns the process group and this only refers to it. Held here it would outlive
+    ``destroy_process_group``, and its threads with it: one that lets go of its last tensors while the interpreter ends
+    needs the interpreter's lock, and ends the process with an abort.
     """
 
     ranks: tuple[int, ...]  # global ranks, in group order
     rank: int  # this process's index in ``ranks``
-    pg: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+    # None for a group of one that was never started: every collective on it is the identity. Unlike the address of a
+    # process group that ended, which a new one may get, it also tells two apart.
+    started: weakref.ref[dist.ProcessGroup] | None = field(default=None, compare=False, repr=False)
     backends: tuple[tuple[str, str], ...] = ()  # (device type, backend name)
     hops: Hops | None = field(default=None, compare=False, repr=False)  # how it gathers, where in two hops
+
+    @property
+    def pg(self) -> dist.ProcessGroup | None:
+        """The process group; None where none was started, or where it was destroyed."""
+        return None if self.started is None else self.started()
 
     @property
     def size(self) -> int:
@@ -71,7 +82,7 @@ def from_process_group(pg: dist.ProcessGroup) -> Group:
     return Group(
         ranks=tuple(dist.get_process_group_ranks(pg)),
         rank=dist.get_rank(pg),
-        pg=pg,
+        started=weakref.ref(pg),
         backends=backends or (("cpu", str(config)), ("cuda", str(config))),  # type: ignore[arg-type]
     )
 

@@ -29,14 +29,15 @@ class _Lease:
         self.said = 0
 
     def destroy(self) -> None:
-        dist.destroy_process_group(self.group.pg)
+        if self.group.pg is not None:
+            dist.destroy_process_group(self.group.pg)
 
 
 class Leases:
     """The leased groups of this process. Process groups belong to the process, and so does this."""
 
     def __init__(self) -> None:
-        self._world: dist.ProcessGroup | None = None  # the one that the leases are of
+        self._world: weakref.ref[dist.ProcessGroup] | None = None  # the one that the leases are of
         self._leases: dict[str, _Lease] = {}  # by the name of the process group, the same on all its ranks
 
     def take(self, lists: Iterable[Sequence[int]]) -> dict[Ranks, Group]:
@@ -98,9 +99,9 @@ class Leases:
     def _forget_if_stale(self) -> None:
         """Somebody may have ended torch.distributed, and the groups with it."""
         now = dist.group.WORLD if dist.is_initialized() else None
-        if now is not self._world:
+        if now is None or self._world is None or self._world() is not now:
             self._leases.clear()
-            self._world = now
+            self._world = None if now is None else weakref.ref(now)
 
 
 def _with_hops(group: Group) -> list[Group]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ class Seam:
 
     def __init__(self) -> None:
         # (ranks, channel, which process group of these ranks) -> what was said and not compared yet
-        self.greetings: dict[tuple[tuple[int, ...], int, int], deque[Any]] = {}
+        self.greetings: dict[tuple[tuple[int, ...], int, weakref.ref[Any] | None], deque[Any]] = {}
         self.poster = Poster()
         self._listeners: list[Callable[[Event], None]] = []
         self.abandoned: list[
