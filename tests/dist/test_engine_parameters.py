@@ -156,7 +156,6 @@ def test_used_frozen_and_unfrozen_are_plain_pytorch_bitwise(pool, factory, befor
             assert_bitwise(weights, expected, f"stage {stage}")
 
 
-@pytest.mark.xfail(strict=True, reason="the step count of Adam's bias correction belongs to the partition")
 def test_a_layer_first_used_later_has_its_own_step_count(pool):
     use = _third_from_step_3
     expected = plain(layers, nothing, use)

@@ -9,7 +9,9 @@ import torch
 import zeropipe
 from tests.helpers.data import token_batch
 from tests.helpers.models import NastyModel, build
-from zeropipe.runtime.engine_state import optimizer_flats
+from zeropipe.checkpoint.state import FP32, PARAM
+from zeropipe.runtime.engine_flats import optimizer_flats
+from zeropipe.runtime.optimizers.state_kinds import numbers_by_tensor
 
 Pieces = list[tuple[str, int, dict[str, torch.Tensor], dict[str, Any]]]
 
@@ -51,10 +53,14 @@ def pieces(engine: Any) -> Pieces:
     found: Pieces = []
     for held in optimizer_flats(engine.optimizer):
         flat = held.flat
+        numbers, _ = numbers_by_tensor(flat.scalars, [spec.name for spec in flat.layout.tensors])
         for piece in flat.layout.pieces(flat.shard):
             run = slice(piece.offset, piece.offset + piece.numel)
             cut = {key: tensor[run].clone() for key, tensor in flat.tensors.items()}
-            scalars = {k: v.item() if torch.is_tensor(v) else v for k, v in flat.scalars.items()}
+            shared = numbers[piece.tensor]
+            if shared is None:  # never stepped: its moments mean nothing
+                cut = {key: value for key, value in cut.items() if key in (FP32, PARAM)}
+            scalars = {k: v.item() if torch.is_tensor(v) else v for k, v in (shared or {}).items()}
             found.append((flat.layout.tensors[piece.tensor].name, piece.start, cut, scalars))
     return found
 

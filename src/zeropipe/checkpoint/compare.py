@@ -77,8 +77,8 @@ def _entries(name: str, what: str, a: Mapping[str, object], b: Mapping[str, obje
 
 
 def _moments(left: Source, right: Source) -> Iterator[Difference]:
-    mine, theirs = _index(left), _index(right)
     numbers = Numbers(left), Numbers(right)
+    mine, theirs = _index(left, numbers[0]), _index(right, numbers[1])
     for name in dict.fromkeys((*mine, *theirs)):
         if name not in mine or name not in theirs:
             yield Difference(name, "optimizer state", "only left" if name in mine else "only right")
@@ -97,12 +97,13 @@ def _moments(left: Source, right: Source) -> Iterator[Difference]:
                 yield Difference(name, key, f"{_short(scalars_a.get(key))} | {_short(scalars_b.get(key))}")
 
 
-def _index(source: Source) -> dict[str, FlatEntry]:
+def _index(source: Source, numbers: Numbers) -> dict[str, FlatEntry]:
     return {
         spec.name: flat
         for flat in source.flats
         if set(flat.keys) - {FP32, PARAM}
         for spec in flat.layout.tensors
+        if numbers.of(flat, spec.name) is not None
     }
 
 

@@ -239,16 +239,24 @@ def _items(source: Source, progress: Callable[[int], None]) -> Iterator[tuple[Ke
         progress(1)
     names: dict[int, list[str]] = {}
     numbers = Numbers(source)
-    for flat in source.flats:
-        for spec in flat.layout.tensors if set(flat.keys) - {PARAM} else ():
-            names.setdefault(flat.group_index, []).append(spec.name)
-            for key, dtype in flat.keys.items():
-                if key not in (FP32, PARAM):
-                    read = partial(read_full, source, flat, spec.name, key)
-                    yield ("optim", _STATE, spec.name, key), Lazy(spec.shape, getattr(torch, dtype), read)
-            for key, value in numbers.all_of(flat, spec.name).items():
-                counts = key == STEP and isinstance(value, (int, float))
-                yield ("optim", _STATE, spec.name, key), torch.tensor(float(value)) if counts else value
+    trained = [(f, spec) for f in source.flats if set(f.keys) - {PARAM} for spec in f.layout.tensors]
+    # torch's loader wants state of every parameter: what was never stepped gets zeros, and a number that says so.
+    shared = (numbers.of(flat, spec.name) for flat, spec in trained)
+    like = next((own for own in shared if own is not None), {})
+    blank = like | {key: 0 for key in like if key == STEP}
+    for flat, spec in trained:
+        names.setdefault(flat.group_index, []).append(spec.name)
+        never = numbers.of(flat, spec.name) is None
+        for key, dtype in flat.keys.items():
+            if key not in (FP32, PARAM):
+                kind = getattr(torch, dtype)
+                read = partial(read_full, source, flat, spec.name, key)
+                if never:
+                    read = partial(torch.zeros, spec.shape, dtype=kind)
+                yield ("optim", _STATE, spec.name, key), Lazy(spec.shape, kind, read)
+        for key, value in ((blank if never else {}) | numbers.all_of(flat, spec.name)).items():
+            counts = key == STEP and isinstance(value, (int, float))
+            yield ("optim", _STATE, spec.name, key), torch.tensor(float(value)) if counts else value
     groups = [
         {k: v for k, v in lowered(group).items() if k not in ("params", "param_names")}
         | {"params": names.get(i, [])}

@@ -6,7 +6,9 @@ from typing import Any
 
 from zeropipe.checkpoint.manifest import FlatEntry
 from zeropipe.checkpoint.source import Source
-from zeropipe.layout.numbers import number_of, split_numbers
+from zeropipe.checkpoint.state import FP32, PARAM
+from zeropipe.layout.numbers import NEVER_STEPPED, number_of, split_numbers
+from zeropipe.runtime.optimizers.state_kinds import Shared, of_one
 
 STEP = "step"  # the one number that other formats have a place for
 
@@ -27,10 +29,27 @@ class Numbers:
         """Those of one tensor alone, by their keys."""
         return self._of(entry)[1].get(tensor, {})
 
+    def of(self, entry: FlatEntry, tensor: str) -> Shared:
+        """What the tensor has of the numbers that all share; None where it was never stepped."""
+        known = self.shared(entry) or set(entry.keys) - {FP32, PARAM}
+        return of_one(self.shared(entry), self.own(entry, tensor)) if known else None
+
     def all_of(self, entry: FlatEntry, tensor: str) -> dict[str, Any]:
         """Everything that is known of one tensor, named as in a flat that holds only it."""
-        own = {number_of(key, tensor): value for key, value in self.own(entry, tensor).items()}
-        return self.shared(entry) | own
+        further = self.further(entry, tensor)
+        shared = self.of(entry, tensor)
+        if shared is None:
+            return {number_of(NEVER_STEPPED, tensor): True} | further
+        return shared | further
+
+    def further(self, entry: FlatEntry, tensor: str, name: str | None = None) -> dict[str, Any]:
+        """Those that only this tensor has, by their names in a flat where it is called ``name``."""
+        shared = self.shared(entry)
+        return {
+            number_of(key, tensor if name is None else name): value
+            for key, value in self.own(entry, tensor).items()
+            if key not in shared and key != NEVER_STEPPED
+        }
 
     def _of(self, entry: FlatEntry) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         if id(entry) not in self._split:

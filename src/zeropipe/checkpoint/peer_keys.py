@@ -16,6 +16,7 @@ from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.plain import lowered
 from zeropipe.checkpoint.stand_ins import FragmentAddress, LossScalerValues
 from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LocalState
+from zeropipe.runtime.optimizers.state_kinds import Shared, numbers_by_tensor
 
 PEER_VERSION = (
     "0.19.8"  # the format that these keys follow; DeepSpeed's tools want to see one of its versions
@@ -122,10 +123,11 @@ def optimizer_keys(local: LocalState) -> dict[str, Any]:
 
 def whole_optimizer(local: LocalState) -> dict[str, Any]:
     """Stage 0: ``torch.optim``'s own state dict, one entry per parameter, as views of the flats."""
-    by_name: dict[str, tuple[FlatState, int]] = {}
+    by_name: dict[str, tuple[FlatState, int, Shared]] = {}
     for flat in local.flats:
-        for index, spec in enumerate(flat.layout.tensors):
-            by_name[spec.name] = (flat, index)
+        names = [spec.name for spec in flat.layout.tensors]
+        for index, shared in enumerate(numbers_by_tensor(flat.scalars, names)[0]):
+            by_name[names[index]] = (flat, index, shared)
     state: dict[int, Any] = {}
     groups: list[dict[str, Any]] = []
     for number, group in enumerate(local.param_groups):
@@ -143,12 +145,14 @@ def whole_optimizer(local: LocalState) -> dict[str, Any]:
     return {"state": state, "param_groups": groups}
 
 
-def _tensor_state(flat: FlatState, index: int) -> dict[str, Any]:
+def _tensor_state(flat: FlatState, index: int, scalars: Shared) -> dict[str, Any]:
     start, stop = flat.layout.tensor_range(index)
     shape = flat.layout.tensors[index].shape
     views = {key: t[start:stop].view(shape) for key, t in flat.tensors.items() if key not in (FP32, PARAM)}
     # Optimizers count in place: parameters that shared one step tensor would each advance it.
-    own = {key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in lowered(flat.scalars).items()}
+    if scalars is None:  # never stepped
+        return {}
+    own = {key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in lowered(scalars).items()}
     return own | views
 
 
@@ -160,7 +164,11 @@ def _joined(flats: list[FlatState]) -> list[FlatState]:
     return [
         replace(
             members[0],
-            tensors={key: _end_to_end([m.tensors[key] for m in members]) for key in members[0].tensors},
+            tensors={
+                key: _end_to_end([m.tensors.get(key, torch.zeros_like(m.tensors[FP32])) for m in members])
+                for key in dict.fromkeys(key for m in members for key in m.tensors)
+            },
+            scalars=max((m.scalars for m in members), key=lambda scalars: float(scalars.get("step", 0))),
         )
         for members in groups.values()
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from zeropipe.checkpoint.state import COMPUTED, FP32, PARAM, FlatState, LoadedFl
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.layout.copy_plan import copies_of
 from zeropipe.layout.flat import FlatShards, Piece
-from zeropipe.layout.numbers import number_of
+from zeropipe.runtime.optimizers.state_kinds import Shared, named_numbers
 
 
 @dataclass(slots=True)
@@ -139,17 +139,18 @@ class Reader:
 
     def _fill_flat(self, flat: FlatState, moments: bool, pool: Executor) -> LoadedFlat:
         names = [spec.name for spec in flat.layout.tensors]
-        sources = self._sources_of(names)
+        shared = {name: self._shared(name) if moments else None for name in names}
+        stepped = {name for name in names if shared[name] is not None}
         tensors = dict(flat.tensors)
         if moments:
-            for entry in sources:
+            for entry in self._sources_of(stepped):
                 for key, dtype in entry.keys.items():
                     if key not in (FP32, PARAM) and key not in tensors:
                         tensors[key] = torch.zeros(flat.layout.shard_numel, dtype=getattr(torch, dtype))
         asked = {key: out for key, out in tensors.items() if moments or key in (FP32, PARAM)}
-        found = pool.map(lambda item: self._fill_key(flat, *item), asked.items())
+        found = pool.map(lambda item: self._fill_key(flat, item[0], item[1], stepped), asked.items())
         for (key, out), filled in zip(asked.items(), found, strict=True):
-            lost = [n for n in names if n not in filled]
+            lost = [n for n in names if n not in filled and (key in (FP32, PARAM) or n in stepped)]
             if key in (FP32, PARAM):
                 lost = [n for n in lost if self._regions.of(n) is None]
                 self._report.missing += self._from_module(flat, lost, out)
@@ -157,7 +158,12 @@ class Reader:
                 self._report.notices.append(
                     f"{key} of {len(lost)} parameter(s) is not in the checkpoint and starts at zero: {lost[0]}"
                 )
-        return LoadedFlat(tensors, self._scalars(flat, sources) if moments else {})
+        if stepped and len(stepped) < len(names):
+            new = [name for name in names if name not in stepped]
+            self._report.notices.append(
+                f"{len(new)} parameter(s) have no optimizer state in the checkpoint and start as new ones: {new[0]}"
+            )
+        return LoadedFlat(tensors, self._scalars(flat, shared) if moments else {})
 
     def _sources_of(self, names: Iterable[str]) -> list[FlatEntry]:
         found: dict[int, FlatEntry] = {}
@@ -167,9 +173,11 @@ class Reader:
         return list(found.values())
 
     @torch.no_grad()
-    def _fill_key(self, flat: FlatState, key: str, out: torch.Tensor) -> set[str]:
-        """Copy one kind of tensor; the names that it was found for."""
+    def _fill_key(self, flat: FlatState, key: str, out: torch.Tensor, stepped: Set[str]) -> set[str]:
+        """Copy one kind of tensor, moments only of what was ``stepped``; the names that it was found for."""
         layout, found = flat.layout, self._holders(flat.layout, key)
+        if key not in (FP32, PARAM):
+            found = {at: held for at, held in found.items() if layout.tensors[at].name in stepped}
         # By source, so that neighbours that lie together there too are one copy.
         wanted: dict[int, tuple[FlatEntry, str, list[tuple[Piece, int]]]] = {}
         for piece in layout.pieces(flat.shard):
@@ -212,25 +220,22 @@ class Reader:
                 )
         return [name for name, entry in entries.items() if entry is None]
 
-    def _scalars(self, flat: FlatState, sources: list[FlatEntry]) -> dict[str, object]:
-        """What is a tensor's own, and one value per flat of all else; sources that disagree (unfrozen at different
-        times) give the largest."""
-        merged: dict[str, object] = {}
-        for spec in flat.layout.tensors:
+    def _shared(self, name: str) -> Shared:
+        """What the source has for the tensor that is no tensor itself; None where it was never stepped."""
+        own = self._first_name(name, self._flats)
+        found = (self._numbers.of(entry, own) for entry in self._flats.get(own, ()))
+        return next((shared for shared in found if shared is not None), None)
+
+    def _scalars(self, flat: FlatState, shared: Mapping[str, Shared]) -> dict[str, Any]:
+        """What the flat's tensors share, each in its own words where they differ, and what only one has."""
+        specs = flat.layout.tensors
+        numbers = named_numbers(list(shared), list(shared.values()), [spec.numel for spec in specs])
+        for spec in specs:
             name = self._first_name(spec.name, self._flats)
             for entry in self._flats.get(name, ()):
-                for key, value in self._numbers.own(entry, name).items():
-                    merged.setdefault(number_of(key, spec.name), value)
-        for entry in sources:
-            for key, value in self._numbers.shared(entry).items():
-                if key in merged and not _equal(merged[key], value):
-                    self._report.notices.append(
-                        f"{key} differs among the parameters of {flat.name}; the largest is used"
-                    )
-                    merged[key] = max(merged[key], value)  # type: ignore[type-var]
-                else:
-                    merged.setdefault(key, value)
-        return merged
+                for key, value in self._numbers.further(entry, name, spec.name).items():
+                    numbers.setdefault(key, value)
+        return numbers
 
     def check_shapes(self) -> None:
         """Raises CheckpointError for a tensor of another shape; nothing has been written by then."""
@@ -257,9 +262,3 @@ class Reader:
 def _fits(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """A scalar may have been stored as one element; anything else must match."""
     return found == shape or (found in ((), (1,)) and shape in ((), (1,)))
-
-
-def _equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return bool(torch.equal(torch.as_tensor(a), torch.as_tensor(b)))
-    return a == b

@@ -63,8 +63,8 @@ class FlatShards:
             )
         sizes = accumulate((t.numel for t in self.tensors), initial=0)
         object.__setattr__(self, "offsets", tuple(sizes))
-        quantum = self.num_shards * self.align
-        object.__setattr__(self, "shard_numel", -(-self.numel // quantum) * self.align)
+        shard_numel = in_lines(self.numel, self.num_shards * self.align) // self.num_shards
+        object.__setattr__(self, "shard_numel", shard_numel)
 
     @property
     def numel(self) -> int:
@@ -147,3 +147,14 @@ def flat_shards(
 ) -> FlatShards:
     """Build a layout from (name, shape, dtype) triples in buffer order."""
     return FlatShards(tuple(TensorSpec(n, tuple(s), d) for n, s, d in tensors), num_shards, align)
+
+
+def in_lines(numel: int, line: int) -> int:
+    """The elements that as many lines hold as ``numel`` elements need."""
+    return -(-numel // line) * line
+
+
+def whole_lines(start: int, stop: int, line: int) -> tuple[int, int] | None:
+    """[first, last): the whole lines within [start, stop); None where there is none."""
+    first, last = in_lines(start, line), stop // line * line
+    return (first, last) if first < last else None

@@ -3,8 +3,10 @@
     step                                 of all tensors of the flat
     last_factor of blocks.0.weight       of one of them
 
-So a checkpoint can be cut and joined in any way, flat by flat or tensor by tensor, and no number is lost or given to
-a tensor that it is not of.
+    never stepped of head.weight         it has no state, and its moments in the flat mean nothing
+
+What one tensor has of its own stands in for what the flat has under that key. So a checkpoint can be cut and joined
+in any way, flat by flat or tensor by tensor, and no number is lost or given to a tensor that it is not of.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _OF = " of "
+NEVER_STEPPED = "never stepped"
 
 
 def number_of(key: str, tensor: str) -> str:

@@ -29,6 +29,7 @@ from zeropipe.runtime.engine_memory import MemoryRow, memory_report
 from zeropipe.runtime.engine_offload import EngineOffload
 from zeropipe.runtime.engine_report import Reporter, Status
 from zeropipe.runtime.engine_weights import EngineWeights
+from zeropipe.runtime.lr_schedules.whole_step import step_schedule
 from zeropipe.runtime.mixed_inputs import MixedInputs
 from zeropipe.runtime.placement import DTYPES
 from zeropipe.runtime.scaling import Scaling
@@ -86,6 +87,7 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
                 self._rows = RowNorms(parts.module, parts.group)
                 self.optimizer.reducer.at_boundary = self._rows.join
         self._passes = 0  # of the reducer, when the current micro-step began
+        self._schedule_is_due = False  # the optimizer has stepped, the schedule has not
         self._report = Reporter(parts.config, parts.clock, parts.device, first=self._first_rank)
         self.train(parts.module.training)
 
@@ -149,25 +151,36 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """End the micro-step; at the boundary clip, step the optimizer and the schedule, and clear gradients.
 
-        An overflow skips the step on every rank, and the schedule with it.
+        An overflow skips the step on every rank, and the schedule with it. A step that raised may be called again: it
+        goes on where it stopped.
         """
         optimizer = self._need_optimizer("step")
         if self.clock.is_boundary:
             self.raise_failed_save()
         self.reload_states()
         with self._report.phase("step"):
-            self._end_pass(optimizer)
-            if self._sharded is not None:
-                self._sharded.settle()
+            if self._schedule_is_due:  # the step before this one raised in it
+                self._step_schedule(optimizer, lr_kwargs)
+                if optimizer.reducer.window_is_empty:
+                    return
+            if not optimizer.in_step:
+                self._end_pass(optimizer)
+                if self._sharded is not None:
+                    self._sharded.settle()
             if not self.clock.is_boundary:
                 self.clock.tick()
                 return
             optimizer.step()
             self.clock.tick()
             self.clock.stepped(applied=not optimizer.overflow)
-            if self.lr_scheduler is not None and not optimizer.overflow:
-                self.lr_scheduler.step(**(lr_kwargs or {}))
+            self._schedule_is_due = not optimizer.overflow
+            self._step_schedule(optimizer, lr_kwargs)
         self._report.stepped(self._status)
+
+    def _step_schedule(self, optimizer: ZeroOptimizer, arguments: dict[str, Any] | None) -> None:
+        if self.lr_scheduler is not None and self._schedule_is_due:
+            step_schedule(self.lr_scheduler, optimizer.param_groups, arguments or {})
+        self._schedule_is_due = False
 
     def _end_pass(self, optimizer: ZeroOptimizer) -> None:
         """Every rank reduces in every micro-step, also one whose plain backward reached no parameter."""

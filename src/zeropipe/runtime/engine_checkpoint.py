@@ -23,6 +23,7 @@ from zeropipe.comm.collectives import all_gather_object
 from zeropipe.comm.group import Group, world
 from zeropipe.errors import CheckpointError, DesyncError, describe
 from zeropipe.runtime import engine_state as translate
+from zeropipe.runtime.engine_flats import adopt_flats
 from zeropipe.runtime.module_state import Outcome, load_regions
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class EngineCheckpoint:
         engine = cast("DeepSpeedEngine", self)
         asynchronous = engine._config.checkpoint.async_save if async_save is None else async_save
         if engine.optimizer is not None:
+            engine.optimizer.check_whole("save_checkpoint")
             engine.optimizer.take_edits()
         local = translate.local_state(engine, client_state, exclude_frozen=exclude_frozen_parameters)
         name = f"global_step{engine.clock.global_steps}" if tag is None else str(tag)
@@ -209,9 +211,9 @@ class EngineCheckpoint:
         train = loaded.train
         inner = engine.optimizer
         if inner is not None:
-            inner.zero_grad()
+            inner.forget_step()
         if optimizer and inner is not None and loaded.flats:
-            translate.adopt_flats(inner, loaded.flats)
+            adopt_flats(inner, loaded.flats)
             current = [dict(group) for group in inner.param_groups]
             groups = self._settled(list(loaded.param_groups), current) or ()
             reason = translate.adopt_groups(inner, tuple(groups))

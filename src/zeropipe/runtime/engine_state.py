@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +13,9 @@ import torch
 from zeropipe.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from zeropipe.checkpoint.parallel import info_of, plain_info
 from zeropipe.checkpoint.state import (
-    FP32,
     PARAM,
     FlatState,
     Grid,
-    LoadedFlat,
     LoadedState,
     LocalState,
     TrainState,
@@ -25,13 +23,11 @@ from zeropipe.checkpoint.state import (
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.group import SELF, world
 from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.runtime.engine_flats import optimizer_flats
 from zeropipe.runtime.module_state import capture, destination
-from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
 from zeropipe.runtime.zero.own_gradients import Communicates
 from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.partition import Partition
-from zeropipe.runtime.zero.sharded_partition import ShardedPartition
-from zeropipe.runtime.zero.types import AnyPartition
 
 if TYPE_CHECKING:
     from zeropipe.runtime.engine import DeepSpeedEngine
@@ -88,49 +84,6 @@ def grid_of(engine: DeepSpeedEngine) -> Grid:
     if mpu is None:
         return Grid(group.rank, group.size, group.rank, group.size)
     return Grid(everyone.rank, everyone.size, group.rank, group.size, tp_rank, tp, pp_rank, pp)
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """A flat, and where the torch optimizer keeps its state."""
-
-    flat: FlatState
-    owner: torch.nn.Parameter  # the key in ``optimizer.state``
-    where: slice  # the flat's elements in the owner, in 1D
-    partition: AnyPartition
-
-    def new_state(self, dtype: torch.dtype) -> torch.Tensor:
-        """Zeros for one kind of state of the owner, where its state lives."""
-        if isinstance(self.partition, ShardedPartition) and self.owner is self.partition.master:
-            return self.partition.new_state(dtype)
-        return torch.zeros_like(self.owner, dtype=dtype, requires_grad=False)
-
-
-def optimizer_flats(optimizer: ZeroOptimizer) -> Iterator[Holding]:
-    """Every flat of the optimizer on this rank: per partition at stages 0 to 2, per parameter at stage 3."""
-    keys = state_keys(optimizer.optimizer)
-    for partition in optimizer.partitions:
-        replicas = partition.replicas
-        whole = partition.flat
-        if whole or partition.sharded:
-            owners = [partition.master] * len(partition.names) if whole else list(partition.stepped)
-            parts = [
-                (name, layout, shard, owner, where if whole else slice(0, layout.shard_numel))
-                for owner, (name, layout, shard, where) in zip(owners, partition.flats(), strict=False)
-            ]
-        else:
-            assert isinstance(partition, Partition), "only unsharded partitions step parameter by parameter"
-            parts = [
-                (spec.name, FlatShards((spec,), 1), 0, owner, slice(0, spec.numel))
-                for spec, owner in zip(partition.layout.tensors, partition.stepped, strict=True)
-            ]
-        for name, layout, shard, owner, where in parts:
-            moments, scalars = split_state(optimizer.state.get(owner, {}), keys)
-            tensors = {FP32: owner.detach()} | moments
-            tensors = {key: value.reshape(-1)[where] for key, value in tensors.items()}
-            index = partition.group_index
-            flat = FlatState(name, layout, shard, tensors, scalars, index, replicas.rank, replicas.size)
-            yield Holding(flat, owner, where, partition)
 
 
 def frozen_flats(engine: DeepSpeedEngine, exclude_frozen: bool = False) -> list[FlatState]:
@@ -243,39 +196,6 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
         numpy.random.set_state((kind, numpy.array(keys, "uint32"), int(position), int(has_gauss), gauss))
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].clone(), device)
-
-
-def adopt_flats(optimizer: ZeroOptimizer, loaded: Mapping[str, LoadedFlat]) -> None:
-    """Give the torch optimizer the moments and scalars that were read; the masters are in place already."""
-    base = optimizer.optimizer
-    fresh: dict[torch.nn.Parameter, dict[str, Any]] = {}
-    for held in optimizer_flats(optimizer):
-        owner, found = held.owner, loaded[held.flat.name]
-        state = fresh.setdefault(owner, {})
-        for key, value in found.scalars.items():
-            value = clone_tensors_for_torch_save(value)
-            # torch counts in tensors, others in ints; the optimizer gets what it would have made itself.
-            if key == "step" and isinstance(value, (int, float)) and _counts_in_tensors(base):
-                value = torch.tensor(float(value))
-            state.setdefault(key, value)
-        for key, tensor in found.tensors.items():
-            if key in (FP32, PARAM):
-                continue
-            if key in held.flat.tensors:  # read into the optimizer's own tensor
-                state[key] = base.state[owner][key]
-                continue
-            if key not in state:
-                state[key] = held.new_state(tensor.dtype)
-            state[key].view(-1)[held.where].copy_(tensor)
-    for owner, state in fresh.items():
-        if state:
-            base.state[owner] = state
-        else:
-            base.state.pop(owner, None)  # saved before the first step
-
-
-def _counts_in_tensors(optimizer: torch.optim.Optimizer) -> bool:
-    return type(optimizer).__module__.startswith(("torch.", "zeropipe."))
 
 
 def adopt_groups(optimizer: ZeroOptimizer, saved: tuple[dict[str, Any], ...]) -> str:

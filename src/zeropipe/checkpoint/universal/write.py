@@ -50,13 +50,14 @@ def write_universal(
         s.name: f for f in source.flats if FP32 in f.keys for s in f.layout.tensors
     }
     everything = list(weights(source))
+    numbers = Numbers(source)
     folders = {w.name: inside(Path("zero"), w.name, "a tensor's name") for w in everything}
 
     def one(weight: Weight, folder: Path) -> None:
         cut = joining_of(weight.name, rules or {})
         if cut.dim >= len(weight.shape):
             cut = Joining(Rule.REPLICATED)
-        _parameter(source, weight, holders.get(weight.name), folder, _slicing(cut))
+        _parameter(source, numbers, weight, holders.get(weight.name), folder, _slicing(cut))
         progress(1)
 
     with replacing(final, "universal", source.folder) as work:
@@ -80,17 +81,23 @@ def _slicing(how: Joining) -> dict[str, Any]:
 
 
 def _parameter(
-    source: Source, weight: Weight, flat: FlatEntry | None, folder: Path, slicing: dict[str, Any]
+    source: Source,
+    numbers: Numbers,
+    weight: Weight,
+    flat: FlatEntry | None,
+    folder: Path,
+    slicing: dict[str, Any],
 ) -> None:
     folder.mkdir(parents=True)  # a name may have a slash in it
     write_torch(folder / "fp32.pt", {k.PARAM: weight.contiguous()} | slicing)
-    if flat is None:
+    shared = None if flat is None else numbers.of(flat, weight.name)
+    if flat is None or shared is None:  # never stepped
         return
     for key in flat.keys:
         if key not in (FP32, PARAM):
             file = inside(folder, f"{key}.pt", "a key of the optimizer's state")
             write_torch(file, {k.PARAM: read_full(source, flat, weight.name, key)} | slicing)
-    step = source.flat_scalars(flat).get(STEP)
+    step = shared.get(STEP)
     if step is not None:
         write_torch(folder / f"{STEP}.pt", torch.as_tensor(step, dtype=torch.float32))
 

@@ -10,14 +10,17 @@ element, whose step count has its shape, by what the same key is for larger para
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from zeropipe.layout.numbers import NEVER_STEPPED, number_of, split_numbers
+
 State = Mapping[str, Any]  # an optimizer's state of one parameter
+Shared = dict[str, Any] | None  # a parameter's state that is not per element; None: it was never stepped
 Shapes = Mapping[str, tuple[int, ...] | None]  # by key of state; None: no tensor
 
 
@@ -111,3 +114,67 @@ def born_state(
     # Newer torch makes it in the first step, older in the constructor alone.
     made: dict[str, Any] = {key: torch.full_like(tensor, options[fill]) for key, fill in fills.items()}
     return {"step": torch.zeros((), device=tensor.device if options.get("fused") else None)} | made
+
+
+def split_shared(given: Sequence[Shared], numels: Sequence[int]) -> tuple[Shared, dict[int, Shared]]:
+    """(what most elements share, what others have instead). None is the rule only where nothing was stepped."""
+    kinds: list[tuple[dict[str, Any], int]] = []  # distinct values, elements that have them
+    which: list[int | None] = []
+    for shared, numel in zip(given, numels, strict=True):
+        if shared is None:
+            which.append(None)
+            continue
+        at = next((at for at, (kind, _) in enumerate(kinds) if same_shared(kind, shared)), len(kinds))
+        kind, count = kinds[at] if at < len(kinds) else (shared, 0)
+        kinds[at : at + 1] = [(kind, count + numel)]
+        which.append(at)
+    if not kinds:
+        return None, {}
+    most = max(range(len(kinds)), key=lambda at: kinds[at][1])
+    apart = {i: None if at is None else kinds[at][0] for i, at in enumerate(which) if at != most}
+    return kinds[most][0], apart
+
+
+def same_shared(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two parameters share all that is not per element."""
+    return one is other or (one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if torch.is_tensor(one) or torch.is_tensor(other):
+        one, other = torch.as_tensor(one), torch.as_tensor(other)
+        return one.shape == other.shape and bool(torch.equal(one, other.to(one.device, one.dtype)))
+    return bool(one == other)
+
+
+def named_numbers(names: Sequence[str], given: Sequence[Shared], numels: Sequence[int]) -> dict[str, Any]:
+    """What the tensors of a flat share, each with its ``given``, as one dict; see ``layout.numbers``."""
+    main, apart = split_shared(given, numels)
+    numbers = dict(main or {})
+    for index in range(len(names)) if main is None else apart:
+        own = apart.get(index)
+        for key, value in ({NEVER_STEPPED: True} if own is None else own).items():
+            if key == NEVER_STEPPED or not same_shared({key: value}, {key: numbers.get(key)}):
+                numbers[number_of(key, names[index])] = value
+    return numbers
+
+
+def numbers_by_tensor(
+    numbers: Mapping[str, Any], names: Sequence[str]
+) -> tuple[list[Shared], dict[str, Any]]:
+    """(what ``named_numbers`` was given, numbers of one tensor that the others have not: by the names in the flat)."""
+    shared, own = split_numbers(numbers, names)
+    further = {
+        number_of(key, name): value
+        for name, values in own.items()
+        for key, value in values.items()
+        if key not in shared and key != NEVER_STEPPED
+    }
+    return [of_one(shared, own.get(name, {})) for name in names], further
+
+
+def of_one(shared: Mapping[str, Any], own: Mapping[str, Any]) -> Shared:
+    """What one tensor has of the numbers of its flat, some of which are its own; None if it was never stepped."""
+    if NEVER_STEPPED in own:
+        return None
+    return {key: own.get(key, value) for key, value in shared.items()}

@@ -17,12 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zeropipe.runtime.optimizers.state_kinds import per_element_keys, shapes_in, split_state, state_keys
+from zeropipe.runtime.optimizers.state_kinds import (
+    Shared,
+    per_element_keys,
+    shapes_in,
+    split_shared,
+    split_state,
+    state_keys,
+)
 
 if TYPE_CHECKING:
     from zeropipe.runtime.zero.types import AnyPartition
-
-Shared = dict[str, Any] | None  # a parameter's state that is not per element; None: it was never stepped
 
 
 class HeldState:
@@ -35,13 +40,13 @@ class HeldState:
 
     def keys(self) -> set[str]:
         """The state that is laid out like what is stepped; empty before the first step."""
-        keys = state_keys(self._optimizer)
+        keys = self._per_element()
         return {key for tensor in self._partition.stepped for key in self._split(tensor, keys)[0]}
 
     def shard(self, key: str) -> torch.Tensor | None:
         """State ``key``, 1D as the master; a copy where the optimizer steps on parts of the master."""
         partition = self._partition
-        keys = state_keys(self._optimizer)
+        keys = self._per_element()
         parts = [self._split(tensor, keys)[0].get(key) for tensor in partition.stepped]
         if all(part is None for part in parts):
             return None
@@ -73,18 +78,31 @@ class HeldState:
             return self.apart[index]
         partition = self._partition
         tensor = partition.stepped[0 if partition.flat else index]
-        state = self._optimizer.state.get(tensor)
-        return self._split(tensor, state_keys(self._optimizer))[1] if state else None
+        return self._split(tensor, self._per_element())[1] if self._optimizer.state.get(tensor) else None
+
+    def of_master(self) -> tuple[dict[str, torch.Tensor], Shared]:
+        """(moments of a flat master, what those parameters share that are not apart)."""
+        master = self._partition.master
+        tensors, shared = self._split(master, self._per_element())
+        return tensors, shared if self._optimizer.state.get(master) else None
 
     def set_shared(self, given: Sequence[Shared]) -> None:
         """Let each parameter of a flat partition have what is given for it; the moments are in place already."""
-        main, self.apart = part(given, [prod(shape) for shape in self._partition.shapes])
+        main, self.apart = split_shared(given, [prod(shape) for shape in self._partition.shapes])
         state = self._optimizer.state
         if main is None:
             state.pop(self._partition.master, None)
         else:
-            tensors, _ = self._split(self._partition.master, state_keys(self._optimizer))
+            tensors, _ = self.of_master()
             state[self._partition.master] = {key: copy_of(value) for key, value in main.items()} | tensors
+
+    def _per_element(self) -> set[str]:
+        partition, state = self._partition, self._optimizer.state
+        if not partition.flat:
+            return state_keys(self._optimizer)
+        # A master is never of one element, so that it needs no others to tell by.
+        shapes = [(tuple(partition.master.shape), shapes_in(state.get(partition.master, {})))]
+        return per_element_keys(self._optimizer, shapes)
 
     def _split(self, tensor: torch.Tensor, keys: Set[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return split_state(self._optimizer.state.get(tensor, {}), keys)
@@ -116,37 +134,6 @@ class HeldState:
         for index, value in found.items():
             self._partition.scatter(shard, index, value)
         return shard
-
-
-def part(given: Sequence[Shared], numels: Sequence[int]) -> tuple[Shared, dict[int, Shared]]:
-    """(what most elements share, what others have instead). None is the rule only where nothing was stepped."""
-    kinds: list[tuple[dict[str, Any], int]] = []  # distinct values, elements that have them
-    which: list[int | None] = []
-    for shared, numel in zip(given, numels, strict=True):
-        if shared is None:
-            which.append(None)
-            continue
-        at = next((at for at, (kind, _) in enumerate(kinds) if same(kind, shared)), len(kinds))
-        kind, count = kinds[at] if at < len(kinds) else (shared, 0)
-        kinds[at : at + 1] = [(kind, count + numel)]
-        which.append(at)
-    if not kinds:
-        return None, {}
-    most = max(range(len(kinds)), key=lambda at: kinds[at][1])
-    apart = {i: None if at is None else kinds[at][0] for i, at in enumerate(which) if at != most}
-    return kinds[most][0], apart
-
-
-def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two parameters share all that is not per element."""
-    return one is other or (one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one))
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if torch.is_tensor(one) or torch.is_tensor(other):
-        one, other = torch.as_tensor(one), torch.as_tensor(other)
-        return one.shape == other.shape and bool(torch.equal(one, other.to(one.device, one.dtype)))
-    return bool(one == other)
 
 
 def copy_of(value: Any) -> Any:

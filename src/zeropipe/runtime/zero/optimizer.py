@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from zeropipe.comm.agree import agree
-from zeropipe.comm.collectives import all_reduce
 from zeropipe.comm.group import SELF, Group
 from zeropipe.errors import UsageError
 from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
@@ -24,17 +23,16 @@ from zeropipe.runtime.optimizers.registry import classify
 from zeropipe.runtime.optimizers.shard_view import ShardAware
 from zeropipe.runtime.zero.client_optimizer import install_zero_grad, remove_zero_grad
 from zeropipe.runtime.zero.offload import Offload
-from zeropipe.runtime.zero.offload_step import step_in_pieces
-from zeropipe.runtime.zero.overlapped_step import can_overlap, step_and_publish
-from zeropipe.runtime.zero.own_gradients import bind, hand_over, own_squares
+from zeropipe.runtime.zero.own_gradients import bind
 from zeropipe.runtime.zero.partition import Partition
 from zeropipe.runtime.zero.policy import Policy
 from zeropipe.runtime.zero.reducer import Reducer
 from zeropipe.runtime.zero.sharded_partition import ShardedPartition
+from zeropipe.runtime.zero.stepping import Stepping, Update
+from zeropipe.runtime.zero.survey import Figures, refuse, survey, unused_everywhere
 from zeropipe.runtime.zero.types import AnyPartition, AnyStore
-from zeropipe.runtime.zero.untouched import untouched
 from zeropipe.runtime.zero.watch import Watch
-from zeropipe.tensor.norms import clip_coefficient, rough_squared_norm, squared_norm
+from zeropipe.tensor.norms import clip_coefficient
 from zeropipe.tensor.overflow import NonFinite
 
 if TYPE_CHECKING:
@@ -64,6 +62,16 @@ class StepOptions:
     )
     counts: Callable[[torch.nn.Parameter], bool] | None = None  # whether this rank's copy enters the norm
     replicas: Group = SELF  # stage 3: the ranks that hold the same shards as this one (MiCS)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far a step has come, so that one that raised is gone on with: ranks would miss what is said twice."""
+
+    passes: int  # of the reducer, when it began
+    reduced: bool = False
+    figures: Figures | None = None
+    update: Update | None = None
 
 
 class ZeroOptimizer(DeepSpeedOptimizer):
@@ -99,12 +107,14 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._dormant: list[tuple[int, torch.nn.Parameter]] = []  # frozen: (param group, parameter)
         watch = Watch(group, micro_step) if options.scaler is not None else None
         self.reducer = Reducer(policy, is_boundary, watch, options.replicas)
+        self.reducer.before_clear = self._give_up_step
         install_zero_grad(optimizer, self.reducer)
         self._own = bind(optimizer, policy.stage, group)
         if self._own is not None:
             self.reducer.keeps_own = self._own.wants_local_gradients
         kind = classify(optimizer)
-        self._elementwise = kind == "elementwise"
+        self._stepping = Stepping(optimizer, kind == "elementwise", self.offload.pages_state)
+        self._progress: _Progress | None = None  # of a step that is under way, or raised
         # Stage 3 cuts each parameter by itself, so what needs whole tensors steps on the pieces one by one.
         self._flat = (
             kind == "elementwise" if policy.shards_parameters else policy.shards_optimizer or kind != "whole"
@@ -147,8 +157,24 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         return self._grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, reduced ones too; ``.grad`` is None afterwards."""
+        """Forget all gradients, reduced ones too; ``.grad`` is None afterwards.
+
+        Raises UsageError after a step that raised when part of it was done: that is to be called again.
+        """
         self.reducer.clear()
+
+    def _give_up_step(self) -> None:
+        """Before gradients are forgotten, whoever asks for it."""
+        self.check_whole("zero_grad")
+        self._end_step()
+
+    def check_whole(self, call: str) -> None:
+        """Raise UsageError where a step that raised has changed some of the parameters and not others."""
+        if self._progress is not None and self._progress.update is not None and self._progress.update.changed:
+            raise UsageError(
+                f"{call}: the last step raised after a part of the parameters was stepped. Fix: call step() again, "
+                "which goes on where it stopped, or load a checkpoint"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As on a torch optimizer; the new parameters must belong to the module."""
@@ -162,33 +188,82 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
         Returns what ``closure`` returned. Raises LossScaleError at the minimum loss scale.
         """
-        result = None if closure is None else closure()
-        self.reducer.finish_window()
-        norm, unused, woken = self._survey()
-        if woken:
+        result = None
+        if not self.in_step:
+            result = None if closure is None else closure()
+            self._progress = _Progress(self.reducer.passes)
+        assert self._progress is not None
+        if self._progress.update is None and not self._decide(self._progress):
+            return result
+        assert self._progress.update is not None
+        self._progress.update.run()
+        self._end_step()
+        self.reducer.clear()
+        if self.options.scaler is not None:
+            self.options.scaler.update_scale(False)
+        return result
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step has raised and no backward ran since: the next call of ``step`` goes on with it."""
+        progress = self._progress
+        return progress is not None and (
+            progress.update is not None or progress.passes == self.reducer.passes
+        )
+
+    def _decide(self, progress: _Progress) -> bool:
+        """Reduce and survey the window and make the update of it; False where an overflow skips it."""
+        if not progress.reduced:
+            self.reducer.finish_window()
+            progress.reduced, progress.passes = True, self.reducer.passes
+        if progress.figures is None:
+            progress.figures = self._survey(awake=sum(param.requires_grad for _, param in self._dormant))
+        if progress.figures.woken:
             self._wake_in_step()
-            norm, unused, _ = self._survey()
+            progress.figures = self._survey()
+        norm = progress.figures.square**0.5 / self.loss_scale
+        unused = unused_everywhere(self.reducer.stores, self._group) if progress.figures.unseen else []
         if self.options.refuse_unused:
-            _refuse(unused)
+            refuse(unused)
         self.overflow = not norm < float("inf")  # true for inf and for NaN
         self._grad_norm = norm
         scaler = self.options.scaler
         if self.overflow and (scaler is not None or self.options.skip_nonfinite):
             self.last_nonfinite = None if self.reducer.watch is None else self.reducer.watch.find()
+            self._end_step()
             self.reducer.clear()
             if scaler is not None:
                 scaler.update_scale(True, self.last_nonfinite)
-            return result
+            return False
         self.overflow = False
         if self.options.clip > 0:
             clip = float(clip_coefficient(norm, self.options.clip))
         else:
             clip = 1.0
-        self._update(clip / self.loss_scale, unused)
+        factor = clip / self.loss_scale
+        if self._own is not None and self.reducer.keeps_own():
+            progress.update = self._stepping.own_update(self._own, self.reducer.stores, factor)
+        else:
+            progress.update = self._stepping.update(self.reducer.stores, factor, unused)
+        self.reducer.in_update = True
+        return True
+
+    def _survey(self, awake: int = 0) -> Figures:
+        # A norm that decides nothing, neither a clip factor nor whether the step is taken, may be off by a rounding.
+        decides = self.options.clip > 0 or self.options.scaler is not None or self.options.skip_nonfinite
+        groups = (self._group, self.options.model_group, self.options.replicas)
+        return survey(
+            self.reducer.stores, *groups, self.options.counts, decides, self.reducer.keeps_own(), awake
+        )
+
+    def _end_step(self) -> None:
+        self._progress = None
+        self.reducer.in_update = False
+
+    def forget_step(self) -> None:
+        """Give up a step that raised, whatever it has changed: what it would have written is about to be replaced."""
+        self._end_step()
         self.reducer.clear()
-        if scaler is not None:
-            scaler.update_scale(False)
-        return result
 
     def wake(self) -> None:
         """Before a forward of stage 3: take in parameters that were frozen and now require gradients.
@@ -221,7 +296,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Remove every hook and give the torch optimizer back its own parameters, without state."""
         self.reducer.arrivals.remove()
         remove_zero_grad(self.optimizer)
-        self.reducer.clear()
+        self.forget_step()
         for partition in self.partitions:
             partition.release()
         for param_group, params in zip(self.optimizer.param_groups, self._given, strict=True):
@@ -296,105 +371,3 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             if isinstance(self.optimizer, ShardAware):
                 self.optimizer.bind_shards(partition.views())
         param_group["params"] = masters
-
-    def _survey(self) -> tuple[float, list[tuple[AnyPartition, list[int]]], bool]:
-        """The unscaled global gradient norm, the parameters that no rank used, and whether some rank unfroze one:
-        one small collective, two when some rank left a parameter out."""
-        stores = self.reducer.stores
-        device = stores[0].partition.params[0].device if stores else torch.device("cpu")
-        # A norm that decides nothing, neither a clip factor nor whether the step is taken, may be off by a rounding.
-        decides = self.options.clip > 0 or self.options.scaler is not None or self.options.skip_nonfinite
-        square = squared_norm if decides or device.type != "cpu" else rough_squared_norm
-        own = self.reducer.keeps_own()
-        unseen = 0 if own else sum(len(store.partition.params) - len(store.seen) for store in stores)
-        awake = sum(param.requires_grad for _, param in self._dormant)
-        squares: torch.Tensor | float = 0.0
-        if own:
-            squares = own_squares(stores, self._group.size, self.options.counts)
-        for store in () if own else stores:
-            holder = self.options.replicas if store.partition.sharded else self._group
-            counted_once = holder.rank == 0
-            if counted_once:
-                squares = squares + square(store.shard, store.let_go) - self._not_counted(store)
-        if self._group.size == 1 and self.options.model_group.size == 1:
-            unused = self._unused_everywhere(device) if unseen else []
-            return float(squares) ** 0.5 / self.loss_scale, unused, bool(awake)
-        figures = torch.tensor([0.0, unseen, awake], dtype=torch.float64, device=device)
-        figures[0] = squares
-        all_reduce(figures, self._group, label="gradient norm")
-        if self.options.model_group.size > 1:
-            all_reduce(figures[:1], self.options.model_group, label="gradient norm of all stages")
-        total, missing, woken = figures.tolist()
-        unused = self._unused_everywhere(device) if missing else []
-        return total**0.5 / self.loss_scale, unused, bool(woken)
-
-    def _not_counted(self, store: AnyStore) -> torch.Tensor | float:
-        """The squared norm of this rank's pieces of parameters whose copy on another rank counts."""
-        counts = self.options.counts
-        if counts is None:
-            return 0.0
-        partition = store.partition
-        copies = [i for i, param in enumerate(partition.params) if not counts(param)]
-        return sum((squared_norm(partition.local(store.shard, i)) for i in copies), start=0.0)
-
-    def _unused_everywhere(self, device: torch.device) -> list[tuple[AnyPartition, list[int]]]:
-        stores = self.reducer.stores
-        flags = [index in store.seen for store in stores for index in range(len(store.partition.params))]
-        used = torch.tensor(flags, dtype=torch.int32, device=device)
-        all_reduce(used, self._group, op="max", label="used parameters")
-        counts = [len(store.partition.params) for store in stores]
-        found = []
-        for store, marks in zip(stores, used.split(counts), strict=True):
-            indices = [index for index, mark in enumerate(marks.tolist()) if not mark]
-            if indices:
-                found.append((store.partition, indices))
-        return found
-
-    def _update(self, factor: float, unused: list[tuple[AnyPartition, list[int]]]) -> None:
-        """Step on ``factor`` times the reduced gradients, or this rank's own."""
-        self.take_edits()
-        if self._own is not None and self.reducer.keeps_own():
-            hand_over(self._own, self.reducer.stores, factor)
-            self.optimizer.step()
-            for partition in self.partitions:
-                partition.publish()
-            return
-        idle = {id(partition) for partition, indices in unused if len(indices) == len(partition.params)}
-        busy = [
-            (partition, store.shard)
-            for partition, store in zip(self.partitions, self.reducer.stores, strict=True)
-            if id(partition) not in idle
-        ]
-        for partition, gradient in () if self.offload.pages_state else busy:
-            partition.load_gradient(gradient, factor)
-        rest = [(partition, indices) for partition, indices in unused if id(partition) not in idle]
-        for partition, indices in rest:
-            partition.drop_gradients(indices)
-        stepped = [partition for partition, _ in busy]
-        if self._elementwise and not rest and can_overlap(self.optimizer, stepped):
-            step_and_publish(self.optimizer, stepped)
-            for partition in self.partitions:
-                partition.drop_gradients()
-            return
-        with untouched(self.optimizer, rest if self._flat else ()):
-            if not self.offload.pages_state:
-                self.optimizer.step()
-            else:
-                for partition, gradient in busy:
-                    assert isinstance(partition, ShardedPartition)
-                    step_in_pieces(self.optimizer, partition, gradient, factor)
-        for partition in self.partitions:
-            partition.drop_gradients()
-            if id(partition) not in idle:
-                partition.publish()
-
-
-def _refuse(unused: list[tuple[AnyPartition, list[int]]]) -> None:
-    """Raise UsageError, on every rank alike, for parameters that require a gradient and got none."""
-    pairs = [(partition, index) for partition, indices in unused for index in indices]
-    names = [f"'{p.names[index]}'" for p, index in pairs if p.params[index].requires_grad]
-    if names:
-        raise UsageError(
-            f"parameters {', '.join(names)} got no gradient on any rank in this step. Fix: use them in the loss, "
-            "freeze them with requires_grad_(False), or set zero_optimization.ignore_unused_parameters to true"
-        )

@@ -108,6 +108,8 @@ class Reducer:
             None  # of the backward that opened the pass, if it was a plain one
         )
         self._broken = ""  # the backward of this window that raised
+        self.in_update = False  # a step has begun to use the gradients
+        self.before_clear: Callable[[], None] = lambda: None  # may refuse it
         self._owes = True  # something of the window may not have been reduced yet; the same on all ranks
 
     @property
@@ -218,8 +220,8 @@ class Reducer:
             self._begin(force=True)
             self.finish_pass()
         if self._apart:
-            self._apart = False
             self._average_replicas()
+            self._apart = False
         self.at_boundary()
 
     def _average_replicas(self) -> None:
@@ -252,6 +254,7 @@ class Reducer:
 
     def clear(self) -> None:
         """Forget the window's gradients."""
+        self.before_clear()
         self.settle()
         self._broken = ""
         self._owes = True
@@ -308,6 +311,11 @@ class Reducer:
     def _begin(self, force: bool = False) -> None:
         if self._open:
             return
+        if self.in_update:
+            raise UsageError(
+                "backward: the last step raised before it was done, and its gradients are in use. Fix: call step() "
+                "again, which goes on where it stopped, or zero_grad() to give it up"
+            )
         inside = _in_backward()
         self._missing = self.missing_factor() if inside else 1.0
         self._open = True
