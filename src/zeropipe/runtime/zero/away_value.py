@@ -178,7 +178,8 @@ class AwayValue(torch.Tensor):
             ) from error
         if not isinstance(result, torch.Tensor):
             return result
-        if name in _COPIES or result.numel():
+        # What takes part in a graph is not on its way to a file.
+        if (name in _COPIES and not result.requires_grad) or result.numel():
             return result.as_subclass(torch.Tensor) if isinstance(result, AwayValue) else result
         return away_value(result, of)
 

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 
 import torch
 
-from zeropipe.runtime.zero.coordinator import Coordinator, Unit, in_backward
+from zeropipe.runtime.zero.coordinator import Coordinator, in_backward
 from zeropipe.runtime.zero.external import external_shards
 from zeropipe.runtime.zero.fetch_plan import Budget
 from zeropipe.runtime.zero.param import shards_of
+from zeropipe.runtime.zero.unit import Unit
 from zeropipe.runtime.zero.unit_hooks import UnitHooks, skip_frames, untraced
 
 _COMPILED = "_compiled_call_impl"  # in a module's __dict__: what ``module.compile()`` made

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
@@ -25,40 +24,13 @@ from zeropipe.comm.group import Group
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.fetch_plan import Budget, Phase, Step, Visit, plan
 from zeropipe.runtime.zero.shards import GATHER, Shards
+from zeropipe.runtime.zero.unit import Unit, Use, gradient_sinks
 from zeropipe.runtime.zero.writes import join
 
 # For peers to come to where this rank raised an error, so that it can hand on what they will then wait for.
 PATIENCE = timedelta(seconds=30)
 # Elements that backward used without a gather in which ranks hear of each other.
 REDUCTIONS_COMPARED_EVERY = 2**21
-
-
-@dataclass(slots=True, eq=False)
-class Unit:
-    """A module whose sharded parameters are gathered together."""
-
-    index: int
-    name: str
-    shards: list[Shards]  # own ones, and external ones that it was seen to use
-    known: set[Shards] = field(default_factory=set)  # the same
-
-    @property
-    def numel(self) -> int:
-        return sum(s.numel for s in self.shards if not s.persist)
-
-    def add(self, shards: Shards) -> None:
-        if shards not in self.known:
-            self.known.add(shards)
-            self.shards.append(shards)
-
-
-@dataclass(slots=True, eq=False)
-class Use:
-    """One run of a unit, forward or backward: what it holds until it ends."""
-
-    unit: Unit
-    held: list[Shards] = field(default_factory=list)
-    keep: bool = False
 
 
 class Reductions(Protocol):
@@ -93,6 +65,7 @@ class Coordinator:
         # What graphs read that were made outside of any module, and whether they still may.
         self._kept: list[tuple[Shards, Callable[[], bool]]] = []
         self._silent = 0  # contexts in which every parameter is held whole
+        self._sinks: list[object] = []  # see ``gradient_sinks``
         self.until_settled: list[RemovableHandle] = []  # hooks on tensors that outlive their pass
         self._told: list[Callable[[], int]] = []  # an error told to the peers: whether they have the same
         self._parted = False  # the last meeting ended in an error, of which everyone knows
@@ -127,6 +100,8 @@ class Coordinator:
         self._close_trace()
         self._grad = torch.is_grad_enabled()
         self._replaying = self._grad in self._plans and not self._silent
+        if self._grad and self._grad not in self._plans:
+            self._sinks = gradient_sinks(self.units)
 
     def meet(self, what: str) -> None:
         """Go on when every rank is about to do ``what``; DesyncError when one is not."""
@@ -237,6 +212,10 @@ class Coordinator:
         (self.running if forward else self._backward).remove(use)
         for shards in returned:
             self._hand_up(shards)
+        if not forward and torch.is_grad_enabled():
+            # The gradients have a graph of their own (a penalty on them follows), which reads the values again.
+            for shards in use.held:
+                self.keep_for_graph(shards, lambda: False)
         recomputed = forward and in_backward()  # its backward comes next
         self._let_go(use, free=not use.keep and not recomputed)
 
@@ -330,6 +309,7 @@ class Coordinator:
                 shards.release_if_idle()
         while self.until_settled:
             self.until_settled.pop().remove()
+        self._sinks.clear()
 
     def _hand_up(self, shards: Shards) -> None:
         """Let the caller of a module hold what that module returned of a parameter."""

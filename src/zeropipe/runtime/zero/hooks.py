@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from zeropipe.runtime.zero.compiled import CompiledModules, Handle
-from zeropipe.runtime.zero.coordinator import Coordinator, Unit
+from zeropipe.runtime.zero.coordinator import Coordinator
 from zeropipe.runtime.zero.external import (
     external_shards,
     hide_external_parameters,
@@ -19,6 +19,7 @@ from zeropipe.runtime.zero.external import (
 )
 from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.shards import Shards
+from zeropipe.runtime.zero.unit import Unit
 from zeropipe.runtime.zero.unit_hooks import UnitHooks, unless_covered
 
 

@@ -18,10 +18,11 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zeropipe.errors import UsageError
-from zeropipe.runtime.zero.coordinator import Coordinator, Unit, Use
+from zeropipe.runtime.zero.coordinator import Coordinator
 from zeropipe.runtime.zero.external import external_shards
 from zeropipe.runtime.zero.fetch_plan import Phase
 from zeropipe.runtime.zero.shards import Shards
+from zeropipe.runtime.zero.unit import Unit, Use
 
 
 class _Call:
