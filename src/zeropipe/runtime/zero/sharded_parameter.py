@@ -272,5 +272,5 @@ def mark_unavailable(param: torch.nn.Parameter, nothing: torch.Tensor) -> None:
 def show_shape(param: torch.nn.Parameter, shape: torch.Size) -> None:
     """Let autograd see ``shape`` on a parameter that is away; a use of it still meets the guard."""
     param.__class__ = ShardedParameter
-    _DATA.__set__(param, param.detach().new_full((1,), torch.nan).expand(shape))
+    _DATA.__set__(param, param.detach().new_full((), torch.nan).expand(shape))
     param.__class__ = _Away
