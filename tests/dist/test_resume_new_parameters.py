@@ -7,6 +7,7 @@ multiples of a cache line on purpose, except where bits are compared.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -258,3 +259,31 @@ def test_converted_checkpoints_keep_what_was_never_stepped(pool, tmp_path, kind)
         for name, value in expected.items():
             if name != "scale":
                 assert_bitwise(weights[name], value, name)
+
+
+def own_state_dict(rank: int, world: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights of an engine that never stopped, and of one that took over its optimizer's state dict half way."""
+
+    def start() -> Any:
+        return engine_for(made(True, WIDTH), "adamw", 1, world, {})
+
+    def steps(engine: Any, numbers: range) -> None:
+        for step in numbers:
+            engine.module.uses_trunk = step != 1
+            engine.backward(engine(batch(step, rank, WIDTH)))
+            engine.step()
+
+    first, second = start(), start()
+    steps(first, range(3))
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    for engine in (first, second):
+        steps(engine, range(3, 5))
+    found = whole(first.module), whole(second.module)
+    first.destroy()
+    second.destroy()
+    return found
+
+
+def test_the_optimizers_own_state_dict_has_the_counts_too(pool):
+    for left, right in pool(2).run(own_state_dict):
+        assert_bitwise(left, right)

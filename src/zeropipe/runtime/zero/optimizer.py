@@ -22,6 +22,7 @@ from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
 from zeropipe.runtime.optimizers.registry import classify
 from zeropipe.runtime.optimizers.shard_view import ShardAware
 from zeropipe.runtime.zero.client_optimizer import install_zero_grad, remove_zero_grad
+from zeropipe.runtime.zero.held_state import copy_of
 from zeropipe.runtime.zero.offload import Offload
 from zeropipe.runtime.zero.own_gradients import bind
 from zeropipe.runtime.zero.partition import Partition
@@ -316,6 +317,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             "overflow": self.overflow,
             "fp32_masters": [partition.master.detach() for partition in self.partitions],
             "base_optimizer_state": self.optimizer.state_dict(),
+            "apart": [dict(partition.state.apart) for partition in self.partitions],
         }
 
     def load_state_dict(self, state: dict[str, Any], load_optimizer_states: bool = True) -> None:
@@ -327,6 +329,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             )
         if load_optimizer_states:
             self.optimizer.load_state_dict(state["base_optimizer_state"])
+            for partition, apart in zip(self.partitions, state["apart"], strict=True):
+                partition.state.apart = {
+                    i: own if own is None else {key: copy_of(value) for key, value in own.items()}
+                    for i, own in apart.items()
+                }
         for partition, master in zip(self.partitions, state["fp32_masters"], strict=True):
             partition.master.detach().copy_(master)
             partition.publish()
