@@ -16,13 +16,17 @@ class Seen:
     def __init__(self, model: nn.Module) -> None:
         self.gradients = 0
         self.ends: list[int] = []
+        self.gone: list[bool] = []
         self.ending: object = None
         for param in model.parameters():
             param.register_post_accumulate_grad_hook(self.arrived)
 
+    def ended(self) -> None:
+        self.ends.append(self.gradients)
+
     def arrived(self, _: torch.nn.Parameter) -> None:
         if self.gradients == 0:
-            self.ending = at_end_of_backward(lambda: self.ends.append(self.gradients))
+            self.ending = at_end_of_backward(self.ended, lambda: self.gone.append(True))
         self.gradients += 1
 
 
@@ -44,7 +48,7 @@ def test_the_end_comes_after_all_gradients(depth: int) -> None:
         else:
             x = nested(nn.Sequential(layer), x)
     x.sum().backward()
-    assert seen.ends == [8]
+    assert seen.ends == [8] and seen.gone == [True]
 
 
 def test_a_backward_that_raises_leaves_nothing() -> None:
@@ -57,7 +61,7 @@ def test_a_backward_that_raises_leaves_nothing() -> None:
     model[0].weight.register_post_accumulate_grad_hook(fail)
     with pytest.raises(ValueError):
         model(torch.randn(2, 4)).sum().backward()
-    assert seen.ends == []
+    assert seen.ends == [] and seen.gone == [True]
     assert callable(seen.ending)
     assert seen.ending() is None
     ending = Ending(lambda: None)

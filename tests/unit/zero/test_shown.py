@@ -104,10 +104,10 @@ def test_a_view_shows_edits_and_says_when_another_tensor_took_its_place() -> Non
 def test_autograds_own_gradient_of_a_pass_that_was_not_reduced_is_only_watched() -> None:
     param, what = shown()
     param.grad = torch.ones(2, 3)
-    what.absent([0])
+    what.absent([0], reduced=False)
     assert param.grad.eq(1).all()
     param.grad = param.grad * 2
     assert list(what.changes(lift=True)) == []
-    what.absent([0])
+    what.absent([0], reduced=False)
     param.grad = None
     assert [c[:2] for c in what.changes(lift=True)] == [(0, Change.DROPPED)]

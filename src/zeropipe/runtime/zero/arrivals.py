@@ -4,7 +4,8 @@
     autograd adds it up
     it is in ``.grad``        take(): it is taken over
 
-Neither hook is seen by the garbage collector: it must not be what keeps an optimizer alive.
+Most gradients need nothing of the kind: while a pass says so, one look into a set lets the first of each parameter
+through (``let_through``). Neither hook is seen by the garbage collector: it must not be what keeps an optimizer alive.
 """
 
 from __future__ import annotations
@@ -38,22 +39,42 @@ class Arrivals:
     def __init__(self, taker: Taker) -> None:
         self._taker = weakref.ref(taker)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        # By store: the parameters whose next gradient may be added as it is, and how many there are.
+        self._free: list[tuple[set[int], int]] = []
 
     def listen(self, store: AnyStore) -> None:
-        for index, param in enumerate(store.partition.params):
-            before, after = self._expect(store, index), self._take(store, index)
+        params, free = store.partition.params, set[int]()
+        self._free.append((free, len(params)))
+        for index, param in enumerate(params):
+            before, after = self._expect(store, index, free), self._take(store, index)
             self._handles.append(param.register_hook(before))
             self._handles.append(param.register_post_accumulate_grad_hook(after))
 
+    def let_through(self) -> None:
+        """The next gradient of each parameter lacks nothing, and finds the pass open."""
+        for free, count in self._free:
+            free.update(range(count))
+
+    def stop(self) -> None:
+        """The taker is asked about each gradient again."""
+        for free, _ in self._free:
+            free.clear()
+
     def remove(self) -> None:
+        self._free.clear()
         while self._handles:
             self._handles.pop().remove()
 
-    def _expect(self, store: AnyStore, index: int) -> Callable[[torch.Tensor | None], torch.Tensor | None]:
+    def _expect(
+        self, store: AnyStore, index: int, free: set[int]
+    ) -> Callable[[torch.Tensor | None], torch.Tensor | None]:
         taker, store_of = self._taker, weakref.ref(store)
 
         # None: a custom function said that there is none.
         def before(grad: torch.Tensor | None) -> torch.Tensor | None:
+            if index in free:
+                free.remove(index)
+                return None
             taken_by, store = taker(), store_of()
             if taken_by is None or store is None or taken_by.is_ready(store, index):
                 return None

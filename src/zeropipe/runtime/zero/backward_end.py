@@ -33,11 +33,14 @@ class Ending:
         self._then()
 
 
-def at_end_of_backward(then: Callable[[], None]) -> weakref.ref[Ending]:
-    """Inside a backward: call ``then`` when it ends. Returns a reference that dies with a backward that raised."""
+def at_end_of_backward(then: Callable[[], None], gone: Callable[[], None]) -> weakref.ref[Ending]:
+    """Inside a backward: call ``then`` when it ends, and ``gone`` after that or when it raised.
+
+    Returns a reference that is dead from then on.
+    """
     ending = Ending(then)
     _queue(ending)
-    return weakref.ref(ending)
+    return weakref.ref(ending, lambda _: gone())
 
 
 def _queue(ending: Ending) -> None:

@@ -232,7 +232,7 @@ class GradStore:
             return  # ``accept`` has shown it
         whole = self._views and (not self.partition.sharded or self.partition.group.size == 1)
         if not whole or self.dtype != self.partition.dtype:
-            self.shown.absent(self.seen)
+            self.shown.absent(self.seen, reduced)
             return
         for index in self.seen:
             self.shown.view(index, self._views[index])

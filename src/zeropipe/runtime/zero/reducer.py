@@ -170,6 +170,7 @@ class Reducer:
             raise
         finally:
             self._explicit = before
+            self.arrivals.stop()
 
     def settle(self) -> None:
         """End a pass that is still open, which outside of a backward it only is where that has raised."""
@@ -191,6 +192,7 @@ class Reducer:
         """End the pass in progress, if any: launch what is left, wait for all."""
         if not self._open:
             return
+        self.arrivals.stop()
         if self._reducing:
             # Where it raises the pass is still open: some reductions are under way.
             self._meet("end of backward")
@@ -320,7 +322,11 @@ class Reducer:
         self._missing = self.missing_factor() if inside else 1.0
         self._open = True
         self._begun += 1
-        self._ending = at_end_of_backward(self.finish_pass) if inside and not self._explicit else None
+        self._ending = None
+        if inside and not self._explicit:
+            self._ending = at_end_of_backward(self.finish_pass, self.arrivals.stop)
+        if inside and self._missing == 1.0:
+            self.arrivals.let_through()
         whole = self.stores[0].keeps_whole if self.stores else False
         wanted = force or (not self._local_only and (not whole or self.is_boundary()))
         self._reducing = wanted and not self.keeps_own()

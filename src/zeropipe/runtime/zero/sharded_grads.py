@@ -96,7 +96,7 @@ class ShardedGradStore:
 
     def show(self, reduced: bool) -> None:
         """No rank has a whole gradient: stand-ins say so."""
-        self.shown.absent(self.seen)
+        self.shown.absent(self.seen, reduced)
 
     def launch(self, bucket: Bucket) -> Work:
         """Start the reduction of ``bucket``; when the work is done the shard holds (or has added) its average."""

@@ -90,7 +90,8 @@ class Shown:
         self._put: dict[
             int, tuple[torch.Tensor, int]
         ] = {}  # by parameter: what stands in its .grad, and its address
-        self._absent: dict[int, AbsentGradient] = {}  # made once
+        self._faces: dict[int, torch.Tensor] = {}  # made once: what stands for views
+        self._absent: dict[int, AbsentGradient] = {}  # the same for stand-ins
 
     def __contains__(self, index: int) -> bool:
         return index in self._put
@@ -102,26 +103,29 @@ class Shown:
 
     def view(self, index: int, view: torch.Tensor) -> None:
         """Let ``.grad`` be ``view``'s memory, as an object of its own, since users set ``.grad.data`` too."""
-        put, where = self._put.get(index, (None, 0))
-        if put is None or isinstance(put, AbsentGradient) or put.data_ptr() != view.data_ptr():
-            put, where = view.detach(), view.data_ptr()
-        self._put[index] = put, where
-        self._params[index].grad = put
+        face, where = self._faces.get(index), view.data_ptr()
+        if face is None or face.data_ptr() != where:
+            face = self._faces[index] = view.detach()
+        self._put[index] = face, where
+        self._params[index].grad = face
 
-    def absent(self, indices: Iterable[int]) -> None:
-        """Let the ``.grad`` of these be stand-ins, unless autograd's own, of a pass that was not reduced, is there."""
+    def absent(self, indices: Iterable[int], reduced: bool = True) -> None:
+        """Let the ``.grad`` of these be stand-ins; not ``reduced``: unless autograd's own is there."""
         for index in indices:
             param = self._params[index]
-            stand_in = self._absent.get(index)
-            if stand_in is None or stand_in.shape != param.data.shape:
-                stand_in = self._absent[index] = AbsentGradient(param, self._names[index])
-            stand_in.zeroed = False
-            found = param.grad
-            if found is None or isinstance(found, AbsentGradient):
-                param.grad = stand_in
-                self._put[index] = stand_in, 0
-            else:
+            found = None if reduced else param.grad
+            if found is not None and not isinstance(found, AbsentGradient):
                 self._put[index] = found, _OWN
+                continue
+            stand_in = self._absent.get(index)
+            try:
+                param.grad = stand_in
+            except RuntimeError:  # the parameter was gathered then and is away now, or the other way round
+                stand_in = None
+            if stand_in is None:
+                stand_in = param.grad = self._absent[index] = AbsentGradient(param, self._names[index])
+            stand_in.zeroed = False
+            self._put[index] = stand_in, 0
 
     def hide(self, index: int) -> None:
         """Nothing is shown: the gradient waits for its reduction."""
