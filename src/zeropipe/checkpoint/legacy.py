@@ -353,12 +353,13 @@ class PeerSource:
         rank = mp_rank % tp
         members = [mp for _, mp in sorted(self._models, key=lambda key: key[1]) if mp % tp == rank]
         states = [self.files[self._model_of(mp)].get("optimizer") or {} for mp in members]
+        found = [[moments(s, i)[0] for g in s["param_groups"] for i in g["params"]] for s in states]
+        # A parameter that was never stepped has no state to know it by.
         shapes = [
-            [tuple(next(iter(moments(s, i)[0].values())).shape) for i in range(len(s["state"]))]
-            for s in states
+            [tuple(next(iter(tensors.values())).shape) for tensors in stage if tensors] for stage in found
         ]
         layers = [(n, e.shape) for (n, at), e in self._layer_entries.items() if at == rank]
-        orders = stage_orders(shapes, layers)
+        orders = stage_orders(shapes, layers) if all(map(all, found)) else None
         if orders is None or any(len(s["param_groups"]) > 1 for s in states):
             raise CheckpointError(
                 describe(

@@ -137,8 +137,9 @@ def whole_optimizer(local: LocalState) -> dict[str, Any]:
         numbers: list[int] = []
         for name in names:
             numbers.append(sum(len(g["params"]) for g in groups) + len(numbers))
-            if name in by_name:
-                state[numbers[-1]] = _tensor_state(*by_name[name])
+            own = _tensor_state(*by_name[name]) if name in by_name else {}
+            if own:  # torch has no entry of a parameter that was never stepped
+                state[numbers[-1]] = own
         groups.append(
             {key: v for key, v in lowered(group).items() if key != "param_names"} | {"params": numbers}
         )
