@@ -249,6 +249,36 @@ def test_a_schedule_that_raises_is_stepped_once_and_the_optimizer_too(pool):
     assert (schedule_then, steps_then) == (schedule, steps)
 
 
+def reported(rank: int, world: int, at: int) -> tuple[Any, int, int, bool]:
+    """Operation ``at`` of a step that is told of raises; ends with weights, steps, operations in a step, raised."""
+    settings = config(1, world, steps_per_print=1)
+    engine = zeropipe.initialize(model=build(Model), config=settings)[0]
+    count, raised = 0, False
+    for step in range(STEPS):
+        engine.backward(engine(torch.ones(4, 16), True))
+        with RaiseAt(at if step == AT else -1) as fault:
+            try:
+                engine.step()
+            except Injected:
+                raised = True
+                engine.step()
+        count = fault.count if step == AT else count
+    ended = whole(engine.module), engine.global_steps, count, raised
+    engine.destroy()
+    return ended
+
+
+def test_a_report_that_raises_after_the_step_does_not_step_twice(pool):
+    """A raise in what tells of the step (its loss, its norm, a full disk of the monitor) and a retry stepped again,
+    with no gradients: moments and weight decay moved the weights, and the clock counted a step too many."""
+    weights, steps, count, _ = pool(1).run(reported, -1)[0]
+    for at in range(count - 2, count + 1):
+        ours, steps_then, _, raised = pool(1).run(reported, at)[0]
+        assert raised
+        assert steps_then == steps
+        assert_bitwise(ours, weights)
+
+
 def _raise(*args: Any) -> Any:
     raise Injected("init_group")
 

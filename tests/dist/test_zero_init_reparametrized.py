@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from tests.helpers.models import build
 from tests.helpers.referee import assert_bitwise
+from zeropipe.errors import UnavailableParameterError
 from tests.helpers.zero3 import engine_of, settings, x_batch
 from zeropipe import zero
 
@@ -100,13 +101,15 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "pruned twice": lambda m: prune.l1_unstructured(prune.l1_unstructured(m, "weight", 0.2), "weight", 0.2),
     "pruned for ever": lambda m: prune.remove(prune.l1_unstructured(m, "weight", 0.3), "weight"),
     "a parameter of a parameter": lambda m: _set(m, nn.Parameter(m.weight)),
+    "assigned to": lambda m: _set(parametrizations.weight_norm(m), torch.full((16, 16), 0.25)),
     "given memory": lambda m: _give(m, torch.full_like(m.weight, 0.25)),
 }
 LOADS = [kind for kind in KINDS if kind != "spectral_norm removed"]  # torch itself cannot load that one
 
 
-def _set(module: nn.Module, weight: nn.Parameter) -> nn.Module:
-    module.weight = weight
+def _set(module: nn.Module, weight: torch.Tensor) -> nn.Module:
+    with torch.no_grad():
+        module.weight = weight
     return module
 
 
@@ -210,3 +213,23 @@ def test_around_the_root(pool, kind):
     expected = pool(2).run(root_alone, kind, 0)[0]
     for ours in pool(2).run(root_alone, kind, 3):
         assert_bitwise(ours, expected)
+
+
+def assigned(rank: int, world: int) -> None:
+    """A parametrized weight of an engine is assigned to, inside and outside of the context."""
+    engine = engine_of(build(Model, "parametrized weight_norm"), 3, world)
+    first, value = engine.module.first, torch.full((16, 16), 0.25)
+    with pytest.raises(UnavailableParameterError, match=r"first\.parametrizations\.weight\.original0"):
+        _set(first, value)
+    with zero.GatheredParameters(list(first.parameters()), modifier_rank=0):
+        _set(first, value * (rank + 1))
+    with zero.GatheredParameters(list(first.parameters())):
+        assert torch.equal(first.parametrizations.weight.original1, value)
+        assert torch.equal(first.parametrizations.weight.original0, torch.ones(16, 1))
+    engine.destroy()
+
+
+def test_a_parametrized_weight_is_assigned_to(pool):
+    """torch's ``set_`` asks no subclass: an assignment to a weight that is away was lost without a word, and inside
+    zero.Init the model began with other weights."""
+    pool(2).run(assigned)

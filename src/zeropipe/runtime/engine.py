@@ -88,6 +88,7 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
                 self.optimizer.reducer.at_boundary = self._rows.join
         self._passes = 0  # of the reducer, when the current micro-step began
         self._schedule_is_due = False  # the optimizer has stepped, the schedule has not
+        self._closing = False  # the optimizer has stepped, what comes after it has not been done
         self._report = Reporter(parts.config, parts.clock, parts.device, first=self._first_rank)
         self.train(parts.module.training)
 
@@ -159,8 +160,9 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
             self.raise_failed_save()
         self.reload_states()
         with self._report.phase("step"):
-            if self._schedule_is_due:  # the step before this one raised in it
+            if self._closing:  # the step before this one raised after the optimizer's
                 self._step_schedule(optimizer, lr_kwargs)
+                self._closing = False
                 if optimizer.reducer.window_is_empty:
                     return
             if not optimizer.in_step:
@@ -174,8 +176,10 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
             self.clock.tick()
             self.clock.stepped(applied=not optimizer.overflow)
             self._schedule_is_due = not optimizer.overflow
+            self._closing = True
             self._step_schedule(optimizer, lr_kwargs)
         self._report.stepped(self._status)
+        self._closing = False
 
     def _step_schedule(self, optimizer: ZeroOptimizer, arguments: dict[str, Any] | None) -> None:
         if self.lr_scheduler is not None and self._schedule_is_due:

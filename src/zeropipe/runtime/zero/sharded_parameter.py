@@ -50,6 +50,11 @@ class ShardedParameter(torch.nn.Parameter):
             zero.shards.writes.move(zero.shards)
         _DATA.__set__(self, value)
 
+    def set_(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        """As torch's, which asks no subclass: parametrizations assign values with it."""
+        self._shards.writes.move(self._shards)
+        return plainly(torch.Tensor.set_, (self, *args), kwargs)  # type: ignore[no-any-return]
+
     @property
     def ds_id(self) -> int:
         return self._shards.ident
@@ -158,6 +163,9 @@ class _Away(ShardedParameter):
         shards = self._shards
         held = f"away: {shards.shard_numel} elements on this rank"
         return f"Parameter '{shards.name}' {tuple(shards.shape)} {shards.dtype}, {held}"
+
+    def set_(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        return self.__torch_function__(torch.Tensor.set_, (type(self),), (self, *args), kwargs)  # type: ignore[no-any-return]
 
     @classmethod
     def __torch_function__(
