@@ -200,6 +200,21 @@ def true_gradients(rank: int, world: int) -> None:
             engine.destroy()
 
 
+def refused_transform(rank: int, world: int) -> None:
+    engine = start(3, world, 1, "fp32")
+    x = torch.randn(3, 6, generator=generator(rank))
+    with pytest.raises(UsageError, match=r"functorch.*Fix"):
+        torch.func.grad(lambda y: engine(y, "tensor"))(x)
+    engine.backward(engine(x, "tensor"))
+    engine.step()
+    engine.destroy()
+
+
+def test_torch_func_around_stage_3_is_a_named_error_and_training_goes_on(pool):
+    """As the first thing an engine did it ended the process: autograd was asked for nodes inside of the transform."""
+    pool(2).run(refused_transform)
+
+
 def test_autograd_grad_and_torch_func_see_true_gradients(pool):
     """They saw the factor of the accumulation, and torch.func met an autograd function that it cannot transform."""
     pool(2).run(true_gradients)

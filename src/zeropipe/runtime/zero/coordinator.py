@@ -157,10 +157,6 @@ class Coordinator:
                 self.end(use)
                 self.tell(error, f"backward of {unit.name}")
             raise
-        if (
-            phase is Phase.BACKWARD and torch.is_grad_enabled()
-        ):  # create_graph: the gradients' graph reads them too
-            self._keep_for_second_order(use)
         return use
 
     def _fetch(self, use: Use, phase: Phase) -> None:
@@ -291,12 +287,6 @@ class Coordinator:
             return
         shards.holds += 1
         self._kept.append((shards, needed))
-
-    def _keep_for_second_order(self, use: Use) -> None:
-        """No hook tells when the backward of a gradient's graph comes to a unit: its parameters stay until then."""
-        for shards in use.held:
-            shards.holds += 1
-            self._kept.append((shards, lambda: False))
 
     def end_backward(self, step: bool = False) -> None:
         """A whole backward is over, or the micro-step is (``step``): as ``settle``, also for what graphs needed."""

@@ -151,16 +151,16 @@ class UnitHooks:
         self._attributes: dict[tuple[str, int], weakref.ref[torch.Tensor]] = {}
 
     def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        if self.begin is not None:
-            self.begin()
-        for shards in external_shards(module):
-            self.unit.add(shards)
         if torch._C._functorch.maybe_current_level() is not None:
             raise UsageError(
                 f"{self.unit.name}: a functorch transform (torch.func.grad, vmap, ...) around a module of stage 3. "
                 "Fix: take the values with zero.GatheredParameters and pass them to torch.func.functional_call, "
                 "or use stage 2"
             )
+        if self.begin is not None:
+            self.begin()
+        for shards in external_shards(module):
+            self.unit.add(shards)
         self._stand_around(module)
         handling = sys.exc_info()[1]
         use = self.coordinator.start(self.unit, Phase.FORWARD)
