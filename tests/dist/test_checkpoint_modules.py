@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from zeropipe.pipe import PipelineModule
 from zeropipe.utils import safe_get_full_fp32_param
 
 NAMES = [*STATEFUL, "the root"]
+IN_SECONDS = 30  # a rank that waits in vain does so for 60
 PAIRS = [(0, 0), (0, 3), (2, 1), (3, 0), (1, 3)]
 
 
@@ -185,15 +187,14 @@ def test_the_version_of_each_module_is_saved_and_masters_follow_an_upgrade(
 class Failing(nn.Linear):
     def __init__(self) -> None:
         super().__init__(WIDTH, WIDTH)
-        self.fails, self.uses = False, True
+        self.fails = False
         self.register_load_state_dict_pre_hook(self._maybe)
 
     @staticmethod
     def _maybe(module: Any, *_: Any) -> None:
         if module.fails:
             raise ValueError("this hook raises")
-        if module.uses:
-            module.weight.sum()  # gathers at stage 3
+        module.weight.sum()  # gathers at stage 3
 
 
 def failing(rank: int, world: int, folder: str, stage: int, odd: int | None) -> tuple[str, bool]:
@@ -207,7 +208,8 @@ def failing(rank: int, world: int, folder: str, stage: int, odd: int | None) -> 
     train(engine, 1)
     engine.save_checkpoint(folder)
     right = values(engine)
-    model[0].fails, model[0].uses = odd is None or rank == odd, odd is None
+    model[0].fails = odd is None or rank == odd
+    begin = time.monotonic()
     try:
         engine.load_checkpoint(folder)
     except CheckpointError as error:
@@ -215,6 +217,7 @@ def failing(rank: int, world: int, folder: str, stage: int, odd: int | None) -> 
     model[0].fails = False
     train(engine, 1)
     engine.load_checkpoint(folder)
+    assert time.monotonic() - begin < IN_SECONDS, "a rank waited for what another never sent"
     return text, differences(values(engine), right) == []
 
 
@@ -223,8 +226,10 @@ def failing(rank: int, world: int, folder: str, stage: int, odd: int | None) -> 
 def test_a_hook_that_raises_is_told_to_every_rank_and_a_retry_is_right(
     pool: Any, tmp_path: Path, stage: int, odd: int | None
 ) -> None:
+    """Where one raises while others are inside a gather, their messages are on their way for ever: nothing that comes
+    later may meet them."""
     for text, right in pool(2).run(failing, str(tmp_path), stage, odd):
-        assert ("this hook raises" in text or "DesyncError" in text) and right
+        assert "this hook raises" in text and right
 
 
 def strict(rank: int, world: int, folder: str, stage: int) -> list[Any]:

@@ -26,6 +26,7 @@ from zeropipe.comm.exchange import (
     receive_from,
     reduce_exchange,
     send_to,
+    since_parting,
     then,
 )
 from zeropipe.comm.group import Group
@@ -195,7 +196,8 @@ def all_gather(
             own.copy_(shard)
         if group.size == 1:
             return Work(what)
-        work = gather_exchange(cuts, group, what, channel, label=label if guarded else "")
+        match = since_parting(label, group, channel) if guarded else ""
+        work = gather_exchange(cuts, group, what, channel, label=match)
         if guarded:
             work.greeting = greet(label, group, channel, note)
         return _settle(work, async_op)

@@ -18,7 +18,7 @@ import torch
 
 from zeropipe.comm.group import Group
 from zeropipe.comm.poster import Message
-from zeropipe.comm.record import SEAM
+from zeropipe.comm.record import SEAM, Stream
 from zeropipe.errors import CommunicationError, DesyncError, describe
 
 # Point-to-point messages match in order per tag, so each purpose has its own. A channel (0, 1, ...) is a stream of
@@ -28,6 +28,8 @@ _TAGS_PER_CHANNEL = 4
 SECOND_HOP = 1  # is sent when the first hop is waited for, so it must not queue behind later first hops
 _GREETING = 2  # says which collective the sender is about to do
 NEVER = 3  # nothing is ever sent
+_EPOCH = 2**16  # apart are the tags of greetings before and after a parting
+_EPOCHS = 2**13
 _LABELS = 2**30  # tags from here on belong to labels
 _GREETING_BYTES = 192
 _NOTE_BYTES = 8  # of them: a number that need not be the same everywhere
@@ -179,10 +181,24 @@ def greet(
     the order in which they were said, earlier ones too: a peer stops at the first difference and says no more.
     ``relay`` hands on when the words are found equal, which any later comparison on this channel sees to.
     """
-    queue = SEAM.greetings.setdefault((group.ranks, channel, group.started), deque())
+    queue = SEAM.greetings.setdefault(_stream(group, channel), deque())
     greeting = _Greeting(label, group, channel, note, patience, relay)
     queue.append(greeting)
     return lambda: _compare(greeting, queue)
+
+
+def _stream(group: Group, channel: int) -> Stream:
+    return group.ranks, channel, group.started
+
+
+def since_parting(label: str, group: Group, channel: int) -> str:
+    """``label``, such that nothing under it meets what was sent before the members last went different ways.
+
+    Of a guarded gather that some members did not take part in, messages stay on their way for ever. Whoever compares
+    words in order finds the first difference at the same word as all others, so the members count alike.
+    """
+    partings = SEAM.partings[_stream(group, channel)]
+    return f"{label} after {partings} partings" if partings else label
 
 
 def _compare(greeting: _Greeting, queue: deque[_Greeting]) -> int:
@@ -190,7 +206,11 @@ def _compare(greeting: _Greeting, queue: deque[_Greeting]) -> int:
         while greeting.lowest is None:
             if not queue:
                 raise DesyncError(f"'{greeting.label}' was given up: ranks had gone different ways before it")
-            queue[0].compare()
+            try:
+                queue[0].compare()
+            except DesyncError:
+                SEAM.partings[_stream(queue[0].group, queue[0].channel)] += 1
+                raise
             queue.popleft()
     except BaseException as error:
         SEAM.abandoned.extend(queue)  # the transport still writes into their buffers
@@ -208,7 +228,7 @@ def hand_on(group: Group, channel: int, patience: timedelta) -> None:
 
     Waits, ``patience`` for each word, until every member has started them too.
     """
-    queue = SEAM.greetings.get((group.ranks, channel, group.started), deque())
+    queue = SEAM.greetings.get(_stream(group, channel), deque())
     last = next((greeting for greeting in reversed(queue) if greeting.relay is not None), None)
     if last is None:
         return
@@ -236,11 +256,12 @@ class _Greeting:
         size = _GREETING_BYTES - _NOTE_BYTES
         self.label = label
         self.group = group
+        self.channel = channel
         self.words = label.encode()[-size:].ljust(size)
         self.lowest: int | None = None  # of all notes, once compared
         self._note = note
         self._mine = torch.frombuffer(bytearray(self.words + note.to_bytes(_NOTE_BYTES)), dtype=torch.uint8)
-        tag = tag_of(channel, _GREETING)
+        tag = tag_of(channel, _GREETING) + _EPOCH * (SEAM.partings[_stream(group, channel)] % _EPOCHS)
         self._heard = {peer: torch.empty_like(self._mine) for peer in peers(group)}
         messages = [partial(send_to, self._mine, peer, group, tag) for peer in peers(group)]
         messages += [partial(receive_from, buffer, peer, group, tag) for peer, buffer in self._heard.items()]

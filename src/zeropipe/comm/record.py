@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from zeropipe.comm.poster import Poster
+
+# Words in one order: ranks, channel, which process group of these ranks.
+Stream = tuple[tuple[int, ...], int, weakref.ref[Any] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +31,8 @@ class Seam:
     """Who listens to this process's collectives. Process groups belong to the process, and so does this."""
 
     def __init__(self) -> None:
-        # (ranks, channel, which process group of these ranks) -> what was said and not compared yet
-        self.greetings: dict[tuple[tuple[int, ...], int, weakref.ref[Any] | None], deque[Any]] = {}
+        self.greetings: dict[Stream, deque[Any]] = {}  # what was said and not compared yet
+        self.partings: Counter[Stream] = Counter()  # how often words were found to differ
         self.poster = Poster()
         self._listeners: list[Callable[[Event], None]] = []
         self.abandoned: list[

@@ -22,6 +22,7 @@ from zeropipe.comm.exchange import (
     greet,
     peers,
     receive_from,
+    since_parting,
     tag_of,
     waiting,
 )
@@ -51,7 +52,8 @@ def two_hop_gather(
     own = output.tensor_split(group.size)[group.rank]
     if own.data_ptr() != shard.data_ptr():
         own.copy_(shard)
-    relay = RelayedGather(output, group.hops, what, label, channel, async_op, guarded)
+    match = since_parting(label, group, channel) if guarded else ""
+    relay = RelayedGather(output, group.hops, what, label, channel, async_op, match)
     if not guarded:
         return waiting(what, relay.both)
     work = waiting(what, relay.finish)
@@ -70,11 +72,11 @@ class RelayedGather:
         label: str,
         channel: int,
         async_op: bool,
-        guarded: bool,
+        match: str,  # as gather_exchange's label
     ) -> None:
         self._hops, self._what, self._label, self._channel = hops, what, label, channel
         self._async = async_op
-        self._match = label if guarded else ""  # as gather_exchange's label
+        self._match = match
         self._output = output
         self._shards = output.tensor_split(len(hops.plan.nodes) * hops.node.size)
         cuts = [(owner, self._shards[shard]) for owner, shard in hops.plan.first(hops.node.rank)]

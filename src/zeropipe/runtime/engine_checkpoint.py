@@ -191,9 +191,9 @@ class EngineCheckpoint:
             fault = f"{type(error).__name__}: {error}"
         fault = fault or "; ".join(outcome.errors)
         group = self._checkpoint_group()
-        for rank, text in zip(
-            group.ranks, all_gather_object(fault, group, label="modules loaded"), strict=True
-        ):
+        faults = zip(group.ranks, all_gather_object(fault, group, label="modules loaded"), strict=True)
+        # The cause before what followed from it on others.
+        for rank, text in sorted(faults, key=lambda found: found[1].startswith("DesyncError")):
             if text:
                 raise CheckpointError(
                     describe(
