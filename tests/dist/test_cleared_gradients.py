@@ -65,9 +65,9 @@ def batch(step: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
 
 def adversarial(rank: int, world: int, clear: str, extra: dict[str, Any]) -> None:
     """The discriminator's gradients of the generator's loss are cleared before its own step."""
-    dtype = torch.bfloat16 if extra else torch.float32
+    dtype = torch.float16 if "fp16" in extra else torch.bfloat16 if extra else torch.float32
     for stage in (0, 1, 2, 3):
-        for plain in (False, True):
+        for plain in (False,) if "fp16" in extra else (False, True):
             runs = []
             for disturbed in (False, True):
                 engine, model, optimizer = start(stage, world, **extra)
@@ -145,7 +145,7 @@ EDITS: dict[str, Edit] = {
 
 def edited(rank: int, world: int, edit: str, extra: dict[str, Any]) -> list[str]:
     """What happened at each stage."""
-    dtype = torch.bfloat16 if extra else torch.float32
+    dtype = torch.float16 if "fp16" in extra else torch.bfloat16 if extra else torch.float32
     found = []
     _, plain, optimizer = start(None, world)
     plain.to(dtype)
@@ -184,6 +184,17 @@ def test_edited_gradients_are_stepped_with_or_refused(pool, edit, precision):
         assert found == ["right", "refused", "refused", "refused"]
     if precision == "fp32":  # one rank holds everything whole
         assert pool(1).run(edited, edit, {})[0][:3] == ["right"] * 3
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_gradients_of_fp16_are_refused(pool, edit):
+    """At stage 0 .grad was the loss scale times the gradient: clip_grad_norm_ made the update that much smaller."""
+    assert pool(1).run(edited, edit, {"fp16": {"enabled": True, "loss_scale": 256.0}}) == [["refused"] * 4]
+
+
+@pytest.mark.parametrize("clear", CLEARS)
+def test_cleared_gradients_of_fp16_are_not_stepped_with(pool, clear):
+    pool(1).run(adversarial, clear, {"fp16": {"enabled": True, "loss_scale": 256.0}})
 
 
 def seen_in_hooks(rank: int, world: int) -> None:

@@ -142,6 +142,7 @@ def policy_of(config: Config) -> Policy:
         publish_numel=min(zero.allgather_bucket_size, AUTO_BUCKET_NUMEL),
         overlap_comm=zero.overlap_comm,
         accumulate_dtype=None if accumulate is None else DTYPES[accumulate],
+        scales_loss=config.fp16.enabled and config.fp16.loss_scale != 1,
         reduce_dtype=None if wire is None else DTYPES[wire],
         optimizer_place=Place(zero.offload_optimizer.device if zero.stage > 0 else "none"),
         param_place=Place(zero.offload_param.device if zero.stage == 3 else "none"),

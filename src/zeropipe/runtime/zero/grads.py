@@ -95,7 +95,7 @@ class GradStore:
                 else:
                     view.copy_(grad)
             self._filled.add(index)
-            if keep_grad and view.dtype == param.dtype:
+            if keep_grad and view.dtype == param.dtype and not self.policy.scales_loss:
                 self.shown.view(index, view)
             else:
                 self.shown.hide(index)
@@ -231,7 +231,7 @@ class GradStore:
         if self.keeps_whole and not reduced:
             return  # ``accept`` has shown it
         whole = self._views and (not self.partition.sharded or self.partition.group.size == 1)
-        if not whole or self.dtype != self.partition.dtype:
+        if not whole or self.dtype != self.partition.dtype or self.policy.scales_loss:
             self.shown.absent(self.seen, reduced)
             return
         for index in self.seen:

@@ -30,6 +30,7 @@ class Policy:
     publish_numel: int = AUTO_BUCKET_NUMEL  # of a shard, in one message (gloo)
     overlap_comm: bool = True
     accumulate_dtype: torch.dtype | None = None  # None: the parameter's own
+    scales_loss: bool = False  # gradients are the loss scale times too large until the step
     reduce_dtype: torch.dtype | None = None  # None: the accumulation's own
     optimizer_place: Place = Place.DEVICE  # of masters and moments; FILE at stage 3 only
     param_place: Place = Place.DEVICE  # of what gathers read; stage 3 only

@@ -1,7 +1,9 @@
 """What ``param.grad`` shows between backwards, and how it is seen that a user cleared, replaced or zeroed it.
 
     the window's gradient is whole here     a view of the buffer, so that an edit in place is one of the gradient
-    only a shard of it is                   a stand-in: not None, without elements; a use of its values is an error
+    only a shard of it is, or it is times   a stand-in: not None, without elements; a use of its values is an error
+    the loss scale, which clipping by hand
+    would take for the gradient
 
 ``model.zero_grad()``, ``param.grad = None`` and the like are plain assignments, which nobody is told of. So what is
 found in ``.grad`` is compared with what was put there, when a backward begins and when a step takes the gradients.
@@ -57,7 +59,8 @@ class AbsentGradient(torch.Tensor):
             return None if isinstance(args[0], list | tuple) else args[0]
         name = next((one.parameter for one in _tensors(args) if isinstance(one, cls)), "")
         raise UsageError(
-            f"the gradient of '{name}' is not in .grad: the ranks hold it as shards, or in another dtype ({func}). "
+            f"the gradient of '{name}' is not in .grad: the ranks hold it as shards, in another dtype, or "
+            f"times fp16's loss scale ({func}). "
             "Fix: clip with the config key gradient_clipping, read the norm with engine.get_global_grad_norm() after "
             "the step, and read or change a gradient on every rank with zeropipe.utils.safe_get_full_grad(param) and "
             "safe_set_full_grad(param, value)"
@@ -150,8 +153,8 @@ class Shown:
                 if found is not None:
                     raise UsageError(
                         f"the .grad of '{self._names[index]}' was replaced between backward and step, but the ranks "
-                        "hold the gradient elsewhere, as shards or in another dtype. Fix: call "
-                        "zeropipe.utils.safe_set_full_grad(param, value) on every rank"
+                        "hold the gradient elsewhere, as shards, in another dtype or times fp16's loss scale. "
+                        "Fix: call zeropipe.utils.safe_set_full_grad(param, value) on every rank"
                     )
             elif found is put and where in (_OWN, put.data_ptr()):
                 continue
