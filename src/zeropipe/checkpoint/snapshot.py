@@ -84,11 +84,16 @@ def snapshot(tree: Any, *, copy: bool, buffers: HostBuffers | None = None) -> An
     def host(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        if leaf.layout == torch.strided:
+        if _plain(leaf):
             return place(leaf)
         return leaf.detach().clone().cpu() if copy else leaf.detach().cpu()
 
     return mapped(tree, host)
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether dtype, sizes and strides say all of it, so that another view of the memory is as good."""
+    return tensor.layout == torch.strided and not tensor.is_quantized
 
 
 def _dense(hull: _Hull) -> bool:
@@ -118,7 +123,7 @@ def _base(hull: _Hull, copy: bool, buffers: HostBuffers | None) -> torch.Tensor:
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     if isinstance(tree, torch.Tensor):
-        if tree.layout == torch.strided:
+        if _plain(tree):
             yield tree
     elif isinstance(tree, dict):
         for value in tree.values():

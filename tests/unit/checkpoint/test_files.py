@@ -190,3 +190,17 @@ def test_any_tree_of_any_views_survives(data: st.DataObject) -> None:
 
 def test_a_record_compares_by_value() -> None:
     assert FileRecord("a", 1, "crc32:0") == FileRecord("a", 1, "crc32:0")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_quantized_tensor_is_saved_with_its_scale(copy: bool) -> None:
+    """Its bytes alone are not it: made anew as a view of its memory it ended in an assertion inside torch."""
+    whole = torch.quantize_per_tensor(torch.tensor([0.5, 1.0]), 0.1, 3, torch.qint8)
+    rows = torch.quantize_per_channel(
+        torch.ones(2, 2), torch.tensor([0.1, 0.2]), torch.tensor([0, 1]), 0, torch.qint8
+    )
+    kept = snapshot({"whole": whole, "rows": rows}, copy=copy)
+    for value, right in ((kept["whole"], whole), (kept["rows"], rows)):
+        assert value.qscheme() == right.qscheme() and torch.equal(value.dequantize(), right.dequantize())
+        assert (value.data_ptr() == right.data_ptr()) is not copy
