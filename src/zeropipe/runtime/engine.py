@@ -189,7 +189,6 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
     def _end_pass(self, optimizer: ZeroOptimizer) -> None:
         """Every rank reduces in every micro-step, also one whose plain backward reached no parameter."""
         reducer = optimizer.reducer
-        reducer.settle()
         reducer.refuse_broken()
         if reducer.passes == self._passes:
             with reducer.one_pass():

@@ -165,6 +165,7 @@ def _reduced(zp: _Trained) -> AnyStore | None:
     reducer = partition.owner.reducer
     if reducer.window_is_empty:
         return None
+    reducer.refuse_broken()
     reducer.finish_window()
     return partition.owner.store_of(partition)
 

@@ -215,6 +215,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def _decide(self, progress: _Progress) -> bool:
         """Reduce and survey the window and make the update of it; False where an overflow skips it."""
         if not progress.reduced:
+            self.reducer.refuse_broken()
             self.reducer.finish_window()
             progress.reduced, progress.passes = True, self.reducer.passes
         if progress.figures is None:

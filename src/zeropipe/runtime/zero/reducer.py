@@ -182,6 +182,7 @@ class Reducer:
 
     def refuse_broken(self) -> None:
         """Raise UsageError if a backward of the window raised: nobody knows what it has added."""
+        self.settle()
         if self._broken:
             raise UsageError(
                 f"a backward since the last step ended with {self._broken}, and its gradients are incomplete. Fix: "
@@ -212,9 +213,11 @@ class Reducer:
         self.passes += 1
 
     def finish_window(self) -> None:
-        """Leave the reduced gradients of the whole window in the stores' shards."""
+        """Leave the reduced gradients of the whole window in the stores' shards.
+
+        Also where a backward has raised: in a pipeline that rank joins what the others reduce, and then says so.
+        """
         self.settle()
-        self.refuse_broken()
         for store in self.stores:
             store.take_changes()
         self._meet("gradients of a step")
