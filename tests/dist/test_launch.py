@@ -22,7 +22,8 @@ if __name__ == "__main__":
 """
 SCRIPT = """
 import os, sys, time
-print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], sys.argv[1:], os.environ.get("EXTRA"))
+rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+sys.stdout.write(f"rank {rank} of {size} {sys.argv[1:]} {os.environ.get('EXTRA')}\\n")
 sys.exit(int(os.environ["RANK"]) * 3 if "fail" in sys.argv else 0)
 """
 

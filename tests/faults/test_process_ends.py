@@ -22,7 +22,7 @@ for number in range(300):
         out, torch.ones(2**18), group, label=str(number), channel=1, guarded=True, async_op=True
     )
     kept.append((out, work))
-print("left")
+print("left", flush=True)
 """
 
 ANEW = """
@@ -57,9 +57,9 @@ for number, fails in enumerate((True, False)):
     dist.init_process_group("gloo", init_method=f"file://{path}/{number}", rank=rank, world_size=2)
     try:
         step()
-        print("trained", flush=True)
+        sys.stdout.write("trained\\n")
     except (ValueError, zeropipe.errors.DesyncError) as error:
-        print(type(error).__name__, flush=True)
+        sys.stdout.write(type(error).__name__ + "\\n")
     dist.barrier()
     dist.destroy_process_group()
 """
@@ -100,7 +100,7 @@ if sys.argv[1] == "destroy":
 assert gloo_threads() > 0
 dist.barrier()
 dist.destroy_process_group()
-print("threads:", gloo_threads(), flush=True)
+sys.stdout.write(f"threads: {gloo_threads()}\\n")
 """
 
 

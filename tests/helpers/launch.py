@@ -47,7 +47,11 @@ def run_torchrun(
     env: Mapping[str, str] | None = None,
     timeout: float = 180.0,
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``script`` on ``nproc`` local ranks under torchrun; see ``python``."""
+    """Run ``script`` on ``nproc`` local ranks under torchrun; see ``python``.
+
+    Ranks share one stdout and torchrun runs them unbuffered, so that ``print`` writes each argument and the newline by
+    itself and those of two ranks mix. A script whose lines are read says ``sys.stdout.write(f"...\\n")``: one write.
+    """
     return python(*torchrun_args(script, nproc, args), env=env, timeout=timeout)
 
 
