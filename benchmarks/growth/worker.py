@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import zeropipe
 from zeropipe.cli.ckpt import app as tools
-from zeropipe.runtime.zero.fetch_plan import Budget, Phase, Visit, plan
+from zeropipe.runtime.zero.gather.fetch_plan import Budget, Phase, Visit, plan
 from zeropipe.utils import safe_get_full_fp32_param
 
 MARK = "FIGURE "

@@ -23,9 +23,9 @@ from zeropipe.runtime.engine import DeepSpeedEngine, Parts
 from zeropipe.runtime.mixed_inputs import MixedInputs
 from zeropipe.runtime.pipe.engine import PipelineEngine
 from zeropipe.runtime.pipe.module import PipelineModule
-from zeropipe.runtime.zero.offload import Offload
-from zeropipe.runtime.zero.optimizer import StepOptions, ZeroOptimizer
-from zeropipe.runtime.zero.parameter_offload import ParameterOffload
+from zeropipe.runtime.zero.gather.parameter_offload import ParameterOffload
+from zeropipe.runtime.zero.hold.offload import Offload
+from zeropipe.runtime.zero.hold.optimizer import StepOptions, ZeroOptimizer
 
 _log = logging.getLogger("zeropipe")
 _OUTCOME = "the outcome of initialize"

@@ -72,21 +72,21 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
         "zeropipe.runtime.pipe.topology": {"zeropipe.runtime.pipe.grid": ("PipelineParallelGrid",)},
         "zeropipe.runtime.zero": {
             "zeropipe.runtime.zero.description": ("describe",),
-            "zeropipe.runtime.zero.external": (
+            "zeropipe.runtime.zero.gather.external": (
                 "register_external_parameter",
                 "unregister_external_parameter",
             ),
-            "zeropipe.runtime.zero.gather": ("GatheredParameters",),
-            "zeropipe.runtime.zero.init": ("Init",),
+            "zeropipe.runtime.zero.gather.gather": ("GatheredParameters",),
+            "zeropipe.runtime.zero.gather.init": ("Init",),
             "zeropipe.runtime.zero.leaf": _LEAF,
             "zeropipe.runtime.zero.mics": ("MiCS_Init",),
             "zeropipe.runtime.zero.status": ("ZeroParamStatus", "ZeroParamType"),
             "zeropipe.runtime.zero.tiling": ("TiledLinear", "TiledLinearReturnBias"),
-            "zeropipe.runtime.zero.unsharding": ("unsharded", "unshard", "reshard", "unshard_module"),
+            "zeropipe.runtime.zero.gather.unsharding": ("unsharded", "unshard", "reshard", "unshard_module"),
         },
         "zeropipe.utils": {
             "zeropipe.runtime.dataloader": ("RepeatingLoader",),
-            "zeropipe.runtime.zero.access": _ACCESS,
+            "zeropipe.runtime.zero.hold.access": _ACCESS,
             "zeropipe.runtime.zero.leaf": _LEAF,
             "zeropipe.utils.init_on_device": ("OnDevice",),
             "zeropipe.utils.logging": ("log_dist",),

@@ -14,7 +14,7 @@ from tests.helpers.data import gpt_batch, token_batch
 from tests.helpers.models import NastyModel, TinyGPT, build
 from tests.helpers.referee import assert_bitwise, weights_of
 from tests.helpers.train import config, train
-from zeropipe.runtime.zero import grads, sharded_grads
+from zeropipe.runtime.zero.hold import grads, sharded_grads
 
 STEPS = 4
 PARTITIONS = 2  # param groups: each is stepped by a call of its own, so that one that raised can be repeated

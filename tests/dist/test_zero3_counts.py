@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.helpers.launch import ROOT, python
 from tests.helpers.zero3 import Block, Stack, engine_of, gathered, whole, x_batch
 from zeropipe.comm.record import Event, inject, record
-from zeropipe.runtime.zero.fetch_plan import show_plan
+from zeropipe.runtime.zero.gather.fetch_plan import show_plan
 from zeropipe.runtime.zero.param import shards_of
 
 NAMES = ("norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "down.bias")

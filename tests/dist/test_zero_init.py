@@ -410,7 +410,7 @@ def peak_while_building(rank: int, world: int) -> Any:
     """Elements gathered at one time, at most, looked at before every collective."""
     from zeropipe import zero
     from zeropipe.comm.record import inject
-    from zeropipe.runtime.zero import build
+    from zeropipe.runtime.zero.gather import build
 
     build.WINDOW = 2 * WIDTH
     counts = []

@@ -45,7 +45,7 @@ def _train(
 ) -> dict[str, Any]:
     """The whole weight and bias after training, and the most elements that were gathered at one time."""
     import zeropipe
-    from zeropipe.runtime.zero.shards import Shards
+    from zeropipe.runtime.zero.gather.shards import Shards
     from zeropipe.runtime.zero.status import ZeroParamStatus
     from zeropipe.utils import safe_get_full_fp32_param
 

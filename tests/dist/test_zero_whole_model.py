@@ -195,7 +195,7 @@ def lonely_before_a_barrier(rank: int, world: int) -> None:
 
     from zeropipe.comm.collectives import barrier
     from zeropipe.comm.group import world as everyone
-    from zeropipe.runtime.zero import state_dict
+    from zeropipe.runtime.zero.gather import state_dict
 
     state_dict.PATIENCE = timedelta(seconds=1)
     engine = make_engine(build(TinyGPT), world)

@@ -33,10 +33,10 @@ from zeropipe.runtime.lr_schedules.whole_step import step_schedule
 from zeropipe.runtime.mixed_inputs import MixedInputs
 from zeropipe.runtime.placement import DTYPES
 from zeropipe.runtime.scaling import Scaling
-from zeropipe.runtime.zero.optimizer import ZeroOptimizer
-from zeropipe.runtime.zero.row_norms import RowNorms
-from zeropipe.runtime.zero.sharded_model import ShardedModel
-from zeropipe.runtime.zero.whole_edits import forget_whole, know_whole
+from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
+from zeropipe.runtime.zero.gather.whole_edits import forget_whole, know_whole
+from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
+from zeropipe.runtime.zero.hold.row_norms import RowNorms
 
 
 @dataclass(frozen=True, slots=True)

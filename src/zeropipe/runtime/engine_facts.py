@@ -10,7 +10,7 @@ from zeropipe.config.schema import Config
 from zeropipe.runtime.accumulation import Clock
 
 if TYPE_CHECKING:
-    from zeropipe.runtime.zero.optimizer import ZeroOptimizer
+    from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 
 
 class EngineFacts:

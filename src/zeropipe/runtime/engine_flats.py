@@ -19,13 +19,13 @@ from zeropipe.runtime.optimizers.state_kinds import (
     split_state,
     state_keys,
 )
-from zeropipe.runtime.zero.own_gradients import Communicates
-from zeropipe.runtime.zero.partition import Partition
-from zeropipe.runtime.zero.sharded_partition import ShardedPartition
-from zeropipe.runtime.zero.types import AnyPartition
+from zeropipe.runtime.zero.hold.own_gradients import Communicates
+from zeropipe.runtime.zero.hold.partition import Partition
+from zeropipe.runtime.zero.hold.sharded_partition import ShardedPartition
+from zeropipe.runtime.zero.hold.types import AnyPartition
 
 if TYPE_CHECKING:
-    from zeropipe.runtime.zero.optimizer import ZeroOptimizer
+    from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
-from zeropipe.runtime.zero.optimizer import ZeroOptimizer
-from zeropipe.runtime.zero.sharded_partition import ShardedPartition
-from zeropipe.runtime.zero.shown import AbsentGradient
-from zeropipe.runtime.zero.types import AnyPartition
+from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
+from zeropipe.runtime.zero.hold.sharded_partition import ShardedPartition
+from zeropipe.runtime.zero.hold.shown import AbsentGradient
+from zeropipe.runtime.zero.hold.types import AnyPartition
 
 ADAM_MOMENTS = 2  # state that an Adam-like optimizer keeps per element, before it has made any
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from zeropipe.errors import UsageError, describe
-from zeropipe.runtime.zero import offload_states as states
-from zeropipe.runtime.zero.offload_states import OffloadStateTypeEnum as Kind
+from zeropipe.runtime.zero.hold import offload_states as states
+from zeropipe.runtime.zero.hold.offload_states import OffloadStateTypeEnum as Kind
 
 if TYPE_CHECKING:
     from zeropipe.runtime.engine import DeepSpeedEngine

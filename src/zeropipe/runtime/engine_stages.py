@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from zeropipe.runtime.pipe.module import PipelineModule
-from zeropipe.runtime.zero.optimizer import ZeroOptimizer
+from zeropipe.runtime.zero.gather.shards import Shards
+from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
+from zeropipe.runtime.zero.hold.types import AnyStore
 from zeropipe.runtime.zero.param import shards_of, zero_param
-from zeropipe.runtime.zero.shards import Shards
-from zeropipe.runtime.zero.types import AnyStore
 
 
 class StageSharding:

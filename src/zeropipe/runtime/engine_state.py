@@ -25,13 +25,13 @@ from zeropipe.comm.group import SELF, world
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.engine_flats import optimizer_flats
 from zeropipe.runtime.module_state import capture, destination
-from zeropipe.runtime.zero.own_gradients import Communicates
+from zeropipe.runtime.zero.hold.own_gradients import Communicates
+from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.param import shards_of
-from zeropipe.runtime.zero.partition import Partition
 
 if TYPE_CHECKING:
     from zeropipe.runtime.engine import DeepSpeedEngine
-    from zeropipe.runtime.zero.optimizer import ZeroOptimizer
+    from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 
 
 def local_state(

@@ -14,7 +14,7 @@ from zeropipe.comm.collectives import broadcast_object
 from zeropipe.comm.group import Group
 from zeropipe.config.schema import Config
 from zeropipe.errors import CheckpointError, describe
-from zeropipe.runtime.zero.optimizer import ZeroOptimizer
+from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 
 _log = logging.getLogger("zeropipe")
 

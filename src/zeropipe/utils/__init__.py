@@ -9,18 +9,26 @@ from zeropipe.utils.logging import logger as logger
 
 if TYPE_CHECKING:
     from zeropipe.runtime.dataloader import RepeatingLoader as RepeatingLoader
-    from zeropipe.runtime.zero.access import safe_get_full_fp32_param as safe_get_full_fp32_param
-    from zeropipe.runtime.zero.access import safe_get_full_grad as safe_get_full_grad
-    from zeropipe.runtime.zero.access import safe_get_full_optimizer_state as safe_get_full_optimizer_state
-    from zeropipe.runtime.zero.access import safe_get_local_fp32_param as safe_get_local_fp32_param
-    from zeropipe.runtime.zero.access import safe_get_local_grad as safe_get_local_grad
-    from zeropipe.runtime.zero.access import safe_get_local_optimizer_state as safe_get_local_optimizer_state
-    from zeropipe.runtime.zero.access import safe_set_full_fp32_param as safe_set_full_fp32_param
-    from zeropipe.runtime.zero.access import safe_set_full_grad as safe_set_full_grad
-    from zeropipe.runtime.zero.access import safe_set_full_optimizer_state as safe_set_full_optimizer_state
-    from zeropipe.runtime.zero.access import safe_set_local_fp32_param as safe_set_local_fp32_param
-    from zeropipe.runtime.zero.access import safe_set_local_grad as safe_set_local_grad
-    from zeropipe.runtime.zero.access import safe_set_local_optimizer_state as safe_set_local_optimizer_state
+    from zeropipe.runtime.zero.hold.access import safe_get_full_fp32_param as safe_get_full_fp32_param
+    from zeropipe.runtime.zero.hold.access import safe_get_full_grad as safe_get_full_grad
+    from zeropipe.runtime.zero.hold.access import (
+        safe_get_full_optimizer_state as safe_get_full_optimizer_state,
+    )
+    from zeropipe.runtime.zero.hold.access import safe_get_local_fp32_param as safe_get_local_fp32_param
+    from zeropipe.runtime.zero.hold.access import safe_get_local_grad as safe_get_local_grad
+    from zeropipe.runtime.zero.hold.access import (
+        safe_get_local_optimizer_state as safe_get_local_optimizer_state,
+    )
+    from zeropipe.runtime.zero.hold.access import safe_set_full_fp32_param as safe_set_full_fp32_param
+    from zeropipe.runtime.zero.hold.access import safe_set_full_grad as safe_set_full_grad
+    from zeropipe.runtime.zero.hold.access import (
+        safe_set_full_optimizer_state as safe_set_full_optimizer_state,
+    )
+    from zeropipe.runtime.zero.hold.access import safe_set_local_fp32_param as safe_set_local_fp32_param
+    from zeropipe.runtime.zero.hold.access import safe_set_local_grad as safe_set_local_grad
+    from zeropipe.runtime.zero.hold.access import (
+        safe_set_local_optimizer_state as safe_set_local_optimizer_state,
+    )
     from zeropipe.runtime.zero.leaf import get_z3_leaf_modules as get_z3_leaf_modules
     from zeropipe.runtime.zero.leaf import set_z3_leaf_module as set_z3_leaf_module
     from zeropipe.runtime.zero.leaf import set_z3_leaf_modules as set_z3_leaf_modules

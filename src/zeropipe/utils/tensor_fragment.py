@@ -1,7 +1,7 @@
 """Names that users import from here: the ``safe_*`` functions, and the address that checkpoint files hold."""
 
 from zeropipe.checkpoint.stand_ins import FragmentAddress as fragment_address
-from zeropipe.runtime.zero.access import (
+from zeropipe.runtime.zero.hold.access import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_get_full_optimizer_state,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeropipe.runtime.zero.fetch_plan import Budget, Phase, Step, Visit, parse_plan, plan, show_plan
+from zeropipe.runtime.zero.gather.fetch_plan import Budget, Phase, Step, Visit, parse_plan, plan, show_plan
 
 ENOUGH = 10**9
 FORWARD_BACKWARD = "F0 F1 F2 B2 B1 B0"

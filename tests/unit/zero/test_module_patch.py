@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from zeropipe.runtime.zero import module_patch
-from zeropipe.runtime.zero.module_patch import ModulePatch
+from zeropipe.runtime.zero.gather import module_patch
+from zeropipe.runtime.zero.gather.module_patch import ModulePatch
 
 
 class Log:

@@ -8,15 +8,19 @@ from zeropipe.names import lazy
 
 if TYPE_CHECKING:
     from zeropipe.runtime.zero.description import describe as describe
-    from zeropipe.runtime.zero.external import register_external_parameter as register_external_parameter
-    from zeropipe.runtime.zero.external import unregister_external_parameter as unregister_external_parameter
-    from zeropipe.runtime.zero.gather import GatheredParameters as GatheredParameters
-    from zeropipe.runtime.zero.init import Init as Init
+    from zeropipe.runtime.zero.gather.external import (
+        register_external_parameter as register_external_parameter,
+    )
+    from zeropipe.runtime.zero.gather.external import (
+        unregister_external_parameter as unregister_external_parameter,
+    )
+    from zeropipe.runtime.zero.gather.gather import GatheredParameters as GatheredParameters
+    from zeropipe.runtime.zero.gather.init import Init as Init
+    from zeropipe.runtime.zero.gather.unsharding import reshard as reshard
+    from zeropipe.runtime.zero.gather.unsharding import unshard as unshard
+    from zeropipe.runtime.zero.gather.unsharding import unshard_module as unshard_module
+    from zeropipe.runtime.zero.gather.unsharding import unsharded as unsharded
     from zeropipe.runtime.zero.status import ZeroParamStatus as ZeroParamStatus
     from zeropipe.runtime.zero.status import ZeroParamType as ZeroParamType
-    from zeropipe.runtime.zero.unsharding import reshard as reshard
-    from zeropipe.runtime.zero.unsharding import unshard as unshard
-    from zeropipe.runtime.zero.unsharding import unshard_module as unshard_module
-    from zeropipe.runtime.zero.unsharding import unsharded as unsharded
 
 __getattr__, __dir__ = lazy(__name__)

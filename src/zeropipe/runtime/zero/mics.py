@@ -8,7 +8,7 @@ import torch
 
 from zeropipe.config.parse import parse_config
 from zeropipe.errors import ConfigError, describe
-from zeropipe.runtime.zero.init import Init
+from zeropipe.runtime.zero.gather.init import Init
 from zeropipe.runtime.zero.replication import shard_size
 
 

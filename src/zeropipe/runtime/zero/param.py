@@ -9,9 +9,9 @@ import torch
 
 if TYPE_CHECKING:
     from zeropipe.comm.group import Group
-    from zeropipe.runtime.zero.partition import Partition
-    from zeropipe.runtime.zero.sharded_partition import ShardedPartition
-    from zeropipe.runtime.zero.shards import Shards
+    from zeropipe.runtime.zero.gather.shards import Shards
+    from zeropipe.runtime.zero.hold.partition import Partition
+    from zeropipe.runtime.zero.hold.sharded_partition import ShardedPartition
 
 
 @dataclass(slots=True, weakref_slot=True)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 
 from zeropipe.accelerator import get_accelerator
-from zeropipe.runtime.zero.external import register_external_parameter, unregister_external_parameter
-from zeropipe.runtime.zero.gather import GatheredParameters
-from zeropipe.runtime.zero.init import Init
+from zeropipe.runtime.zero.gather.external import register_external_parameter, unregister_external_parameter
+from zeropipe.runtime.zero.gather.gather import GatheredParameters
+from zeropipe.runtime.zero.gather.init import Init
 from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
 
 __all__ = [

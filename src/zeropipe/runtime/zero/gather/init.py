@@ -1,0 +1,174 @@
+"""zero.Init: inside it a model is built shard by shard, so that no rank ever holds more than one module whole.
+
+    with zero.Init(config_dict_or_path=config):
+        model = Model()
+
+When a module's outermost constructor returns, the module's parameters are cut and freed. Whatever the outer
+constructors then do with them (their own initialization, tying, ``apply``) gathers them again for as long as the
+constructor runs, and what was written is cut anew; so the weights are those of a plain construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from zeropipe.comm.group import Group, from_process_group, world
+from zeropipe.comm.leases import LEASES
+from zeropipe.comm.startup import init_distributed
+from zeropipe.config.parse import parse_config
+from zeropipe.errors import ConfigError, describe
+from zeropipe.runtime.zero.gather.apply import install_apply
+from zeropipe.runtime.zero.gather.build import Build
+from zeropipe.runtime.zero.gather.module_patch import ModulePatch
+from zeropipe.runtime.zero.hold.offload import arena_of
+from zeropipe.runtime.zero.replication import shard_group
+
+
+class Init:
+    """A context in which modules are built as shards. Collective: every rank builds the same model.
+
+    With the same seed the weights are, bit for bit, those that plain construction gives rank 0; in 16 bits, those
+    rounded when the context ends. Buffers are those of plain construction. Contexts nest and may be entered again.
+
+    Args:
+        module: an existing module: its parameters are sharded at once, those on the meta device after
+            ``to_empty`` and ``reset_parameters``. The context need not be entered then.
+        data_parallel_group: the ranks to divide by (a process group); default all. Must be the engine's.
+        remote_device: where shards live: ``cpu``, or ``nvme`` for files in the config's ``offload_param.nvme_path``;
+            default the config's ``offload_param.device``.
+        config_dict_or_path: the engine's config, "auto" values included. Its fp16 or bf16 section gives the dtype
+            of parameters; a stage below 3 makes the context do nothing.
+        config: another name for ``config_dict_or_path``.
+        enabled: False makes it do nothing.
+        dtype: the dtype of parameters after the context, but for those that ``tensor.dtypes`` keeps; default the
+            config's, else the one that each is made with.
+        mpu: an object with ``get_data_parallel_group()``.
+        zero_param_parallel_group, sequence_data_parallel_group: other names for ``data_parallel_group``.
+
+    The rest is accepted for the interface's sake: ``mem_efficient_linear`` (torch's linear saves no copies here),
+    ``pin_memory`` (the config's ``offload_param`` decides), ``param_swapper``.
+
+    Raises:
+        ConfigError: a wrong config or argument; DesyncError: another rank builds another model, or raised.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module | None = None,
+        data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: Any = None,
+        config: Any = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+        zero_param_parallel_group: Any = None,
+        zero_quantized_weights: bool = False,
+        zero_quantized_nontrainable_weights: bool = False,
+        sequence_data_parallel_group: Any = None,
+        param_swapper: Any = None,
+    ) -> None:
+        self._entered: list[tuple[Build, ModulePatch]] = []
+        source = config_dict_or_path if config_dict_or_path is not None else config
+        self.enabled = enabled
+        if not enabled:
+            return
+        if zero_quantized_weights or zero_quantized_nontrainable_weights:
+            raise ConfigError(
+                "zero.Init: parameters are sent unquantized, so that numbers do not depend on the number of ranks. "
+                "Fix: leave zero_quantized_weights out"
+            )
+        if remote_device not in (None, "none", "cpu", "nvme"):
+            raise ConfigError(
+                describe("zero.Init: remote_device", expected="None, 'cpu' or 'nvme'", found=remote_device)
+            )
+        self.remote_device = None if remote_device == "none" else remote_device
+        self.dtype = _dtype(dtype, source)
+        zero = None if source is None else parse_config(source).zero_optimization
+        self._apply = zero is None or zero.override_module_apply
+        if zero is not None:
+            if "stage" in zero.model_fields_set and zero.stage != 3:
+                self.enabled = False
+                return
+            if remote_device is None and zero.offload_param.device != "none":
+                self.remote_device = zero.offload_param.device
+        init_distributed()
+        groups = (data_parallel_group, zero_param_parallel_group, sequence_data_parallel_group)
+        self.group = _group(next((group for group in groups if group is not None), None), mpu)
+        self.within = self.group if zero is None else shard_group(self.group, zero)
+        LEASES.hold(self.within, self)
+        self._arena = arena_of(zero) if self.remote_device == "nvme" else None
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        if module is not None:
+            self._build().convert(module)
+
+    def __enter__(self) -> Init:
+        if not self.enabled:
+            return self
+        build = self._build()
+        patch = ModulePatch(build, self._constructor())
+        patch.install()
+        self._entered.append((build, patch))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.enabled:
+            return
+        build, patch = self._entered.pop()
+        patch.remove()
+        if error is not None:
+            build.abandon(error)
+            return
+        try:
+            build.finish()
+        except BaseException as late:
+            build.abandon(late)
+            raise
+
+    def _build(self) -> Build:
+        return Build(
+            self.group,
+            self.within,
+            self.device,
+            self.dtype,
+            self.remote_device,
+            self._arena,
+            built=install_apply if self._apply else lambda _: None,
+        )
+
+    def _constructor(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """What wraps torch's tensor constructors: looked up now, as other libraries replace it."""
+        from zeropipe.runtime.zero import partition_parameters as names
+
+        dtype = self.dtype or torch.get_default_dtype()
+        return lambda function: names.zero_wrapper_for_fp_tensor_constructor(
+            function, target_fp_dtype=dtype, target_device=self.device
+        )
+
+
+def _group(given: Any, mpu: Any) -> Group:
+    if isinstance(given, Group):
+        return given
+    if given is None and mpu is not None:
+        own = getattr(mpu, "data_group", None)
+        return own if isinstance(own, Group) else from_process_group(mpu.get_data_parallel_group())
+    return world() if given is None else from_process_group(given)
+
+
+def _dtype(given: torch.dtype | None, source: Any) -> torch.dtype | None:
+    """None: each parameter keeps the dtype that it is made with."""
+    if given is not None:
+        if not given.is_floating_point:
+            raise ConfigError(describe("zero.Init: dtype", expected="a floating-point dtype", found=given))
+        return given
+    precision = "fp32" if source is None else parse_config(source).precision
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)

@@ -1,0 +1,188 @@
+"""Turns a model into one of stage 3: every parameter a shard, hooks that gather units as they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from zeropipe.comm.collectives import broadcast
+from zeropipe.comm.group import Group
+from zeropipe.comm.leases import LEASES
+from zeropipe.errors import UsageError, describe
+from zeropipe.layout.flat import flat_shards
+from zeropipe.runtime.zero.gather.apply import install_apply, remove_apply
+from zeropipe.runtime.zero.gather.coordinator import Coordinator
+from zeropipe.runtime.zero.gather.fetch_plan import Budget
+from zeropipe.runtime.zero.gather.hooks import ModelHooks
+from zeropipe.runtime.zero.gather.shards import Shards, shard_parameter
+from zeropipe.runtime.zero.gather.state_dict import install_state_dict
+from zeropipe.runtime.zero.hold.offload import Offload
+from zeropipe.runtime.zero.hold.reducer import Reducer
+from zeropipe.runtime.zero.param import shards_of, zero_param
+from zeropipe.runtime.zero.replication import Replication
+from zeropipe.runtime.zero.status import ZeroParamType
+
+# Elements at least (24 MiB of fp32): with less in flight a rank often waits for a peer.
+AUTO_PREFETCH_NUMEL = 3 * 2**21
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """The budgets of stage 3, in elements (None: chosen from the model, so that little more than two units live), and
+    what else a user chooses of it."""
+
+    prefetch_bucket_size: int | None = None
+    max_live_parameters: int | None = None
+    max_reuse_distance: int | None = None
+    param_persistence_threshold: int = 100_000  # parameters up to this stay gathered
+    model_persistence_threshold: int = 2**63 - 1  # together at most this many elements
+    apply_sees_whole: bool = True  # whether ``module.apply`` gathers what its function uses
+
+    def budget(self, largest_unit: int) -> Budget:
+        prefetch = max(largest_unit, AUTO_PREFETCH_NUMEL)
+        return Budget(
+            prefetch if self.prefetch_bucket_size is None else self.prefetch_bucket_size,
+            2**63 - 1 if self.max_live_parameters is None else self.max_live_parameters,
+            0 if self.max_reuse_distance is None else self.max_reuse_distance,
+        )
+
+
+class ShardedModel:
+    """A module whose parameters are shards, and what gathers them. Collective to make.
+
+    ``group``: the ranks that train together. ``parts``: how they divide into those that share one copy of the
+    shards; by default all do.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        group: Group,
+        sharding: Sharding,
+        device: torch.device,
+        dtypes: Mapping[torch.Tensor, torch.dtype] | None = None,
+        leaves: Iterable[torch.nn.Module] = (),
+        parts: Replication | None = None,
+    ) -> None:
+        self.module = module
+        self._offload: Offload | None = None
+        self.parts = Replication(group) if parts is None else parts
+        self.group = self.parts.shard
+        for part in (self.parts.shard, self.parts.replicas):
+            LEASES.hold(part, self)
+        self.shards = shard_module(module, group, device, dtypes or {}, self.group)
+        self.persistent = self._persist(sharding)
+        self.coordinator = Coordinator(self.group, sharding.budget(0), group)
+        self.hooks = ModelHooks(module, self.coordinator, leaves)
+        largest = max((unit.numel for unit in self.coordinator.units), default=0)
+        self.coordinator.budget = sharding.budget(largest)
+        self.hooks.compiled.budget_of = sharding.budget
+        self.hooks.compiled.look()
+        for child in module.modules():
+            (install_apply if sharding.apply_sees_whole else remove_apply)(child)
+
+    def conduct(self, reducer: Reducer) -> None:
+        """Let the reductions of gradients and the gathers of parameters take care of each other."""
+        reducer.conductor = self.coordinator
+        self.coordinator.reductions = reducer
+
+    def end_backward(self) -> None:
+        """A whole backward is over."""
+        self.coordinator.end_backward()
+
+    def settle(self) -> None:
+        """A micro-step ends: free what a finished or failed pass left gathered; every rank does so now."""
+        self.coordinator.end_backward(step=True)
+        self.coordinator.meet("step")
+
+    def destroy(self) -> None:
+        """Remove every hook and end the process groups of this engine; the parameters stay shards, and their group
+        with them, until ``zero.unshard_module`` makes them whole."""
+        self.hooks.remove()
+        self.coordinator.end_backward(step=True)
+        for shards in self.persistent:
+            shards.persist = False
+            shards.release_if_idle()
+        if self._offload is not None:
+            self._offload.close()
+        LEASES.drop(self)
+
+    def place(self, offload: Offload) -> None:
+        """Put the shards that no optimizer holds where the policy wants what gathers read."""
+        self._offload = offload
+        rest = [
+            s for s in self.shards if s.master is None and _untrained(s) and offload.is_remote(s.full.device)
+        ]
+        for dtype in {shards.dtype for shards in rest}:
+            members = [shards for shards in rest if shards.dtype == dtype]
+            layout = flat_shards(((s.name, (s.shard_numel,), "") for s in members), 1)
+            flat = offload.source(layout.numel, dtype, members[0].full.device)
+            for index, shards in enumerate(members):
+                piece = flat[slice(*layout.tensor_range(index))]
+                offload.copy(piece, shards.source)
+                shards.source, shards.kind = piece, ZeroParamType.REMOTE
+                shards.let_go, shards.read_ahead = offload.let_go, offload.read_ahead
+
+    def _persist(self, sharding: Sharding) -> list[Shards]:
+        """Gather the small parameters once and for all, as far as the model's threshold allows."""
+        chosen, total = [], 0
+        for shards in self.shards:
+            small = shards.numel <= sharding.param_persistence_threshold
+            if small and total + shards.numel <= sharding.model_persistence_threshold:
+                total += shards.numel
+                chosen.append(shards)
+        for shards in chosen:
+            shards.persist = True
+            shards.start_gather()
+        for shards in chosen:
+            shards.finish_gather()
+        return chosen
+
+
+def _untrained(shards: Shards) -> bool:
+    zp = zero_param(shards.param)
+    return zp is None or zp.partition is None
+
+
+def shard_module(
+    module: torch.nn.Module,
+    group: Group,
+    device: torch.device,
+    dtypes: Mapping[torch.Tensor, torch.dtype],
+    shard_group: Group | None = None,
+) -> list[Shards]:
+    """Make every parameter of ``module`` a shard on ``device``, with rank 0's values; collective.
+
+    Parameters that zero.Init made shards already keep their values; ``dtypes``: what parameters work in, where it may
+    not be their own dtype. The shards lie within ``shard_group`` (None: ``group``). Returns
+    the shards in the order of ``named_parameters``.
+    """
+    within = group if shard_group is None else shard_group
+    made = []
+    for ident, (name, param) in enumerate(module.named_parameters()):
+        shards = shards_of(param)
+        if shards is None:
+            whole = param.detach().to(device).contiguous()
+            broadcast(whole, 0, group, label=name)
+            param.data = whole
+            shards = shard_parameter(param, name, ident, within)
+        elif shards.group.ranks != within.ranks:
+            raise UsageError(
+                describe(
+                    f"parameter '{name}' was made shards of other ranks",
+                    rank=group.ranks[group.rank],
+                    expected=f"ranks {list(within.ranks)}",
+                    found=f"ranks {list(shards.group.ranks)}",
+                    fix="give zero.Init (or MiCS_Init) the configuration that initialize gets, and around a "
+                    "PipelineModule also mpu=PipelineParallelGrid(topology)",
+                )
+            )
+        shards.name, shards.ident, shards.group, shards.everyone = name, ident, within, group
+        LEASES.hold(within, shards)
+        shards.cast(dtypes.get(param, shards.dtype), device)
+        made.append(shards)
+    for child in module.modules():
+        install_state_dict(child)
+    return made

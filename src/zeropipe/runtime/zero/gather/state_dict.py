@@ -1,0 +1,280 @@
+"""``module.state_dict()`` and ``module.load_state_dict()`` of a model whose parameters are shards: whole values.
+
+Both are hooks of the modules that own sharded parameters. Reading gathers, so every rank must call it; loading
+cuts each rank's shard out of the whole value that it is given, so nothing is communicated. With ``keep_vars``
+the parameters themselves come out, as always, and nothing is gathered: that is how checkpoints are made. So do
+they where a part of the model is asked for its state dict and they are away, guarded against use: clients do that
+on the one rank that writes, for the names alone (peft's ``modules_to_save``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+
+from zeropipe.comm.collectives import announce, meet
+from zeropipe.errors import CommunicationError, DesyncError, describe
+from zeropipe.runtime.zero.gather.away_value import AwayValue
+from zeropipe.runtime.zero.gather.sharded_parameter import mark_available
+from zeropipe.runtime.zero.gather.shards import GATHER, Shards
+from zeropipe.runtime.zero.param import shards_of
+from zeropipe.runtime.zero.status import ZeroParamStatus
+
+# Ranks may come to a state dict at different times, rank 0 after an evaluation.
+PATIENCE = timedelta(minutes=5)
+
+
+def install_state_dict(module: torch.nn.Module) -> None:
+    """Make state dicts whole of what ``module`` owns (not of its children). May be repeated."""
+    if not any(hook is _gather_whole for hook in module._state_dict_hooks.values()):
+        module.register_state_dict_pre_hook(_let_use)
+        whole = module.register_state_dict_post_hook(_gather_whole)
+        # Before the user's own, which are to see, and may change, the whole values.
+        cast("OrderedDict[int, Any]", module._state_dict_hooks).move_to_end(whole.id, last=False)
+        module.register_load_state_dict_pre_hook(_cut_shards)
+        module.register_load_state_dict_post_hook(_hide_shapes)
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a state dict hook is one of those that ``install_state_dict`` puts on a module."""
+    return getattr(hook, "hook", hook) in _OURS
+
+
+def remove_state_dict(module: torch.nn.Module) -> None:
+    """Undo ``install_state_dict``."""
+    every: tuple[Any, ...] = (
+        module._state_dict_pre_hooks,
+        module._state_dict_hooks,
+        module._load_state_dict_pre_hooks,
+        module._load_state_dict_post_hooks,
+    )
+    for hooks in every:
+        for key in [key for key, hook in hooks.items() if is_ours(hook)]:
+            del hooks[key]
+
+
+def _let_use(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Before ``module`` puts its own state into a state dict: where its class does so in its own way, what it uses of
+    its parameters is gathered."""
+    cls = type(module)
+    if all(getattr(cls, name) is getattr(torch.nn.Module, name) for name in _SAVING):
+        return
+    own = [(name, shards) for name, _, shards in _own(module)]
+    if not own or any(shards.building or _at_a_part(shards, prefix + name) for name, shards in own):
+        return
+    away = [shards for _, shards in own if shards.status is not ZeroParamStatus.AVAILABLE]
+    if away:
+        _meet(away[0])
+    Fetching(module, recurse=False).__enter__()
+
+
+_SAVING = ("_save_to_state_dict", "get_extra_state")
+
+
+def _at_a_part(shards: Shards, key: str) -> bool:
+    """Whether the call of ``state_dict`` began at a part of the model, by the key that it gives the parameter."""
+    return shards.status is not ZeroParamStatus.AVAILABLE and shards.name.endswith(f".{key}")
+
+
+def _gather_whole(module: torch.nn.Module, state: Any, prefix: str, metadata: Any) -> None:
+    """After ``module`` has put its own parameters into ``state``: replace them by whole values, new tensors. What the
+    module has made of them stays."""
+    wanted = {}
+    using: Fetching | None = None
+    for name, param, shards in _own(module):
+        key = prefix + name
+        if isinstance(shards.builder, Fetching) and shards.builder.of is module:
+            using = shards.builder
+        value = state.get(key)
+        if _at_a_part(shards, key) and isinstance(value, AwayValue):
+            state[key] = param
+        elif isinstance(value, AwayValue) or (value is not param and _shows(shards, value)):
+            wanted[key] = shards
+    away = [shards for shards in wanted.values() if shards.status is not ZeroParamStatus.AVAILABLE]
+    if away:  # keep_vars gives the parameters themselves
+        _meet(away[0])
+    for key, shards in wanted.items():
+        state[key] = _once(state, shards)
+    if using is not None:
+        using.keep_copies(state)
+        using.__exit__(None, None, None)
+
+
+def _meet(shards: Shards) -> None:
+    """Go on when every rank wants the state dict, which is not so where somebody calls it on rank 0 only."""
+    try:
+        meet(f"state_dict at {shards.name}", shards.group, channel=GATHER, patience=PATIENCE)
+    except CommunicationError as error:
+        raise DesyncError(
+            describe(
+                "state_dict of a model in shards gathers them, and other ranks did not answer",
+                rank=shards.group.ranks[shards.group.rank],
+                expected=f"a call on every one of the ranks {list(shards.group.ranks)}",
+                found=f"none within {PATIENCE} on some",
+                fix="call it on every rank and use the result on one; or engine.save_16bit_model, save_checkpoint",
+            )
+        ) from error
+
+
+def _once(state: Any, shards: Shards) -> torch.Tensor:
+    """The whole value; the same tensor for every name that the parameter has in one state dict."""
+    if shards.shown is not None:
+        asked, value = shards.shown[0](), shards.shown[1]()
+        if asked is state and value is not None:
+            return value
+    whole = shards.whole()
+    with suppress(TypeError):  # a plain dict cannot be told apart from a later one
+        shards.shown = (weakref.ref(state), weakref.ref(whole))
+    return whole
+
+
+def _cut_shards(
+    module: torch.nn.Module,
+    state: Any,
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Before torch loads ``module``'s own parameters: let torch see their whole shapes, so that its checks and
+    messages are the usual ones; what it then copies is cut into shards (``loading``)."""
+    metadata["assign_to_params_buffers"] = False  # a shard cannot be replaced by the tensor that is loaded
+    for name, _, shards in _own(module):
+        if shards.status is not ZeroParamStatus.NOT_AVAILABLE:
+            value = state.get(prefix + name)
+            if not isinstance(value, torch.Tensor):
+                continue
+            shards.finish_gather()
+            if value.shape == shards.shape or (value.shape == (1,) and shards.shape == ()):
+                shards.write(value)  # torch's own copy then changes nothing
+        else:
+            shards.begin_loading()  # whatever ``state`` holds now: a hook that comes later may change it
+
+
+def _hide_shapes(module: torch.nn.Module, incompatible: Any) -> None:
+    for _, _, shards in _own(module):
+        if shards.loading:  # a shape that did not fit, or a load that raised
+            shards.end_loading()
+
+
+def _own(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter, Shards]]:
+    for name, param in module._parameters.items():
+        shards = None if param is None else shards_of(param)
+        if param is not None and shards is not None:
+            yield name, param, shards
+
+
+_OURS = (_let_use, _gather_whole, _cut_shards, _hide_shapes)
+
+
+class Fetching:
+    """While entered, any use of a sharded parameter of ``module`` gathers it, until ``let_go``; what was written to it
+    is cut into shards again. Every rank must do the same; where one raises, the others are told.
+    """
+
+    def __init__(self, module: torch.nn.Module, recurse: bool = True) -> None:
+        self.of = module
+        self._recurse = recurse
+        found = (shards_of(param) for param in module.parameters(recurse))
+        self._shards = [shards for shards in found if shards is not None]
+        self._before: list[Any] = []
+        self._held: list[Shards] = []
+        self.active = False
+
+    def __enter__(self) -> Fetching:
+        self._before = [shards.builder for shards in self._shards]
+        for shards in self._shards:
+            shards.builder = self
+        self.active = True
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.active = False
+        for shards, builder in zip(self._shards, self._before, strict=True):
+            shards.builder = builder
+            if shards.loading:
+                shards.end_loading()
+        self.let_go(keep=error is None)
+        if error is None:
+            for shards in self._shards:  # those that were whole before: persistent, or held by somebody else
+                _take_writes(shards)
+        self._say_how_it_ended(error)
+
+    def _say_how_it_ended(self, error: BaseException | None) -> None:
+        """One word from every rank, so that one which raised is heard where others wait for it, and by nobody later.
+
+        A rank whose gather met that word has said its own with the gather.
+        """
+        gathered = dict.fromkeys(shards.group for shards in self._shards)
+        circles = gathered | dict.fromkeys(shards.everyone for shards in self._shards)
+        if error is None:
+            for circle in circles if self._recurse else ():
+                meet(f"the end of the state of {type(self.of).__name__}", circle, channel=GATHER)
+            return
+        if isinstance(error, CommunicationError):
+            return
+        parted = isinstance(error, DesyncError)
+        what = f"state dict: {type(error).__name__} raised"
+        left = [circle for circle in circles if not (parted and circle in gathered)]
+        for heard in [announce(what, circle, channel=GATHER) for circle in left]:
+            with suppress(DesyncError, CommunicationError):
+                heard()
+
+    def fetch(self, shards: Shards) -> None:
+        """A use of a parameter that is away."""
+        if shards.loading:
+            shards.end_loading()
+        shards.gather()
+        shards.holds += 1
+        self._held.append(shards)
+
+    def keep_copies(self, state: Any) -> None:
+        """Replace tensors in ``state`` that lie in gathered values by copies, before those are freed."""
+        homes = {shards.full.untyped_storage().data_ptr(): shards for shards in self._held}
+        for key, value in state.items() if homes else ():
+            if not isinstance(value, torch.Tensor) or shards_of(value) is not None:
+                continue
+            shards = homes.get(value.untyped_storage().data_ptr())
+            if shards is None:
+                continue
+            state[key] = shards.param if _shows(shards, value) else value.clone()
+
+    def let_go(self, keep: bool = True) -> None:
+        """Free what was gathered since the last time; ``keep`` what was written to it."""
+        held, self._held = self._held, []
+        for shards in held:
+            if keep:
+                _take_writes(shards)
+            shards.holds -= 1
+            shards.release_if_idle()
+
+
+def _take_writes(shards: Shards) -> None:
+    """Cut a gathered value that was written to, or replaced through ``.data``, into shards again."""
+    if shards.status is not ZeroParamStatus.AVAILABLE:
+        return
+    here = shards.param.data
+    if here.shape == shards.shape and here.data_ptr() != shards.full.data_ptr():
+        shards.full[: shards.numel].copy_(here.reshape(-1))
+        mark_available(shards.param, shards.full[: shards.numel].view(shards.shape))
+    if shards.differs():
+        shards.write_back()
+
+
+def _shows(shards: Shards, value: Any) -> bool:
+    """Whether ``value`` is the gathered value itself: all of it, in its memory."""
+    return (
+        isinstance(value, torch.Tensor)
+        and shards.status is ZeroParamStatus.AVAILABLE
+        and value.shape == shards.shape
+        and value.data_ptr() == shards.full.data_ptr()
+        and value.is_contiguous()
+    )

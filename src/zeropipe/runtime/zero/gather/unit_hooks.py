@@ -1,0 +1,325 @@
+"""What happens around one unit: its forward by module hooks, its backward by hooks on what it takes and gives.
+
+Tensor hooks are used for backward, so that neither the outputs nor the inputs become other tensors. A unit
+without an input that comes from autograd's graph ends its backward when all its parameters have theirs, or with the
+whole backward.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch._C._dynamo import eval_frame
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from zeropipe.errors import UsageError
+from zeropipe.runtime.zero.gather.coordinator import Coordinator
+from zeropipe.runtime.zero.gather.external import external_shards
+from zeropipe.runtime.zero.gather.fetch_plan import Phase
+from zeropipe.runtime.zero.gather.shards import Shards
+from zeropipe.runtime.zero.gather.unit import Unit, Use
+
+
+class _Call:
+    """One forward of a unit with gradients: waits for the two moments of its backward, or of several."""
+
+    __slots__ = ("coordinator", "ends", "inputs", "unit", "use", "waiting")
+
+    def __init__(self, coordinator: Coordinator, unit: Unit, inputs: Iterable[torch.Tensor]) -> None:
+        self.coordinator = coordinator
+        self.unit = unit
+        self.use: Use | None = None
+        # By reference: an input that is gone by the end of the forward may have left its id to an output.
+        self.inputs = {id(tensor): weakref.ref(tensor) for tensor in inputs}
+        self.ends = 0  # inputs whose gradient comes after those of the parameters: autograd gives leaves theirs at once
+        self.waiting = 0
+        for tensor in inputs:
+            if tensor.grad_fn is not None:
+                self.ends += 1
+                tensor.register_hook(untraced(self._input_done))
+
+    def watch(self, outputs: Iterable[torch.Tensor]) -> None:
+        for tensor in outputs:
+            known = self.inputs.get(id(tensor))
+            if known is None or known() is not tensor:
+                tensor.register_hook(untraced(self._output_arrives))
+
+    def anchor(self, output: Any) -> Any:
+        """``output`` with its tensors passed through a node of autograd that starts the backward."""
+        nothing = torch.empty(0, requires_grad=True)
+
+        def through(tensor: torch.Tensor) -> torch.Tensor:
+            return _Anchor.apply(tensor, nothing, self) if tensor.is_floating_point() else tensor
+
+        return tree_map_only(torch.Tensor, through, output)
+
+    def start(self) -> None:
+        if self.use is None or not self.coordinator.is_open(self.use):
+            self.waiting = self.ends or self._watch_parameters()
+            self.use = self.coordinator.start(self.unit, Phase.BACKWARD)
+
+    def _output_arrives(self, _: torch.Tensor) -> None:
+        self.start()
+
+    def _watch_parameters(self) -> int:
+        """Where no input tells the end, the last gradient of the parameters does; not so with a frozen one among
+        them, which may be read even later."""
+        params = [shards.param for shards in self.unit.shards]
+        if not all(param.requires_grad for param in params):
+            return 0
+        for param in params:
+            handle = param.register_post_accumulate_grad_hook(untraced(self._input_done))
+            self.coordinator.until_settled.append(handle)
+        return len(params)
+
+    def _input_done(self, _: torch.Tensor) -> None:
+        self.waiting -= 1
+        if self.waiting == 0 and self.use is not None:
+            self.coordinator.end(self.use)
+
+
+class _Lookup:
+    """One forward of an embedding with gradients. Its backward reads indices, not the table: nothing is gathered, and
+    it is no visit."""
+
+    def __init__(self, coordinator: Coordinator, table: Shards) -> None:
+        self.coordinator = coordinator
+        self.table = table
+
+    def watch(self, outputs: Iterable[torch.Tensor]) -> None:
+        for tensor in outputs:
+            tensor.register_hook(untraced(lambda _: self.coordinator.expect_gradient(self.table)))
+
+
+def _only_looks_up(module: torch.nn.Module, unit: Unit) -> bool:
+    """Whether autograd keeps nothing of the unit's parameters: a plain embedding with nobody's hooks but ours, the code
+    of which is torch's own."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        _global_forward_hooks,
+        _global_forward_pre_hooks,
+    )
+    return (
+        type(module) is torch.nn.Embedding
+        and module._compiled_call_impl is None
+        and len(unit.shards) == 1
+        and sum(map(len, hooks)) == 2
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+class _Anchor(torch.autograd.Function):
+    """The identity; its backward starts that of a call."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, nothing: torch.Tensor, call: _Call) -> torch.Tensor:
+        ctx.call = call
+        ctx.set_materialize_grads(False)  # an absent gradient stays absent, as without this node
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:  # type: ignore[override]
+        ctx.call.start()
+        return grad, None, None
+
+
+class UnitHooks:
+    """The hooks of one unit; forwards in progress are several when the module nests itself.
+
+    ``anchored``: its backward is visited on every rank, also where none of its parameters was used.
+    ``covered``: a larger unit that runs now holds the parameters of this one, whose hooks then do nothing.
+    """
+
+    def __init__(self, coordinator: Coordinator, unit: Unit, anchored: bool) -> None:
+        self.anchored = anchored
+        self.covered = False
+        self.begin: Callable[[], None] | None = None  # of the root: a pass begins
+        self.coordinator = coordinator
+        self.unit = unit
+        self.calls: list[_Running] = []
+        # The ids of the hooks ``before`` and ``after``, which stand around all others on their module.
+        self.first: int | None = None
+        self.last: int | None = None
+        # Tensors in attributes of the module, when last looked at: by name and place in a list.
+        self._attributes: dict[tuple[str, int], weakref.ref[torch.Tensor]] = {}
+
+    def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise UsageError(
+                f"{self.unit.name}: a functorch transform (torch.func.grad, vmap, ...) around a module of stage 3. "
+                "Fix: take the values with zero.GatheredParameters and pass them to torch.func.functional_call, "
+                "or use stage 2"
+            )
+        if self.begin is not None:
+            self.begin()
+        for shards in external_shards(module):
+            self.unit.add(shards)
+        self._stand_around(module)
+        handling = sys.exc_info()[1]
+        use = self.coordinator.start(self.unit, Phase.FORWARD)
+        call: _Call | _Lookup | None = None
+        if torch.is_grad_enabled() and not self.anchored and _only_looks_up(module, self.unit):
+            call = _Lookup(self.coordinator, self.unit.shards[0])
+        elif torch.is_grad_enabled():
+            inputs = [t for t in _tensors((args, kwargs)) if t.requires_grad]
+            call = _Call(self.coordinator, self.unit, inputs)
+        given = [one for one in (*args, *kwargs.values()) if not isinstance(one, _IMMUTABLE)]
+        self.calls.append(_Running(use, call, handling, given))
+
+    def after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if not self.calls:
+            return None  # ``before`` has not been reached
+        running = self.calls.pop()
+        error = sys.exc_info()[1]
+        if output is None and error is not None and error is not running.handling:
+            self.coordinator.failed(running.use, error)
+            return None
+        call = running.call
+        if isinstance(call, _Call) and self.anchored:
+            output = call.anchor(output)
+        tensors = _tensors(output)
+        if running.given:
+            tensors += _tensors(running.given)
+        if not _is_torchs(module):
+            tensors += self._set_attributes(module)
+        if call is not None:
+            call.watch(t for t in tensors if t.requires_grad and t.grad_fn is not None)
+        self.coordinator.end(running.use, _returned(running.use, tensors))
+        if self.begin is not None:
+            self.coordinator.end_pass(self.unit.name)
+        return output
+
+    def _stand_around(self, module: torch.nn.Module) -> None:
+        """Hooks that a client added later run while the parameters are whole."""
+        after: Any = module._forward_hooks
+        if self.last in after and next(reversed(after)) != self.last:
+            after.move_to_end(self.last)
+        before: Any = module._forward_pre_hooks
+        if self.first in before and next(iter(before)) != self.first:  # from the next forward on
+            before.move_to_end(self.first, last=False)
+
+    def _set_attributes(self, module: torch.nn.Module) -> list[torch.Tensor]:
+        """The tensors that the forward left in attributes of the module, by which they leave it as by its result."""
+        here: dict[tuple[str, int], torch.Tensor] = {}
+        for name, value in module.__dict__.items():
+            if isinstance(value, torch.Tensor):
+                here[name, 0] = value
+            elif isinstance(value, list | tuple):
+                here.update(
+                    {(name, at): leaf for at, leaf in enumerate(value) if isinstance(leaf, torch.Tensor)}
+                )
+        before = self._attributes
+        found = [
+            value for place, value in here.items() if place not in before or before[place]() is not value
+        ]
+        self._attributes = {place: weakref.ref(value) for place, value in here.items()}
+        return found
+
+
+class _Running(NamedTuple):
+    """One forward in progress."""
+
+    use: Use
+    call: _Call | _Lookup | None  # its backward, where it will have one
+    handling: BaseException | None  # the exception that was being handled when it began
+    given: list[Any]  # arguments by which something may leave it
+
+
+def _is_torchs(module: torch.nn.Module) -> bool:
+    """Whether the code of the forward is torch's own, which leaves nothing in attributes."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _returned(use: Use, tensors: Iterable[torch.Tensor]) -> list[Shards]:
+    """The parameters of ``use`` of which ``tensors`` holds views; their storage must outlive the use."""
+    away = {s.full.untyped_storage()._cdata: s for s in use.held if not s.persist}
+    found = (away.get(t.untyped_storage()._cdata) for t in tensors if away and t.layout is torch.strided)
+    return [shards for shards in found if shards is not None]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors in ``value``: in containers that pytree knows, in dataclasses, in the attributes of objects."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    rest = [value]
+    while rest and len(seen) < _MOST_OBJECTS:
+        for leaf in tree_leaves(rest.pop()):
+            if isinstance(leaf, torch.Tensor):
+                found.append(leaf)
+            elif not isinstance(leaf, _PLAIN) and not callable(leaf) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                if isinstance(leaf, Mapping):
+                    rest.append(list(leaf.values()))
+                elif isinstance(leaf, list | tuple | set | frozenset):
+                    rest.append(list(leaf))
+                else:
+                    rest.append(_attributes(leaf))
+    return found
+
+
+# Hold no tensors, or (modules) none that a forward takes or gives back by them.
+_PLAIN = (
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    type,
+    torch.nn.Module,
+)
+# By what cannot be changed nothing leaves a forward.
+_IMMUTABLE = (torch.Tensor, *_PLAIN)
+_MOST_OBJECTS = 200  # looked into per call: an argument may be anything, also the door to half the process
+
+
+def _attributes(thing: Any) -> list[Any]:
+    slots = [
+        getattr(thing, name, None) for cls in type(thing).__mro__ for name in getattr(cls, "__slots__", ())
+    ]
+    return [*getattr(thing, "__dict__", {}).values(), *slots]
+
+
+def unless_covered(unit: UnitHooks, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook`` of ``unit``, out of torch.compile's sight; nothing, not even for torch.compile, while it is covered."""
+    hook = untraced(hook)
+
+    def checked(*args: Any) -> Any:
+        return None if unit.covered else hook(*args)
+
+    return checked
+
+
+def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of ``hook`` and all that it calls: what ``torch.compiler.disable`` does, without
+    importing the compiler."""
+
+    def outside(*args: Any) -> Any:
+        before = eval_frame.set_eval_frame(None)
+        try:
+            return hook(*args)
+        finally:
+            eval_frame.set_eval_frame(before)
+
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return outside
+
+
+def skip_frames() -> None:
+    """Have torch.compile leave alone the frames of hooks that run between graphs; it would compile each and warn."""
+    skip = getattr(torch._dynamo.eval_frame, "skip_code", None)
+    if skip is not None:
+        hook = untraced(print)
+        skip(hook.__code__)
+        skip(unless_covered(UnitHooks.__new__(UnitHooks), hook).__code__)

@@ -1,0 +1,1 @@
+"""What a rank holds at every stage: partitions, their gradients and optimizer state, and the step."""

@@ -1,0 +1,402 @@
+"""Takes gradients as backward produces them and reduces them in buckets, in one order on all ranks.
+
+A *window* is the time between two optimizer steps, a *pass* one backward in it. Stages 0 and 1 keep whole
+gradients and reduce once per window; stages 2 and 3 reduce in every pass, add into their shard and free the rest.
+Buckets are launched in one order on all ranks, whatever order backward takes: the last parameters first, and
+from stage 2 on, where what waits costs memory, in the order in which the first backward of rank 0 completed them.
+
+At stage 3 ranks also wait for each other in gathers, so in the middle of backward a reduction is waited for only
+when every rank is known to have started it; a rank that lacks a gradient starts it at the end.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from zeropipe.comm.collectives import Work, all_reduce, broadcast
+from zeropipe.comm.group import SELF, Group
+from zeropipe.errors import UsageError
+from zeropipe.layout.buckets import Bucket
+from zeropipe.runtime.zero.hold.arrivals import Arrivals
+from zeropipe.runtime.zero.hold.backward_end import Ending, at_end_of_backward
+from zeropipe.runtime.zero.hold.grads import GradStore
+from zeropipe.runtime.zero.hold.launch_order import Key, launch_order
+from zeropipe.runtime.zero.hold.policy import Place, Policy
+from zeropipe.runtime.zero.hold.sharded_grads import ShardedGradStore
+from zeropipe.runtime.zero.hold.sharded_partition import ShardedPartition
+from zeropipe.runtime.zero.hold.types import AnyPartition, AnyStore
+from zeropipe.runtime.zero.hold.watch import Watch
+from zeropipe.runtime.zero.leaf import z3_leaf_parameter
+
+_BUCKETS_PER_PASS = 2**24  # more than there are
+_MAX_IN_FLIGHT = 2  # buckets: one travels while the next one fills
+
+
+@dataclass(slots=True)
+class _Open:
+    """A bucket of the current pass: the parameters it still waits for."""
+
+    key: Key
+    store: AnyStore
+    bucket: Bucket
+    waiting: set[int] = field(default_factory=set)
+
+
+class Conductor(Protocol):
+    """Keeps ranks together where they wait for each other in gathers too."""
+
+    def meet(self, what: str) -> None:
+        """Go on when every rank is about to do ``what``."""
+
+    def tell(self, error: BaseException, where: str) -> None:
+        """Let the peers know that this rank will not come."""
+
+
+class Reducer:
+    """Hooks every trained parameter and drives the stores' buckets in one fixed order.
+
+    ``is_boundary`` tells, when a pass begins, whether an optimizer step follows it. ``watch`` sees every local
+    gradient before it is reduced. ``replicas``: the ranks that hold this rank's very shards (MiCS); their
+    gradients are averaged once, when the window ends.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        is_boundary: Callable[[], bool],
+        watch: Watch | None = None,
+        replicas: Group = SELF,
+    ) -> None:
+        self.policy = policy
+        self.watch = watch
+        self.replicas = replicas
+        self._apart = False  # replicas hold different averages
+        self.is_boundary = is_boundary
+        # Whether the window's gradients stay on their rank, for an optimizer that exchanges something else.
+        self.keeps_own: Callable[[], bool] = lambda: False
+        # What gradients that nobody scaled for this optimizer must be multiplied by; asked as a pass begins.
+        self.missing_factor: Callable[[], float] = lambda: 1.0
+        self.at_boundary: Callable[[], None] = _nothing  # collective; called once the window is reduced
+        self.stores: list[AnyStore] = []
+        self.passes = 0  # finished ones, ever
+        self._reduced_passes = 0  # of them
+        self._window_start = 0  # passes when the window began
+        self.arrivals = Arrivals(self)
+        self.conductor: Conductor | None = None  # stage 3 sets it
+        self._order: list[_Open] = []  # the current pass's buckets, in launch order
+        self._place: dict[tuple[int, int], _Open] = {}  # (id of the store, parameter) -> its bucket
+        self._next = 0  # the first bucket of _order that is not launched
+        self._in_flight: deque[Work] = deque()
+        self._waited = 0  # buckets of the pass that are reduced
+        self._common = 0  # stage 3: buckets of the pass that every rank is known to have launched
+        self._complete: list[Key] = []  # buckets of the pass in the order in which they became so
+        self._learned: tuple[Key, ...] = ()  # the same on rank 0 in an earlier pass
+        self._open = False
+        self._reducing = False
+        self._local_only = False
+        self._explicit = False
+        self._begun = 0  # passes, ever
+        self._missing = 1.0  # factor of what arrives in the current pass
+        self._ending: weakref.ref[Ending] | None = (
+            None  # of the backward that opened the pass, if it was a plain one
+        )
+        self._broken = ""  # the backward of this window that raised
+        self.in_update = False  # a step has begun to use the gradients
+        self.before_clear: Callable[[], None] = lambda: None  # may refuse it
+        self._owes = True  # something of the window may not have been reduced yet; the same on all ranks
+
+    @property
+    def window_is_empty(self) -> bool:
+        """Whether no backward ran since the last step; the same on all ranks."""
+        return self.passes == self._window_start and not self._open
+
+    @property
+    def progress(self) -> int:
+        """A number that grows with each bucket launched, over all passes that reduce: ranks share those."""
+        return self._reduced_passes * _BUCKETS_PER_PASS + (self._next if self._open and self._reducing else 0)
+
+    def reached_by_all(self, progress: int) -> None:
+        """Every rank has come as far as ``progress``, then or since."""
+        passes, launched = divmod(progress, _BUCKETS_PER_PASS)
+        if passes == self._reduced_passes:
+            self._common = max(self._common, launched)
+            self._wait_down_to(_MAX_IN_FLIGHT)
+
+    def add(self, partition: AnyPartition) -> AnyStore:
+        """Hook the partition's parameters and return the store of their gradients."""
+        store: AnyStore
+        if isinstance(partition, ShardedPartition):
+            store = ShardedGradStore(partition, self.policy)
+        else:
+            store = GradStore(partition, self.policy)
+        self.stores.append(store)
+        self._order = []
+        self._learned = ()
+        self.arrivals.listen(store)
+        return store
+
+    @contextmanager
+    def local_only(self) -> Iterator[None]:
+        """Inside, gradients accumulate on this rank and nothing is reduced."""
+        self.settle()
+        before, self._local_only = self._local_only, True
+        try:
+            yield
+        finally:
+            self._local_only = before
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Around one backward: the pass ends with the block, also when no parameter got a gradient."""
+        self.settle()
+        before, self._explicit = self._explicit, True
+        begun = self._begun
+        try:
+            yield
+            self._begin()
+            self.finish_pass()
+        except BaseException as error:
+            if self._begun != begun:  # else it has added nothing
+                self._broken = type(error).__name__
+            if self.conductor is not None:
+                self.conductor.tell(error, "backward")
+            raise
+        finally:
+            self._explicit = before
+            self.arrivals.stop()
+
+    def settle(self) -> None:
+        """End a pass that is still open, which outside of a backward it only is where that has raised."""
+        if not self._open:
+            return
+        if not _in_backward() or not (self._explicit or self._ends()):
+            self._broken = self._broken or "an exception"
+        self.finish_pass()
+
+    def refuse_broken(self) -> None:
+        """Raise UsageError if a backward of the window raised: nobody knows what it has added."""
+        self.settle()
+        if self._broken:
+            raise UsageError(
+                f"a backward since the last step ended with {self._broken}, and its gradients are incomplete. Fix: "
+                "call engine.zero_grad(), on every rank, and run the forwards and backwards since that step again"
+            )
+
+    def finish_pass(self) -> None:
+        """End the pass in progress, if any: launch what is left, wait for all."""
+        if not self._open:
+            return
+        self.arrivals.stop()
+        if self._reducing:
+            # Where it raises the pass is still open: some reductions are under way.
+            self._meet("end of backward")
+            self._reduced_passes += 1
+            self._common = len(self._order)
+            while self._next < len(self._order):
+                self._launch_next()
+            self._wait_down_to(0)
+            self._learn()
+            for store in self.stores:
+                store.reduced = store.keeps_whole
+        for store in self.stores:
+            store.show(self._reducing)
+        self._open = False
+        self._owes = not self._reducing
+        self._apart = self._apart or self._reducing
+        self.passes += 1
+
+    def finish_window(self) -> None:
+        """Leave the reduced gradients of the whole window in the stores' shards.
+
+        Also where a backward has raised: in a pipeline that rank joins what the others reduce, and then says so.
+        """
+        self.settle()
+        for store in self.stores:
+            store.take_changes()
+        self._meet("gradients of a step")
+        if self._owes:
+            self._begin(force=True)
+            self.finish_pass()
+        if self._apart:
+            self._average_replicas()
+            self._apart = False
+        self.at_boundary()
+
+    def _average_replicas(self) -> None:
+        """Average each shard over its replicas. Averaged terms and new ones may be mixed: the former are alike."""
+        if self.replicas.size == 1:
+            return
+        paged = self.policy.optimizer_place is Place.FILE
+        for store in self.stores:
+            shard = store.shard
+            dtype = self.policy.reduce_dtype or shard.dtype
+            device = store.partition.params[0].device
+            for part in shard.split(self.policy.sub_group_numel if paged else max(shard.numel(), 1)):
+                wire = part.to(device, dtype)
+                all_reduce(wire, self.replicas, op="avg", label="gradients of replicas")
+                if wire is not part:
+                    part.copy_(wire)
+                store.let_go(part)
+
+    def reduce_late(self, store: AnyStore) -> None:
+        """Reduce the window's gradients of a store that was added after them: whole, in ``param.grad``."""
+        for bucket in store.buckets:
+            for index in bucket.tensors:
+                grad = store.partition.params[index].grad
+                if grad is None:
+                    continue
+                if self.watch is not None:
+                    self.watch.look(store.partition.names[index], grad)
+                store.accept(index, keep_grad=False)
+            store.launch(bucket).wait()
+
+    def clear(self) -> None:
+        """Forget the window's gradients."""
+        self.before_clear()
+        self.settle()
+        self._broken = ""
+        self._owes = True
+        self._apart = False
+        self._window_start = self.passes
+        if self.watch is not None:
+            self.watch.clear()
+        for store in self.stores:
+            store.clear()
+
+    def is_ready(self, store: AnyStore, index: int) -> bool:
+        """Whether a gradient may be added to ``.grad`` as it is."""
+        if not self._open or self._missing != 1.0:
+            return False
+        if not self._explicit and not self._ends():
+            return False
+        return not self._reducing or index in self._place[id(store), index].waiting
+
+    def expect(self, store: AnyStore, index: int) -> float:
+        """A gradient is about to be added to ``.grad``; returns what it must be multiplied by."""
+        if self._open and not self._explicit and not self._ends():
+            self.settle()
+        if self._open and self._reducing and index not in self._place[id(store), index].waiting:
+            self.finish_pass()  # a second gradient in one pass: re-entrant backward
+        self._begin()
+        return self._missing
+
+    def take(self, store: AnyStore, index: int) -> None:
+        """Take over what is in ``.grad``."""
+        grad = store.partition.params[index].grad
+        # None: a custom function's backward said so; this rank adds nothing to the sum.
+        given = grad is not None
+        if self.watch is not None and grad is not None:
+            self.watch.look(store.partition.names[index], grad)
+        if not self._reducing:
+            # Where the dtype is the parameter's own, autograd itself adds up a sharded store's gradients.
+            if given and (store.keeps_whole or store.dtype != store.partition.dtype):
+                store.accept(index, keep_grad=store.keeps_whole)
+            return
+        place = self._place[id(store), index]
+        if given:
+            store.accept(index, keep_grad=False)
+        place.waiting.discard(index)
+        if place.waiting:
+            return
+        self._complete.append(place.key)
+        while self._next < len(self._order) and not self._order[self._next].waiting:
+            self._launch_next()
+
+    def _ends(self) -> bool:
+        """Whether the plain backward that opened the pass is still to end."""
+        return self._ending is not None and self._ending() is not None
+
+    def _begin(self, force: bool = False) -> None:
+        if self._open:
+            return
+        if self.in_update:
+            raise UsageError(
+                "backward: the last step raised before it was done, and its gradients are in use. Fix: call step() "
+                "again, which goes on where it stopped, or zero_grad() to give it up"
+            )
+        inside = _in_backward()
+        self._missing = self.missing_factor() if inside else 1.0
+        self._open = True
+        self._begun += 1
+        self._ending = None
+        if inside and not self._explicit:
+            self._ending = at_end_of_backward(self.finish_pass, self.arrivals.stop)
+        if inside and self._missing == 1.0:
+            self.arrivals.let_through()
+        whole = self.stores[0].keeps_whole if self.stores else False
+        wanted = force or (not self._local_only and (not whole or self.is_boundary()))
+        self._reducing = wanted and not self.keeps_own()
+        for store in self.stores:
+            store.reopen()
+        if not self._reducing:
+            return
+        if not self._order:
+            self._plan()
+        for entry in self._order:
+            entry.waiting.update(entry.bucket.tensors)
+        self._next = self._waited = self._common = 0
+        self._complete = []
+
+    def _plan(self) -> None:
+        """Lay down the order of the buckets for this pass and those that follow it."""
+        late = {
+            (at, number)
+            for at, store in enumerate(self.stores)
+            for number, bucket in enumerate(store.buckets)
+            if any(z3_leaf_parameter(store.partition.params[index]) for index in bucket.tensors)
+        }
+        for key in launch_order([len(store.buckets) for store in self.stores], late, self._learned):
+            store = self.stores[key[0]]
+            self._order.append(_Open(key, store, store.buckets[key[1]]))
+        self._place = {(id(o.store), index): o for o in self._order for index in o.bucket.tensors}
+
+    def _launch_next(self) -> None:
+        entry = self._order[self._next]
+        self._next += 1
+        for index in sorted(entry.waiting):  # no gradient in this pass; maybe an earlier, unreduced one
+            if entry.store.partition.params[index].grad is not None:
+                entry.store.accept(index, keep_grad=False)
+        self._wait_down_to(_MAX_IN_FLIGHT - 1)
+        self._in_flight.append(entry.store.launch(entry.bucket))
+        if not self.policy.overlap_comm:
+            self._wait_down_to(0)
+
+    def _wait_down_to(self, left: int) -> None:
+        """Wait until no more than ``left`` reductions are in flight, or the next one may lack a peer."""
+        free = self.conductor is None
+        while len(self._in_flight) > left and (free or self._waited < self._common):
+            self._in_flight.popleft().wait()
+            self._waited += 1
+
+    def _meet(self, what: str) -> None:
+        if self.conductor is not None:
+            self.conductor.meet(what)
+
+    def _learn(self) -> None:
+        """Take over the order in which rank 0's backward completed its buckets, once."""
+        if self._learned or not self.policy.shards_gradients or len(self._order) < 2:
+            return
+        store = self.stores[0]
+        keys = [entry.key for entry in self._order]
+        places = {key: at for at, key in enumerate(keys)}
+        order = torch.full((len(keys),), -1, dtype=torch.int64, device=store.shard.device)
+        for at, key in enumerate(self._complete):
+            order[at] = places[key]
+        broadcast(order, 0, store.partition.group, label="order of gradients")
+        self._learned = tuple(keys[place] for place in order.tolist() if place >= 0)
+        self._order = []
+
+
+def _nothing() -> None:
+    """What most models need at a boundary."""
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

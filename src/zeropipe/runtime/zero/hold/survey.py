@@ -1,0 +1,96 @@
+"""What all ranks must know before a step: the norm of the gradients, and what nobody used; decided alike on each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from zeropipe.comm.collectives import all_reduce
+from zeropipe.comm.group import Group
+from zeropipe.errors import UsageError
+from zeropipe.runtime.zero.hold.own_gradients import own_squares
+from zeropipe.runtime.zero.hold.types import AnyPartition, AnyStore
+from zeropipe.tensor.norms import rough_squared_norm, squared_norm
+
+Counts = Callable[[torch.nn.Parameter], bool]  # whether this rank's copy enters the norm
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Sums over all ranks."""
+
+    square: float  # squared norm of the scaled gradients
+    unseen: float  # parameters without a gradient on some rank, counted there
+    woken: float  # parameters that were unfrozen since the last step, counted on each rank
+
+
+def survey(
+    stores: Sequence[AnyStore],
+    group: Group,
+    model_group: Group,
+    replicas: Group,
+    counts: Counts | None,
+    decides: bool,
+    own: bool,
+    awake: int,
+) -> Figures:
+    """One small collective, one more where ``model_group`` holds other parts of the model.
+
+    ``decides``: something hangs on the norm, so it is exact. ``own``: gradients are each rank's own. ``awake``:
+    parameters unfrozen on this rank.
+    """
+    device = stores[0].partition.params[0].device if stores else torch.device("cpu")
+    square = squared_norm if decides or device.type != "cpu" else rough_squared_norm
+    unseen = 0 if own else sum(len(store.partition.params) - len(store.seen) for store in stores)
+    squares: torch.Tensor | float = 0.0
+    if own:
+        squares = own_squares(stores, group.size, counts)
+    for store in () if own else stores:
+        holder = replicas if store.partition.sharded else group
+        if holder.rank == 0:  # so that each element counts once
+            squares = squares + square(store.shard, store.let_go) - _not_counted(store, counts)
+    if group.size == 1 and model_group.size == 1:
+        return Figures(float(squares), unseen, awake)
+    figures = torch.tensor([0.0, unseen, awake], dtype=torch.float64, device=device)
+    figures[0] = squares
+    all_reduce(figures, group, label="gradient norm")
+    if model_group.size > 1:
+        all_reduce(figures[:1], model_group, label="gradient norm of all stages")
+    return Figures(*figures.tolist())
+
+
+def _not_counted(store: AnyStore, counts: Counts | None) -> torch.Tensor | float:
+    """The squared norm of this rank's pieces of parameters whose copy on another rank counts."""
+    if counts is None:
+        return 0.0
+    partition = store.partition
+    copies = [i for i, param in enumerate(partition.params) if not counts(param)]
+    return sum((squared_norm(partition.local(store.shard, i)) for i in copies), start=0.0)
+
+
+def unused_everywhere(stores: Sequence[AnyStore], group: Group) -> list[tuple[AnyPartition, list[int]]]:
+    """The parameters, by partition, that no rank gave a gradient; collective."""
+    device = stores[0].partition.params[0].device if stores else torch.device("cpu")
+    flags = [index in store.seen for store in stores for index in range(len(store.partition.params))]
+    used = torch.tensor(flags, dtype=torch.int32, device=device)
+    all_reduce(used, group, op="max", label="used parameters")
+    counts = [len(store.partition.params) for store in stores]
+    found = []
+    for store, marks in zip(stores, used.split(counts), strict=True):
+        indices = [index for index, mark in enumerate(marks.tolist()) if not mark]
+        if indices:
+            found.append((store.partition, indices))
+    return found
+
+
+def refuse(unused: list[tuple[AnyPartition, list[int]]]) -> None:
+    """Raise UsageError, on every rank alike, for parameters that require a gradient and got none."""
+    pairs = [(partition, index) for partition, indices in unused for index in indices]
+    names = [f"'{p.names[index]}'" for p, index in pairs if p.params[index].requires_grad]
+    if names:
+        raise UsageError(
+            f"parameters {', '.join(names)} got no gradient on any rank in this step. Fix: use them in the loss, "
+            "freeze them with requires_grad_(False), or set zero_optimization.ignore_unused_parameters to true"
+        )
