@@ -16,7 +16,7 @@ from zeropipe.comm.startup import init_distributed
 from zeropipe.config.batch import solve_batch
 from zeropipe.config.checks import check_world
 from zeropipe.config.parse import parse_config
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 from zeropipe.runtime import assembly, placement
 from zeropipe.runtime.accumulation import Clock
 from zeropipe.runtime.engine import DeepSpeedEngine, Parts
@@ -74,9 +74,7 @@ def initialize(
     if not isinstance(model, torch.nn.Module):
         found = "nothing" if model is None else type(model).__name__
         raise ConfigError(
-            describe(
-                "initialize: model", expected="a torch.nn.Module", found=found, fix="pass model=your module"
-            )
+            "initialize: model", expected="a torch.nn.Module", found=found, fix="pass model=your module"
         )
     with _shared_fate(group=None):
         parsed = parse_config(_find_config(args, config, config_params))

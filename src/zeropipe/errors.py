@@ -7,8 +7,44 @@ the way out, so that nobody has to read the source to go on.
 from __future__ import annotations
 
 
+def describe(
+    what: object,
+    *,
+    rank: int | None = None,
+    expected: object = None,
+    found: object = None,
+    fix: str | None = None,
+) -> str:
+    """Lay out an error message: ``[rank R] what; expected E, found F. Fix: ...``.
+
+    ``expected`` and ``found`` are left out when None.
+    """
+    parts = [str(what) if rank is None else f"[rank {rank}] {what}"]
+    facts = [
+        f"{word} {value}" for word, value in (("expected", expected), ("found", found)) if value is not None
+    ]
+    if facts:
+        parts.append(", ".join(facts))
+    text = "; ".join(parts)
+    return f"{text}. Fix: {fix}" if fix else text
+
+
 class ZeropipeError(Exception):
-    """Base of every error that zeropipe raises on purpose."""
+    """Base of every error that zeropipe raises on purpose.
+
+    It takes what ``describe`` takes, and is its text: an error is unpickled from that alone.
+    """
+
+    def __init__(
+        self,
+        what: object = "",
+        *,
+        rank: int | None = None,
+        expected: object = None,
+        found: object = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(describe(what, rank=rank, expected=expected, found=found, fix=fix))
 
 
 class ConfigError(ZeropipeError, ValueError):
@@ -53,25 +89,3 @@ class UsageError(ZeropipeError, RuntimeError):
 
 class InstallationError(ZeropipeError, ImportError):
     """Files of two packages of the same name are mixed; what is imported would be neither."""
-
-
-def describe(
-    what: str,
-    *,
-    rank: int | None = None,
-    expected: object = None,
-    found: object = None,
-    fix: str | None = None,
-) -> str:
-    """Lay out an error message: ``[rank R] what; expected E, found F. Fix: ...``.
-
-    ``expected`` and ``found`` are left out when None.
-    """
-    parts = [what if rank is None else f"[rank {rank}] {what}"]
-    facts = [
-        f"{word} {value}" for word, value in (("expected", expected), ("found", found)) if value is not None
-    ]
-    if facts:
-        parts.append(", ".join(facts))
-    text = "; ".join(parts)
-    return f"{text}. Fix: {fix}" if fix else text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 
 
 def is_plain_word(name: object) -> bool:
@@ -23,11 +23,9 @@ def inside(folder: Path, name: object, what: str) -> Path:
     """
     if not isinstance(name, str) or not all(map(is_plain_word, name.split("/"))):
         raise CheckpointError(
-            describe(
-                f"{what} would lead out of {folder}",
-                expected="a name without '..', that does not begin with '/'",
-                found=repr(name),
-                fix="do not use this checkpoint: whoever wrote it may mean harm, or it is damaged",
-            )
+            f"{what} would lead out of {folder}",
+            expected="a name without '..', that does not begin with '/'",
+            found=repr(name),
+            fix="do not use this checkpoint: whoever wrote it may mean harm, or it is damaged",
         )
     return folder / name

@@ -23,7 +23,7 @@ from zeropipe.checkpoint.locks import Hold
 from zeropipe.checkpoint.manifest import MANIFEST_NAME, Manifest, Part, join_flats
 from zeropipe.checkpoint.script import SCRIPT, SCRIPT_NAME
 from zeropipe.checkpoint.state import LocalState
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 
 _log = logging.getLogger("zeropipe")
 
@@ -65,12 +65,10 @@ def prepare(folder: Path, tag: str, save_latest: bool = True) -> tuple[Path, Hol
     latest = folder / tags.LATEST
     if save_latest and (latest.is_symlink() or latest.is_dir()):
         raise CheckpointError(
-            describe(
-                f"{latest} cannot name the checkpoint",
-                expected="a file, or nothing",
-                found="a link" if latest.is_symlink() else "a folder",
-                fix="remove or rename it, or pass save_latest=False",
-            )
+            f"{latest} cannot name the checkpoint",
+            expected="a file, or nothing",
+            found="a link" if latest.is_symlink() else "a folder",
+            fix="remove or rename it, or pass save_latest=False",
         )
     for path in ownership.leftovers(folder):
         if tags.tag_of(path) in (tag, tags.LATEST, SCRIPT_NAME):

@@ -25,7 +25,7 @@ from zeropipe.checkpoint.source import Source, value_key
 from zeropipe.checkpoint.state import COMPUTED, FP32, PARAM, FlatState, Grid, LocalState, ModelState
 from zeropipe.checkpoint.tags import check_tag
 from zeropipe.checkpoint.writer import collect, write
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
 PEER_ALIGN = 2  # elements: DeepSpeed's shards of stages 1 and 2
@@ -56,12 +56,10 @@ def convert(
     pp = saved_pp if pp is None else pp
     if pp not in (1, saved_pp):
         raise CheckpointError(
-            describe(
-                "pipeline stages of a converted checkpoint",
-                expected=" or ".join(map(str, sorted({1, saved_pp}))),
-                found=pp,
-                fix="load it in a pipeline of the shape you want, and save it there",
-            )
+            "pipeline stages of a converted checkpoint",
+            expected=" or ".join(map(str, sorted({1, saved_pp}))),
+            found=pp,
+            fix="load it in a pipeline of the shape you want, and save it there",
         )
     root = Path(output)
     views = {t: seen_from(source, Place(t, tp)) for t in range(tp)}

@@ -31,7 +31,7 @@ from zeropipe.checkpoint.state import FP32, PARAM, ModuleRest, TrainState
 from zeropipe.checkpoint.weights import aliases, weights
 from zeropipe.checkpoint.words import rest_back, rest_words, training_back, training_words
 from zeropipe.comm.dcp import Key, Lazy, Stored, flatten, read_chunk, read_index, read_tensor, write
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.optimizers.state_kinds import per_element_keys
 
@@ -60,12 +60,10 @@ class DcpSource:
         self._sort(index)
         if not self._values:
             raise CheckpointError(
-                describe(
-                    f"{folder} is a DCP checkpoint without weights that can be told apart",
-                    expected="keys such as model.NAME, or NAME alone",
-                    found=", ".join(list(index)[:5]) or "no key",
-                    fix='save {"model": get_model_state_dict(...), "optim": get_optimizer_state_dict(...)}',
-                )
+                f"{folder} is a DCP checkpoint without weights that can be told apart",
+                expected="keys such as model.NAME, or NAME alone",
+                found=", ".join(list(index)[:5]) or "no key",
+                fix='save {"model": get_model_state_dict(...), "optim": get_optimizer_state_dict(...)}',
             )
         self.stage = int(self._ours.get("stage", 0))
         self.degrees = dict(self._ours.get("degrees") or {"dp": 1, "tp": 1, "pp": 1})

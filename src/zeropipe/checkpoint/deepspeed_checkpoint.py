@@ -34,7 +34,7 @@ from zeropipe.checkpoint.reshape_utils import (
 from zeropipe.checkpoint.universal.patterns import rules_in
 from zeropipe.checkpoint.writer import OURS
 from zeropipe.checkpoint.zero_checkpoint import ZeROCheckpoint
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 
 _log = logging.getLogger("zeropipe")
 
@@ -227,7 +227,7 @@ class DeepSpeedCheckpoint:
 
     def _need_zero(self) -> ZeROCheckpoint:
         if self.zero_checkpoint is None:
-            raise CheckpointError(describe(f"{self.dir} has no ZeRO files", expected="*_optim_states.pt"))
+            raise CheckpointError(f"{self.dir} has no ZeRO files", expected="*_optim_states.pt")
         return self.zero_checkpoint
 
     def _other_layer(self, index: int) -> dict[int, list[str]]:
@@ -243,11 +243,9 @@ class DeepSpeedCheckpoint:
             return {}
         if len(names) % self.pp_degree:
             raise CheckpointError(
-                describe(
-                    f"{len(names)} transformer layers cannot be shared out",
-                    expected="a divisor as pipeline degree",
-                    found=self.pp_degree,
-                )
+                f"{len(names)} transformer layers cannot be shared out",
+                expected="a divisor as pipeline degree",
+                found=self.pp_degree,
             )
         return dict(enumerate(partition_data(names, self.pp_degree)))
 
@@ -302,7 +300,7 @@ class DeepSpeedCheckpoint:
 
     def _known(self, table: dict[int, list[str]], index: int, what: str) -> list[str]:
         if index not in table:
-            raise CheckpointError(describe(what, expected=f"below {len(table)}", found=index))
+            raise CheckpointError(what, expected=f"below {len(table)}", found=index)
         return table[index]
 
 

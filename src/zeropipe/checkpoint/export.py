@@ -20,7 +20,7 @@ from zeropipe.checkpoint.files import Output, new_file, sync_folder
 from zeropipe.checkpoint.ownership import begin, cannot_write, clear, discard, leftovers, name_of
 from zeropipe.checkpoint.source import Source
 from zeropipe.checkpoint.weights import Weight, aliases, weights
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # safetensors' names of dtypes: https://huggingface.co/docs/safetensors
@@ -61,7 +61,7 @@ def parse_size(text: str | int) -> int:
     if match is not None and (unit in _UNITS or unit == "B"):
         size = int(float(match[1]) * _UNITS.get(unit or "", 1))
     if size < 1:
-        raise CheckpointError(describe("the size of a shard", expected="e.g. 5GB or 500MB", found=repr(text)))
+        raise CheckpointError("the size of a shard", expected="e.g. 5GB or 500MB", found=repr(text))
     return size
 
 
@@ -86,7 +86,7 @@ def export(
     take for these weights or that have their names, and where the disk is full; nothing is changed then.
     """
     if dtype not in DTYPES:
-        raise CheckpointError(describe("dtype of the export", expected=", ".join(DTYPES), found=dtype))
+        raise CheckpointError("dtype of the export", expected=", ".join(DTYPES), found=dtype)
     others = aliases(source)
     items: list[_Item] = []
     for weight in weights(source, exclude_frozen=exclude_frozen):

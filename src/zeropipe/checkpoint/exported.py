@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zeropipe.checkpoint.files import load_torch
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 
 METADATA = {"format": "pt", "writer": "zeropipe"}
 # In the order in which readers look for them.
@@ -56,12 +56,10 @@ def in_the_way(folder: Path, new: tuple[str, ...]) -> list[Path]:
                 old.append(path)
         elif path.name in (*new, *_ENTRIES[:first]) and os.path.lexists(path):  # a peer may have removed it
             raise CheckpointError(
-                describe(
-                    f"{path} stands in the way of the export",
-                    expected="nothing, or an earlier export of zeropipe",
-                    found="a file whose writer is not known, which would be lost or be read in place of the new one",
-                    fix="give another folder, or remove it yourself",
-                )
+                f"{path} stands in the way of the export",
+                expected="nothing, or an earlier export of zeropipe",
+                found="a file whose writer is not known, which would be lost or be read in place of the new one",
+                fix="give another folder, or remove it yourself",
             )
     return old
 

@@ -141,12 +141,10 @@ def check_file(folder: Path, record: FileRecord) -> None:
         size = path.stat().st_size
         if size != record.bytes:
             raise CheckpointError(
-                describe(
-                    f"{path} is truncated or was written by something else",
-                    expected=f"{record.bytes} bytes",
-                    found=size,
-                    fix="use an earlier checkpoint, or copy this one again from where it is whole",
-                )
+                f"{path} is truncated or was written by something else",
+                expected=f"{record.bytes} bytes",
+                found=size,
+                fix="use an earlier checkpoint, or copy this one again from where it is whole",
             )
         crc = 0
         buffer = memoryview(bytearray(_CHUNK))  # one for all: fresh memory costs more than the checksum
@@ -157,12 +155,10 @@ def check_file(folder: Path, record: FileRecord) -> None:
         raise CheckpointError(missing_text(path, error)) from error
     if checksum_text(crc) != record.checksum:
         raise CheckpointError(
-            describe(
-                f"{path} is damaged: its bytes are not those that were written",
-                expected=record.checksum,
-                found=checksum_text(crc),
-                fix="use an earlier checkpoint, or copy this one again from where it is whole",
-            )
+            f"{path} is damaged: its bytes are not those that were written",
+            expected=record.checksum,
+            found=checksum_text(crc),
+            fix="use an earlier checkpoint, or copy this one again from where it is whole",
         )
 
 
@@ -197,10 +193,8 @@ def load_torch(path: Path, *, trust: bool = False) -> Any:
         raise CheckpointError(_refusal(path, str(error))) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(
-            describe(
-                f"{path} is not a file that torch.save wrote, or is damaged: {_first_line(error)}",
-                fix="use an earlier checkpoint; `zeropipe ckpt verify` lists what is whole",
-            )
+            f"{path} is not a file that torch.save wrote, or is damaged: {_first_line(error)}",
+            fix="use an earlier checkpoint; `zeropipe ckpt verify` lists what is whole",
         ) from error
 
 

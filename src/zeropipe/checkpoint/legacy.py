@@ -24,7 +24,7 @@ from zeropipe.checkpoint.stand_ins import LossScalerValues
 from zeropipe.checkpoint.state import FP32, PARAM, ModuleRest, TrainState
 from zeropipe.checkpoint.universal.patterns import rules_in
 from zeropipe.checkpoint.writer import OURS
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.optimizers.state_kinds import per_element_keys, shapes_in
 
@@ -56,10 +56,8 @@ def open_peer(
     source = PeerSource(path, tag, trust=trust, order=order)
     if source.is_ours and not unchecked:
         raise CheckpointError(
-            describe(
-                f"{path} was written by zeropipe, but its {MANIFEST_NAME} is gone: nothing can be checked",
-                fix="copy it too from where the checkpoint is whole; verify=False loads the files unchecked",
-            )
+            f"{path} was written by zeropipe, but its {MANIFEST_NAME} is gone: nothing can be checked",
+            fix="copy it too from where the checkpoint is whole; verify=False loads the files unchecked",
         )
     return source
 
@@ -84,12 +82,10 @@ class PeerSource:
         self._optims = {_numbers(m): m[0] for m in map(_OPTIM.match, names) if m}
         if not self._models:
             raise CheckpointError(
-                describe(
-                    f"{folder} is not a checkpoint",
-                    expected="a zeropipe manifest, or DeepSpeed's mp_rank_XX_model_states.pt",
-                    found=", ".join(names[:5]) or "nothing",
-                    fix="give the folder that holds `latest`, or a tag's folder",
-                )
+                f"{folder} is not a checkpoint",
+                expected="a zeropipe manifest, or DeepSpeed's mp_rank_XX_model_states.pt",
+                found=", ".join(names[:5]) or "nothing",
+                fix="give the folder that holds `latest`, or a tag's folder",
             )
         # DeepSpeed hands a model file's further keys to its client, who may save them again; not these.
         first = self._optims[min(self._optims)] if self._optims else None
@@ -185,9 +181,7 @@ class PeerSource:
     def _model_of(self, mp_rank: int, dp_rank: int = 0) -> str:
         name = self._models.get((dp_rank, mp_rank)) or self._models.get((-1, mp_rank))
         if name is None:
-            raise CheckpointError(
-                describe(f"{self.folder} lacks the model file of rank dp {dp_rank}, mp {mp_rank}")
-            )
+            raise CheckpointError(f"{self.folder} lacks the model file of rank dp {dp_rank}, mp {mp_rank}")
         return name
 
     def _module_of(self, mp_rank: int) -> list[TensorEntry]:
@@ -231,12 +225,10 @@ class PeerSource:
         lost = [dp for dp in range(count) if dp not in states]
         if lost:
             raise CheckpointError(
-                describe(
-                    f"{self.folder} lacks the optimizer file of data-parallel rank {lost[0]}",
-                    expected=f"{count} files of mp_rank_{mp_rank:02d}",
-                    found=len(states),
-                    fix="copy all ranks' files into one folder",
-                )
+                f"{self.folder} lacks the optimizer file of data-parallel rank {lost[0]}",
+                expected=f"{count} files of mp_rank_{mp_rank:02d}",
+                found=len(states),
+                fix="copy all ranks' files into one folder",
             )
         ordered = [self.files[states[dp]][k.OPTIMIZER_STATE_DICT] for dp in range(count)]
         files = tuple(states[dp] for dp in range(count))
@@ -312,12 +304,10 @@ class PeerSource:
             return []
         if len(names) != sum(len(group["params"]) for group in state["param_groups"]):
             raise CheckpointError(
-                describe(
-                    f"{self.folder / file}: the optimizer of this stage 0 checkpoint has other parameters",
-                    expected=f"{len(names)} parameters",
-                    found=sum(len(group["params"]) for group in state["param_groups"]),
-                    fix="build the optimizer with the same param groups as when it was saved",
-                )
+                f"{self.folder / file}: the optimizer of this stage 0 checkpoint has other parameters",
+                expected=f"{len(names)} parameters",
+                found=sum(len(group["params"]) for group in state["param_groups"]),
+                fix="build the optimizer with the same param groups as when it was saved",
             )
         values_of: dict[int, torch.Tensor] = {}
         for index, name in enumerate(names):
@@ -362,12 +352,10 @@ class PeerSource:
         orders = stage_orders(shapes, layers) if all(map(all, found)) else None
         if orders is None or any(len(s["param_groups"]) > 1 for s in states):
             raise CheckpointError(
-                describe(
-                    f"{self.folder}: the optimizer state of this stage 0 pipeline cannot be told apart",
-                    expected="one param group, every layer's parameters in order",
-                    found=", ".join(str(len(s)) for s in shapes) + " parameters on the stages",
-                    fix="save it with ZeRO stage 1, which names its parameters",
-                )
+                f"{self.folder}: the optimizer state of this stage 0 pipeline cannot be told apart",
+                expected="one param group, every layer's parameters in order",
+                found=", ".join(str(len(s)) for s in shapes) + " parameters on the stages",
+                fix="save it with ZeRO stage 1, which names its parameters",
             )
         return orders[members.index(mp_rank)]
 

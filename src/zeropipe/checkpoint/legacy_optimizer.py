@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.runtime.optimizers.state_kinds import split_state
 
 
@@ -26,10 +26,8 @@ def moments(
     """
     if not isinstance(base, dict):
         raise CheckpointError(
-            describe(
-                "this DeepSpeed checkpoint was saved with elastic_checkpoint, whose format is not read",
-                fix="save it again without `elastic_checkpoint`, or convert it to the universal format first",
-            )
+            "this DeepSpeed checkpoint was saved with elastic_checkpoint, whose format is not read",
+            fix="save it again without `elastic_checkpoint`, or convert it to the universal format first",
         )
     state = base.get("state", {}).get(index, {})
     if per_element is None:

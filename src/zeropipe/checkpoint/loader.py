@@ -145,14 +145,12 @@ def _check_share(path: Path, manifest: Manifest, group: Group, verify: bool) -> 
             size = (path / record.name).stat().st_size
         except OSError as error:
             raise CheckpointError(
-                describe(
-                    f"{path / record.name} is missing or cannot be read: {error.strerror}",
-                    fix="check that the whole checkpoint folder is visible from this machine",
-                )
+                f"{path / record.name} is missing or cannot be read: {error.strerror}",
+                fix="check that the whole checkpoint folder is visible from this machine",
             ) from error
         if size != record.bytes:
             raise CheckpointError(
-                describe(f"{path / record.name} is truncated", expected=f"{record.bytes} bytes", found=size)
+                f"{path / record.name} is truncated", expected=f"{record.bytes} bytes", found=size
             )
     if verify:
         load = [0] * group.size

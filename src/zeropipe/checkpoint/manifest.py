@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zeropipe.checkpoint.files import FileRecord, checksum_text, missing_text
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards
 from zeropipe.paths import inside
 
@@ -154,12 +154,10 @@ class Manifest:
                 raise ValueError("its checksum does not match")
             if data["format"] > FORMAT:
                 raise CheckpointError(
-                    describe(
-                        f"{path} was written by a newer zeropipe ({data['versions'].get('zeropipe')})",
-                        expected=f"format {FORMAT} or older",
-                        found=data["format"],
-                        fix="update zeropipe",
-                    )
+                    f"{path} was written by a newer zeropipe ({data['versions'].get('zeropipe')})",
+                    expected=f"format {FORMAT} or older",
+                    found=data["format"],
+                    fix="update zeropipe",
                 )
             found_files = tuple(FileRecord(n, r["bytes"], r["checksum"]) for n, r in data["files"].items())
             manifest = cls(
@@ -182,10 +180,8 @@ class Manifest:
             return manifest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                describe(
-                    f"{path} is damaged: {error}",
-                    fix="use an earlier checkpoint, or copy this one again from where it is whole",
-                )
+                f"{path} is damaged: {error}",
+                fix="use an earlier checkpoint, or copy this one again from where it is whole",
             ) from error
 
 
@@ -204,9 +200,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
-        raise CheckpointError(
-            describe(f"{path} is damaged: {error}", fix="use an earlier checkpoint")
-        ) from error
+        raise CheckpointError(f"{path} is damaged: {error}", fix="use an earlier checkpoint") from error
     except OSError as error:
         raise CheckpointError(missing_text(path, error)) from error
 
@@ -243,11 +237,9 @@ def join_flats(parts: Iterable[FlatEntry]) -> tuple[FlatEntry, ...]:
     for entry in joined.values():
         if "" in entry.files:
             raise CheckpointError(
-                describe(
-                    f"no rank has written shard {entry.files.index('')} of {entry.name}",
-                    expected=f"{entry.layout.num_shards} shards",
-                    found=len([f for f in entry.files if f]),
-                    fix="every rank must call save_checkpoint",
-                )
+                f"no rank has written shard {entry.files.index('')} of {entry.name}",
+                expected=f"{entry.layout.num_shards} shards",
+                found=len([f for f in entry.files if f]),
+                fix="every rank must call save_checkpoint",
             )
     return tuple(joined.values())

@@ -174,9 +174,7 @@ def remove_listed(folder: Path) -> list[Path]:
     listed = listed_files(folder)
     if listed is None:
         raise CheckpointError(
-            describe(
-                f"{folder} is not removed: nothing proves that zeropipe wrote it", expected=MANIFEST_NAME
-            )
+            f"{folder} is not removed: nothing proves that zeropipe wrote it", expected=MANIFEST_NAME
         )
     paths = [folder / name for name in sorted(listed)]
     for path in paths:
@@ -292,13 +290,11 @@ def replacing(output: Path, kind: str, source: Path) -> Iterator[Path]:
 def _check_output(output: Path, kind: str, source: Path) -> None:
     fix = "give a folder that does not exist"
     if output.resolve() == source.resolve() or output.resolve() in source.resolve().parents:
-        raise CheckpointError(
-            describe(f"{output} holds the checkpoint that is read, and would be replaced", fix=fix)
-        )
+        raise CheckpointError(f"{output} holds the checkpoint that is read, and would be replaced", fix=fix)
     if not os.path.lexists(output):
         return
     if not _is_folder(output):
-        raise CheckpointError(describe(f"{output} is a link or a file", expected="a folder", fix=fix))
+        raise CheckpointError(f"{output} is a link or a file", expected="a folder", fix=fix)
     if not _entries(output):
         return
     others = foreign(output)
@@ -307,12 +303,10 @@ def _check_output(output: Path, kind: str, source: Path) -> None:
     if others:
         names = ", ".join(str(p.relative_to(output)) for p in others[:3])
         raise CheckpointError(
-            describe(
-                f"{output} holds what would be lost",
-                expected=f"nothing, or what a conversion to {kind} wrote",
-                found=names + (f" and {len(others) - 3} more" if len(others) > 3 else ""),
-                fix=fix,
-            )
+            f"{output} holds what would be lost",
+            expected=f"nothing, or what a conversion to {kind} wrote",
+            found=names + (f" and {len(others) - 3} more" if len(others) > 3 else ""),
+            fix=fix,
         )
 
 

@@ -22,7 +22,7 @@ from zeropipe.checkpoint.numbers import Numbers
 from zeropipe.checkpoint.source import Source, read_full
 from zeropipe.checkpoint.state import ModuleRest, TrainState
 from zeropipe.checkpoint.universal.patterns import Joining, Rule, join, joining_of, split
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
 _Entry = TypeVar("_Entry", TensorEntry, FlatEntry)
@@ -55,13 +55,11 @@ def seen_from(source: Source, place: Place, info: Mapping[str, Any] | None = Non
     rules = info if info is not None else source.universal_info
     if rules is None:
         raise CheckpointError(
-            describe(
-                f"{source.folder} holds slices of tensors, and nothing says how they make a whole",
-                expected=f"tensor-parallel degree {saved}, as saved",
-                found=place.tp_degree,
-                fix="give the module a `universal_checkpoint_info` (a dict of patterns, or a function that returns "
-                "it), or mark its parameters with Megatron's `tensor_model_parallel` and `partition_dim`",
-            )
+            f"{source.folder} holds slices of tensors, and nothing says how they make a whole",
+            expected=f"tensor-parallel degree {saved}, as saved",
+            found=place.tp_degree,
+            fix="give the module a `universal_checkpoint_info` (a dict of patterns, or a function that returns "
+            "it), or mark its parameters with Megatron's `tensor_model_parallel` and `partition_dim`",
         )
     return _Cut(source, place, rules)
 
@@ -163,12 +161,10 @@ class _Cut(_View):
             lost = [rank for rank in wanted if rank not in by_rank]
             if lost:
                 raise CheckpointError(
-                    describe(
-                        f"{self.folder} lacks the slice of {name} of model-parallel rank {lost[0]}",
-                        expected=f"{self._saved} slices",
-                        found=len(by_rank),
-                        fix="copy all ranks' files into one folder",
-                    )
+                    f"{self.folder} lacks the slice of {name} of model-parallel rank {lost[0]}",
+                    expected=f"{self._saved} slices",
+                    found=len(by_rank),
+                    fix="copy all ranks' files into one folder",
                 )
             ranks[name] = [by_rank[rank] for rank in wanted]
         return ranks

@@ -14,7 +14,7 @@ from zeropipe.checkpoint.numbers import Numbers
 from zeropipe.checkpoint.regions import Regions
 from zeropipe.checkpoint.source import Source, read_full, value_key
 from zeropipe.checkpoint.state import COMPUTED, FP32, PARAM, FlatState, LoadedFlat, LocalState
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.layout.copy_plan import copies_of
 from zeropipe.layout.flat import FlatShards, Piece
 from zeropipe.runtime.optimizers.state_kinds import Shared, named_numbers
@@ -246,12 +246,10 @@ class Reader:
             for found in self._shapes_there(name) if self._regions.of(name) is None else ():
                 if not _fits(found, shape):
                     raise CheckpointError(
-                        describe(
-                            f"{name} in {self._source.folder} does not fit the model",
-                            expected=shape,
-                            found=found,
-                            fix="load into the model that was saved; nothing has been changed",
-                        )
+                        f"{name} in {self._source.folder} does not fit the model",
+                        expected=shape,
+                        found=found,
+                        fix="load into the model that was saved; nothing has been changed",
                     )
 
     def _shapes_there(self, name: str) -> list[tuple[int, ...]]:

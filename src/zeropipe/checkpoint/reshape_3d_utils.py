@@ -17,7 +17,7 @@ from zeropipe.checkpoint.reshape_utils import (
     get_zero_files,
     partition_data,
 )
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 
 PP_DIM, TP_DIM, DP_DIM = "PP", "TP", "DP"
 
@@ -90,9 +90,7 @@ def get_model_3d_descriptor(dir: str) -> model_3d_desc:
     layers = {name.split("-")[0]: 0 for name in _names(get_files_with_prefix(models, LAYER_FILE_PREFIX))}
     mp_files = get_files_with_prefix(models, MODEL_FILE_PREFIX)
     if not mp_files and not zero_files:
-        raise CheckpointError(
-            describe(f"{dir} holds no checkpoint files", expected="mp_rank_XX_model_states.pt")
-        )
+        raise CheckpointError(f"{dir} holds no checkpoint files", expected="mp_rank_XX_model_states.pt")
     tp, pp = 1, max(1, len(mp_files))
     if layers:
         first = next(iter(layers))

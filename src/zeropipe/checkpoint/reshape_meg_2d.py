@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 
 _log = logging.getLogger("zeropipe")
 
@@ -20,7 +20,7 @@ class meg_2d_parallel_map:
     def __init__(self, pp_degree: int, tp_degree: int) -> None:
         if pp_degree < 1 or tp_degree < 1:
             raise CheckpointError(
-                describe("degrees of a 2-D map", expected="at least 1 each", found=(pp_degree, tp_degree))
+                "degrees of a 2-D map", expected="at least 1 each", found=(pp_degree, tp_degree)
             )
         self.pp_degree = pp_degree
         self.tp_degree = tp_degree
@@ -37,7 +37,7 @@ class meg_2d_parallel_map:
     def add_data(self, pp_index: int, tp_index: int, data: Sequence[Any]) -> None:
         """Append ``data`` (a list) to a cell."""
         if not isinstance(data, list):
-            raise CheckpointError(describe("add_data: data", expected="a list", found=type(data).__name__))
+            raise CheckpointError("add_data: data", expected="a list", found=type(data).__name__)
         self.map.setdefault(self._cell(pp_index, tp_index), []).extend(data)
 
     def get_data(self, pp_index: int | None = None, tp_index: int | None = None) -> list[Any]:
@@ -55,11 +55,9 @@ class meg_2d_parallel_map:
     def _cell(self, pp_index: int, tp_index: int) -> tuple[int, int]:
         if not (0 <= pp_index < self.pp_degree and 0 <= tp_index < self.tp_degree):
             raise CheckpointError(
-                describe(
-                    "index into a 2-D map",
-                    expected=f"pp below {self.pp_degree}, tp below {self.tp_degree}",
-                    found=(pp_index, tp_index),
-                )
+                "index into a 2-D map",
+                expected=f"pp below {self.pp_degree}, tp below {self.tp_degree}",
+                found=(pp_index, tp_index),
             )
         return pp_index, tp_index
 
@@ -104,11 +102,9 @@ def _regroup(lists: Sequence[list[Any]], count: int, what: str) -> list[list[Any
     old = len(lists)
     if count < 1 or (old % count and count % old):
         raise CheckpointError(
-            describe(
-                f"the {what} degree cannot be reshaped",
-                expected=f"a divisor or a multiple of {old}",
-                found=count,
-            )
+            f"the {what} degree cannot be reshaped",
+            expected=f"a divisor or a multiple of {old}",
+            found=count,
         )
     if old >= count:
         size = old // count

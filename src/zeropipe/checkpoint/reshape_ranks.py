@@ -13,7 +13,7 @@ import torch
 
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.universal.patterns import Joining, Rule, join, joining_of, split
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 
 # Parameters of Megatron's layers that every tensor-parallel rank has whole; they are not joined end to end.
 SEQUENTIAL_LAYERS = (
@@ -64,12 +64,10 @@ def slice_of(
         own, parts = slices[index * old // count], count // old
         if how.dim >= own.dim() or own.shape[how.dim] % parts:
             raise CheckpointError(
-                describe(
-                    f"{name} cannot be cut for {count} tensor-parallel ranks",
-                    expected=f"a multiple of {parts} in dim {how.dim} of a slice",
-                    found=tuple(own.shape),
-                    fix="ask for a tensor-parallel degree that divides it",
-                )
+                f"{name} cannot be cut for {count} tensor-parallel ranks",
+                expected=f"a multiple of {parts} in dim {how.dim} of a slice",
+                found=tuple(own.shape),
+                fix="ask for a tensor-parallel degree that divides it",
             )
         return own.chunk(parts, how.dim)[index % parts]
     return split(join(slices, how), how, index, count)
@@ -85,12 +83,10 @@ def _how(name: str, slices: Sequence[torch.Tensor], rules: Mapping[str, Any] | N
     # Slices that differ are no copies. Equal ones (biases at their start) may be either.
     if up and not name.endswith(_ROWS) and all(torch.equal(slices[0], other) for other in slices):
         raise CheckpointError(
-            describe(
-                f"nothing says whether {name} is cut among tensor-parallel ranks or whole on each",
-                expected="a name of Megatron's layers, or universal_checkpoint_info in the checkpoint",
-                fix="save it again from a module with `universal_checkpoint_info`, or with Megatron's marks "
-                "`tensor_model_parallel` and `partition_dim` on its parameters",
-            )
+            f"nothing says whether {name} is cut among tensor-parallel ranks or whole on each",
+            expected="a name of Megatron's layers, or universal_checkpoint_info in the checkpoint",
+            fix="save it again from a module with `universal_checkpoint_info`, or with Megatron's marks "
+            "`tensor_model_parallel` and `partition_dim` on its parameters",
         )
     return Joining(Rule.CONCAT)
 
@@ -102,7 +98,7 @@ def unite(left: Any, right: Any, path: str = "") -> Any:
     """
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
         if left.shape != right.shape or not torch.equal(left, right):
-            raise CheckpointError(describe(f"two pipeline stages have other values of {path}"))
+            raise CheckpointError(f"two pipeline stages have other values of {path}")
         return left
     if _is_optimizer(left) and _is_optimizer(right):
         return _unite_optimizers(left, right)

@@ -15,7 +15,7 @@ from zeropipe.checkpoint.constants import (
     MODEL_FILE_PREFIX,
     ZERO_FILE_PREFIX,
 )
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 
 
 def basic_folder_validation(dir: str) -> None:
@@ -57,7 +57,7 @@ def sort_zero_files(files: Sequence[str], prefix: str) -> list[str]:
         match = re.search(rf"{re.escape(prefix)}(\d+)_{MODEL_FILE_PREFIX}(\d+)", os.path.basename(path))
         if match is None:
             raise CheckpointError(
-                describe("name of an optimizer file", expected=f"{prefix}D_mp_rank_XX...", found=path)
+                "name of an optimizer file", expected=f"{prefix}D_mp_rank_XX...", found=path
             )
         return int(match[1]), int(match[2])
 
@@ -68,7 +68,7 @@ def partition_data(data_list: Sequence[Any], num_partitions: int) -> list[list[A
     """``num_partitions`` runs of equal length. Raises CheckpointError when the length is no multiple."""
     if num_partitions < 1 or len(data_list) % num_partitions:
         raise CheckpointError(
-            describe("partition_data", expected=f"a divisor of {len(data_list)}", found=num_partitions)
+            "partition_data", expected=f"a divisor of {len(data_list)}", found=num_partitions
         )
     size = len(data_list) // num_partitions
     return (
@@ -89,28 +89,22 @@ def merge_state(state_a: Any, state_b: Any, key_list: Sequence[Any] = ()) -> Any
         return state_a if state_a.dim() == 0 else torch.cat([state_a, state_b], 0)
     if type(state_a) is not type(state_b):
         raise CheckpointError(
-            describe(
-                f"cannot merge states at {path}",
-                expected=type(state_a).__name__,
-                found=type(state_b).__name__,
-            )
+            f"cannot merge states at {path}",
+            expected=type(state_a).__name__,
+            found=type(state_b).__name__,
         )
     if isinstance(state_a, dict):
         if state_a.keys() != state_b.keys():
             odd = sorted(map(str, state_a.keys() ^ state_b.keys()))
             raise CheckpointError(
-                describe(
-                    f"cannot merge states at {path}: keys that only one of them has", found=", ".join(odd)
-                )
+                f"cannot merge states at {path}: keys that only one of them has", found=", ".join(odd)
             )
         merged = {key: merge_state(state_a[key], state_b[key], [*key_list, key]) for key in state_a}
         return merged if type(state_a) is dict else type(state_a)(merged)
     if isinstance(state_a, (list, tuple)) and not isinstance(state_a, torch.Size):
         if len(state_a) != len(state_b):
             raise CheckpointError(
-                describe(
-                    f"cannot merge lists at {path}", expected=f"{len(state_a)} items", found=len(state_b)
-                )
+                f"cannot merge lists at {path}", expected=f"{len(state_a)} items", found=len(state_b)
             )
         items = [
             merge_state(a, b, [*key_list, i]) for i, (a, b) in enumerate(zip(state_a, state_b, strict=True))

@@ -22,7 +22,7 @@ from zeropipe.checkpoint.state import FP32, PARAM, ModuleRest, TrainState
 from zeropipe.checkpoint.universal.patterns import rules_in
 from zeropipe.checkpoint.words import CLIENT, rest_back, training_back
 from zeropipe.checkpoint.writer import CODE_FILE, OURS, code_file
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 
 _MODEL_FILE = re.compile(r"^(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt$")
 
@@ -144,11 +144,9 @@ class OurSource:
         tensor = self._flat(entry, shard)["tensors"][key]
         if tensor.numel() < entry.layout.held(shard):
             raise CheckpointError(
-                describe(
-                    f"{self.folder / entry.files[shard]}: {key} of {entry.name} is too short for its layout",
-                    expected=entry.layout.shard_numel,
-                    found=tensor.numel(),
-                )
+                f"{self.folder / entry.files[shard]}: {key} of {entry.name} is too short for its layout",
+                expected=entry.layout.shard_numel,
+                found=tensor.numel(),
             )
         return tensor
 

@@ -12,7 +12,7 @@ from zeropipe.checkpoint import ownership
 from zeropipe.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from zeropipe.checkpoint.script import SCRIPT_NAME
 from zeropipe.comm.dcp import INDEX_NAME
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.paths import is_plain_word
 
 LATEST = "latest"
@@ -48,12 +48,10 @@ def check_tag(tag: str) -> str:
         or len(os.fsencode(tag)) > _LONGEST
     ):
         raise CheckpointError(
-            describe(
-                "the checkpoint's tag cannot be used",
-                expected=f"a plain folder name of at most {_LONGEST} bytes that does not start with a dot",
-                found=repr(tag),
-                fix="use letters, digits, '_', '-' and '.'",
-            )
+            "the checkpoint's tag cannot be used",
+            expected=f"a plain folder name of at most {_LONGEST} bytes that does not start with a dot",
+            found=repr(tag),
+            fix="use letters, digits, '_', '-' and '.'",
         )
     return tag
 

@@ -14,7 +14,7 @@ from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.universal.patterns import Joining, Rule, split
 from zeropipe.checkpoint.universal.patterns import SubparamShape as SubparamShape
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 
 
 def enable_universal_checkpoint(param_list: Iterable[torch.nn.Parameter]) -> None:
@@ -45,12 +45,10 @@ def load_hp_checkpoint_state(
         part = split(whole, how, tp_rank, tp_world_size, rows)
         if part.numel() != self.numel():
             raise CheckpointError(
-                describe(
-                    f"{file} does not fit the parameter on tensor-parallel rank {tp_rank} of {tp_world_size}",
-                    expected=tuple(self.shape),
-                    found=tuple(part.shape),
-                    fix="load at a tensor-parallel degree that divides the parameter",
-                )
+                f"{file} does not fit the parameter on tensor-parallel rank {tp_rank} of {tp_world_size}",
+                expected=tuple(self.shape),
+                found=tuple(part.shape),
+                fix="load at a tensor-parallel degree that divides the parameter",
             )
         state[file.stem] = part.reshape(-1).clone()
     if k.FP32_WEIGHT_KEY not in state:

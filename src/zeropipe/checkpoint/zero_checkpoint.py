@@ -16,7 +16,7 @@ from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map
 from zeropipe.checkpoint.reshape_utils import basic_folder_validation, get_zero_files, merge_state
 from zeropipe.checkpoint.stand_ins import FragmentAddress
 from zeropipe.checkpoint.writer import OURS
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.layout.copy_plan import copy_plan
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
@@ -36,18 +36,14 @@ class ZeROCheckpoint:
         self.file_list = get_zero_files(dir)
         self.num_files = len(self.file_list)
         if not self.num_files:
-            raise CheckpointError(
-                describe(f"{dir} has no ZeRO files", expected="zero_pp_rank_*_optim_states.pt")
-            )
+            raise CheckpointError(f"{dir} has no ZeRO files", expected="zero_pp_rank_*_optim_states.pt")
         self.src_3d = source_3d or get_model_3d_descriptor(dir)
         if self.src_3d.world_size() != self.num_files:
             raise CheckpointError(
-                describe(
-                    f"{dir} does not have one optimizer file per rank",
-                    expected=f"{self.src_3d.world_size()} files for {self.src_3d.get_desc()}",
-                    found=self.num_files,
-                    fix="copy all ranks' files into one folder, or give source_3d",
-                )
+                f"{dir} does not have one optimizer file per rank",
+                expected=f"{self.src_3d.world_size()} files for {self.src_3d.get_desc()}",
+                found=self.num_files,
+                fix="copy all ranks' files into one folder, or give source_3d",
             )
         self.target_3d = self.src_3d
         self._map = self.src_3d.reshape(self.src_3d)
@@ -118,13 +114,11 @@ class ZeROCheckpoint:
         inner = load_torch(Path(file)).get(k.OPTIMIZER_STATE_DICT, {})
         names = [name for group in inner.get(k.PARAM_SLICE_MAPPINGS) or () for name in group]
         raise CheckpointError(
-            describe(
-                f"the optimizer state of {names[0] if names else 'the parameters'} in {file} lies in a flat shard, "
-                "which cannot be cut for more ranks",
-                expected=f"at most {source.get_desc()}",
-                found=target.get_desc(),
-                fix="`zeropipe ckpt convert --tp N` for tensor parallelism; a pipeline engine loads at any size",
-            )
+            f"the optimizer state of {names[0] if names else 'the parameters'} in {file} lies in a flat shard, "
+            "which cannot be cut for more ranks",
+            expected=f"at most {source.get_desc()}",
+            found=target.get_desc(),
+            fix="`zeropipe ckpt convert --tp N` for tensor parallelism; a pipeline engine loads at any size",
         )
 
     def print_3d_index_map(self, tag: str | None = None) -> None:
@@ -187,10 +181,8 @@ class ZeROCheckpoint:
 
     def _refuse(self) -> dict[str, Any]:
         raise CheckpointError(
-            describe(
-                f"{self.dir} is of stage 3, whose shards are per parameter",
-                fix="load it with engine.load_checkpoint, or `zeropipe ckpt convert` it",
-            )
+            f"{self.dir} is of stage 3, whose shards are per parameter",
+            fix="load it with engine.load_checkpoint, or `zeropipe ckpt convert` it",
         )
 
 

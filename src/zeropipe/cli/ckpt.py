@@ -33,7 +33,7 @@ from zeropipe.checkpoint.universal.write import write_universal
 from zeropipe.checkpoint.verify import FileState
 from zeropipe.checkpoint.verify import verify as verify_folder
 from zeropipe.checkpoint.weights import weights
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 
 app = typer.Typer(
     help="Look into, check, compare, convert, export and prune checkpoints.", no_args_is_help=True
@@ -186,9 +186,7 @@ def convert(
             at = source.stage if stage is None else stage
             path = convert_checkpoint(source, output, stage=at, dp=ranks, tp=tp, pp=pp, progress=advance)
     else:
-        raise CheckpointError(
-            describe("convert --to", expected="deepspeed, zeropipe, universal or dcp", found=to)
-        )
+        raise CheckpointError("convert --to", expected="deepspeed, zeropipe, universal or dcp", found=to)
     Console(soft_wrap=True).print(f"wrote {path}", highlight=False, markup=False)
 
 

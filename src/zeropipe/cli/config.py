@@ -16,7 +16,7 @@ from zeropipe.config.batch import BatchSizes, solve_batch
 from zeropipe.config.checks import check_world
 from zeropipe.config.parse import parse_config
 from zeropipe.config.schema import Config
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 
 app = typer.Typer(help="Check and document configurations.", no_args_is_help=True, add_completion=False)
 
@@ -88,5 +88,5 @@ def _emit(text: str, output: Path | None) -> None:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            describe(f"cannot write {str(output)!r}: {error.strerror}", fix="give another --output")
+            f"cannot write {str(output)!r}: {error.strerror}", fix="give another --output"
         ) from None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 
 app = typer.Typer(help="Compressed communication: 1-bit Adam, 1-bit LAMB, 0/1 Adam.", no_args_is_help=True)
 
@@ -40,7 +40,7 @@ def plan(
     total = steps if steps is not None else schedule.get("total_num_steps")
     if not isinstance(total, int):
         raise ConfigError(
-            describe("the run's length is not known", found=f"total_num_steps {total!r}", fix="pass --steps")
+            "the run's length is not known", found=f"total_num_steps {total!r}", fix="pass --steps"
         )
     options = parsed.optimizer.params or {}
     width = 4 if parsed.precision == "fp32" else 2

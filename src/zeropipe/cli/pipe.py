@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zeropipe.errors import ConfigError, ScheduleError, ZeropipeError, describe
+from zeropipe.errors import ConfigError, ScheduleError, ZeropipeError
 
 if TYPE_CHECKING:
     from zeropipe.runtime.pipe.simulate import Costs, Simulation
@@ -94,18 +94,16 @@ def _plan(
 
     for option, value in (("--memory", memory), ("--activation-bytes", activation_bytes)):
         if value is not None and not value >= 0:  # neither is nan
-            raise ConfigError(describe(option, expected="a number that is not negative", found=value))
+            raise ConfigError(option, expected="a number that is not negative", found=value)
     for kind, path in files.items():
         if path is not None and kind != "trace" and path.suffix.lower() != f".{kind}":
-            raise ConfigError(describe(f"--{kind}", expected=f"a file that ends in .{kind}", found=path))
+            raise ConfigError(f"--{kind}", expected=f"a file that ends in .{kind}", found=path)
     _check_size(ranks, micro_batches, max(chunks or 1, _BEST_CHUNKS if best else 1))
     measured = costs_text.endswith(".json")
     costs = Costs.from_mapping(_read_json(Path(costs_text))) if measured else Costs.parse(costs_text)
     if best:
         if measured:
-            raise ConfigError(
-                describe("--best compares several cuts of the model", fix="give --costs as numbers")
-            )
+            raise ConfigError("--best compares several cuts of the model", fix="give --costs as numbers")
         result = _best(ranks, micro_batches, inf if memory is None else memory, costs)
     else:
         given = Path(name)
@@ -127,12 +125,10 @@ def _check_size(ranks: int, micro_batches: int, chunks: int) -> None:
     steps = ranks * micro_batches * chunks
     if min(ranks, micro_batches, chunks) > 0 and steps > _MOST_STEPS:
         raise ConfigError(
-            describe(
-                "this schedule is too large to be played out here",
-                expected=f"at most {_MOST_STEPS:,} ranks x micro-batches x chunks",
-                found=f"{steps:,}",
-                fix="the figures hardly change beyond four micro-batches a rank: plan with fewer",
-            )
+            "this schedule is too large to be played out here",
+            expected=f"at most {_MOST_STEPS:,} ranks x micro-batches x chunks",
+            found=f"{steps:,}",
+            fix="the figures hardly change beyond four micro-batches a rank: plan with fewer",
         )
 
 
@@ -143,11 +139,9 @@ def _best(ranks: int, micro_batches: int, memory: float, costs: Costs) -> Simula
     plans = schedules.choose(ranks, micro_batches, memory, costs, range(1, _BEST_CHUNKS + 1))
     if not plans:
         raise ScheduleError(
-            describe(
-                "no schedule fits the memory limit",
-                expected=f"activations of at most {memory:g} micro-batches",
-                fix="raise --memory, recompute activations, or use smaller micro-batches",
-            )
+            "no schedule fits the memory limit",
+            expected=f"activations of at most {memory:g} micro-batches",
+            fix="raise --memory, recompute activations, or use smaller micro-batches",
         )
     typer.echo("schedule         chunks   time     bubble   peak activations")
     for one in plans:
@@ -195,7 +189,7 @@ def _write(result: Simulation, files: dict[str, Path | None], quiet: bool) -> No
                 draw(result.events, made.num_ranks, path, title)
         except OSError as error:
             raise ConfigError(
-                describe(f"cannot write {path}", found=error.strerror or str(error), fix="name another file")
+                f"cannot write {path}", found=error.strerror or str(error), fix="name another file"
             ) from error
         typer.echo(f"wrote {path}", err=quiet)
 
@@ -204,16 +198,14 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            describe(f"cannot read {path}", found=str(error), fix="give a text file")
-        ) from error
+        raise ConfigError(f"cannot read {path}", found=str(error), fix="give a text file") from error
 
 
 def _read_json(path: Path) -> dict[str, object]:
     try:
         data = json.loads(_read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(describe(f"cannot read the cost profile {path}", found=str(error))) from error
+        raise ConfigError(f"cannot read the cost profile {path}", found=str(error)) from error
     if not isinstance(data, dict):
-        raise ConfigError(describe(f"the cost profile {path} is not an object", found=type(data).__name__))
+        raise ConfigError(f"the cost profile {path} is not an object", found=type(data).__name__)
     return data

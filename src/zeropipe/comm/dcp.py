@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.paths import inside
 
 INDEX_NAME = ".metadata"
@@ -89,17 +89,15 @@ def read_index(folder: Path) -> dict[str, Stored]:
         return {name: _stored(name, found, index) for name, found in index.state_dict_metadata.items()}
     except OSError as error:
         raise CheckpointError(
-            describe(f"{path} cannot be read: {error.strerror}", fix="give the folder that dcp.save wrote")
+            f"{path} cannot be read: {error.strerror}", fix="give the folder that dcp.save wrote"
         ) from error
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle fails in many ways
         raise CheckpointError(
-            describe(
-                f"{path} was not opened: {type(error).__name__}: {error}",
-                expected="the index that torch.distributed.checkpoint writes, which names only its own classes",
-                fix="save it again with torch's FileSystemWriter",
-            )
+            f"{path} was not opened: {type(error).__name__}: {error}",
+            expected="the index that torch.distributed.checkpoint writes, which names only its own classes",
+            fix="save it again with torch's FileSystemWriter",
         ) from error
 
 
@@ -118,15 +116,13 @@ def _chunk(name: str, start: tuple[int, ...] | None, shape: tuple[int, ...], ind
 
     place = index.storage_data.get(MetadataIndex(name, start)) or index.storage_data.get(MetadataIndex(name))
     if place is None:
-        raise CheckpointError(describe(f"the index names no place for {name} at {start}"))
+        raise CheckpointError(f"the index names no place for {name} at {start}")
     if getattr(place, "transform_descriptors", None):
         raise CheckpointError(
-            describe(
-                f"{name} was written through an extension",
-                expected="plain files",
-                found=place.transform_descriptors,
-                fix="save it again without extensions of the FileSystemWriter",
-            )
+            f"{name} was written through an extension",
+            expected="plain files",
+            found=place.transform_descriptors,
+            fix="save it again without extensions of the FileSystemWriter",
         )
     return Chunk(start or (), shape, str(place.relative_path), place.offset, place.length)
 
@@ -140,28 +136,24 @@ def read_chunk(folder: Path, chunk: Chunk, *, trust: bool = False) -> Any:
             data = file.read(chunk.length)
         if len(data) != chunk.length:
             raise CheckpointError(
-                describe(
-                    f"{path} is truncated",
-                    expected=f"{chunk.offset + chunk.length} bytes",
-                    found=path.stat().st_size,
-                    fix="copy the folder again from where it is whole",
-                )
+                f"{path} is truncated",
+                expected=f"{chunk.offset + chunk.length} bytes",
+                found=path.stat().st_size,
+                fix="copy the folder again from where it is whole",
             )
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not trust)
     except OSError as error:
         raise CheckpointError(
-            describe(f"{path} cannot be read: {error.strerror}", fix="copy all ranks' files into one folder")
+            f"{path} cannot be read: {error.strerror}", fix="copy all ranks' files into one folder"
         ) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            describe(
-                f"{path} holds something other than tensors and plain values, which could run code",
-                fix="if you trust whoever wrote it, say so with trust=True (`--trust` on the command line)",
-            )
+            f"{path} holds something other than tensors and plain values, which could run code",
+            fix="if you trust whoever wrote it, say so with trust=True (`--trust` on the command line)",
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(
-            describe(f"{path} is damaged at byte {chunk.offset}: {str(error).splitlines()[0]}")
+            f"{path} is damaged at byte {chunk.offset}: {str(error).splitlines()[0]}"
         ) from error
 
 

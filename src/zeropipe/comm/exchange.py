@@ -19,7 +19,7 @@ import torch
 from zeropipe.comm.group import Group
 from zeropipe.comm.poster import Message
 from zeropipe.comm.record import SEAM, Stream
-from zeropipe.errors import CommunicationError, DesyncError, describe
+from zeropipe.errors import CommunicationError, DesyncError
 
 # Point-to-point messages match in order per tag, so each purpose has its own. A channel (0, 1, ...) is a stream of
 # collectives that needs no order among those of other channels.
@@ -283,14 +283,12 @@ class _Greeting:
 
     def _difference(self, other: int, theirs: str) -> DesyncError:
         return DesyncError(
-            describe(
-                f"ranks went different ways: this one is at '{self.label}', rank {other} is at '{theirs}'",
-                rank=self.group.ranks[self.group.rank],
-                expected="the same modules in the same order on every rank",
-                found=f"'{self.label}' here and '{theirs}' there",
-                fix="make control flow equal on all ranks, or mark the module around both with "
-                "set_z3_leaf_modules so that it is gathered whole",
-            )
+            f"ranks went different ways: this one is at '{self.label}', rank {other} is at '{theirs}'",
+            rank=self.group.ranks[self.group.rank],
+            expected="the same modules in the same order on every rank",
+            found=f"'{self.label}' here and '{theirs}' there",
+            fix="make control flow equal on all ranks, or mark the module around both with "
+            "set_z3_leaf_modules so that it is gathered whole",
         )
 
 

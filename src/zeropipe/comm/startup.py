@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 
 _ENV = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -52,12 +52,10 @@ def init_distributed(
     elif "RANK" in found or "WORLD_SIZE" in found:
         missing = [name for name in _ENV if name not in found]
         raise ConfigError(
-            describe(
-                "the environment describes a distributed run only in part",
-                expected="all of " + ", ".join(_ENV),
-                found="no " + ", ".join(missing),
-                fix="start the script with torchrun, which sets all four",
-            )
+            "the environment describes a distributed run only in part",
+            expected="all of " + ", ".join(_ENV),
+            found="no " + ", ".join(missing),
+            fix="start the script with torchrun, which sets all four",
         )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **limits)
@@ -71,12 +69,10 @@ def node_size() -> int:
     found = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not found.isdigit() or int(found) < 1:
         raise ConfigError(
-            describe(
-                "environment variable LOCAL_WORLD_SIZE",
-                expected="the number of processes on this node",
-                found=repr(found),
-                fix="start the script with torchrun, which sets it",
-            )
+            "environment variable LOCAL_WORLD_SIZE",
+            expected="the number of processes on this node",
+            found=repr(found),
+            fix="start the script with torchrun, which sets it",
         )
     return int(found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 
 Slots = dict[str, tuple[int, ...]]  # host -> the indices of its devices, in hostfile order
 
@@ -20,16 +20,14 @@ def parse_hostfile(text: str, name: str = "hostfile") -> Slots:
         count = slots[0].removeprefix("slots=") if len(slots) == 1 and slots[0].startswith("slots=") else ""
         if not count.isdecimal() or host in hosts:
             raise ConfigError(
-                describe(
-                    f"{name}, line {number}",
-                    expected="a host once, as 'name slots=N'",
-                    found=repr(line),
-                    fix="correct the line",
-                )
+                f"{name}, line {number}",
+                expected="a host once, as 'name slots=N'",
+                found=repr(line),
+                fix="correct the line",
             )
         hosts[host] = tuple(range(int(count)))
     if not hosts:
-        raise ConfigError(describe(f"{name} names no host", fix="write a line such as 'localhost slots=2'"))
+        raise ConfigError(f"{name} names no host", fix="write a line such as 'localhost slots=2'")
     return hosts
 
 
@@ -41,9 +39,7 @@ def parse_filter(text: str, flag: str) -> dict[str, tuple[int, ...] | None]:
         numbers = slots.split(",")
         if not host or host in found or (colon and not all(n.strip().isdecimal() for n in numbers)):
             raise ConfigError(
-                describe(
-                    flag, expected="host:slot,slot@host:slot", found=repr(text), fix=f"{flag}=localhost:0,1"
-                )
+                flag, expected="host:slot,slot@host:slot", found=repr(text), fix=f"{flag}=localhost:0,1"
             )
         found[host] = tuple(sorted({int(n) for n in numbers})) if colon else None
     return found
@@ -61,13 +57,11 @@ def choose(
     Raises ConfigError for filters that exclude each other, name what is not there, or leave nothing.
     """
     if include and exclude:
-        raise ConfigError(describe("--include and --exclude exclude each other", fix="give one of them"))
+        raise ConfigError("--include and --exclude exclude each other", fix="give one of them")
     if (include or exclude) and (num_nodes is not None or num_gpus is not None):
         raise ConfigError(
-            describe(
-                "--include and --exclude say which slots are used; --num_nodes and --num_gpus say it again",
-                fix="remove --num_nodes and --num_gpus",
-            )
+            "--include and --exclude say which slots are used; --num_nodes and --num_gpus say it again",
+            fix="remove --num_nodes and --num_gpus",
         )
     named = (
         parse_filter(include or exclude, "--include" if include else "--exclude")
@@ -80,12 +74,10 @@ def choose(
             known = ", ".join(f"{name}:{','.join(map(str, there))}" for name, there in hosts.items())
             shown = host if slots is None else f"{host}:{','.join(map(str, slots))}"
             raise ConfigError(
-                describe(
-                    "--include" if include else "--exclude",
-                    expected=f"slots of {known}",
-                    found=shown,
-                    fix="name hosts and slots that exist",
-                )
+                "--include" if include else "--exclude",
+                expected=f"slots of {known}",
+                found=shown,
+                fix="name hosts and slots that exist",
             )
     left: Slots = {}
     for host, there in hosts.items():
@@ -103,14 +95,12 @@ def choose(
             _check_count("--num_gpus", num_gpus, len(there), f"slots on {host}")
         left = {host: there[:num_gpus] for host, there in left.items()}
     if not left:
-        raise ConfigError(describe("no slot is left to run on", fix="widen --include, or narrow --exclude"))
+        raise ConfigError("no slot is left to run on", fix="widen --include, or narrow --exclude")
     return left
 
 
 def _check_count(flag: str, wanted: int, there: int, what: str) -> None:
     if not 0 < wanted <= there:
         raise ConfigError(
-            describe(
-                flag, expected=f"1 to {there} ({what})", found=wanted, fix=f"lower it, or leave {flag} out"
-            )
+            flag, expected=f"1 to {there} ({what})", found=wanted, fix=f"lower it, or leave {flag} out"
         )

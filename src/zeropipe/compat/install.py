@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from zeropipe.compat.finder import ROOT, AliasFinder, fill
-from zeropipe.errors import InstallationError, UsageError, describe
+from zeropipe.errors import InstallationError, UsageError
 
 _OURS = frozenset(
     {"__init__.py", "__pycache__"}
@@ -42,16 +42,14 @@ def check_installation(file: str) -> None:
     files = foreign_files(folder)
     if files:
         raise InstallationError(
-            describe(f"{folder} also holds files of another deepspeed", found=", ".join(files), fix=_REPAIR)
+            f"{folder} also holds files of another deepspeed", found=", ".join(files), fix=_REPAIR
         )
     version = foreign_distribution(folder.parent)
     if version is not None:
         raise InstallationError(
-            describe(
-                f"deepspeed is zeropipe's alias in {folder}, but its metadata is another distribution's",
-                found=f"version {version}",
-                fix=_REPAIR,
-            )
+            f"deepspeed is zeropipe's alias in {folder}, but its metadata is another distribution's",
+            found=f"version {version}",
+            fix=_REPAIR,
         )
 
 
@@ -72,11 +70,9 @@ def install_as_deepspeed() -> ModuleType:
         return importlib.import_module(ROOT)
     if not getattr(present, "__zeropipe_shim__", False):
         raise UsageError(
-            describe(
-                "install_as_deepspeed: the real deepspeed is imported already",
-                found=getattr(present, "__file__", None),
-                fix="call zeropipe.compat.install_as_deepspeed() before every other import",
-            )
+            "install_as_deepspeed: the real deepspeed is imported already",
+            found=getattr(present, "__file__", None),
+            fix="call zeropipe.compat.install_as_deepspeed() before every other import",
         )
     check_installation(str(present.__file__))
     sys.meta_path.insert(0, AliasFinder(with_metadata=False))

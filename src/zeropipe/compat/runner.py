@@ -81,7 +81,7 @@ def parse_cores(text: str) -> tuple[int, ...]:
         low, dash, high = part.partition("-")
         if not low.isdecimal() or (dash and not (high.isdecimal() and int(high) >= int(low))):
             raise ConfigError(
-                describe("--bind_core_list", expected="numbers and ranges", found=repr(text), fix="0-3,8")
+                "--bind_core_list", expected="numbers and ranges", found=repr(text), fix="0-3,8"
             )
         found.update(range(int(low), int(high if dash else low) + 1))
     return tuple(sorted(found))
@@ -94,9 +94,9 @@ def plan(options: argparse.Namespace, hosts: Slots | None, devices: int, cores: 
     CPU. ``cores``: those that this process may use. Raises ConfigError for flags that cannot be followed.
     """
     if options.autotuning:
-        raise ConfigError(describe("--autotuning is not part of zeropipe", fix="start the script without it"))
+        raise ConfigError("--autotuning is not part of zeropipe", fix="start the script without it")
     if options.module and options.no_python:
-        raise ConfigError(describe("--module and --no_python exclude each other", fix="give one of them"))
+        raise ConfigError("--module and --no_python exclude each other", fix="give one of them")
     chosen = choose(
         _pool(options, hosts, devices), options.include, options.exclude, options.num_nodes, options.num_gpus
     )
@@ -148,14 +148,10 @@ def _node_rank(options: argparse.Namespace, names: list[str]) -> int:
     rank = options.node_rank
     if rank is None or not 0 <= rank < len(names):
         raise ConfigError(
-            describe(
-                "--node_rank", expected=f"0 to {len(names) - 1}", found=rank, fix="number the nodes, from 0"
-            )
+            "--node_rank", expected=f"0 to {len(names) - 1}", found=rank, fix="number the nodes, from 0"
         )
     if not options.master_addr and names[0].startswith("node "):
-        raise ConfigError(
-            describe("--master_addr is missing", fix="give the address of the node with rank 0")
-        )
+        raise ConfigError("--master_addr is missing", fix="give the address of the node with rank 0")
     return int(rank)
 
 
@@ -202,9 +198,7 @@ def _hosts(options: argparse.Namespace) -> Slots | None:
     if file.is_file():
         return parse_hostfile(file.read_text(), str(file))
     if options.hostfile != DEFAULT_HOSTFILE:
-        raise ConfigError(
-            describe(f"--hostfile {file} cannot be read", fix="give a file of 'host slots=N' lines")
-        )
+        raise ConfigError(f"--hostfile {file} cannot be read", fix="give a file of 'host slots=N' lines")
     return None
 
 

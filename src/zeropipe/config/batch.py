@@ -37,20 +37,16 @@ def solve_batch(train: int | None, micro: int | None, gas: int | None, world: in
     for name, value in ((TRAIN, train), (MICRO, micro), (ACCUMULATION, gas), ("world size", world)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(
-                describe(
-                    f"config key {name!r}" if name != "world size" else "world size",
-                    expected="a whole number of at least 1",
-                    found=repr(value),
-                    fix=f"give {name} a value such as 1, or leave it out to have it solved",
-                )
+                f"config key {name!r}" if name != "world size" else "world size",
+                expected="a whole number of at least 1",
+                found=repr(value),
+                fix=f"give {name} a value such as 1, or leave it out to have it solved",
             )
     if train is None and micro is None:
         if gas is not None:
             raise ConfigError(
-                describe(
-                    f"{_given(train, micro, gas, world)}: the accumulation alone does not say how many samples",
-                    fix=f"add {MICRO}, for example 1, which makes {TRAIN} {gas * world}",
-                )
+                f"{_given(train, micro, gas, world)}: the accumulation alone does not say how many samples",
+                fix=f"add {MICRO}, for example 1, which makes {TRAIN} {gas * world}",
             )
         micro = 1
     if train is None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from zeropipe.config.fields import Mark, Refused, mark_of
 from zeropipe.config.schema import Config
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 
 
 def check_config(config: Config) -> dict[str, str]:
@@ -21,7 +21,7 @@ def check_config(config: Config) -> dict[str, str]:
     for path, mark, value in _marks_in_use(config, ""):
         if isinstance(mark, Refused):
             raise ConfigError(
-                describe(f"config key {path!r} = {_short(value)} is not offered: {mark.why}", fix=mark.fix)
+                f"config key {path!r} = {_short(value)} is not offered: {mark.why}", fix=mark.fix
             )
         idle[path] = mark.why
     _check_precision(config)
@@ -43,12 +43,10 @@ def check_world(config: Config, world: int) -> None:
         if size > 0 and size != off and world % size:
             divisors = ", ".join(str(d) for d in range(1, world + 1) if world % d == 0)
             raise ConfigError(
-                describe(
-                    f"config key 'zero_optimization.{name}'",
-                    expected=f"a divisor of the world size {world}",
-                    found=size,
-                    fix=f"use one of {divisors}",
-                )
+                f"config key 'zero_optimization.{name}'",
+                expected=f"a divisor of the world size {world}",
+                found=size,
+                fix=f"use one of {divisors}",
             )
 
 
@@ -70,37 +68,29 @@ def _short(value: Any) -> str:
 def _check_precision(config: Config) -> None:
     if config.fp16.enabled and config.bf16.enabled:
         raise ConfigError(
-            describe(
-                "config keys 'fp16.enabled' and 'bf16.enabled' are both true",
-                expected="one of them",
-                fix="set the one that you do not want to false (bf16 needs no loss scale)",
-            )
+            "config keys 'fp16.enabled' and 'bf16.enabled' are both true",
+            expected="one of them",
+            fix="set the one that you do not want to false (bf16 needs no loss scale)",
         )
     if config.fp16.auto_cast and config.fp16.enabled and config.torch_autocast.enabled:
         raise ConfigError(
-            describe(
-                "config keys 'fp16.auto_cast' and 'torch_autocast.enabled' are both true, and each casts inputs",
-                fix="set 'fp16.auto_cast' to false",
-            )
+            "config keys 'fp16.auto_cast' and 'torch_autocast.enabled' are both true, and each casts inputs",
+            fix="set 'fp16.auto_cast' to false",
         )
     chosen = config.data_types.param_dtype
     if chosen not in (None, config.precision):
         raise ConfigError(
-            describe(
-                f"config key 'data_types.param_dtype' = {chosen!r} is not the precision of the run",
-                expected=f"{config.precision!r}, as the sections 'fp16' and 'bf16' say",
-                fix="enable the section of that dtype, or remove the key",
-            )
+            f"config key 'data_types.param_dtype' = {chosen!r} is not the precision of the run",
+            expected=f"{config.precision!r}, as the sections 'fp16' and 'bf16' say",
+            fix="enable the section of that dtype, or remove the key",
         )
     scale = config.fp16
     if scale.enabled and scale.loss_scale == 0 and scale.min_loss_scale > 2.0**scale.initial_scale_power:
         raise ConfigError(
-            describe(
-                f"config key 'fp16.min_loss_scale' = {scale.min_loss_scale:g} is above the initial loss scale",
-                expected=f"at most 2 ** {scale.initial_scale_power} ('fp16.initial_scale_power')",
-                found=f"{scale.min_loss_scale:g}",
-                fix="lower 'fp16.min_loss_scale' or raise 'fp16.initial_scale_power'",
-            )
+            f"config key 'fp16.min_loss_scale' = {scale.min_loss_scale:g} is above the initial loss scale",
+            expected=f"at most 2 ** {scale.initial_scale_power} ('fp16.initial_scale_power')",
+            found=f"{scale.min_loss_scale:g}",
+            fix="lower 'fp16.min_loss_scale' or raise 'fp16.initial_scale_power'",
         )
 
 
@@ -109,20 +99,16 @@ def _check_parts(config: Config) -> None:
         part = getattr(config, name)
         if part.type is None and part.params and not config.is_auto(f"{name}.type"):
             raise ConfigError(
-                describe(
-                    f"config key '{name}.type' is missing beside '{name}.params' = {_short(part.params)}",
-                    fix=f'add "type", for example "{"AdamW" if name == "optimizer" else "WarmupLR"}",'
-                    f" or remove {name!r}",
-                )
+                f"config key '{name}.type' is missing beside '{name}.params' = {_short(part.params)}",
+                fix=f'add "type", for example "{"AdamW" if name == "optimizer" else "WarmupLR"}",'
+                f" or remove {name!r}",
             )
     size = config.tensor_parallel.get("autotp_size", 0)
     if size not in (0, 1, None, "auto"):
         raise ConfigError(
-            describe(
-                f"config key 'tensor_parallel.autotp_size' = {size!r} is not offered",
-                expected="0 or 1: there is no automatic tensor parallelism",
-                fix="remove the section 'tensor_parallel', and use ZeRO stage 3 or the pipeline",
-            )
+            f"config key 'tensor_parallel.autotp_size' = {size!r} is not offered",
+            expected="0 or 1: there is no automatic tensor parallelism",
+            fix="remove the section 'tensor_parallel', and use ZeRO stage 3 or the pipeline",
         )
 
 
@@ -130,19 +116,15 @@ def _check_optimizer(config: Config) -> None:
     norm = config.optimizer.params.get("max_grad_norm")
     if norm:
         raise ConfigError(
-            describe(
-                f"config key 'optimizer.params.max_grad_norm' = {norm!r}: an optimizer sees only its shard of the norm",
-                fix=f"remove it and set 'gradient_clipping' to {norm!r}",
-            )
+            f"config key 'optimizer.params.max_grad_norm' = {norm!r}: an optimizer sees only its shard of the norm",
+            fix=f"remove it and set 'gradient_clipping' to {norm!r}",
         )
     params = config.optimizer.params
     if isinstance(params.get("lr"), str):
         raise ConfigError(
-            describe(
                 "config key 'optimizer.params.lr'", expected="a number", found=repr(params["lr"]),
                 fix=f"write it without quotes: {params['lr']}",
-            )
-        )  # fmt: skip
+            )  # fmt: skip
 
 
 def _check_placement(config: Config) -> dict[str, str]:
@@ -165,18 +147,14 @@ def _check_placement(config: Config) -> dict[str, str]:
         )
     if zero.mics_shard_size == 0:
         raise ConfigError(
-            describe(
                 f"config key '{section}.mics_shard_size'", expected="-1 (off) or a number of ranks", found=0,
                 fix="write -1 or remove it",
-            )
-        )  # fmt: skip
+            )  # fmt: skip
     if zero.stage == 3 and zero.mics_shard_size > 0 and zero.zero_hpz_partition_size > 1:
         raise ConfigError(
-            describe(
-                f"config keys '{section}.mics_shard_size' = {zero.mics_shard_size} and"
-                f" '{section}.zero_hpz_partition_size' = {zero.zero_hpz_partition_size} exclude each other",
-                fix="keep one: mics_shard_size shards everything inside a group, hpz only what backward gathers",
-            )
+            f"config keys '{section}.mics_shard_size' = {zero.mics_shard_size} and"
+            f" '{section}.zero_hpz_partition_size' = {zero.zero_hpz_partition_size} exclude each other",
+            fix="keep one: mics_shard_size shards everything inside a group, hpz only what backward gathers",
         )
     for name, active in (("offload_param", zero.stage == 3), ("offload_optimizer", zero.stage > 0)):
         part = getattr(zero, name)
@@ -188,17 +166,13 @@ def _check_placement(config: Config) -> dict[str, str]:
 def _check_nvme(path: str, nvme_path: str | None, stage: int) -> None:
     if stage < 3:
         raise ConfigError(
-            describe(
                 f"config key '{path}.device' = 'nvme'", expected="'zero_optimization.stage' 3", found=f"stage {stage}",
                 fix="set the stage to 3, or the device to 'cpu'",
-            )
-        )  # fmt: skip
+            )  # fmt: skip
     if not nvme_path:
         raise ConfigError(
-            describe(
-                f"config key '{path}.device' is 'nvme' without a folder",
-                expected=f"'{path}.nvme_path'",
-                found=repr(nvme_path),
-                fix=f'add "nvme_path": "/a/folder/on/a/fast/disk" to {path!r}',
-            )
+            f"config key '{path}.device' is 'nvme' without a folder",
+            expected=f"'{path}.nvme_path'",
+            found=repr(nvme_path),
+            fix=f'add "nvme_path": "/a/folder/on/a/fast/disk" to {path!r}',
         )

@@ -49,9 +49,7 @@ def check_keys(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]
             known[name] = value
         elif not isinstance(name, str):
             raise ConfigError(
-                describe(
-                    f"config key {name!r}", expected="a string", found=type(name).__name__, fix="quote it"
-                )
+                f"config key {name!r}", expected="a string", found=type(name).__name__, fix="quote it"
             )
         elif name not in _SILENT:
             _check_foreign(name, value)
@@ -74,12 +72,10 @@ def _check_foreign(name: str, value: Any) -> None:
         meant = f"{owner}.{plain}" if owner else None
     if meant is not None:
         raise ConfigError(
-            describe(
-                f"unknown config key {name!r} (value {value!r}) looks like {meant!r}",
-                fix=f"rename it to {meant!r}, or remove it"
-                if "." not in meant
-                else f'put it inside its section: "{owner}": {{"{plain}": ...}}',
-            )
+            f"unknown config key {name!r} (value {value!r}) looks like {meant!r}",
+            fix=f"rename it to {meant!r}, or remove it"
+            if "." not in meant
+            else f'put it inside its section: "{owner}": {{"{plain}": ...}}',
         )
 
 
@@ -95,12 +91,10 @@ def _check_section(parent: type[BaseModel], name: str, value: Any, path: str) ->
         return
     if not isinstance(value, dict):
         raise ConfigError(
-            describe(
-                f"config key {path!r} is a section",
-                expected="an object {...}",
-                found=repr(value),
-                fix=f'write "{name}": {{{_main_key(model, value)}}}',
-            )
+            f"config key {path!r} is a section",
+            expected="an object {...}",
+            found=repr(value),
+            fix=f'write "{name}": {{{_main_key(model, value)}}}',
         )
     for inner, inner_value in value.items():
         if inner not in model.model_fields:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 
 _ZERO = "zero_optimization"
 
@@ -68,9 +68,7 @@ def _truth(value: Any, path: str) -> bool:
     if value in (True, 1, "true"):
         return True
     raise ConfigError(
-        describe(
-            f"config key {path!r}", expected="true or false", found=repr(value), fix="write true or false"
-        )
+        f"config key {path!r}", expected="true or false", found=repr(value), fix="write true or false"
     )
 
 
@@ -91,11 +89,9 @@ def _put(target: dict[str, Any], new: str, value: Any, old: str, names: dict[str
     free = (value, "auto", None, "none") if new == "device" else (value, "auto", None)
     if new in target and target[new] not in free:
         raise ConfigError(
-            describe(
-                f"config key {old!r} is the old name of {prefix + new!r}, and both are given",
-                found=f"{value!r} and {target[new]!r}",
-                fix=f"keep {prefix + new!r} and remove {old!r}",
-            )
+            f"config key {old!r} is the old name of {prefix + new!r}, and both are given",
+            found=f"{value!r} and {target[new]!r}",
+            fix=f"keep {prefix + new!r} and remove {old!r}",
         )
     target[new] = value
     names[old] = f"{prefix}{new}"

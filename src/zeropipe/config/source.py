@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 
 Source = Mapping[str, Any] | str | os.PathLike[str] | None
 
@@ -31,12 +31,10 @@ def read_source(source: Source) -> dict[str, Any]:
     if isinstance(source, str | os.PathLike):
         return _read_path(source)
     raise ConfigError(
-        describe(
-            "config cannot be read",
-            expected="a dict, a path of a JSON file, or None",
-            found=type(source).__name__,
-            fix="pass config={...} or config='my.json'",
-        )
+        "config cannot be read",
+        expected="a dict, a path of a JSON file, or None",
+        found=type(source).__name__,
+        fix="pass config={...} or config='my.json'",
     )
 
 
@@ -57,19 +55,15 @@ def _read_path(source: str | os.PathLike[str]) -> dict[str, Any]:
         shown = str(source) if len(str(source)) <= 200 else f"{str(source)[:200]}..."
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            describe(
-                f"config file cannot be read: {shown!r} (looked in {str(Path.cwd())!r}): {reason}",
-                fix="give the path of an existing JSON file, or a dict",
-            )
+            f"config file cannot be read: {shown!r} (looked in {str(Path.cwd())!r}): {reason}",
+            fix="give the path of an existing JSON file, or a dict",
         ) from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            describe(
-                f"config file {str(path)!r} is not text: byte {error.start} is not UTF-8",
-                fix="give a JSON file saved as UTF-8",
-            )
+            f"config file {str(path)!r} is not text: byte {error.start} is not UTF-8",
+            fix="give a JSON file saved as UTF-8",
         ) from None
     return parse_json(text, str(path))
 
@@ -91,10 +85,8 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
         for name, value in pairs:
             if name in seen:
                 raise ConfigError(
-                    describe(
-                        f"{where}: key {name!r} is given twice in one object, as {seen[name]!r} and {value!r}",
-                        fix=f"keep one of the two lines that give {name!r}",
-                    )
+                    f"{where}: key {name!r} is given twice in one object, as {seen[name]!r} and {value!r}",
+                    fix=f"keep one of the two lines that give {name!r}",
                 )
             seen[name] = value
         return seen
@@ -103,18 +95,14 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=no_duplicates)
     except json.JSONDecodeError as error:
         what, fix = _diagnose(text, error)
-        raise ConfigError(
-            describe(f"{where}: line {error.lineno} column {error.colno}: {what}", fix=fix)
-        ) from None
+        raise ConfigError(f"{where}: line {error.lineno} column {error.colno}: {what}", fix=fix) from None
     except RecursionError:
-        raise ConfigError(describe(f"{where}: nested too deeply", fix="this is no configuration")) from None
+        raise ConfigError(f"{where}: nested too deeply", fix="this is no configuration") from None
     if not isinstance(value, dict):
         raise ConfigError(
-            describe(
                 f"{where} holds no JSON object", expected="{...}", found=type(value).__name__,
                 fix="wrap the settings in { and }",
-            )
-        )  # fmt: skip
+            )  # fmt: skip
     return value
 
 

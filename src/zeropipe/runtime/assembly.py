@@ -11,7 +11,7 @@ import torch
 
 from zeropipe.comm.group import SELF, Group, from_process_group, world
 from zeropipe.config.schema import Config
-from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError, describe
+from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
 from zeropipe.runtime import lr_schedules
 from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
@@ -42,12 +42,10 @@ def data_parallel_group(mpu: Any, mesh: Any) -> Group:
         names = mesh.mesh_dim_names or ()
         if "data_parallel" not in names and mesh.ndim > 1:
             raise ConfigError(
-                describe(
-                    "initialize: mesh_param",
-                    expected="an axis named 'data_parallel', or two whose names end in 'replicate' and 'shard'",
-                    found=f"axes {names} of sizes {tuple(mesh.shape)}",
-                    fix="name the mesh's axes: init_device_mesh(..., mesh_dim_names=('data_parallel', ...))",
-                )
+                "initialize: mesh_param",
+                expected="an axis named 'data_parallel', or two whose names end in 'replicate' and 'shard'",
+                found=f"axes {names} of sizes {tuple(mesh.shape)}",
+                fix="name the mesh's axes: init_device_mesh(..., mesh_dim_names=('data_parallel', ...))",
             )
         return from_process_group(mesh.get_group("data_parallel" if "data_parallel" in names else 0))
     return world()
@@ -64,12 +62,10 @@ def replication(config: Config, group: Group, mesh: Any) -> Replication:
         replicas, shard = (from_process_group(mesh.get_group(name)) for name in pair)
         if size is not None and size != shard.size:
             raise ConfigError(
-                describe(
-                    "config key 'zero_optimization.mics_shard_size' and the device mesh differ",
-                    expected=f"{shard.size}, as the mesh's axis {pair[1]!r}",
-                    found=size,
-                    fix="remove the key, or make the mesh of that shape",
-                )
+                "config key 'zero_optimization.mics_shard_size' and the device mesh differ",
+                expected=f"{shard.size}, as the mesh's axis {pair[1]!r}",
+                found=size,
+                fix="remove the key, or make the mesh of that shape",
             )
         return Replication(with_hops(shard) if zero.mics_hierarchical_params_gather else shard, replicas)
     return replicated(group, zero)
@@ -189,12 +185,10 @@ def shard_model(
         sharded = next((name for name, param in module.named_parameters() if is_sharded(param)), None)
         if sharded is not None:
             raise ConfigError(
-                describe(
-                    f"the model was built under zero.Init (or trained at stage 3): '{sharded}' is shards",
-                    expected="config key zero_optimization.stage 3",
-                    found=zero.stage,
-                    fix="use stage 3, or call zero.unshard_module(model) first",
-                )
+                f"the model was built under zero.Init (or trained at stage 3): '{sharded}' is shards",
+                expected="config key zero_optimization.stage 3",
+                found=zero.stage,
+                fix="use stage 3, or call zero.unshard_module(model) first",
             )
         return None
     given = zero.model_fields_set
@@ -252,31 +246,25 @@ def make_optimizer(
         optimizer = build_optimizer(str(config.optimizer.type), config.optimizer.params, wanted, step_on)
     else:
         raise ConfigError(
-            describe(
-                "initialize: optimizer",
-                expected="a torch.optim.Optimizer or a callable that takes the parameters",
-                found=type(given).__name__,
-                fix="pass one of these, or name an optimizer in the config",
-            )
+            "initialize: optimizer",
+            expected="a torch.optim.Optimizer or a callable that takes the parameters",
+            found=type(given).__name__,
+            fix="pass one of these, or name an optimizer in the config",
         )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
-            describe(
-                "initialize: optimizer returned, when it was called, no optimizer",
-                expected="a torch.optim.Optimizer",
-                found=type(optimizer).__name__,
-                fix="return one from the callable",
-            )
+            "initialize: optimizer returned, when it was called, no optimizer",
+            expected="a torch.optim.Optimizer",
+            found=type(optimizer).__name__,
+            fix="return one from the callable",
         )
     check_params(optimizer, module)
     kind = require_shardable(optimizer, config.zero_optimization.stage, config.zero_allow_untested_optimizer)
     if kind != "elementwise" and policy_of(config).optimizer_place is Place.FILE:
         raise UnsupportedOptimizerError(
-            describe(
-                f"{type(optimizer).__name__} cannot step piece by piece on files",
-                expected="an elementwise optimizer (AdamW, SGD, Lion, ...)",
-                fix="set zero_optimization.offload_optimizer.device to 'cpu', or use such an optimizer",
-            )
+            f"{type(optimizer).__name__} cannot step piece by piece on files",
+            expected="an elementwise optimizer (AdamW, SGD, Lion, ...)",
+            fix="set zero_optimization.offload_optimizer.device to 'cpu', or use such an optimizer",
         )
     if isinstance(optimizer, Communicates):
         optimizer.check_stage(config.zero_optimization.stage)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
-from zeropipe.errors import CheckpointError, UsageError, describe
+from zeropipe.errors import CheckpointError, UsageError
 
 
 class _From(Sampler[int]):
@@ -140,12 +140,10 @@ class ZeroDataLoader:
         place = "batches" if self._iterable else "samples"
         if place not in state or "epoch" not in state:
             raise CheckpointError(
-                describe(
-                    "the data position was saved for another kind of dataset",
-                    expected=f"keys epoch, {place}",
-                    found=f"keys {', '.join(map(str, state))}",
-                    fix="resume with the dataset that was trained on, or do not load its position",
-                )
+                "the data position was saved for another kind of dataset",
+                expected=f"keys epoch, {place}",
+                found=f"keys {', '.join(map(str, state))}",
+                fix="resume with the dataset that was trained on, or do not load its position",
             )
         self.epoch = int(state["epoch"])
         self.seed = int(state.get("seed", self.seed))
@@ -177,7 +175,7 @@ def build_dataloader(
     Raises UsageError for a batch size below 1.
     """
     if batch_size < 1:
-        raise UsageError(describe("batch_size of the data loader", expected="at least 1", found=batch_size))
+        raise UsageError("batch_size of the data loader", expected="at least 1", found=batch_size)
     return ZeroDataLoader(
         dataset,
         batch_size,
@@ -219,7 +217,7 @@ class RepeatingLoader:
             return next(self._iterator)
         except StopIteration:
             raise UsageError(
-                describe("a loader that is repeated yields nothing", fix="give it a dataset with samples")
+                "a loader that is repeated yields nothing", fix="give it a dataset with samples"
             ) from None
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from zeropipe.comm.group import Group
 from zeropipe.config.batch import BatchSizes
 from zeropipe.config.schema import Config
-from zeropipe.errors import ConfigError, UsageError, describe
+from zeropipe.errors import ConfigError, UsageError
 from zeropipe.runtime.accumulation import Clock
 from zeropipe.runtime.dataloader import ZeroDataLoader, build_dataloader
 from zeropipe.runtime.engine_checkpoint import EngineCheckpoint
@@ -126,7 +126,7 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         optimizer = self._need_optimizer("backward")
         if not torch.is_tensor(loss) or loss.numel() != 1:
             found = f"a tensor of shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
-            raise UsageError(describe("backward: loss", expected="a tensor with one element", found=found))
+            raise UsageError("backward: loss", expected="a tensor with one element", found=found)
         steps = self.gradient_accumulation_steps() if scale_wrt_gas else 1
         factor = optimizer.loss_scale / steps
         self._report.loss(loss)
@@ -223,12 +223,10 @@ class DeepSpeedEngine(EngineCheckpoint, EngineFacts, EngineOffload, EngineWeight
         per_micro_step = batch.micro_batch_size * batch.world
         if train_batch_size <= 0 or train_batch_size % per_micro_step:
             raise ConfigError(
-                describe(
-                    "set_train_batch_size",
-                    expected=f"a multiple of {per_micro_step} ({batch.micro_batch_size} per rank x {batch.world})",
-                    found=train_batch_size,
-                    fix=f"use {max(1, round(train_batch_size / per_micro_step)) * per_micro_step}",
-                )
+                "set_train_batch_size",
+                expected=f"a multiple of {per_micro_step} ({batch.micro_batch_size} per rank x {batch.world})",
+                found=train_batch_size,
+                fix=f"use {max(1, round(train_batch_size / per_micro_step)) * per_micro_step}",
             )
         steps = train_batch_size // per_micro_step
         self.clock.batch = BatchSizes(train_batch_size, batch.micro_batch_size, steps, batch.world)

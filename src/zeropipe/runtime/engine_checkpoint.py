@@ -196,11 +196,9 @@ class EngineCheckpoint:
         for rank, text in sorted(faults, key=lambda found: found[1].startswith("DesyncError")):
             if text:
                 raise CheckpointError(
-                    describe(
-                        f"{loaded.path} does not go into the module: {text}",
-                        rank=rank,
-                        fix="the engine's state is mixed now: load another checkpoint before training on",
-                    )
+                    f"{loaded.path} does not go into the module: {text}",
+                    rank=rank,
+                    fix="the engine's state is mixed now: load another checkpoint before training on",
                 )
         for partition in partitions:
             partition.take_edits(sure=True)

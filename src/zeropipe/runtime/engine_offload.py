@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.hold import offload_states as states
 from zeropipe.runtime.zero.hold.offload_states import OffloadStateTypeEnum as Kind
 
@@ -40,9 +40,7 @@ class EngineOffload:
         engine = cast("DeepSpeedEngine", self)
         name = getattr(device, "value", str(device))
         if name != "cpu":
-            raise UsageError(
-                describe("offload_states: device", expected="cpu", found=name, fix="leave it out")
-            )
+            raise UsageError("offload_states: device", expected="cpu", found=name, fix="leave it out")
         optimizer = engine._need_optimizer("offload_states")
         optimizer.reducer.settle()
         kinds = states.wanted(include) - self._away

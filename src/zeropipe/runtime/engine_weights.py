@@ -13,7 +13,7 @@ import torch
 from zeropipe.comm.collectives import broadcast_object
 from zeropipe.comm.group import Group
 from zeropipe.config.schema import Config
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 
 _log = logging.getLogger("zeropipe")
@@ -123,9 +123,7 @@ class EngineWeights:
         problem = broadcast_object(problem, 0, self._group, label="save_16bit_model")
         if problem is not None:
             raise CheckpointError(
-                describe(
-                    f"the weights cannot be written: {problem}", fix="free space there, or save elsewhere"
-                )
+                f"the weights cannot be written: {problem}", fix="free space there, or save elsewhere"
             )
         return True
 

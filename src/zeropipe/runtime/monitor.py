@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 
 if TYPE_CHECKING:
     from zeropipe.config.schema_monitor import CsvMonitor, TensorBoard, Wandb
@@ -150,8 +150,6 @@ def _optional(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            describe(
-                f"{extra}.enabled is true, but the package {extra} is not installed",
-                fix=f"pip install 'zeropipe[{extra}]', or set {extra}.enabled to false",
-            )
+            f"{extra}.enabled is true, but the package {extra} is not installed",
+            fix=f"pip install 'zeropipe[{extra}]', or set {extra}.enabled to false",
         ) from error

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 
 MODEL_PARALLEL_RNG = "model-parallel-rng"
 # Keeps the model-parallel seeds away from the data-parallel one; the value Megatron-LM users know.
@@ -55,12 +55,10 @@ class CudaRNGStatesTracker:
     def add(self, name: str, seed: int) -> None:
         """Start the state ``name`` from ``seed``. Raises UsageError where either was used before."""
         if name in self._states:
-            raise UsageError(describe(f"the random state {name!r} exists", fix="reset() the tracker first"))
+            raise UsageError(f"the random state {name!r} exists", fix="reset() the tracker first")
         if seed in self._seeds:
             raise UsageError(
-                describe(
-                    f"seed {seed} is that of the random state {self._seeds[seed]!r}", fix="use another seed"
-                )
+                f"seed {seed} is that of the random state {self._seeds[seed]!r}", fix="use another seed"
             )
         before = _get_state()
         _seed(seed)
@@ -73,11 +71,9 @@ class CudaRNGStatesTracker:
         """Raises UsageError for a name that was not added."""
         if name not in self._states:
             raise UsageError(
-                describe(
-                    f"there is no random state {name!r}",
-                    found=f"{', '.join(self._states) or 'none'}",
-                    fix="call model_parallel_cuda_manual_seed(seed) or add(name, seed) first",
-                )
+                f"there is no random state {name!r}",
+                found=f"{', '.join(self._states) or 'none'}",
+                fix="call model_parallel_cuda_manual_seed(seed) or add(name, seed) first",
             )
         before = _get_state()
         _set_state(self._states[name])

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.param import is_trained
 
 
@@ -139,14 +139,12 @@ class Scaling:
         if self.loss_scale() != 1.0 and (running is None or running.scale == 1.0):
             whose = "a plain backward" if running is None else "the backward of an engine without loss scale"
             raise UsageError(
-                describe(
-                    f"{whose} reached parameters that train in fp16: its gradients were not scaled, and small ones "
-                    "are lost",
-                    expected=f"a loss times the loss scale {self.loss_scale():g}",
-                    found="a loss without it",
-                    fix="call engine.backward(loss), or engine.scale(loss) and then backward on what it returns; "
-                    "engine.zero_grad() forgets what was taken so far",
-                )
+                f"{whose} reached parameters that train in fp16: its gradients were not scaled, and small ones "
+                "are lost",
+                expected=f"a loss times the loss scale {self.loss_scale():g}",
+                found="a loss without it",
+                fix="call engine.backward(loss), or engine.scale(loss) and then backward on what it returns; "
+                "engine.zero_grad() forgets what was taken so far",
             )
         return self.factor if running is None else self.factor / running.factor
 

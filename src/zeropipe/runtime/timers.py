@@ -9,7 +9,7 @@ from types import TracebackType
 
 import torch
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 
 Clock = Callable[[], float]  # seconds
 WARM_UP = 2  # steps that are not counted: allocation, autotuning and compilation happen there
@@ -46,12 +46,12 @@ class PhaseTimer:
 
     def start(self) -> None:
         if self._since is not None:
-            raise UsageError(describe(f"timer {self.name!r} is already running", fix="call stop() first"))
+            raise UsageError(f"timer {self.name!r} is already running", fix="call stop() first")
         self._since = self._clock()
 
     def stop(self) -> None:
         if self._since is None:
-            raise UsageError(describe(f"timer {self.name!r} is not running", fix="call start() first"))
+            raise UsageError(f"timer {self.name!r} is not running", fix="call start() first")
         self._total += self._clock() - self._since
         self._since = None
         self.count += 1
@@ -164,7 +164,7 @@ class ThroughputTimer:
     def stop(self) -> None:
         """Raises UsageError when no step was begun."""
         if self._since is None:
-            raise UsageError(describe("the throughput timer is not running", fix="call start() first"))
+            raise UsageError("the throughput timer is not running", fix="call start() first")
         seconds, self._since = self._clock() - self._since, None
         if self._skip > 0:
             self._skip -= 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from zeropipe.comm.group import world
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 
 
 def get_world_group() -> Any:
@@ -52,8 +52,6 @@ def _get_sequence_parallel_world_size() -> int:
 def _get_sequence_parallel_group() -> Any:
     """Raises UsageError."""
     raise UsageError(
-        describe(
-            "sequence parallelism (Ulysses) is not part of zeropipe",
-            fix="use torch.distributed.tensor.experimental.context_parallel, or shorter sequences",
-        )
+        "sequence parallelism (Ulysses) is not part of zeropipe",
+        fix="use torch.distributed.tensor.experimental.context_parallel, or shorter sequences",
     )

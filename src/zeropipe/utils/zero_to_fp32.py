@@ -13,7 +13,7 @@ import torch
 from zeropipe.checkpoint.export import export
 from zeropipe.checkpoint.loader import open_source
 from zeropipe.checkpoint.weights import Weight, aliases, weights
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 
 Folder = str | os.PathLike[str]
 
@@ -75,11 +75,9 @@ def load_state_dict_from_zero_checkpoint(
                 value = state[name].read()
                 if value.shape != tensor.shape:
                     raise CheckpointError(
-                        describe(
-                            f"{name} does not fit the model",
-                            expected=tuple(tensor.shape),
-                            found=tuple(value.shape),
-                        )
+                        f"{name} does not fit the model",
+                        expected=tuple(tensor.shape),
+                        found=tuple(value.shape),
                     )
                 tensor.data.copy_(value)
     return model

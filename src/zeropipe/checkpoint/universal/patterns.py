@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
 
@@ -100,9 +100,7 @@ def join(slices: Sequence[torch.Tensor], how: Joining) -> torch.Tensor:
         for rank, other in enumerate(slices):
             if not torch.equal(slices[0], other):
                 raise CheckpointError(
-                    describe(
-                        f"a replicated parameter differs on tensor-parallel rank {rank}", fix="average it"
-                    )
+                    f"a replicated parameter differs on tensor-parallel rank {rank}", fix="average it"
                 )
         return slices[0]
     if how.rule is Rule.AVERAGE:

@@ -20,7 +20,7 @@ from zeropipe.checkpoint.state import FP32, PARAM, ModuleRest, TrainState
 from zeropipe.checkpoint.universal.patterns import rules_in
 from zeropipe.checkpoint.words import CLIENT, rest_back, training_back
 from zeropipe.checkpoint.writer import OURS
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.paths import inside
 
@@ -39,9 +39,7 @@ class UniversalSource:
         models = sorted(folder.glob("*mp_rank_*_model_states.pt"))
         if not models:
             raise CheckpointError(
-                describe(
-                    f"{folder} has a folder `zero` but no model file", expected="mp_rank_00_model_states.pt"
-                )
+                f"{folder} has a folder `zero` but no model file", expected="mp_rank_00_model_states.pt"
             )
         self._model_file = models[0].name
         self._model: Any = load_torch(models[0], trust=trust)
@@ -170,7 +168,7 @@ class UniversalSource:
     def _flat(self, name: str, folder: Path) -> FlatEntry:
         keys = {path.stem: "" for path in sorted(folder.glob("*.pt")) if path.stem != STEP}
         if FP32 not in keys:
-            raise CheckpointError(describe(f"{folder} has no fp32.pt", fix="convert the checkpoint again"))
+            raise CheckpointError(f"{folder} has no fp32.pt", fix="convert the checkpoint again")
         tensors = {key: self._read(name, key) for key in keys}
         shape = tuple(tensors[FP32].shape)
         given = self._shapes.get(name, shape)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.tensor.dtypes import KeepsDtype
 from zeropipe.tensor.norms import clip_coefficient, total_norm
@@ -161,12 +161,10 @@ def _flat_views(params: Sequence[torch.Tensor], flat: torch.Tensor) -> Iterator[
     layout = _flat_layout(params)
     if flat.numel() != layout.numel:
         raise UsageError(
-            describe(
-                "the flat master does not belong to these parameters",
-                expected=f"{layout.numel} elements",
-                found=flat.numel(),
-                fix="pass both lists as prep_param_lists(model, flat_master=True) returned them",
-            )
+            "the flat master does not belong to these parameters",
+            expected=f"{layout.numel} elements",
+            found=flat.numel(),
+            fix="pass both lists as prep_param_lists(model, flat_master=True) returned them",
         )
     for i, param in enumerate(params):
         start, stop = layout.tensor_range(i)
@@ -177,12 +175,10 @@ def _check_pairs(model_params: Sequence[torch.Tensor], masters: Sequence[torch.T
     expected = min(1, len(model_params)) if flat else len(model_params)
     if len(masters) != expected:
         raise UsageError(
-            describe(
-                "the lists of parameters and masters do not match",
-                expected=f"{expected} master(s) for {len(model_params)} parameter(s), flat_master={flat}",
-                found=len(masters),
-                fix="pass both lists, and flat_master, as in the call of prep_param_lists",
-            )
+            "the lists of parameters and masters do not match",
+            expected=f"{expected} master(s) for {len(model_params)} parameter(s), flat_master={flat}",
+            found=len(masters),
+            fix="pass both lists, and flat_master, as in the call of prep_param_lists",
         )
 
 
@@ -203,12 +199,10 @@ def prep_param_lists(
     ):
         if len(seen) > 1:
             raise UsageError(
-                describe(
-                    f"one flat master cannot hold parameters of more than one {what}",
-                    expected=f"a single {what}",
-                    found=", ".join(seen),
-                    fix="use flat_master=False, or convert the whole network (convert_network(..., keep_fp32=()))",
-                )
+                f"one flat master cannot hold parameters of more than one {what}",
+                expected=f"a single {what}",
+                found=", ".join(seen),
+                fix="use flat_master=False, or convert the whole network (convert_network(..., keep_fp32=()))",
             )
     if not model_params:
         return [], []
@@ -290,12 +284,10 @@ def clip_grad_norm_(
     if not bool(torch.isfinite(norm)):
         if error_if_nonfinite:
             raise UsageError(
-                describe(
-                    "the gradients cannot be clipped",
-                    expected="a finite norm",
-                    found=float(norm),
-                    fix="skip this step (error_if_nonfinite=False leaves the gradients as they are)",
-                )
+                "the gradients cannot be clipped",
+                expected="a finite norm",
+                found=float(norm),
+                fix="skip this step (error_if_nonfinite=False leaves the gradients as they are)",
             )
         return norm.float()
     factor = float(clip_coefficient(norm, max_norm))

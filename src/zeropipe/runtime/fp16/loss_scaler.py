@@ -47,12 +47,10 @@ class LossScalerBase:
     def __init__(self, cur_scale: float) -> None:
         if not (math.isfinite(cur_scale) and cur_scale > 0):
             raise ConfigError(
-                describe(
-                    "the loss scale cannot be used",
-                    expected="a finite number above 0",
-                    found=cur_scale,
-                    fix='set "fp16": {"loss_scale": 0} for a dynamic scale or a positive number for a static one',
-                )
+                "the loss scale cannot be used",
+                expected="a finite number above 0",
+                found=cur_scale,
+                fix='set "fp16": {"loss_scale": 0} for a dynamic scale or a positive number for a static one',
             )
         self.cur_scale = float(cur_scale)
 
@@ -97,12 +95,10 @@ class LossScalerBase:
                 self._load(state)
         except KeyError as error:
             raise CheckpointError(
-                describe(
-                    f"the loss scaler's state has no {error.args[0]!r}",
-                    expected=sorted(self.state_dict()),
-                    found=sorted(map(str, state)),
-                    fix="load with load_optimizer_states=False to start with a fresh loss scale",
-                )
+                f"the loss scaler's state has no {error.args[0]!r}",
+                expected=sorted(self.state_dict()),
+                found=sorted(map(str, state)),
+                fix="load with load_optimizer_states=False to start with a fresh loss scale",
             ) from error
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -231,7 +227,7 @@ class DynamicLossScaler(LossScalerBase):
 
 def _require(name: str, value: object, holds: bool, rule: str) -> None:
     if not holds:
-        raise ConfigError(describe(f"dynamic loss scaling cannot use {name}", expected=rule, found=value))
+        raise ConfigError(f"dynamic loss scaling cannot use {name}", expected=rule, found=value)
 
 
 def get_loss_scaler(

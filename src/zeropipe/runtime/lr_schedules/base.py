@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from zeropipe.errors import CheckpointError, ConfigError, UsageError, describe
+from zeropipe.errors import CheckpointError, ConfigError, UsageError
 
 
 def get_torch_optimizer(optimizer: Any) -> Optimizer:
@@ -23,12 +23,10 @@ def get_torch_optimizer(optimizer: Any) -> Optimizer:
         if isinstance(candidate, Optimizer):
             return candidate
     raise UsageError(
-        describe(
-            "a schedule needs a torch optimizer",
-            expected="torch.optim.Optimizer, or an object with one as .optimizer",
-            found=type(optimizer).__name__,
-            fix="pass the optimizer that initialize() returned",
-        )
+        "a schedule needs a torch optimizer",
+        expected="torch.optim.Optimizer, or an object with one as .optimizer",
+        found=type(optimizer).__name__,
+        fix="pass the optimizer that initialize() returned",
     )
 
 
@@ -38,12 +36,10 @@ def per_group(key: str, value: float | Sequence[float], num_groups: int) -> list
         return [float(value)] * num_groups  # type: ignore[arg-type]
     if len(value) != num_groups:
         raise ConfigError(
-            describe(
-                f"scheduler.params.{key} does not fit the optimizer",
-                expected=f"one number, or {num_groups} (one per param group)",
-                found=list(value),
-                fix=f"give {num_groups} values or a single one",
-            )
+            f"scheduler.params.{key} does not fit the optimizer",
+            expected=f"one number, or {num_groups} (one per param group)",
+            found=list(value),
+            fix=f"give {num_groups} values or a single one",
         )
     return [float(v) for v in value]
 
@@ -52,12 +48,10 @@ def positive(key: str, value: float, *, least: int = 1) -> int:
     """``value`` as a whole number of steps, at least ``least``; ConfigError else."""
     if not isinstance(value, (int, float)) or not math.isfinite(value) or value % 1 or value < least:
         raise ConfigError(
-            describe(
-                f"scheduler.params.{key} is not a number of steps",
-                expected=f"a whole number, {least} or more",
-                found=repr(value),
-                fix=f"set {key} to the number of optimizer steps",
-            )
+            f"scheduler.params.{key} is not a number of steps",
+            expected=f"a whole number, {least} or more",
+            found=repr(value),
+            fix=f"set {key} to the number of optimizer steps",
         )
     return int(value)
 
@@ -88,12 +82,10 @@ class Schedule(ABC):
         groups, lrs = self.optimizer.param_groups, self.get_lr()
         if len(groups) != len(lrs):
             raise UsageError(
-                describe(
-                    "param groups were added after the schedule was made",
-                    expected=f"{len(lrs)} param groups",
-                    found=len(groups),
-                    fix="make the schedule after the last add_param_group()",
-                )
+                "param groups were added after the schedule was made",
+                expected=f"{len(lrs)} param groups",
+                found=len(groups),
+                fix="make the schedule after the last add_param_group()",
             )
         for group, lr in zip(groups, lrs, strict=True):
             if isinstance(group["lr"], torch.Tensor):
@@ -130,13 +122,10 @@ class Schedule(ABC):
         """
         if "last_batch_iteration" not in state:
             raise CheckpointError(
-                describe(
-                    f"this is not the state of a {type(self).__name__}",
-                    expected="last_batch_iteration",
-                    found=sorted(map(str, state)),
-                    fix="use the scheduler that the checkpoint was saved with, "
-                    "or load_lr_scheduler_states=False",
-                )
+                f"this is not the state of a {type(self).__name__}",
+                expected="last_batch_iteration",
+                found=sorted(map(str, state)),
+                fix="use the scheduler that the checkpoint was saved with, or load_lr_scheduler_states=False",
             )
         self.last_batch_iteration = int(state["last_batch_iteration"])
         self._write()

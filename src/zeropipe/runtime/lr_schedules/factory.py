@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim import lr_scheduler as torch_schedules
 from torch.optim.lr_scheduler import LRScheduler
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 from zeropipe.runtime.lr_schedules.base import Schedule, get_torch_optimizer
 from zeropipe.runtime.lr_schedules.constants import VALID_LR_SCHEDULES
 from zeropipe.runtime.lr_schedules.cycles import LRRangeTest, OneCycle
@@ -42,21 +42,17 @@ def _find(name: str) -> type[Any]:
         return _OURS[name]
     if name in _NOT_FROM_JSON:
         raise ConfigError(
-            describe(
-                f"scheduler.type {name!r} cannot be made from a configuration: {_NOT_FROM_JSON[name]}",
-                fix="make it in your code and pass it as lr_scheduler= to initialize()",
-            )
+            f"scheduler.type {name!r} cannot be made from a configuration: {_NOT_FROM_JSON[name]}",
+            fix="make it in your code and pass it as lr_scheduler= to initialize()",
         )
     names = _torch_names()
     if name in names:
         return getattr(torch_schedules, name)
     near = get_close_matches(name, [*_OURS, *names], n=1, cutoff=0.5)
     raise ConfigError(
-        describe(
-            f"scheduler.type {name!r} is not known",
-            expected=f"one of {', '.join(_OURS)}, or a class of torch.optim.lr_scheduler",
-            fix=f"use {near[0]!r}" if near else "use one of these",
-        )
+        f"scheduler.type {name!r} is not known",
+        expected=f"one of {', '.join(_OURS)}, or a class of torch.optim.lr_scheduler",
+        fix=f"use {near[0]!r}" if near else "use one of these",
     )
 
 
@@ -72,27 +68,21 @@ def build(name: str, optimizer: Any, params: Mapping[str, Any] | None = None) ->
         if key not in names:
             near = get_close_matches(key, names, n=1, cutoff=0.5)
             raise ConfigError(
-                describe(
-                    f"scheduler.params.{key} is not a parameter of {name}",
-                    expected=f"one of {', '.join(names)}",
-                    fix=f"use {near[0]!r}" if near else f"remove {key!r}",
-                )
+                f"scheduler.params.{key} is not a parameter of {name}",
+                expected=f"one of {', '.join(names)}",
+                fix=f"use {near[0]!r}" if near else f"remove {key!r}",
             )
     missing = [p.name for p in known if p.default is inspect.Parameter.empty and p.name not in given]
     if missing:
         raise ConfigError(
-            describe(
-                f"scheduler {name} lacks parameters",
-                expected=", ".join(missing),
-                found=", ".join(given) or "none of them",
-                fix=f'add them to "scheduler": {{"type": "{name}", "params": {{...}}}}',
-            )
+            f"scheduler {name} lacks parameters",
+            expected=", ".join(missing),
+            found=", ".join(given) or "none of them",
+            fix=f'add them to "scheduler": {{"type": "{name}", "params": {{...}}}}',
         )
     try:
         return cls(get_torch_optimizer(optimizer), **given)
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(
-            describe(f"scheduler {name} refuses its parameters: {error}", found=given)
-        ) from error
+        raise ConfigError(f"scheduler {name} refuses its parameters: {error}", found=given) from error

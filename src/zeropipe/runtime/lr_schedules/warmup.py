@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 from zeropipe.runtime.lr_schedules.base import Schedule, per_group, positive
 from zeropipe.runtime.lr_schedules.constants import WARMUP_LINEAR_RATE, WARMUP_LOG_RATE
 
@@ -21,12 +21,10 @@ class _Warmup(Schedule):
         super().__init__(optimizer, last_batch_iteration)
         if kind not in (WARMUP_LOG_RATE, WARMUP_LINEAR_RATE):
             raise ConfigError(
-                describe(
-                    "scheduler.params.warmup_type is not known",
-                    expected=f"{WARMUP_LOG_RATE!r} or {WARMUP_LINEAR_RATE!r}",
-                    found=repr(kind),
-                    fix='set "warmup_type": "log" or "linear"',
-                )
+                "scheduler.params.warmup_type is not known",
+                expected=f"{WARMUP_LOG_RATE!r} or {WARMUP_LINEAR_RATE!r}",
+                found=repr(kind),
+                fix='set "warmup_type": "log" or "linear"',
             )
         self.warmup_type = kind
         # 0 and 1 are written by clients for "no warm-up", and log(1) = 0 would divide: two is the shortest.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 from zeropipe.runtime.optimizers.lamb import Lamb
 from zeropipe.runtime.optimizers.lion import Lion
 
@@ -39,9 +39,7 @@ def can_fuse(params: list[Any], devices: frozenset[str] = FUSED_DEVICES) -> bool
 
 
 def refuse(cls: str, key: str, value: object, fix: str) -> ConfigError:
-    return ConfigError(
-        describe(f"{cls} does not support {key}={value!r}, which would change results", fix=fix)
-    )
+    return ConfigError(f"{cls} does not support {key}={value!r}, which would change results", fix=fix)
 
 
 class _AdamOnShards(torch.optim.Adam):

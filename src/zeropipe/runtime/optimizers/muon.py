@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from zeropipe.comm.group import Group
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.optimizers.checks import check_betas, check_not_negative
 from zeropipe.runtime.optimizers.muon_exchange import exchange_round
@@ -136,12 +136,10 @@ class Muon(Optimizer):
         if group["use_muon"] and len(matrices) < len(tensors):
             odd = next(spec for i, spec in enumerate(tensors) if i not in matrices)
             raise UsageError(
-                describe(
-                    f"use_muon: True on parameter {odd.name!r}",
-                    expected="at least 2 dims",
-                    found=f"shape {odd.shape}",
-                    fix="put it in a param group of its own, or leave use_muon out",
-                )
+                f"use_muon: True on parameter {odd.name!r}",
+                expected="at least 2 dims",
+                found=f"shape {odd.shape}",
+                fix="put it in a param group of its own, or leave use_muon out",
             )
         # What state exists follows from the whole layout, not from this shard: it is the same on every rank.
         names = (["momentum_buffer"] if matrices else []) + (

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 
 
 def split_groups(
@@ -50,11 +50,9 @@ def _is_muon(member: Any, of_group: bool | None, of_all: bool | None) -> bool:
     asked = of_group if of_group is not None else getattr(param, "use_muon", None)
     if asked and len(shape) < 2:
         raise ConfigError(
-            describe(
-                "use_muon: true was asked of a parameter that is no matrix",
-                expected="at least 2 dims",
-                found=f"shape {shape}",
-                fix="leave use_muon out, so that Muon takes matrices and AdamW the others",
-            )
+            "use_muon: true was asked of a parameter that is no matrix",
+            expected="at least 2 dims",
+            found=f"shape {shape}",
+            fix="leave use_muon out, so that Muon takes matrices and AdamW the others",
         )
     return len(shape) >= 2 and of_all is not False if asked is None else bool(asked)

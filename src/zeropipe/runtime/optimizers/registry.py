@@ -93,10 +93,8 @@ class Request:
             raise
         except (ValueError, TypeError, RuntimeError) as error:
             raise ConfigError(
-                describe(
-                    f"optimizer {self.name} refuses its params {dict(self.params)}: {error}",
-                    fix="change optimizer.params",
-                )
+                f"optimizer {self.name} refuses its params {dict(self.params)}: {error}",
+                fix="change optimizer.params",
             ) from error
 
 
@@ -154,21 +152,17 @@ def require_shardable(optimizer: torch.optim.Optimizer, stage: int, allow_untest
     for name, reason in NEEDS_WHOLE.items():
         if isinstance(optimizer, getattr(torch.optim, name, ())):
             raise UnsupportedOptimizerError(
-                describe(
-                    f"{full_name} cannot step on shards: {reason}",
-                    expected="an optimizer that can, at zero_optimization.stage " + str(stage),
-                    fix="use zero_optimization.stage 0, or another optimizer such as type AdamW, Lamb or Muon",
-                )
+                f"{full_name} cannot step on shards: {reason}",
+                expected="an optimizer that can, at zero_optimization.stage " + str(stage),
+                fix="use zero_optimization.stage 0, or another optimizer such as type AdamW, Lamb or Muon",
             )
     if allow_untested:
         return kind
     raise UnsupportedOptimizerError(
-        describe(
-            f"{full_name} is not known to be right on shards",
-            expected="elementwise update or bind_shards, at zero_optimization.stage " + str(stage),
-            fix="set zero_allow_untested_optimizer: true if it updates each element by that element's history "
-            "alone; give it bind_shards (see docs/optimizers.md) if it needs whole tensors; or use stage 0",
-        )
+        f"{full_name} is not known to be right on shards",
+        expected="elementwise update or bind_shards, at zero_optimization.stage " + str(stage),
+        fix="set zero_allow_untested_optimizer: true if it updates each element by that element's history "
+        "alone; give it bind_shards (see docs/optimizers.md) if it needs whole tensors; or use stage 0",
     )
 
 
@@ -183,11 +177,9 @@ def _refuse_unservable(optimizer: torch.optim.Optimizer) -> None:
     else:
         return
     raise UnsupportedOptimizerError(
-        describe(
-            f"{cls.__module__}.{cls.__qualname__} cannot step in an engine: {reason}",
-            expected="an optimizer that steps on dense gradients that are there, at every stage",
-            fix="use another one such as AdamW or SGD (embeddings may keep sparse=True), or train without an engine",
-        )
+        f"{cls.__module__}.{cls.__qualname__} cannot step in an engine: {reason}",
+        expected="an optimizer that steps on dense gradients that are there, at every stage",
+        fix="use another one such as AdamW or SGD (embeddings may keep sparse=True), or train without an engine",
     )
 
 
@@ -287,7 +279,7 @@ def _load_lazy(name: str, module: str, attribute: str) -> Callable[..., torch.op
         found: Callable[..., torch.optim.Optimizer] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            describe(f"optimizer {name} is not part of this installation ({error})", fix="use type Adam")
+            f"optimizer {name} is not part of this installation ({error})", fix="use type Adam"
         ) from error
     return found
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zeropipe.comm.group import SELF, Group
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.layout.flat import FlatShards, Piece, TensorSpec
 
 
@@ -28,12 +28,10 @@ class ShardView:
     def __post_init__(self) -> None:
         if self.group.size != self.layout.num_shards or self.group.rank != self.shard:
             raise UsageError(
-                describe(
-                    "a shard view needs one group member per shard, in order",
-                    rank=self.group.ranks[self.group.rank],
-                    expected=f"shard {self.group.rank} of {self.group.size}",
-                    found=f"shard {self.shard} of {self.layout.num_shards}",
-                )
+                "a shard view needs one group member per shard, in order",
+                rank=self.group.ranks[self.group.rank],
+                expected=f"shard {self.group.rank} of {self.group.size}",
+                found=f"shard {self.shard} of {self.layout.num_shards}",
             )
 
     def pieces(self) -> tuple[Piece, ...]:
@@ -63,12 +61,10 @@ def check_bound(views: Mapping[nn.Parameter, ShardView]) -> None:
     for param, view in views.items():
         if tuple(param.shape) != (view.layout.shard_numel,):
             raise UsageError(
-                describe(
-                    "a master does not have the shape of its shard",
-                    rank=view.group.ranks[view.group.rank],
-                    expected=(view.layout.shard_numel,),
-                    found=tuple(param.shape),
-                )
+                "a master does not have the shape of its shard",
+                rank=view.group.ranks[view.group.rank],
+                expected=(view.layout.shard_numel,),
+                found=tuple(param.shape),
             )
 
 

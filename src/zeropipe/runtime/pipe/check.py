@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from zeropipe.errors import ScheduleError, describe
+from zeropipe.errors import ScheduleError
 from zeropipe.runtime.pipe.instructions import COMPUTE, Instruction, Op, Schedule
 
 
@@ -44,13 +44,11 @@ def _check_micro_batch(rank: int, place: dict[Instruction, int], stage: int, m: 
 
 def _refuse(rank: int, step: Instruction, expected: str, found: object) -> None:
     raise ScheduleError(
-        describe(
-            f"schedule is wrong at {step} (stage {step.stage})",
-            rank=rank,
-            expected=expected,
-            found=found,
-            fix="correct this rank's line, or take a schedule by name",
-        )
+        f"schedule is wrong at {step} (stage {step.stage})",
+        rank=rank,
+        expected=expected,
+        found=found,
+        fix="correct this rank's line, or take a schedule by name",
     )
 
 

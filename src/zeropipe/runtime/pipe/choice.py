@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.schedule import find_kind
 from zeropipe.runtime.pipe.sharding import Unshard
@@ -33,30 +33,24 @@ def pick_schedule(section: PipelineSection, module: PipelineModule) -> tuple[str
     if not kind.trains or not fits or not low <= module.num_chunks <= high:
         wanted = kind.default_chunks
         raise ConfigError(
-            describe(
-                f"config key pipeline.schedule: {kind.name!r} needs other stages on a rank than the module has",
-                expected=f"a module built for {kind.name!r} ({wanted} stage(s) a rank)",
-                found=f"{module.num_chunks} stage(s) a rank, built for {module.schedule or '1f1b'!r}",
-                fix=f"PipelineModule(..., schedule={kind.name!r}), which decides which layers a rank builds",
-            )
+            f"config key pipeline.schedule: {kind.name!r} needs other stages on a rank than the module has",
+            expected=f"a module built for {kind.name!r} ({wanted} stage(s) a rank)",
+            found=f"{module.num_chunks} stage(s) a rank, built for {module.schedule or '1f1b'!r}",
+            fix=f"PipelineModule(..., schedule={kind.name!r}), which decides which layers a rank builds",
         )
     if "num_chunks" in section.model_fields_set and section.num_chunks != module.num_chunks:
         raise ConfigError(
-            describe(
-                "config key pipeline.num_chunks differs from the module",
-                expected=module.num_chunks,
-                found=section.num_chunks,
-                fix=f"PipelineModule(..., num_chunks={section.num_chunks})",
-            )
+            "config key pipeline.num_chunks differs from the module",
+            expected=module.num_chunks,
+            found=section.num_chunks,
+            fix=f"PipelineModule(..., num_chunks={section.num_chunks})",
         )
     if section.stages not in (None, module.num_stages):
         raise ConfigError(
-            describe(
-                "config key pipeline.stages differs from the module",
-                expected=module.num_stages,
-                found=section.stages,
-                fix="remove the key, or build PipelineModule with that many stages",
-            )
+            "config key pipeline.stages differs from the module",
+            expected=module.num_stages,
+            found=section.stages,
+            fix="remove the key, or build PipelineModule with that many stages",
         )
     return kind.name, module.num_chunks
 

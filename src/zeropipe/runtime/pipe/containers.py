@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 
 _PLAIN = (bool, int, float, str)
 _CONTAINERS: dict[type, str] = {tuple: "tuple", list: "list"}
@@ -113,12 +113,10 @@ class _Parts:
 
     def _refusal(self, node: Any, expected: str) -> UsageError:
         return UsageError(
-            describe(
-                f"{self._where} cannot be sent to the next stage",
-                expected=expected,
-                found=type(node).__name__,
-                fix="return only these from the last layer of a stage",
-            )
+            f"{self._where} cannot be sent to the next stage",
+            expected=expected,
+            found=type(node).__name__,
+            fix="return only these from the last layer of a stage",
         )
 
 
@@ -167,12 +165,10 @@ def _name_of(kind: type, where: str) -> str:
         found = None
     if found is not kind:
         raise UsageError(
-            describe(
-                f"{where} cannot be sent to the next stage: its class would not be found there",
-                expected="a class at the top of a module",
-                found=f"{kind.__module__}.{kind.__qualname__}",
-                fix="define the class at the top of a module, or return tensors in tuples, lists and dicts",
-            )
+            f"{where} cannot be sent to the next stage: its class would not be found there",
+            expected="a class at the top of a module",
+            found=f"{kind.__module__}.{kind.__qualname__}",
+            fix="define the class at the top of a module, or return tensors in tuples, lists and dicts",
         )
     return name
 

@@ -15,7 +15,7 @@ import torch
 from zeropipe.checkpoint.state import LoadedState
 from zeropipe.comm.agree import agree
 from zeropipe.comm.collectives import all_gather_object, barrier
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.engine import DeepSpeedEngine, Parts
 from zeropipe.runtime.engine_stages import StageSharding
 from zeropipe.runtime.pipe.choice import pick_schedule, shard_policy
@@ -124,9 +124,7 @@ class PipelineEngine(DeepSpeedEngine):
         """
         if reduce_output not in ("avg", "sum", None):
             raise UsageError(
-                describe(
-                    "eval_batch: reduce_output", expected="'avg', 'sum' or None", found=repr(reduce_output)
-                )
+                "eval_batch: reduce_output", expected="'avg', 'sum' or None", found=repr(reduce_output)
             )
         self._need_whole("eval_batch")
         was_training = self.module.training
@@ -180,12 +178,10 @@ class PipelineEngine(DeepSpeedEngine):
         )
         if plan.stage_rank != mine or plan.micro_batches != self._micro_batches():
             raise UsageError(
-                describe(
-                    "the schedule does not fit this engine",
-                    expected=f"stages on ranks {mine}, {self._micro_batches()} micro-batches",
-                    found=f"stages on ranks {plan.stage_rank}, {plan.micro_batches} micro-batches",
-                    fix="build PipelineModule with that schedule's name and chunks",
-                )
+                "the schedule does not fit this engine",
+                expected=f"stages on ranks {mine}, {self._micro_batches()} micro-batches",
+                found=f"stages on ranks {plan.stage_rank}, {plan.micro_batches} micro-batches",
+                fix="build PipelineModule with that schedule's name and chunks",
             )
         self._own, self._executor = plan, None
 
@@ -277,9 +273,7 @@ class PipelineEngine(DeepSpeedEngine):
     # Inside.
 
     def _refuse(self, call: str, instead: str) -> NoReturn:
-        raise UsageError(
-            describe(f"engine.{call} does not exist for a pipeline", fix=f"call engine.{instead} instead")
-        )
+        raise UsageError(f"engine.{call} does not exist for a pipeline", fix=f"call engine.{instead} instead")
 
     def _runner(self, stage: int) -> Callable[[Any], Any]:
         return lambda value: self.module.run_stage(stage, value)
@@ -311,11 +305,9 @@ class PipelineEngine(DeepSpeedEngine):
             if self._iterator is None:
                 if self.training_dataloader is None:
                     raise UsageError(
-                        describe(
-                            "train_batch has no data",
-                            fix="pass train_batch(data_iter), call engine.set_dataiterator, or give training_data "
-                            "to initialize",
-                        )
+                        "train_batch has no data",
+                        fix="pass train_batch(data_iter), call engine.set_dataiterator, or give training_data "
+                        "to initialize",
                     )
                 self._iterator = Repeat(self.training_dataloader)
             iterator = self._iterator
@@ -365,11 +357,9 @@ class PipelineEngine(DeepSpeedEngine):
     def _need_whole(self, call: str) -> None:
         if self._broken:
             raise UsageError(
-                describe(
-                    f"engine.{call}: this pipeline has stopped",
-                    rank=self.grid.global_rank,
-                    fix="a rank or its connection was lost in an earlier batch; restart from a checkpoint",
-                )
+                f"engine.{call}: this pipeline has stopped",
+                rank=self.grid.global_rank,
+                fix="a rank or its connection was lost in an earlier batch; restart from a checkpoint",
             )
 
 

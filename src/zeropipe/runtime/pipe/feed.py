@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 
 LossFn = Callable[..., Any]
 
@@ -32,12 +32,10 @@ class Feed:
             except StopIteration:
                 # Raised as an error of its own: a StopIteration would end a caller's generator in silence.
                 raise UsageError(
-                    describe(
-                        "the data iterator ended inside a step",
-                        expected=f"{count} micro-batches",
-                        found=number,
-                        fix="repeat the loader, drop the last incomplete batch, or lower gradient_accumulation_steps",
-                    )
+                    "the data iterator ended inside a step",
+                    expected=f"{count} micro-batches",
+                    found=number,
+                    fix="repeat the loader, drop the last incomplete batch, or lower gradient_accumulation_steps",
                 ) from None
             self._batches.append(_pair(batch if batch_fn is None else batch_fn(batch)))
 
@@ -53,12 +51,10 @@ def _pair(batch: Any) -> tuple[Any, Any]:
         return batch[0], batch[1]
     found = f"a {type(batch).__name__}" + (f" of {len(batch)}" if hasattr(batch, "__len__") else "")
     raise UsageError(
-        describe(
-            "a pipeline's batch has two parts",
-            expected="(inputs, labels)",
-            found=found,
-            fix="convert it with engine.set_batch_fn(fn); use None where there are no labels",
-        )
+        "a pipeline's batch has two parts",
+        expected="(inputs, labels)",
+        found=found,
+        fix="convert it with engine.set_batch_fn(fn); use None where there are no labels",
     )
 
 
@@ -80,13 +76,11 @@ class Repeat:
             return next(self._iterator)
         except StopIteration:
             raise UsageError(
-                describe(
-                    "the training data gives no micro-batch",
-                    expected="a loader that gives at least one each time it is gone through",
-                    found=f"none from a {type(self._loader).__name__}",
-                    fix="give more samples than one micro-batch takes on each rank, set dataloader_drop_last to false, "
-                    "or, where the loader is an iterator, pass it to train_batch(data_iter)",
-                )
+                "the training data gives no micro-batch",
+                expected="a loader that gives at least one each time it is gone through",
+                found=f"none from a {type(self._loader).__name__}",
+                fix="give more samples than one micro-batch takes on each rank, set dataloader_drop_last to false, "
+                "or, where the loader is an iterator, pass it to train_batch(data_iter)",
             ) from None
 
 
@@ -121,14 +115,10 @@ class Losses:
                 else type(loss).__name__
             )
             raise UsageError(
-                describe(
-                    "the loss function"
-                    if self._loss_fn is not None
-                    else "the last layer (there is no loss_fn)",
-                    expected="a floating-point tensor with one element",
-                    found=found,
-                    fix="return loss.mean(), a dict with the key 'loss', or pass PipelineModule(loss_fn=...)",
-                )
+                "the loss function" if self._loss_fn is not None else "the last layer (there is no loss_fn)",
+                expected="a floating-point tensor with one element",
+                found=found,
+                fix="return loss.mean(), a dict with the key 'loss', or pass PipelineModule(loss_fn=...)",
             )
         self.values.append(loss.detach().reshape(()))
         for name, value in terms.items():
@@ -146,12 +136,10 @@ def _mean(name: str, value: Any) -> torch.Tensor:
         return _wide(torch.as_tensor(value).detach()).mean()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(
-            describe(
-                f"the loss function's term {name!r}",
-                expected="a number or a tensor",
-                found=type(value).__name__,
-                fix="return only numbers beside the loss",
-            )
+            f"the loss function's term {name!r}",
+            expected="a number or a tensor",
+            found=type(value).__name__,
+            fix="return only numbers beside the loss",
         ) from error
 
 

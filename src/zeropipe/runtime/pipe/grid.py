@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zeropipe.comm.group import Group, new_group, new_groups, world
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 from zeropipe.runtime.pipe.p2p import Links
 from zeropipe.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 
@@ -23,12 +23,10 @@ class PipelineParallelGrid:
         self._topo = topology or PipeDataParallelTopology(1, everyone.size)
         if self._topo.world_size() != everyone.size:
             raise ConfigError(
-                describe(
-                    f"the topology {self._topo} does not cover the world",
-                    expected=f"{everyone.size} ranks",
-                    found=self._topo.world_size(),
-                    fix="make pipe x data x model equal the number of processes",
-                )
+                f"the topology {self._topo} does not cover the world",
+                expected=f"{everyone.size} ranks",
+                found=self._topo.world_size(),
+                fix="make pipe x data x model equal the number of processes",
             )
         self.global_rank = everyone.rank
         self.world_size = everyone.size

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.pipe.containers import map_tensors
 from zeropipe.runtime.pipe.feed import Feed, Losses
 from zeropipe.runtime.pipe.tied import Gradients, Tie, sum_gradients
@@ -70,11 +70,9 @@ class TrainingHost:
             return None
         if not loss.requires_grad:
             raise UsageError(
-                describe(
-                    "the loss depends on no trained parameter",
-                    fix="check that layers do not detach their output and that parameters require grad; "
-                    "checkpoint(..., use_reentrant=True) gives none where its input requires none: use False",
-                )
+                "the loss depends on no trained parameter",
+                fix="check that layers do not detach their output and that parameters require grad; "
+                "checkpoint(..., use_reentrant=True) gives none where its input requires none: use False",
             )
         # In fp32 at least: the scaled loss of an fp16 model would overflow by itself.
         wide = loss if loss.dtype in (torch.float32, torch.float64) else loss.float()

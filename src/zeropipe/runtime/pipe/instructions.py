@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from zeropipe.errors import ScheduleError, describe
+from zeropipe.errors import ScheduleError
 
 
 class Op(StrEnum):
@@ -61,9 +61,7 @@ class Instruction:
     def __post_init__(self) -> None:
         if (self.micro_batch is None) != (self.op in OF_STAGE):
             need = "no micro-batch" if self.op in OF_STAGE else "a micro-batch"
-            raise ScheduleError(
-                describe(f"instruction {self.stage}{self.op.value} is malformed", expected=need)
-            )
+            raise ScheduleError(f"instruction {self.stage}{self.op.value} is malformed", expected=need)
 
     def __str__(self) -> str:
         return f"{self.stage}{self.op.value}{'' if self.micro_batch is None else self.micro_batch}"
@@ -73,11 +71,9 @@ class Instruction:
         found = _PATTERN.fullmatch(text.strip())
         if found is None:
             raise ScheduleError(
-                describe(
-                    f"cannot read the instruction {text.strip()!r}",
-                    expected="STAGE OP MICRO_BATCH such as 2F0, 1I3, 0W3, 2B1, or STAGE OP such as 0UNSHARD",
-                    fix=f"use one of {', '.join(Op)}",
-                )
+                f"cannot read the instruction {text.strip()!r}",
+                expected="STAGE OP MICRO_BATCH such as 2F0, 1I3, 0W3, 2B1, or STAGE OP such as 0UNSHARD",
+                fix=f"use one of {', '.join(Op)}",
             )
         micro_batch = found["micro_batch"]
         return cls(int(found["stage"]), Op(found["op"]), None if micro_batch is None else int(micro_batch))
@@ -98,20 +94,16 @@ class Schedule:
             for step in line:
                 if owner.setdefault(step.stage, rank) != rank:
                     raise ScheduleError(
-                        describe(
-                            f"stage {step.stage} runs on two ranks",
-                            expected=f"only rank {owner[step.stage]}",
-                            found=f"{step} on rank {rank} too",
-                            fix="give each stage to one rank",
-                        )
+                        f"stage {step.stage} runs on two ranks",
+                        expected=f"only rank {owner[step.stage]}",
+                        found=f"{step} on rank {rank} too",
+                        fix="give each stage to one rank",
                     )
         if sorted(owner) != list(range(len(owner))) or not owner:
             raise ScheduleError(
-                describe(
-                    "stages must be numbered from 0 without a gap",
-                    found=sorted(owner),
-                    fix="name every stage of the model in the schedule",
-                )
+                "stages must be numbered from 0 without a gap",
+                found=sorted(owner),
+                fix="name every stage of the model in the schedule",
             )
         highest = max((s.micro_batch for s in self.steps() if s.micro_batch is not None), default=-1)
         object.__setattr__(self, "stage_rank", tuple(owner[s] for s in range(len(owner))))

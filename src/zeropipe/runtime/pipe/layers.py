@@ -11,7 +11,7 @@ from torch import nn
 
 from zeropipe.comm.collectives import all_gather_object
 from zeropipe.comm.group import Group, new_group
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.pipe.specs import LayerSpec, TiedLayerSpec
 from zeropipe.runtime.pipe.tied import Tie, TiePlan
 
@@ -35,11 +35,9 @@ class Layers:
         for index, layer in enumerate(given):
             if not callable(layer) and not isinstance(layer, LayerSpec):
                 raise UsageError(
-                    describe(
-                        f"layer {index} cannot be run",
-                        expected="a torch.nn.Module, a LayerSpec or a callable",
-                        found=type(layer).__name__,
-                    )
+                    f"layer {index} cannot be run",
+                    expected="a torch.nn.Module, a LayerSpec or a callable",
+                    found=type(layer).__name__,
                 )
         self.given = list(given)
         self._seed = seed
@@ -105,12 +103,10 @@ class Layers:
             for key, (parameters, strange) in theirs.items():
                 for path, kind in strange:
                     raise UsageError(
-                        describe(
-                            f"tied weight {key!r}: {path} is not a parameter",
-                            expected="a torch.nn.Parameter",
-                            found=kind,
-                            fix="set tied_weight_attr to the attribute that holds the weight",
-                        )
+                        f"tied weight {key!r}: {path} is not a parameter",
+                        expected="a torch.nn.Parameter",
+                        found=kind,
+                        fix="set tied_weight_attr to the attribute that holds the weight",
                     )
                 names[key] = parameters
         return names

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zeropipe.comm.group import world
 from zeropipe.comm.startup import init_distributed
-from zeropipe.errors import ConfigError, UsageError, describe
+from zeropipe.errors import ConfigError, UsageError
 from zeropipe.runtime.pipe.grid import PipelineParallelGrid
 from zeropipe.runtime.pipe.layers import Layers
 from zeropipe.runtime.pipe.partition import Bounds, partition
@@ -168,12 +168,10 @@ class PipelineModule(nn.Module):
         """Run all layers; only where this rank has them all."""
         if self.num_stages > 1:
             raise UsageError(
-                describe(
-                    "a PipelineModule on several ranks cannot be called",
-                    rank=self._grid.global_rank,
-                    fix="use engine.train_batch(data_iter) or engine.eval_batch(data_iter); "
-                    "module.to_sequential() gives the whole model on every rank",
-                )
+                "a PipelineModule on several ranks cannot be called",
+                rank=self._grid.global_rank,
+                fix="use engine.train_batch(data_iter) or engine.eval_batch(data_iter); "
+                "module.to_sequential() gives the whole model on every rank",
             )
         for stage in range(self.total_stages):
             inputs = self.run_stage(stage, inputs)
@@ -246,24 +244,20 @@ def _topology(num_stages: int | None, topology: ProcessTopology | None) -> Proce
     if topology is not None:
         if num_stages is not None and num_stages != max(topology.get_dim("pipe"), 1):
             raise ConfigError(
-                describe(
-                    "num_stages and topology disagree",
-                    expected=f"num_stages={topology.get_dim('pipe')}",
-                    found=num_stages,
-                    fix="give one of the two",
-                )
+                "num_stages and topology disagree",
+                expected=f"num_stages={topology.get_dim('pipe')}",
+                found=num_stages,
+                fix="give one of the two",
             )
         return topology
     if num_stages is None:
-        raise ConfigError(describe("PipelineModule needs num_stages or topology", fix="pass num_stages=2"))
+        raise ConfigError("PipelineModule needs num_stages or topology", fix="pass num_stages=2")
     size = world().size
     if num_stages < 1 or size % num_stages:
         raise ConfigError(
-            describe(
-                "num_stages does not divide the world",
-                expected=f"a divisor of {size} processes",
-                found=num_stages,
-                fix="start another number of processes, or choose another num_stages",
-            )
+            "num_stages does not divide the world",
+            expected=f"a divisor of {size} processes",
+            found=num_stages,
+            fix="start another number of processes, or choose another num_stages",
         )
     return PipeDataParallelTopology(num_stages, size // num_stages)

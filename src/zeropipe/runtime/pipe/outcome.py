@@ -14,7 +14,7 @@ import torch
 
 from zeropipe.comm.collectives import all_gather_object, all_reduce
 from zeropipe.comm.group import world
-from zeropipe.errors import CommunicationError, UsageError, describe
+from zeropipe.errors import CommunicationError, UsageError
 from zeropipe.runtime.pipe.feed import Losses
 from zeropipe.runtime.pipe.grid import PipelineParallelGrid
 
@@ -93,21 +93,17 @@ class Settlement:
         for rank, names in everyone.items():
             if names != first:
                 return UsageError(
-                    describe(
-                        f"the loss function returned other terms on rank {rank} than on rank {next(iter(everyone))}",
-                        expected=first,
-                        found=names,
-                        fix="return the same terms on every replica",
-                    )
+                    f"the loss function returned other terms on rank {rank} than on rank {next(iter(everyone))}",
+                    expected=first,
+                    found=names,
+                    fix="return the same terms on every replica",
                 )
         self._names = first
         return None
 
     def _others_failed(self, ranks: list[int]) -> CommunicationError:
         return CommunicationError(
-            describe(
-                f"pipeline rank(s) {', '.join(map(str, ranks))} failed in this batch, so no rank takes a step",
-                rank=self._grid.global_rank,
-                fix="read the traceback of the rank that failed; no message was lost, so the next batch may follow",
-            )
+            f"pipeline rank(s) {', '.join(map(str, ranks))} failed in this batch, so no rank takes a step",
+            rank=self._grid.global_rank,
+            fix="read the traceback of the rank that failed; no message was lost, so the next batch may follow",
         )

@@ -19,7 +19,7 @@ import torch
 from zeropipe.comm.collectives import Work, broadcast_object, recv, send
 from zeropipe.comm.group import Group
 from zeropipe.comm.record import SEAM
-from zeropipe.errors import CommunicationError, UsageError, describe
+from zeropipe.errors import CommunicationError, UsageError
 from zeropipe.runtime.pipe.instructions import Op
 from zeropipe.runtime.pipe.transfers import Message
 from zeropipe.runtime.pipe.wire import FAILED, Form, farewell, form_of, pack, views
@@ -162,15 +162,11 @@ class Mailbox:
         told = self._sent.get(edge)
         if told != form and told is not None and not self._dynamic:
             raise UsageError(
-                describe(
-                    f"stage {message.source} sends micro-batch {message.micro_batch} to stage {message.target} "
-                    "in another form than before",
-                    expected=told,
-                    found=form
-                    if str(form) != str(told)
-                    else f"{form} (other containers, values or gradients)",
-                    fix="build PipelineModule with dynamic_shape=True, or give equal micro-batches (drop_last=True)",
-                )
+                f"stage {message.source} sends micro-batch {message.micro_batch} to stage {message.target} "
+                "in another form than before",
+                expected=told,
+                found=form if str(form) != str(told) else f"{form} (other containers, values or gradients)",
+                fix="build PipelineModule with dynamic_shape=True, or give equal micro-batches (drop_last=True)",
             )
         label = label_of(message)
         parts: list[_Part] = []
@@ -277,9 +273,7 @@ class Mailbox:
 
     def _peer_failed(self, source: int, message: Message) -> CommunicationError:
         return CommunicationError(
-            describe(
-                f"pipeline rank {source} failed before it sent {message.send}",
-                rank=self._rank,
-                fix="read the traceback of the rank that failed first",
-            )
+            f"pipeline rank {source} failed before it sent {message.send}",
+            rank=self._rank,
+            fix="read the traceback of the rank that failed first",
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 from zeropipe.layout.balance import cut_balanced, cut_evenly
 
 METHODS = "'uniform', 'parameters', 'type:REGEX', 'memory', 'profile' or a list of bounds"
@@ -39,12 +39,10 @@ def partition(
     """
     if num_layers < stages:
         raise ConfigError(
-            describe(
-                "a pipeline stage would be empty",
-                expected=f"at least one layer for each of {stages} stages",
-                found=f"{num_layers} layers",
-                fix=f"use at most {num_layers} stages (pipeline ranks x chunks), or split layers",
-            )
+            "a pipeline stage would be empty",
+            expected=f"at least one layer for each of {stages} stages",
+            found=f"{num_layers} layers",
+            fix=f"use at most {num_layers} stages (pipeline ranks x chunks), or split layers",
         )
     if not isinstance(method, str):
         return _explicit(tuple(method), num_layers, stages)
@@ -60,7 +58,7 @@ def partition(
         return cut_balanced([f.memory for f in facts()], stages)
     if name == "profile":
         return cut_balanced([f.nanoseconds for f in facts()], stages)
-    raise ConfigError(describe("unknown partition_method", expected=METHODS, found=repr(method)))
+    raise ConfigError("unknown partition_method", expected=METHODS, found=repr(method))
 
 
 def _matches(pattern: str, facts: Sequence[LayerFacts], stages: int) -> list[int]:
@@ -68,17 +66,15 @@ def _matches(pattern: str, facts: Sequence[LayerFacts], stages: int) -> list[int
         compiled = re.compile(pattern, re.IGNORECASE)
     except re.error as error:
         raise ConfigError(
-            describe("partition_method 'type:' needs a regular expression", found=f"{pattern!r} ({error})")
+            "partition_method 'type:' needs a regular expression", found=f"{pattern!r} ({error})"
         ) from error
     weights = [int(compiled.search(f.name) is not None) for f in facts]
     if sum(weights) < stages:
         raise ConfigError(
-            describe(
-                f"partition_method 'type:{pattern}' matches too few layers",
-                expected=f"at least {stages}, one for each stage",
-                found=f"{sum(weights)} of {sorted({f.name for f in facts})}",
-                fix="correct the expression, or use 'parameters'",
-            )
+            f"partition_method 'type:{pattern}' matches too few layers",
+            expected=f"at least {stages}, one for each stage",
+            found=f"{sum(weights)} of {sorted({f.name for f in facts})}",
+            fix="correct the expression, or use 'parameters'",
         )
     return weights
 
@@ -87,11 +83,9 @@ def _explicit(bounds: Bounds, num_layers: int, stages: int) -> Bounds:
     ascending = all(a < b for a, b in pairwise(bounds))
     if len(bounds) != stages + 1 or bounds[0] != 0 or bounds[-1] != num_layers or not ascending:
         raise ConfigError(
-            describe(
-                "partition bounds do not fit the model",
-                expected=f"{stages + 1} ascending numbers from 0 to {num_layers}",
-                found=list(bounds),
-            )
+            "partition bounds do not fit the model",
+            expected=f"{stages + 1} ascending numbers from 0 to {num_layers}",
+            found=list(bounds),
         )
     return bounds
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from os import PathLike
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.pipe.grid_text import NAMES
 from zeropipe.runtime.pipe.instructions import COMPUTE, Op
 from zeropipe.runtime.pipe.simulate import Event
@@ -37,11 +37,11 @@ def draw(
         from matplotlib.patches import Patch, Rectangle
     except ImportError as error:
         raise UsageError(
-            describe("drawing a picture needs matplotlib", fix="pip install 'zeropipe[plot]', or use --trace")
+            "drawing a picture needs matplotlib", fix="pip install 'zeropipe[plot]', or use --trace"
         ) from error
     computed = [e for e in events if e.step.op in COMPUTE]
     if not computed:
-        raise UsageError(describe("nothing to draw: no compute step was recorded"))
+        raise UsageError("nothing to draw: no compute step was recorded")
     begin = min(e.start for e in computed)
     length = max(e.end for e in computed) - begin
     steps = sorted(e.end - e.start for e in computed if e.end > e.start) or [1.0]

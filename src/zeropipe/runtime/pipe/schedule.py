@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from zeropipe.errors import ScheduleError, describe
+from zeropipe.errors import ScheduleError
 from zeropipe.runtime.pipe.check import check
 from zeropipe.runtime.pipe.instructions import Schedule
 from zeropipe.runtime.pipe.schedules.classic import gpipe, inference, interleaved_1f1b, one_f_one_b
@@ -73,12 +73,10 @@ def find_kind(name: str) -> Kind:
     names = [kind.name for kind in KINDS]
     near = get_close_matches(plain, names, n=1)
     raise ScheduleError(
-        describe(
-            "unknown pipeline schedule",
-            expected=f"one of {', '.join(names)}",
-            found=repr(name),
-            fix=f"did you mean {near[0]!r}?" if near else "choose one of these, or give a schedule as text",
-        )
+        "unknown pipeline schedule",
+        expected=f"one of {', '.join(names)}",
+        found=repr(name),
+        fix=f"did you mean {near[0]!r}?" if near else "choose one of these, or give a schedule as text",
     )
 
 
@@ -110,19 +108,15 @@ def make_schedule(
     if not low <= chunks <= high:
         wanted = str(low) if low == high else f"at least {low}"
         raise ScheduleError(
-            describe(
-                f"schedule {kind.name!r} cannot run with this many chunks",
-                expected=wanted,
-                found=chunks,
-                fix=f"set chunks to {wanted}, or take 'interleaved' or 'interleaved-zb'",
-            )
+            f"schedule {kind.name!r} cannot run with this many chunks",
+            expected=wanted,
+            found=chunks,
+            fix=f"set chunks to {wanted}, or take 'interleaved' or 'interleaved-zb'",
         )
     if ranks < 1 or micro_batches < 1:
         raise ScheduleError(
-            describe(
-                "a schedule needs at least one rank and one micro-batch",
-                found=f"{ranks} ranks, {micro_batches} micro-batches",
-            )
+            "a schedule needs at least one rank and one micro-batch",
+            found=f"{ranks} ranks, {micro_batches} micro-batches",
         )
     if not kind.played or costs == UNIT:
         return kind.make(ranks, micro_batches, chunks)

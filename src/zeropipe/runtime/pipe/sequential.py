@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from zeropipe.comm.collectives import broadcast, broadcast_object
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.pipe.specs import LayerSpec, TiedLayerSpec
 
 if TYPE_CHECKING:
@@ -86,12 +86,10 @@ def _fill(module: nn.Module, source: nn.Module | None, owner: int, group: Any, i
         dtype, shape = forms[name]
         if shape != tuple(targets[name].shape):
             raise UsageError(
-                describe(
-                    f"to_sequential: {name} of layer {index} is not whole on the rank that trains it",
-                    expected=tuple(targets[name].shape),
-                    found=shape,
-                    fix="gather the parameters first (zeropipe.zero.GatheredParameters)",
-                )
+                f"to_sequential: {name} of layer {index} is not whole on the rank that trains it",
+                expected=tuple(targets[name].shape),
+                found=shape,
+                fix="gather the parameters first (zeropipe.zero.GatheredParameters)",
             )
         value = (
             torch.empty(shape, dtype=dtype) if source is None else values[name].detach().contiguous().clone()

@@ -42,7 +42,7 @@ class Costs:
                 raise ValueError(text)
         except ValueError as error:
             raise ScheduleError(
-                describe("cannot read the costs", expected="F,B,W or F,B,W,comm", found=repr(text))
+                "cannot read the costs", expected="F,B,W or F,B,W,comm", found=repr(text)
             ) from error
         return cls((forward,), (backward,), (weight,), transfer).checked()
 
@@ -58,20 +58,16 @@ class Costs:
         for name, values in (*times.items(), ("transfer, unshard, reduce", single)):
             if not all(0 <= value < inf for value in values):
                 raise ScheduleError(
-                    describe(f"cost {name}", expected="finite numbers, none negative", found=list(values))
+                    f"cost {name}", expected="finite numbers, none negative", found=list(values)
                 )
             if values is not single and len(values) not in (1, stages or len(values)):
                 raise ScheduleError(
-                    describe(
-                        f"cost {name}",
-                        expected=f"one number, or one for each of {stages} stages",
-                        found=list(values),
-                    )
+                    f"cost {name}",
+                    expected=f"one number, or one for each of {stages} stages",
+                    found=list(values),
                 )
         if not sum(self.forward + self.backward_input + self.backward_weight):
-            raise ScheduleError(
-                describe("every step costs nothing", expected="a forward or backward above 0")
-            )
+            raise ScheduleError("every step costs nothing", expected="a forward or backward above 0")
         return self
 
     @classmethod
@@ -95,9 +91,7 @@ class Costs:
         wrong = sorted(set(data) - known)
         if wrong:
             raise ScheduleError(
-                describe(
-                    f"unknown key in the cost profile: {wrong[0]!r}", expected=f"some of {sorted(known)}"
-                )
+                f"unknown key in the cost profile: {wrong[0]!r}", expected=f"some of {sorted(known)}"
             )
         values: dict[str, Any] = {}
         for key, value in data.items():
@@ -106,7 +100,7 @@ class Costs:
                 numbers = tuple(map(float, value if many else [value]))
             except (TypeError, ValueError) as error:
                 raise ScheduleError(
-                    describe(f"cost {key!r} of the profile", expected="numbers", found=repr(value))
+                    f"cost {key!r} of the profile", expected="numbers", found=repr(value)
                 ) from error
             values[key] = numbers if key in lists else numbers[0]
         return cls(**values).checked()
@@ -251,12 +245,10 @@ class _Simulator:
             (sent, arrives), wanted = wire.popleft(), opened.popleft()
             if sent != wanted:
                 raise ScheduleError(
-                    describe(
-                        f"rank {pair[1]} receives from rank {pair[0]} in another order than it sends",
-                        expected=str(sent.receive),
-                        found=str(wanted.receive),
-                        fix="put the receives in the order of the sends, or leave both out",
-                    )
+                    f"rank {pair[1]} receives from rank {pair[0]} in another order than it sends",
+                    expected=str(sent.receive),
+                    found=str(wanted.receive),
+                    fix="put the receives in the order of the sends, or leave both out",
                 )
             self.values[sent] = arrives
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 
 
 class LayerSpec:
@@ -20,12 +20,10 @@ class LayerSpec:
     def __init__(self, typename: type[nn.Module], *module_args: Any, **module_kwargs: Any) -> None:
         if not (isinstance(typename, type) and issubclass(typename, nn.Module)):
             raise UsageError(
-                describe(
-                    "LayerSpec needs a class",
-                    expected="a subclass of torch.nn.Module",
-                    found=repr(typename),
-                    fix="pass the class and its arguments, not a built module; modules go in the list as they are",
-                )
+                "LayerSpec needs a class",
+                expected="a subclass of torch.nn.Module",
+                found=repr(typename),
+                fix="pass the class and its arguments, not a built module; modules go in the list as they are",
             )
         self.typename = typename
         self.module_args = module_args

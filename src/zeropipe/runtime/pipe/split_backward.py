@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 
 Grads = tuple[torch.Tensor | None, ...]
 
@@ -180,10 +180,8 @@ class SplitBackward:
             fork = noted.pop()
             if fork.versions != tuple(grad._version for grad in fork.arrived if grad is not None):
                 raise UsageError(
-                    describe(
-                        f"a gradient that had arrived at {fork.node.name()} was changed in place afterwards",
-                        fix="let hooks return a new tensor instead of changing the one they are given",
-                    )
+                    f"a gradient that had arrived at {fork.node.name()} was changed in place afterwards",
+                    fix="let hooks return a new tensor instead of changing the one they are given",
                 )
             results = fork.node(*fork.arrived)  # type: ignore[operator]
             results = results if isinstance(results, tuple) else (results,)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.pipe.containers import flatten, rebuild
 from zeropipe.runtime.pipe.split_backward import Entry, SplitBackward
 
@@ -97,12 +97,10 @@ class Stage:
     def _check(self, micro_batch: int, alive: _Alive, grads: Sequence[torch.Tensor]) -> None:
         if len(grads) != len(alive.outputs):
             raise UsageError(
-                describe(
-                    f"stage {self.number} got gradients for another number of outputs (micro-batch {micro_batch})",
-                    expected=len(alive.outputs),
-                    found=len(grads),
-                    fix="let the layers return the same tensors on every call",
-                )
+                f"stage {self.number} got gradients for another number of outputs (micro-batch {micro_batch})",
+                expected=len(alive.outputs),
+                found=len(grads),
+                fix="let the layers return the same tensors on every call",
             )
 
 

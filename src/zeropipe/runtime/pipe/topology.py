@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.names import lazy
 
 
@@ -21,10 +21,8 @@ class ProcessTopology:
     def __init__(self, axes: Sequence[str], dims: Sequence[int]) -> None:
         if len(axes) != len(dims) or len(set(axes)) != len(axes) or any(d < 1 for d in dims) or not axes:
             raise UsageError(
-                describe(
-                    "a topology needs one size of at least 1 for each axis, and distinct axes",
-                    found=f"axes={list(axes)} dims={list(dims)}",
-                )
+                "a topology needs one size of at least 1 for each axis, and distinct axes",
+                found=f"axes={list(axes)} dims={list(dims)}",
             )
         self.axes = list(axes)
         self.dims = list(dims)
@@ -39,18 +37,14 @@ class ProcessTopology:
         """The rank at the coordinates of all axes."""
         if set(coord) != set(self.axes):
             raise UsageError(
-                describe(
-                    "get_rank needs a coordinate on every axis",
-                    expected=self.axes,
-                    found=sorted(coord),
-                    fix="use filter_match for a slice",
-                )
+                "get_rank needs a coordinate on every axis",
+                expected=self.axes,
+                found=sorted(coord),
+                fix="use filter_match for a slice",
             )
         where = self.ProcessCoord(**coord)
         if where not in self.mapping:
-            raise UsageError(
-                describe("no such place in the topology", expected=f"below {self.dims}", found=where)
-            )
+            raise UsageError("no such place in the topology", expected=f"below {self.dims}", found=where)
         return self.mapping[where]
 
     def get_axis_names(self) -> list[str]:
@@ -77,7 +71,7 @@ class ProcessTopology:
         """The place of ``rank``, as a named tuple with one field for each axis."""
         if not 0 <= rank < self.world_size():
             raise UsageError(
-                describe("rank is not in the topology", expected=f"0 to {self.world_size() - 1}", found=rank)
+                "rank is not in the topology", expected=f"0 to {self.world_size() - 1}", found=rank
             )
         return self._coords[rank]
 
@@ -96,7 +90,7 @@ class ProcessTopology:
         """The ranks whose coordinates agree with those given, ascending."""
         wrong = sorted(set(coord) - set(self.axes))
         if wrong:
-            raise UsageError(describe("no such axis", expected=self.axes, found=wrong[0]))
+            raise UsageError("no such axis", expected=self.axes, found=wrong[0])
         return [
             rank
             for rank, where in enumerate(self._coords)

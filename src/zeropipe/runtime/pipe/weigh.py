@@ -11,7 +11,7 @@ from torch import nn
 
 from zeropipe.comm.collectives import broadcast_object
 from zeropipe.comm.group import world
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 from zeropipe.runtime.pipe.layers import layer_name, on_meta
 from zeropipe.runtime.pipe.partition import LayerFacts
 from zeropipe.runtime.pipe.specs import LayerSpec, TiedLayerSpec
@@ -31,12 +31,10 @@ class LayerScales:
         if isinstance(method, str) and method.strip().lower() in ("memory", "profile"):
             if self._sample is None:
                 raise ConfigError(
-                    describe(
-                        f"partition_method {method!r} runs the layers once",
-                        expected="sample_input",
-                        found="None",
-                        fix="pass PipelineModule(..., sample_input=what the first layer takes)",
-                    )
+                    f"partition_method {method!r} runs the layers once",
+                    expected="sample_input",
+                    found="None",
+                    fix="pass PipelineModule(..., sample_input=what the first layer takes)",
                 )
             # Times differ between ranks, the cut must not: what rank 0 measures counts for all.
             everyone = world()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from zeropipe.config.parse import parse_config
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 from zeropipe.runtime.zero.gather.init import Init
 from zeropipe.runtime.zero.replication import shard_size
 
@@ -35,12 +35,10 @@ class MiCS_Init(Init):
         source = config_dict_or_path if config_dict_or_path is not None else config
         if enabled and (source is None or shard_size(parse_config(source).zero_optimization) is None):
             raise ConfigError(
-                describe(
-                    "MiCS_Init: config key 'zero_optimization.mics_shard_size'",
-                    expected="a number of ranks",
-                    found="no config" if source is None else "none in the config",
-                    fix="pass config_dict_or_path= the engine's config with mics_shard_size, or use zero.Init",
-                )
+                "MiCS_Init: config key 'zero_optimization.mics_shard_size'",
+                expected="a number of ranks",
+                found="no config" if source is None else "none in the config",
+                fix="pass config_dict_or_path= the engine's config with mics_shard_size, or use zero.Init",
             )
         super().__init__(
             module,

@@ -20,7 +20,7 @@ from zeropipe.comm.group import SELF, Group, Hops, world
 from zeropipe.comm.leases import LEASES
 from zeropipe.comm.startup import node_size
 from zeropipe.config.schema_zero import ZeroOptimization
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 from zeropipe.layout.two_hops import TwoHops, two_hops
 
 _log = logging.getLogger("zeropipe")
@@ -48,12 +48,10 @@ def shard_lists(ranks: Sequence[int], size: int) -> list[tuple[int, ...]]:
     if size < 1 or count % size:
         divisors = ", ".join(str(d) for d in range(1, count + 1) if count % d == 0)
         raise ConfigError(
-            describe(
-                "config key 'zero_optimization.mics_shard_size'",
-                expected=f"a divisor of the {count} ranks that train together",
-                found=size,
-                fix=f"use one of {divisors}",
-            )
+            "config key 'zero_optimization.mics_shard_size'",
+            expected=f"a divisor of the {count} ranks that train together",
+            found=size,
+            fix=f"use one of {divisors}",
         )
     return [tuple(ranks[at : at + size]) for at in range(0, count, size)]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.layout.balance import cut_evenly
 from zeropipe.runtime.zero.param import shards_of, zero_param
 from zeropipe.runtime.zero.status import ZeroParamStatus
@@ -59,12 +59,10 @@ class TiledLinear(nn.Module):
         ):
             if not 1 <= splits <= features:
                 raise UsageError(
-                    describe(
-                        f"TiledLinear: {name}",
-                        expected=f"1 to {features}, the features that it divides",
-                        found=splits,
-                        fix="use fewer tiles",
-                    )
+                    f"TiledLinear: {name}",
+                    expected=f"1 to {features}, the features that it divides",
+                    found=splits,
+                    fix="use fewer tiles",
                 )
         self.in_features = in_features
         self.out_features = out_features
@@ -116,12 +114,10 @@ class TiledLinear(nn.Module):
         expected = (self.out_features, self.in_features)
         if tuple(_shape(weight)) != expected or (bias is not None) != self.use_bias:
             raise UsageError(
-                describe(
-                    "TiledLinear.copy_params_from",
-                    expected=f"a weight of shape {expected} and {'a' if self.use_bias else 'no'} bias",
-                    found=f"shape {tuple(_shape(weight))} and {'no' if bias is None else 'a'} bias",
-                    fix="copy from a layer of the same features and the same bias argument",
-                )
+                "TiledLinear.copy_params_from",
+                expected=f"a weight of shape {expected} and {'a' if self.use_bias else 'no'} bias",
+                found=f"shape {tuple(_shape(weight))} and {'no' if bias is None else 'a'} bias",
+                fix="copy from a layer of the same features and the same bias argument",
             )
         with _Whole(weight):
             for o, row in enumerate(self.linears):
@@ -147,18 +143,14 @@ class TiledLinear(nn.Module):
             assert isinstance(input_, torch.Tensor)
             if input_.shape[-1] != self.in_features:
                 raise UsageError(
-                    describe(
-                        "TiledLinear: last dim of the input",
-                        expected=self.in_features,
-                        found=input_.shape[-1],
-                    )
+                    "TiledLinear: last dim of the input",
+                    expected=self.in_features,
+                    found=input_.shape[-1],
                 )
             return input_.split(sizes, -1) if len(sizes) > 1 else [input_]
         found = [part.shape[-1] for part in input_]
         if found != sizes:
-            raise UsageError(
-                describe("TiledLinear: last dims of the input's parts", expected=sizes, found=found)
-            )
+            raise UsageError("TiledLinear: last dims of the input's parts", expected=sizes, found=found)
         return list(input_)
 
     def _combine(self, outputs: list[Any]) -> Any:

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from zeropipe.comm.group import Group, world
-from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError, describe
+from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
 from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.fp16.onebit.exchange import Topology
 from zeropipe.runtime.fp16.onebit.gradients import averaged, clip_, own_gradient, put_gradients
@@ -94,12 +94,10 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         """
         if names:
             raise UnsupportedOptimizerError(
-                describe(
-                    f"{type(self).__name__} cannot train weights that pipeline stages share: each stage would "
-                    "compress its copy differently, and the copies would drift apart",
-                    found=", ".join(names),
-                    fix="untie them, keep their layers on one stage, or use Adam",
-                )
+                f"{type(self).__name__} cannot train weights that pipeline stages share: each stage would "
+                "compress its copy differently, and the copies would drift apart",
+                found=", ".join(names),
+                fix="untie them, keep their layers on one stage, or use Adam",
             )
 
     def check_run(self, total_steps: object, warmup_steps: object) -> None:
@@ -118,12 +116,10 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         for index, options in enumerate(self.param_groups):
             if options.get("max_grad_norm"):
                 raise ConfigError(
-                    describe(
-                        f"max_grad_norm of param group {index} cannot be used under an engine",
-                        expected=0,
-                        found=options["max_grad_norm"],
-                        fix="use the config's gradient_clipping",
-                    )
+                    f"max_grad_norm of param group {index} cannot be used under an engine",
+                    expected=0,
+                    found=options["max_grad_norm"],
+                    fix="use the config's gradient_clipping",
                 )
         self._topology = Topology(group, self._node_size)
         self._engine_averages = True
@@ -136,13 +132,11 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         """Raises UnsupportedOptimizerError for a ZeRO stage at which this optimizer cannot work."""
         if stage >= 2:
             raise UnsupportedOptimizerError(
-                describe(
-                    f"{type(self).__name__} cannot run at ZeRO stage {stage}, which shards gradients as they come: "
-                    "a compressed step needs each rank's own gradient whole",
-                    expected="zero_optimization.stage 0 or 1",
-                    found=stage,
-                    fix="set zero_optimization.stage to 1, or use Adam at this stage",
-                )
+                f"{type(self).__name__} cannot run at ZeRO stage {stage}, which shards gradients as they come: "
+                "a compressed step needs each rank's own gradient whole",
+                expected="zero_optimization.stage 0 or 1",
+                found=stage,
+                fix="set zero_optimization.stage to 1, or use Adam at this stage",
             )
 
     def wants_local_gradients(self) -> bool:

@@ -20,7 +20,7 @@ import torch
 
 from zeropipe.comm import collectives
 from zeropipe.comm.group import Group, new_groups, world
-from zeropipe.errors import ConfigError, UsageError, describe
+from zeropipe.errors import ConfigError, UsageError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.fp16.onebit.compress import Run, compress_runs_
 from zeropipe.tensor.signs import add_signs_, set_signs_, sign_table
@@ -38,12 +38,10 @@ class Topology:
         """
         if node_size < 1 or group.size % node_size:
             raise ConfigError(
-                describe(
-                    "node_size does not divide the ranks that average together",
-                    expected=f"a divisor of {group.size}",
-                    found=node_size,
-                    fix="set the optimizer's node_size to the ranks per node, or to 1 for no hierarchy",
-                )
+                "node_size does not divide the ranks that average together",
+                expected=f"a divisor of {group.size}",
+                found=node_size,
+                fix="set the optimizer's node_size to the ranks per node, or to 1 for no hierarchy",
             )
         self.group = group
         self.node_size = node_size
@@ -137,9 +135,7 @@ class Exchange:
             return
         if elements.numel() != self.layout.numel:
             raise UsageError(
-                describe(
-                    "the mask does not cover the buffer", expected=self.layout.numel, found=elements.numel()
-                )
+                "the mask does not cover the buffer", expected=self.layout.numel, found=elements.numel()
             )
         self._hidden = elements.new_ones(self.layout.padded_numel)
         self._hidden[: elements.numel()] = elements
@@ -288,13 +284,11 @@ def compressed_all_reduce(
     for name, (buffer, numel) in wanted.items():
         if buffer.dtype != torch.float32 or buffer.dim() != 1 or buffer.numel() != numel:
             raise UsageError(
-                describe(
-                    f"compressed_all_reduce: {name} does not fit the tensor and the group",
-                    rank=group.ranks[group.rank],
-                    expected=f"({numel},) float32",
-                    found=f"{tuple(buffer.shape)} {str(buffer.dtype).removeprefix('torch.')}",
-                    fix="make the buffers with error_buffers(tensor, group)",
-                )
+                f"compressed_all_reduce: {name} does not fit the tensor and the group",
+                rank=group.ranks[group.rank],
+                expected=f"({numel},) float32",
+                found=f"{tuple(buffer.shape)} {str(buffer.dtype).removeprefix('torch.')}",
+                fix="make the buffers with error_buffers(tensor, group)",
             )
     values = tensor.detach().reshape(-1).float()
     padded = worker_error.new_zeros(exchange.worker_numel)

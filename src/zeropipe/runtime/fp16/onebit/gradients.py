@@ -10,7 +10,7 @@ from torch import nn
 
 from zeropipe.comm import collectives
 from zeropipe.comm.group import Group
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.fp16.onebit.lane import Lane
 
 
@@ -34,12 +34,10 @@ def own_gradient(
         gradient = lane.gradient()
     if gradient is None or gradient.numel() < lane.layout.numel:
         raise UsageError(
-            describe(
-                f"a compressed step needs this rank's own gradient of param group {lane.index}, not averaged",
-                rank=group.ranks[group.rank],
-                expected=f"{lane.layout.numel} elements from set_local_gradient",
-                found="none" if gradient is None else gradient.numel(),
-            )
+            f"a compressed step needs this rank's own gradient of param group {lane.index}, not averaged",
+            rank=group.ranks[group.rank],
+            expected=f"{lane.layout.numel} elements from set_local_gradient",
+            found="none" if gradient is None else gradient.numel(),
         )
     return gradient.detach().view(-1)[: lane.layout.numel].float()
 
@@ -62,9 +60,7 @@ def put_gradients(param_groups: Sequence[dict[str, Any]], grads: Sequence[torch.
     params = [param for options in param_groups for param in options["params"]]
     if len(grads) != len(params):
         raise UsageError(
-            describe(
-                "step(grads=...) needs one gradient per parameter", expected=len(params), found=len(grads)
-            )
+            "step(grads=...) needs one gradient per parameter", expected=len(params), found=len(grads)
         )
     for param, grad in zip(params, grads, strict=True):
         param.grad = None if grad is None else grad.to(param.dtype)

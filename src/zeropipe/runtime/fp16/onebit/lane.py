@@ -18,7 +18,7 @@ from torch import nn
 
 from zeropipe.comm import collectives
 from zeropipe.comm.group import Group
-from zeropipe.errors import UnsupportedOptimizerError, UsageError, describe
+from zeropipe.errors import UnsupportedOptimizerError, UsageError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.fp16.onebit.exchange import Exchange, Topology
 
@@ -112,11 +112,9 @@ class Lane:
         for number, param in enumerate(self.params):
             if param.grad is not None and param.grad.is_sparse:
                 raise UnsupportedOptimizerError(
-                    describe(
-                        "compressed optimizers do not take sparse gradients",
-                        found=f"one on parameter {number} of param group {self.index}, {tuple(param.shape)}",
-                        fix="build the embedding with sparse=False",
-                    )
+                    "compressed optimizers do not take sparse gradients",
+                    found=f"one on parameter {number} of param group {self.index}, {tuple(param.shape)}",
+                    fix="build the embedding with sparse=False",
                 )
         return _join(self.params, (p.grad for p in self.params), self.device)
 
@@ -269,11 +267,9 @@ class Lane:
         masks = list(source) if isinstance(source, list | tuple) else [source] * len(specs)
         if len(masks) != len(specs):
             raise UsageError(
-                describe(
-                    f"exp_avg_mask of param group {self.index} has another length than the group",
-                    expected=f"{len(specs)} masks, one per parameter (None for those without)",
-                    found=len(masks),
-                )
+                f"exp_avg_mask of param group {self.index} has another length than the group",
+                expected=f"{len(specs)} masks, one per parameter (None for those without)",
+                found=len(masks),
             )
         flat = torch.ones(self.layout.numel, dtype=torch.float32, device=self.device)
         for mask, spec, part in zip(masks, specs, self.split(flat), strict=True):
@@ -281,12 +277,10 @@ class Lane:
                 continue
             if tuple(mask.shape) != spec.shape:
                 raise UsageError(
-                    describe(
-                        f"exp_avg_mask of param group {self.index} has another shape than parameter {spec.name!r}",
-                        expected=spec.shape,
-                        found=tuple(mask.shape),
-                        fix="give the parameter a param group of its own, or a list with one mask per parameter",
-                    )
+                    f"exp_avg_mask of param group {self.index} has another shape than parameter {spec.name!r}",
+                    expected=spec.shape,
+                    found=tuple(mask.shape),
+                    fix="give the parameter a param group of its own, or a list with one mask per parameter",
                 )
             part.copy_(mask)
         return flat

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 
 
 class Phase(Enum):
@@ -53,11 +53,9 @@ class Phases(Protocol):
 def _at_least(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or value < least or value != int(value):
         raise ConfigError(
-            describe(
-                f"optimizer.params.{name} is a number of steps",
-                expected=f"an integer of at least {least}",
-                found=repr(value),
-            )
+            f"optimizer.params.{name} is a number of steps",
+            expected=f"an integer of at least {least}",
+            found=repr(value),
         )
     return int(value)
 
@@ -269,19 +267,15 @@ def check_against_run(
     freeze = phases.freeze_step if isinstance(phases, OneBitPhases) else phases.rules.var_freeze_step
     if one_bit and total_steps is not None and freeze >= total_steps:
         raise ConfigError(
-            describe(
-                "compression would never start",
-                expected=f"optimizer.params.{name} below the run's {total_steps} steps",
-                found=freeze,
-                fix=f"set {name} to about {max(1, round(total_steps * 0.15))} (15 % of the run), or use Adam",
-            )
+            "compression would never start",
+            expected=f"optimizer.params.{name} below the run's {total_steps} steps",
+            found=freeze,
+            fix=f"set {name} to about {max(1, round(total_steps * 0.15))} (15 % of the run), or use Adam",
         )
     if warmup_steps is not None and freeze < warmup_steps:
         raise ConfigError(
-            describe(
-                "the variance would be frozen while the learning rate still warms up",
-                expected=f"optimizer.params.{name} of at least the schedule's {warmup_steps} warm-up steps",
-                found=freeze,
-                fix=f"set {name} to {warmup_steps} or more, or shorten the schedule's warm-up",
-            )
+            "the variance would be frozen while the learning rate still warms up",
+            expected=f"optimizer.params.{name} of at least the schedule's {warmup_steps} warm-up steps",
+            found=freeze,
+            fix=f"set {name} to {warmup_steps} or more, or shorten the schedule's warm-up",
         )

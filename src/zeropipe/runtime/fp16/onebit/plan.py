@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.fp16.onebit.exchange import ALIGN
 from zeropipe.runtime.fp16.onebit.phases import (
@@ -64,11 +64,9 @@ class Job:
     def __post_init__(self) -> None:
         for name in ("params", "steps", "world", "tensors", "node_size"):
             if getattr(self, name) < 1:
-                raise ConfigError(describe(f"plan: {name}", expected="at least 1", found=getattr(self, name)))
+                raise ConfigError(f"plan: {name}", expected="at least 1", found=getattr(self, name))
         if self.world % self.node_size:
-            raise ConfigError(
-                describe("plan: node_size", expected=f"a divisor of {self.world}", found=self.node_size)
-            )
+            raise ConfigError("plan: node_size", expected=f"a divisor of {self.world}", found=self.node_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,11 +241,9 @@ def phases_of(type: str | None, params: Mapping[str, Any]) -> tuple[str, OneBitP
         rules = ZeroOneRules(**{key: params.get(key, default) for key, default in _RULES.items()})
         return _ZERO_ONE[name], ZeroOnePhases(rules)
     raise ConfigError(
-        describe(
-            "this optimizer does not compress its communication",
-            expected="optimizer.type OneBitAdam, OneBitLamb or ZeroOneAdam",
-            found=repr(type),
-        )
+        "this optimizer does not compress its communication",
+        expected="optimizer.type OneBitAdam, OneBitLamb or ZeroOneAdam",
+        found=repr(type),
     )
 
 
@@ -257,14 +253,10 @@ def check(phases: OneBitPhases | ZeroOnePhases, name: str, job: Job, warmup_step
     apart = isinstance(phases, ZeroOnePhases) and phases.rules.local_step_clipper > 1
     if job.stage >= 2 or (job.stage == 1 and apart):
         raise ConfigError(
-            describe(
-                f"{name} cannot run at this ZeRO stage",
-                expected="zero_optimization.stage 0" + ("" if apart else " or 1"),
-                found=job.stage,
-                fix="set local_step_clipper to 1 for stage 1, or use stage 0"
-                if apart
-                else "use stage 0 or 1",
-            )
+            f"{name} cannot run at this ZeRO stage",
+            expected="zero_optimization.stage 0" + ("" if apart else " or 1"),
+            found=job.stage,
+            fix="set local_step_clipper to 1 for stage 1, or use stage 0" if apart else "use stage 0 or 1",
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.fp16.onebit.exchange import Topology
 
@@ -66,12 +66,10 @@ def groups_of(states: Sequence[RankState]) -> list[list[RankState]]:
             (s["world"], s["node_size"]) != (first["world"], first["node_size"]) for s in group
         ):
             raise CheckpointError(
-                describe(
-                    "load_rank_states needs the state of each rank of the saving run, once",
-                    expected=f"ranks 0..{first['world'] - 1}",
-                    found=ranks,
-                    fix="load every rank's file",
-                )
+                "load_rank_states needs the state of each rank of the saving run, once",
+                expected=f"ranks 0..{first['world'] - 1}",
+                found=ranks,
+                fix="load every rank's file",
             )
     return groups
 
@@ -153,11 +151,9 @@ def _find(spec: TensorSpec, candidates: Sequence[_Joined]) -> dict[str, torch.Te
                 return {name: v[start:stop] if v.dim() else v for name, v in entry.values.items()}
             shapes += [saved.shape] if saved.name == spec.name else []
     raise CheckpointError(
-        describe(
-            "the saved error feedback belongs to other parameters",
-            expected=f"{spec.name} {spec.shape}",
-            found=shapes or "no tensor of this name",
-        )
+        "the saved error feedback belongs to other parameters",
+        expected=f"{spec.name} {spec.shape}",
+        found=shapes or "no tensor of this name",
     )
 
 

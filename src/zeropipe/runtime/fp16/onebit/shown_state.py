@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.errors import CheckpointError, describe
+from zeropipe.errors import CheckpointError
 from zeropipe.layout.numbers import number_of
 from zeropipe.runtime.fp16.onebit.exchange import Topology
 from zeropipe.runtime.fp16.onebit.lane import Lane
@@ -103,11 +103,9 @@ def _fill(lane: Lane, name: str, parts: Sequence[torch.Tensor], entries: Sequenc
         saved = entry[name]
         if saved.numel() != part.numel():
             raise CheckpointError(
-                describe(
-                    f"the saved {name} does not fit a parameter {tuple(param.shape)} of param group {lane.index}",
-                    expected=f"{part.numel()} elements",
-                    found=saved.numel(),
-                    fix="load the state into the model that it was saved from",
-                )
+                f"the saved {name} does not fit a parameter {tuple(param.shape)} of param group {lane.index}",
+                expected=f"{part.numel()} elements",
+                found=saved.numel(),
+                fix="load the state into the model that it was saved from",
             )
         part.copy_(saved.reshape(part.shape))

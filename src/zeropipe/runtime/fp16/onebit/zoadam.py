@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zeropipe.errors import UnsupportedOptimizerError, UsageError, describe
+from zeropipe.errors import UnsupportedOptimizerError, UsageError
 from zeropipe.runtime.fp16.onebit.base import CompressedOptimizer
 from zeropipe.runtime.fp16.onebit.exchange import Topology
 from zeropipe.runtime.fp16.onebit.formulas import adam_update, corrections, denominator, follow, move_moments
@@ -103,13 +103,11 @@ class ZeroOneAdam(CompressedOptimizer):
         shards = max((view.layout.num_shards for view in views.values()), default=1)
         if shards > 1 and self.local_step_clipper > 1:
             raise UnsupportedOptimizerError(
-                describe(
-                    "ZeroOneAdam cannot step on shards: between exchanges each rank's parameters are its own, "
-                    "so each rank needs all of them",
-                    expected="zero_optimization.stage 0, or local_step_clipper 1",
-                    found=f"local_step_clipper {self.local_step_clipper} and {shards} shards",
-                    fix="use stage 0, or set optimizer.params.local_step_clipper to 1",
-                )
+                "ZeroOneAdam cannot step on shards: between exchanges each rank's parameters are its own, "
+                "so each rank needs all of them",
+                expected="zero_optimization.stage 0, or local_step_clipper 1",
+                found=f"local_step_clipper {self.local_step_clipper} and {shards} shards",
+                fix="use stage 0, or set optimizer.params.local_step_clipper to 1",
             )
         super().bind_shards(views)
 

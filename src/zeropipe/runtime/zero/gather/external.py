@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.gather.shards import Shards
 from zeropipe.runtime.zero.param import shards_of, zero_param
 
@@ -24,9 +24,7 @@ def register_external_parameter(module: torch.nn.Module, parameter: torch.nn.Par
     """
     if not isinstance(module, torch.nn.Module) or not isinstance(parameter, torch.nn.Parameter):
         found = f"{type(module).__name__} and {type(parameter).__name__}"
-        raise UsageError(
-            describe("register_external_parameter", expected="a module and a parameter", found=found)
-        )
+        raise UsageError("register_external_parameter", expected="a module and a parameter", found=found)
     listed: list[torch.nn.Parameter] = module.__dict__.setdefault(_EXTERNAL, [])
     if not any(parameter is known for known in listed):
         listed.append(parameter)

@@ -22,7 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 from zeropipe.comm.collectives import announce, broadcast, meet
 from zeropipe.comm.group import Group
 from zeropipe.comm.record import SEAM
-from zeropipe.errors import CommunicationError, DesyncError, UsageError, describe
+from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.fingerprint import Fingerprint, fingerprint
 from zeropipe.runtime.zero.gather.coordinator import in_backward
 from zeropipe.runtime.zero.gather.external import register_external_parameter
@@ -201,11 +201,9 @@ class GatheredParameters:
                 meet(f"edited without modifier_rank: {names}", group, channel=GATHER)
         group = edited[0].everyone
         raise UsageError(
-            describe(
-                f"{names} edited inside GatheredParameters without a modifier rank; the edit is dropped",
-                rank=group.ranks[group.rank],
-                fix="say whose edit counts: GatheredParameters(params, modifier_rank=0)",
-            )
+            f"{names} edited inside GatheredParameters without a modifier rank; the edit is dropped",
+            rank=group.ranks[group.rank],
+            fix="say whose edit counts: GatheredParameters(params, modifier_rank=0)",
         )
 
     def _leave(self, what: str, group: Group, held: list[_Held]) -> None:
@@ -243,12 +241,10 @@ class GatheredParameters:
                 mark_available(one.param, shards.full[: shards.numel].view(shards.shape))
             if misshapen is not None:
                 raise UsageError(
-                    describe(
-                        f"parameter '{misshapen.shards.name}': its .data on rank {self.modifier_rank}",
-                        expected=f"shape {tuple(misshapen.shards.shape)}",
-                        found="another one",
-                        fix="assign a new torch.nn.Parameter to the module instead",
-                    )
+                    f"parameter '{misshapen.shards.name}': its .data on rank {self.modifier_rank}",
+                    expected=f"shape {tuple(misshapen.shards.shape)}",
+                    found="another one",
+                    fix="assign a new torch.nn.Parameter to the module instead",
                 )
 
     def _source(self, group: Group) -> int | None:
@@ -257,12 +253,10 @@ class GatheredParameters:
             return None
         if self.modifier_rank not in group.ranks:
             raise UsageError(
-                describe(
-                    "GatheredParameters: modifier_rank",
-                    expected=f"one of the ranks {list(group.ranks)} that share the parameter",
-                    found=self.modifier_rank,
-                    fix="name one of them",
-                )
+                "GatheredParameters: modifier_rank",
+                expected=f"one of the ranks {list(group.ranks)} that share the parameter",
+                found=self.modifier_rank,
+                fix="name one of them",
             )
         return group.ranks.index(self.modifier_rank)
 

@@ -20,7 +20,7 @@ from zeropipe.comm.group import Group, from_process_group, world
 from zeropipe.comm.leases import LEASES
 from zeropipe.comm.startup import init_distributed
 from zeropipe.config.parse import parse_config
-from zeropipe.errors import ConfigError, describe
+from zeropipe.errors import ConfigError
 from zeropipe.runtime.zero.gather.apply import install_apply
 from zeropipe.runtime.zero.gather.build import Build
 from zeropipe.runtime.zero.gather.module_patch import ModulePatch
@@ -86,7 +86,7 @@ class Init:
             )
         if remote_device not in (None, "none", "cpu", "nvme"):
             raise ConfigError(
-                describe("zero.Init: remote_device", expected="None, 'cpu' or 'nvme'", found=remote_device)
+                "zero.Init: remote_device", expected="None, 'cpu' or 'nvme'", found=remote_device
             )
         self.remote_device = None if remote_device == "none" else remote_device
         self.dtype = _dtype(dtype, source)
@@ -168,7 +168,7 @@ def _dtype(given: torch.dtype | None, source: Any) -> torch.dtype | None:
     """None: each parameter keeps the dtype that it is made with."""
     if given is not None:
         if not given.is_floating_point:
-            raise ConfigError(describe("zero.Init: dtype", expected="a floating-point dtype", found=given))
+            raise ConfigError("zero.Init: dtype", expected="a floating-point dtype", found=given)
         return given
     precision = "fp32" if source is None else parse_config(source).precision
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.fingerprint import Fingerprint, fingerprint
 from zeropipe.runtime.zero.gather.sharded_parameter import mark_available
 
@@ -80,12 +80,10 @@ class OwnWrites:
         if set_to.shape != value.shape:
             mark_available(value.param, here)
             raise UsageError(
-                describe(
-                    f"forward set .data of parameter '{value.name}'",
-                    expected=f"shape {tuple(value.shape)}",
-                    found=tuple(set_to.shape),
-                    fix="keep a value of another shape in a buffer",
-                )
+                f"forward set .data of parameter '{value.name}'",
+                expected=f"shape {tuple(value.shape)}",
+                found=tuple(set_to.shape),
+                fix="keep a value of another shape in a buffer",
             )
         self.look(value)
         here.copy_(set_to)

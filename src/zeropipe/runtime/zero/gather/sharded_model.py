@@ -10,7 +10,7 @@ import torch
 from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.layout.flat import flat_shards
 from zeropipe.runtime.zero.gather.apply import install_apply, remove_apply
 from zeropipe.runtime.zero.gather.coordinator import Coordinator
@@ -170,14 +170,12 @@ def shard_module(
             shards = shard_parameter(param, name, ident, within)
         elif shards.group.ranks != within.ranks:
             raise UsageError(
-                describe(
-                    f"parameter '{name}' was made shards of other ranks",
-                    rank=group.ranks[group.rank],
-                    expected=f"ranks {list(within.ranks)}",
-                    found=f"ranks {list(shards.group.ranks)}",
-                    fix="give zero.Init (or MiCS_Init) the configuration that initialize gets, and around a "
-                    "PipelineModule also mpu=PipelineParallelGrid(topology)",
-                )
+                f"parameter '{name}' was made shards of other ranks",
+                rank=group.ranks[group.rank],
+                expected=f"ranks {list(within.ranks)}",
+                found=f"ranks {list(shards.group.ranks)}",
+                fix="give zero.Init (or MiCS_Init) the configuration that initialize gets, and around a "
+                "PipelineModule also mpu=PipelineParallelGrid(topology)",
             )
         shards.name, shards.ident, shards.group, shards.everyone = name, ident, within, group
         LEASES.hold(within, shards)

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 
 from zeropipe.comm.collectives import announce, meet
-from zeropipe.errors import CommunicationError, DesyncError, describe
+from zeropipe.errors import CommunicationError, DesyncError
 from zeropipe.runtime.zero.gather.away_value import AwayValue
 from zeropipe.runtime.zero.gather.sharded_parameter import mark_available
 from zeropipe.runtime.zero.gather.shards import GATHER, Shards
@@ -112,13 +112,11 @@ def _meet(shards: Shards) -> None:
         meet(f"state_dict at {shards.name}", shards.group, channel=GATHER, patience=PATIENCE)
     except CommunicationError as error:
         raise DesyncError(
-            describe(
-                "state_dict of a model in shards gathers them, and other ranks did not answer",
-                rank=shards.group.ranks[shards.group.rank],
-                expected=f"a call on every one of the ranks {list(shards.group.ranks)}",
-                found=f"none within {PATIENCE} on some",
-                fix="call it on every rank and use the result on one; or engine.save_16bit_model, save_checkpoint",
-            )
+            "state_dict of a model in shards gathers them, and other ranks did not answer",
+            rank=shards.group.ranks[shards.group.rank],
+            expected=f"a call on every one of the ranks {list(shards.group.ranks)}",
+            found=f"none within {PATIENCE} on some",
+            fix="call it on every rank and use the result on one; or engine.save_16bit_model, save_checkpoint",
         ) from error
 
 

@@ -13,7 +13,7 @@ import torch
 
 from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.param import ZeroParam, zero_param
 
 _SAME, _EDITED, _MISSHAPEN = 0, 1, 2  # what the modifier rank says of each parameter
@@ -102,10 +102,8 @@ class WholeEdits:
             for one, verdict in zip(members, verdicts.tolist(), strict=True):
                 if verdict == _MISSHAPEN:
                     raise UsageError(
-                        describe(
-                            f"parameter '{one.name}': its .data on the modifier rank",
-                            expected=f"shape {tuple(one.place.shape)}",
-                            found="another one",
-                            fix="assign a new torch.nn.Parameter to the module instead",
-                        )
+                        f"parameter '{one.name}': its .data on the modifier rank",
+                        expected=f"shape {tuple(one.place.shape)}",
+                        found="another one",
+                        fix="assign a new torch.nn.Parameter to the module instead",
                     )

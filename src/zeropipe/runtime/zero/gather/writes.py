@@ -16,7 +16,7 @@ import torch
 
 from zeropipe.comm.collectives import all_gather
 from zeropipe.comm.group import Group
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.gather.shards import GATHER, Shards
 from zeropipe.runtime.zero.status import ZeroParamStatus
 
@@ -44,13 +44,11 @@ def join(written: Collection[Shards], known: Sequence[Shards], everyone: Group) 
     if parted:
         names = ", ".join(f"'{shards.name}'" for shards in parted)
         raise UsageError(
-            describe(
-                f"forward wrote into parameter {names}, and ranks wrote different values to the same elements; what "
-                "was written is dropped",
-                rank=everyone.ranks[everyone.rank],
-                fix="write what is the same on every rank (all_reduce what it is made from), keep the value in a "
-                "buffer, or write between steps inside zero.GatheredParameters(param, modifier_rank=0)",
-            )
+            f"forward wrote into parameter {names}, and ranks wrote different values to the same elements; what "
+            "was written is dropped",
+            rank=everyone.ranks[everyone.rank],
+            fix="write what is the same on every rank (all_reduce what it is made from), keep the value in a "
+            "buffer, or write between steps inside zero.GatheredParameters(param, modifier_rank=0)",
         )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.hold.types import AnyPartition, AnyStore
 from zeropipe.runtime.zero.param import zero_param
 
@@ -153,9 +153,7 @@ def _required(param: torch.nn.Parameter) -> _Trained:
 def _check_shape(zp: _Trained, value: torch.Tensor, expected: tuple[int, ...]) -> None:
     if tuple(value.shape) != expected:
         raise UsageError(
-            describe(
-                f"value for parameter '{zp.name}'", expected=f"shape {expected}", found=tuple(value.shape)
-            )
+            f"value for parameter '{zp.name}'", expected=f"shape {expected}", found=tuple(value.shape)
         )
 
 
@@ -180,10 +178,8 @@ def _required_state(zp: _Trained, key: str) -> torch.Tensor:
     if shard is None:
         known = ", ".join(sorted(zp.partition.state_keys())) or "none before the first step"
         raise UsageError(
-            describe(
-                f"parameter '{zp.name}' has no optimizer state {key!r}",
-                expected=known,
-                fix="use one of these",
-            )
+            f"parameter '{zp.name}' has no optimizer state {key!r}",
+            expected=known,
+            fix="use one of these",
         )
     return shard

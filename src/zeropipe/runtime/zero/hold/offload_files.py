@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zeropipe.errors import OffloadError, describe
+from zeropipe.errors import OffloadError
 
 PREFIX = "zeropipe-offload-"  # of the files' names
 
@@ -53,11 +53,9 @@ class Files:
             if fd >= 0:
                 os.close(fd)
             raise OffloadError(
-                describe(
-                    f"no file of {nbytes:,} bytes for offloaded state can be made in {self.folder!r}: {error.strerror}",
-                    found=f"{_free(self.folder):,} bytes free",
-                    fix="free space there, or set nvme_path to a folder on a larger disk",
-                )
+                f"no file of {nbytes:,} bytes for offloaded state can be made in {self.folder!r}: {error.strerror}",
+                found=f"{_free(self.folder):,} bytes free",
+                fix="free space there, or set nvme_path to a folder on a larger disk",
             ) from error
         tensor = torch.frombuffer(memory, dtype=dtype)
         start = tensor.data_ptr()

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import torch
 
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
 from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
@@ -37,7 +37,7 @@ def wanted(include: Iterable[object] | None) -> frozenset[OffloadStateTypeEnum]:
             found.add(OffloadStateTypeEnum(str(getattr(kind, "value", kind))))
         except ValueError:
             names = ", ".join(k.value for k in OffloadStateTypeEnum)
-            raise UsageError(describe("offload_states: include", expected=names, found=kind)) from None
+            raise UsageError("offload_states: include", expected=names, found=kind) from None
     return frozenset(found)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from zeropipe.comm.collectives import Work, all_gather, broadcast, gather_from_owners
 from zeropipe.comm.group import SELF, Group
-from zeropipe.errors import UsageError, describe
+from zeropipe.errors import UsageError
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.optimizers.shard_view import ShardView
 from zeropipe.runtime.zero.hold.held_state import HeldState
@@ -226,12 +226,10 @@ class Partition:
         self.check_dtypes([index])
         if param.shape != home.shape:
             raise UsageError(
-                describe(
-                    f"parameter '{self.names[index]}' was given other data (param.data = ...)",
-                    expected=f"shape {tuple(home.shape)}",
-                    found=f"shape {tuple(param.shape)}",
-                    fix="give it data of its shape, or a model of the new shape an engine of its own",
-                )
+                f"parameter '{self.names[index]}' was given other data (param.data = ...)",
+                expected=f"shape {tuple(home.shape)}",
+                found=f"shape {tuple(param.shape)}",
+                fix="give it data of its shape, or a model of the new shape an engine of its own",
             )
         home.copy_(param.detach())
         param.data = home
