@@ -97,6 +97,7 @@ def initialize(
         device = assembly.pick_device(args)
         model_group, counts = assembly.model_parts(model, mpu)
         dtypes = placement.decide_dtypes(model, device, parsed, model_group)
+        placement.refuse_shared_memory(model)
         placement.place_module(model, device, dtypes)
         base = assembly.make_optimizer(optimizer, model_parameters, model, parsed, device)
         schedule = assembly.make_scheduler(lr_scheduler, base, parsed)

@@ -14,6 +14,7 @@ from zeropipe.config.schema import Config
 from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.param import is_sharded, is_trained
 from zeropipe.tensor.dtypes import HALVES, buffers_of_weights, free_tensors, was_prepared, working_dtypes
+from zeropipe.tensor.overlap import overlapping, shared_memory
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -67,6 +68,18 @@ def _anywhere(here: list[bool], device: torch.device, group: Group) -> list[bool
     flags = torch.tensor(here, dtype=torch.int32, device=device)
     all_reduce(flags, group, op="max", label="dtypes of the stages")
     return [bool(flag) for flag in flags.tolist()]
+
+
+def refuse_shared_memory(module: torch.nn.Module) -> None:
+    """Raise UsageError where a trained parameter lies on the memory of another tensor of the module.
+
+    torch trains both through the address. Here values move, to a flat buffer, into shards or to another dtype, and the
+    two would part in silence.
+    """
+    trained = {name for name, param in module.named_parameters() if param.requires_grad}
+    for pair in overlapping((*module.named_parameters(), *module.named_buffers())):
+        if trained.intersection(pair):
+            raise UsageError(shared_memory("initialize", pair))
 
 
 def place_module(module: torch.nn.Module, device: torch.device, dtypes: Dtypes) -> None:

@@ -30,6 +30,7 @@ from zeropipe.runtime.zero.hold.offload_files import Arena
 from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
 from zeropipe.tensor.dtypes import was_prepared, working_dtypes
+from zeropipe.tensor.overlap import overlapping, shared_memory
 
 # Elements that stay gathered after a use; older ones are put back while the constructor runs on.
 WINDOW = 2**22
@@ -265,6 +266,8 @@ class Build:
             for name, param in module._parameters.items():
                 if param is not None and shards_of(param) is None and not _deferred(param):
                     whole.setdefault(id(param), (f"{type(module).__name__}.{name}", param))
+        for pair in overlapping(whole.values()):
+            raise UsageError(shared_memory("zero.Init", pair))
         if whole:
             shapes = ", ".join(f"{name} {tuple(param.shape)}" for name, param in whole.values())
             meet(f"zero.Init: {shapes}", self.group, channel=GATHER)
