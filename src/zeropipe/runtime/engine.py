@@ -29,7 +29,7 @@ from zeropipe.runtime.engine_memory import MemoryRow, memory_report
 from zeropipe.runtime.engine_offload import EngineOffload
 from zeropipe.runtime.engine_report import Reporter, Status
 from zeropipe.runtime.engine_weights import EngineWeights
-from zeropipe.runtime.lr_schedules.whole_step import step_schedule
+from zeropipe.runtime.lr_schedules.base import step_schedule
 from zeropipe.runtime.mixed_inputs import MixedInputs
 from zeropipe.runtime.placement import DTYPES
 from zeropipe.runtime.scaling import Scaling

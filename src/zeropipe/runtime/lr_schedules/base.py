@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,3 +130,46 @@ class Schedule(ABC):
         self.last_batch_iteration = int(state["last_batch_iteration"])
         self._write()
         self._last_lr = self.get_lr() if self.last_batch_iteration >= 0 else None
+
+
+def step_schedule(schedule: Any, param_groups: Sequence[dict[str, Any]], arguments: dict[str, Any]) -> None:
+    """``schedule.step(**arguments)``; where that raises, it and ``param_groups`` are as they were."""
+    # Shallow: schedules replace what they count, and a copy of all would cost every step.
+    before = [(vars(part), dict(vars(part))) for part in _parts(schedule)]
+    options = [
+        {k: v.clone() if torch.is_tensor(v) else v for k, v in group.items() if k != "params"}
+        for group in param_groups
+    ]
+    try:
+        schedule.step(**arguments)
+    except BaseException:
+        for now, then in before:
+            now.clear()
+            now.update(then)
+        for group, values in zip(param_groups, options, strict=True):
+            for key, value in values.items():
+                if torch.is_tensor(value) and torch.is_tensor(group[key]):
+                    # In place: compiled code reads a learning rate at its address.
+                    group[key].copy_(value)
+                else:
+                    group[key] = value
+        raise
+
+
+def _parts(schedule: Any) -> Iterator[Any]:
+    """The schedule and those that it is made of."""
+    waiting, seen = [schedule], set[int]()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen or not hasattr(part, "__dict__"):
+            continue
+        seen.add(id(part))
+        yield part
+        for value in vars(part).values():
+            for inner in value if isinstance(value, (list, tuple)) else (value,):
+                if (
+                    hasattr(inner, "state_dict")
+                    and hasattr(inner, "step")
+                    and not hasattr(inner, "param_groups")
+                ):
+                    waiting.append(inner)
