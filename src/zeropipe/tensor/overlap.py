@@ -49,7 +49,8 @@ def _share_an_element(a: torch.Tensor, b: torch.Tensor, apart: int) -> bool:
 
     The columns of a matrix, cut in two, overlap as ranges and share nothing.
     """
-    if a.is_contiguous() or b.is_contiguous() or a.itemsize != b.itemsize or apart % a.itemsize:
+    # Not if only one is contiguous: it may lie in a hole of the other, as a single element does between two.
+    if (a.is_contiguous() and b.is_contiguous()) or a.itemsize != b.itemsize or apart % a.itemsize:
         return True
     start = apart // a.itemsize
     ends = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 for t in (a, b)]

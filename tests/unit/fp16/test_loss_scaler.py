@@ -20,7 +20,7 @@ from zeropipe.runtime.fp16.loss_scaler import (
     MinScalePolicy,
     get_loss_scaler,
 )
-from zeropipe.tensor.overflow import NonFinite
+from zeropipe.tensor.norms import NonFinite
 
 # (scale, window, minimum, hysteresis, consecutive), overflows, then (scale, hysteresis left, last overflow)
 # after each step, as DeepSpeed 0.19.8 has them.

@@ -1,8 +1,9 @@
-"""Norms: exact to fp64, safe for squares that overflow, the same for any cut, and per tensor of a shard."""
+"""Norms: exact to fp64, safe for squares that overflow, the same for any cut; inf and NaN: found exactly, and named."""
 
 from __future__ import annotations
 
 import math
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -10,21 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zeropipe.layout.flat import flat_shards
 from zeropipe.tensor import norms
 from zeropipe.tensor.norms import (
-    SegmentNorms,
+    NonFinite,
+    all_finite,
     clip_coefficient,
-    combine_terms,
-    norm_from_term,
-    norm_op,
-    norm_term,
+    earliest,
+    overflow_flag,
     rough_squared_norm,
     squared_norm,
     total_norm,
 )
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+FLOATS = [*DTYPES, torch.float64]
 # At most 2**17 additions in a row, each off by at most 2**-53: 1.5e-11 if all errors pointed one way.
 FP64_ROUNDINGS = 2.0 ** (17 - 53)
 NUMEL = 150_000  # more than one chunk
@@ -76,9 +76,9 @@ def test_a_norm_is_finite_exactly_when_its_elements_are(
     dtype: torch.dtype, bad: float, at: int, p: float
 ) -> None:
     x = torch.full((NUMEL,), torch.finfo(dtype).max if p <= 2 else 1.0, dtype=dtype)
-    assert math.isfinite(norm_term(x, p).item())
+    assert math.isfinite(total_norm([x], p).item())
     x[at] = bad
-    assert not math.isfinite(norm_term(x, p).item())
+    assert not math.isfinite(total_norm([x], p).item())
 
 
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0, math.inf])
@@ -88,18 +88,16 @@ def test_norms_of_other_orders(p: float) -> None:
     assert total_norm([x[:10], x[10:10], x[10:].view(-1, 1)], p).item() == pytest.approx(
         expected, rel=FP64_ROUNDINGS
     )
-    terms = [norm_term(part, p) for part in x.split(100)]
-    assert norm_from_term(combine_terms(terms, p), p).item() == pytest.approx(expected, rel=FP64_ROUNDINGS)
+    assert total_norm(x.split(100), p).item() == pytest.approx(expected, rel=FP64_ROUNDINGS)
 
 
 def test_nothing_has_norm_zero() -> None:
     for p in (1.0, 2.0, math.inf):
         assert total_norm([], p).item() == 0
         assert total_norm([torch.zeros(0)], p).item() == 0
-    assert (norm_op(2.0), norm_op(1.0), norm_op(math.inf)) == ("sum", "sum", "max")
     for p in (0.0, -1.0, -math.inf, math.nan):
         with pytest.raises(ValueError, match="positive"):
-            norm_term(torch.ones(1), p)
+            total_norm([torch.ones(1)], p)
 
 
 @given(cuts=st.lists(st.integers(0, NUMEL), max_size=6), dtype=st.sampled_from(DTYPES))
@@ -109,8 +107,8 @@ def test_the_clipping_factor_is_the_same_bits_however_the_gradient_is_cut(
 ) -> None:
     x = torch.randn(NUMEL, generator=torch.Generator().manual_seed(0)).to(dtype)
     edges = [0, *sorted(cuts), NUMEL]
-    parts = [squared_norm(x[a:b]) for a, b in pairwise(edges)]
-    factor = clip_coefficient(combine_terms(parts).sqrt(), 1.0)
+    norm = total_norm(x[a:b] for a, b in pairwise(edges))
+    factor = clip_coefficient(norm, 1.0)
     assert torch.equal(factor.float(), clip_coefficient(total_norm([x]), 1.0).float())
 
 
@@ -132,50 +130,68 @@ def test_the_clipping_factor() -> None:
         torch.testing.assert_close(p.grad, g * factor, rtol=2**-22, atol=0)
 
 
-SHAPES = st.lists(
-    st.one_of(st.just(()), st.tuples(st.integers(0, 60)), st.tuples(st.integers(0, 8), st.integers(1, 9))),
-    max_size=7,
-)
-
-
-@given(shapes=SHAPES, num_shards=st.integers(1, 5), align=st.integers(1, 4), dtype=st.sampled_from(DTYPES))
-@settings(max_examples=80, deadline=None)
-def test_segment_norms_of_all_shards_add_up_to_the_tensors(
-    shapes: list[tuple[int, ...]], num_shards: int, align: int, dtype: torch.dtype
-) -> None:
-    layout = flat_shards(((str(i), s, "float32") for i, s in enumerate(shapes)), num_shards, align)
-    flat = torch.randn(layout.padded_numel).to(dtype)
-    flat[layout.numel :] = math.nan  # padding is nobody's
-    total = torch.zeros(len(shapes), dtype=torch.float64)
-    for shard in range(num_shards):
-        start, stop = layout.shard_range(shard)
-        part = SegmentNorms(layout, shard).squared(flat[start:stop])
-        assert part.dtype == torch.float64 and part.shape == (len(shapes),)
-        total += part
-    for i in range(len(shapes)):
-        a, b = layout.tensor_range(i)
-        assert total[i].item() == pytest.approx(exact_square(flat[a:b]), rel=FP64_ROUNDINGS)
-
-
-def test_segment_norms_of_a_tensor_longer_than_a_chunk() -> None:
-    layout = flat_shards([("a", (3,), "float32"), ("b", (150_000,), "float32"), ("c", (5,), "float32")], 1)
-    flat = torch.randn(layout.padded_numel)
-    got = SegmentNorms(layout, 0).squared(flat)
-    expected = [exact_square(flat[a:b]) for a, b in map(layout.tensor_range, range(3))]
-    assert got.tolist() == pytest.approx(expected, rel=FP64_ROUNDINGS)
-    assert not torch.isfinite(
-        SegmentNorms(layout, 0).squared(flat.index_fill(0, torch.tensor([4]), math.inf))[1]
-    )
-
-
-def test_segment_norms_refuse_another_shard() -> None:
-    layout = flat_shards([("a", (4, 2), "float32")], 2)
-    with pytest.raises(ValueError, match="shard of 4 elements"):
-        SegmentNorms(layout, 0).squared(torch.zeros(8))
-    with pytest.raises(ValueError, match=r"\(2, 2\)"):
-        SegmentNorms(layout, 0).squared(torch.zeros(2, 2))
-
-
 def test_a_parameter_can_be_measured() -> None:
     assert not squared_norm(torch.nn.Parameter(torch.ones(4))).requires_grad
-    assert not norm_term(torch.nn.Parameter(torch.ones(4)), math.inf).requires_grad
+    assert not total_norm([torch.nn.Parameter(torch.ones(4))], math.inf).requires_grad
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_large_finite_values_are_no_overflow(dtype: torch.dtype) -> None:
+    big = torch.finfo(dtype).max
+    assert all_finite(torch.full((1000,), big, dtype=dtype))  # their sum is inf
+    assert all_finite(torch.tensor([big, -big] * 500, dtype=dtype))
+    assert all_finite(torch.zeros(3, dtype=dtype))
+
+
+@given(
+    dtype=st.sampled_from(FLOATS),
+    numel=st.integers(1, 300),
+    bad=st.lists(
+        st.tuples(st.integers(0, 299), st.sampled_from([math.inf, -math.inf, math.nan])), max_size=4
+    ),
+)
+@settings(max_examples=150, deadline=None)
+def test_all_finite_is_exact(dtype: torch.dtype, numel: int, bad: list[tuple[int, float]]) -> None:
+    x = torch.full((numel,), torch.finfo(dtype).max, dtype=dtype)
+    for at, value in bad:
+        x[at % numel] = value
+    assert bool(all_finite(x)) == bool(torch.isfinite(x).all())
+    assert bool(overflow_flag([x])) != bool(all_finite(x))
+
+
+def test_tensors_without_anything_to_find() -> None:
+    assert all_finite(torch.zeros(0))
+    assert all_finite(torch.zeros(2, 0, 3, dtype=torch.float16))
+    assert all_finite(torch.arange(4))
+    assert all_finite(torch.tensor([True]))
+    assert all_finite(torch.tensor(1.0))
+    assert all_finite(torch.ones(2, dtype=torch.complex64))
+    assert not all_finite(torch.tensor([1, complex(0, math.inf)]))
+    assert not all_finite(torch.ones(4, 4).t().contiguous().t().fill_(math.nan)[:, 1])
+
+
+def test_the_flag() -> None:
+    assert overflow_flag([]).item() == 0
+    assert overflow_flag([None, torch.ones(2)]).item() == 0
+    flag = overflow_flag([torch.ones(2), None, torch.tensor([math.nan]), torch.ones(1)])
+    assert flag.item() == 1 and flag.dtype == torch.float32 and flag.shape == ()
+
+
+def test_a_report_says_what_was_found_and_where() -> None:
+    found = NonFinite("h.0.w", num_inf=2, num_nan=1, numel=8, rank=3, micro_step=1)
+    assert str(found) == (
+        "gradient of parameter 'h.0.w' has 2 inf and 1 NaN in 8 elements (rank 3, micro-step 1)"
+    )
+    assert pickle.loads(pickle.dumps(found)) == found
+    assert "(" not in str(NonFinite("a", 0, 1, 1))
+
+
+def test_the_earliest_report_wins() -> None:
+    def report(rank: int | None, micro: int | None) -> NonFinite:
+        return NonFinite(f"{rank}/{micro}", 1, 0, 1, rank, micro)
+
+    reports = [None, report(2, 1), report(0, 3), report(1, 1), report(0, None), None]
+    assert earliest(reports) == report(1, 1)
+    assert earliest(reversed(reports)) == report(1, 1)
+    assert earliest([report(None, None), report(5, None)]) == report(5, None)
+    assert earliest([None]) is None

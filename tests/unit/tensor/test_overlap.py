@@ -26,6 +26,7 @@ BASE = torch.arange(24.0).view(4, 6)
         ((BASE[:, :3], BASE[:, 3:]), None),  # columns: their ranges overlap, their elements do not
         ((BASE[:, :4], BASE[:, 3:]), ("0", "1")),
         ((BASE.t(), BASE), ("0", "1")),
+        ((BASE.view(-1)[0:3:2], BASE.view(-1)[1:2]), None),  # an element in a hole
         ((torch.ones(3), BASE[::2], torch.ones(2), BASE[1::2]), None),
         ((BASE, BASE.view(torch.int32)), ("0", "1")),
         ((torch.empty(0), torch.empty(0)), None),

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from zeropipe.errors import CheckpointError, ConfigError, LossScaleError, describe
-from zeropipe.tensor.overflow import overflow_flag
+from zeropipe.tensor.norms import overflow_flag
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class DynamicLossScaler(LossScalerBase):
     def update_scale(self, overflow: bool, diagnosis: object = None) -> None:
         """Move the scale after a step that overflowed, or did not, on any rank.
 
-        ``diagnosis`` (its ``str``, e.g. of a ``tensor.overflow.NonFinite``) is shown at the minimum scale.
+        ``diagnosis`` (its ``str``, e.g. of a ``tensor.norms.NonFinite``) is shown at the minimum scale.
         Raises LossScaleError there under the policy "raise"; the scaler is then as before the call.
         """
         if overflow:

@@ -33,8 +33,7 @@ from zeropipe.runtime.zero.hold.stepping import Stepping, Update
 from zeropipe.runtime.zero.hold.survey import Figures, refuse, survey, unused_everywhere
 from zeropipe.runtime.zero.hold.types import AnyPartition, AnyStore
 from zeropipe.runtime.zero.hold.watch import Watch
-from zeropipe.tensor.norms import clip_coefficient
-from zeropipe.tensor.overflow import NonFinite
+from zeropipe.tensor.norms import NonFinite, clip_coefficient
 
 if TYPE_CHECKING:
     from zeropipe.runtime.zero.gather.parameter_offload import ParameterOffload

@@ -8,7 +8,7 @@ import torch
 
 from zeropipe.comm.collectives import all_gather_object
 from zeropipe.comm.group import Group
-from zeropipe.tensor.overflow import NonFinite, all_finite, earliest
+from zeropipe.tensor.norms import NonFinite, all_finite, earliest
 
 
 class Watch:
