@@ -118,6 +118,8 @@ def _put(folder: Path, contents: dict[str, Callable[[Output], None]]) -> list[Pa
     Several ranks may do so at once: each writes in a folder of its own, and what they put in place is the same.
     """
     work: Path | None = None
+    # Folders that are made here, the innermost first: they go again, as far as nobody has put anything there.
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         old = exported.in_the_way(folder, tuple(contents))
@@ -140,6 +142,9 @@ def _put(folder: Path, contents: dict[str, Callable[[Output], None]]) -> list[Pa
         if work is not None:
             with suppress(OSError, CheckpointError):
                 discard(work)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
         if isinstance(error, OSError):
             raise CheckpointError(cannot_write(folder, error)) from error
         raise

@@ -265,7 +265,8 @@ def replacing(output: Path, kind: str, source: Path) -> Iterator[Path]:
     """A work folder that becomes ``output`` when the block ends, and is gone when it raises.
 
     Raises CheckpointError, before anything is written, unless ``output`` does not exist, is empty, or is what an
-    earlier call of the same ``kind`` made and nobody has added to; or where it is ``source`` or holds it.
+    earlier call of the same ``kind`` made and nobody has added to; or where it is ``source``, holds it or
+    is inside it.
     """
     _check_output(output, kind, source)
     try:
@@ -291,6 +292,9 @@ def _check_output(output: Path, kind: str, source: Path) -> None:
     fix = "give a folder that does not exist"
     if output.resolve() == source.resolve() or output.resolve() in source.resolve().parents:
         raise CheckpointError(f"{output} holds the checkpoint that is read, and would be replaced", fix=fix)
+    if source.resolve() in output.resolve().parents:
+        fix = "give a folder outside of it"
+        raise CheckpointError(f"{output} is inside the checkpoint that is read, and would be part of it", fix=fix)
     if not os.path.lexists(output):
         return
     if not _is_folder(output):

@@ -245,7 +245,7 @@ def test_prune_says_removed_only_of_what_is_gone(run: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["universal", "dcp"])
-@pytest.mark.parametrize("where", ["texts", "run", "tag", "link", "other kind"])
+@pytest.mark.parametrize("where", ["texts", "run", "tag", "inside", "link", "other kind"])
 def test_a_conversion_removes_nothing_but_its_own_older_output(
     run: Path, tmp_path: Path, to: str, where: str
 ) -> None:
@@ -258,6 +258,8 @@ def test_a_conversion_removes_nothing_but_its_own_older_output(
         out = run
     elif where == "tag":
         out = run / "global_step3"
+    elif where == "inside":
+        out = run / "global_step3" / "made"
     elif where == "link":
         (tmp_path / "home").mkdir()
         (tmp_path / "home/a").write_text("x")
@@ -266,7 +268,8 @@ def test_a_conversion_removes_nothing_but_its_own_older_output(
         assert cli("convert", run, out, "--to", "dcp" if to == "universal" else "universal").exit_code == 0
     before = tree(tmp_path)
     done = cli("convert", run, out, "--to", to)
-    assert done.exit_code == 1 and "a folder that does not exist" in done.output
+    fix = "a folder outside of it" if where == "inside" else "a folder that does not exist"
+    assert done.exit_code == 1 and fix in done.output
     assert tree(tmp_path) == before
 
 
@@ -312,6 +315,7 @@ def test_a_full_disk_says_so_and_leaves_nothing(
     with pytest.raises(CheckpointError, match="No space left on device"):
         write()
     assert [p for p in tmp_path.rglob("*") if p.is_file() and run not in p.parents] == []
+    assert to == "deepspeed" or not out.exists()  # a folder of checkpoints is made for more than this one
 
 
 # Exporting.
