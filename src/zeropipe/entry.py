@@ -17,10 +17,11 @@ from zeropipe.config.batch import solve_batch
 from zeropipe.config.checks import check_world
 from zeropipe.config.parse import parse_config
 from zeropipe.errors import ConfigError
-from zeropipe.runtime import assembly, placement
-from zeropipe.runtime.accumulation import Clock
-from zeropipe.runtime.engine import DeepSpeedEngine, Parts
-from zeropipe.runtime.mixed_inputs import MixedInputs
+from zeropipe.runtime.engine import build as assembly
+from zeropipe.runtime.engine import placement
+from zeropipe.runtime.engine.clock import Clock
+from zeropipe.runtime.engine.engine import DeepSpeedEngine, Parts
+from zeropipe.runtime.engine.mixed_inputs import MixedInputs
 from zeropipe.runtime.pipe.engine import PipelineEngine
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.gather.parameter_offload import ParameterOffload

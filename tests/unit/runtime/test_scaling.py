@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from zeropipe.errors import UsageError
-from zeropipe.runtime.scaling import BACKWARDS, Scaling
+from zeropipe.runtime.engine.scaling import BACKWARDS, Scaling
 
 
 def scaling(scale: float = 1.0, steps: int = 1) -> Scaling:

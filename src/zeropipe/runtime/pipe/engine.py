@@ -16,8 +16,8 @@ from zeropipe.checkpoint.state import LoadedState
 from zeropipe.comm.agree import agree
 from zeropipe.comm.collectives import all_gather_object, barrier
 from zeropipe.errors import UsageError
-from zeropipe.runtime.engine import DeepSpeedEngine, Parts
-from zeropipe.runtime.engine_stages import StageSharding
+from zeropipe.runtime.engine.engine import DeepSpeedEngine, Parts
+from zeropipe.runtime.engine.stages import StageSharding
 from zeropipe.runtime.pipe.choice import pick_schedule, shard_policy
 from zeropipe.runtime.pipe.executor import Executor
 from zeropipe.runtime.pipe.feed import Feed, Losses, Repeat

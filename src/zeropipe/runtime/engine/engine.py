@@ -21,18 +21,18 @@ from zeropipe.comm.group import Group
 from zeropipe.config.batch import BatchSizes
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UsageError
-from zeropipe.runtime.accumulation import Clock
 from zeropipe.runtime.dataloader import ZeroDataLoader, build_dataloader
-from zeropipe.runtime.engine_checkpoint import EngineCheckpoint
-from zeropipe.runtime.engine_facts import EngineFacts
-from zeropipe.runtime.engine_memory import MemoryRow, memory_report
-from zeropipe.runtime.engine_offload import EngineOffload
-from zeropipe.runtime.engine_report import Reporter, Status
-from zeropipe.runtime.engine_weights import EngineWeights
+from zeropipe.runtime.engine.checkpoints import EngineCheckpoint
+from zeropipe.runtime.engine.clock import Clock
+from zeropipe.runtime.engine.facts import EngineFacts
+from zeropipe.runtime.engine.memory import MemoryRow, memory_report
+from zeropipe.runtime.engine.mixed_inputs import MixedInputs
+from zeropipe.runtime.engine.offload import EngineOffload
+from zeropipe.runtime.engine.placement import DTYPES
+from zeropipe.runtime.engine.report import Reporter, Status
+from zeropipe.runtime.engine.scaling import Scaling
+from zeropipe.runtime.engine.weights import EngineWeights
 from zeropipe.runtime.lr_schedules.base import step_schedule
-from zeropipe.runtime.mixed_inputs import MixedInputs
-from zeropipe.runtime.placement import DTYPES
-from zeropipe.runtime.scaling import Scaling
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
 from zeropipe.runtime.zero.gather.whole_edits import forget_whole, know_whole
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer

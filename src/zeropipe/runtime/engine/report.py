@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from zeropipe.config.schema import Config
-from zeropipe.runtime.accumulation import Clock
-from zeropipe.runtime.engine_memory import MemoryRow
+from zeropipe.runtime.engine.clock import Clock
+from zeropipe.runtime.engine.memory import MemoryRow
 from zeropipe.runtime.monitor import MonitorMaster
 from zeropipe.runtime.timers import PhaseTimers, ThroughputTimer, wall_clock_breakdown
 

@@ -13,9 +13,9 @@ from zeropipe.comm.group import SELF, Group, from_process_group, world
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
 from zeropipe.runtime import lr_schedules
+from zeropipe.runtime.engine.placement import DTYPES, Dtypes
 from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
-from zeropipe.runtime.placement import DTYPES, Dtypes
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel, Sharding
 from zeropipe.runtime.zero.hold.offload import check_folders
 from zeropipe.runtime.zero.hold.own_gradients import Communicates

@@ -23,14 +23,14 @@ from zeropipe.checkpoint.state import (
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.group import SELF, world
 from zeropipe.layout.flat import FlatShards, TensorSpec
-from zeropipe.runtime.engine_flats import optimizer_flats
-from zeropipe.runtime.module_state import capture, destination
+from zeropipe.runtime.engine.flats import optimizer_flats
+from zeropipe.runtime.engine.module_state import capture, destination
 from zeropipe.runtime.zero.hold.own_gradients import Communicates
 from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.param import shards_of
 
 if TYPE_CHECKING:
-    from zeropipe.runtime.engine import DeepSpeedEngine
+    from zeropipe.runtime.engine.engine import DeepSpeedEngine
     from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 
 

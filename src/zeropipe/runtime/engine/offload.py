@@ -12,7 +12,7 @@ from zeropipe.runtime.zero.hold import offload_states as states
 from zeropipe.runtime.zero.hold.offload_states import OffloadStateTypeEnum as Kind
 
 if TYPE_CHECKING:
-    from zeropipe.runtime.engine import DeepSpeedEngine
+    from zeropipe.runtime.engine.engine import DeepSpeedEngine
 
 _FOR_FORWARD = frozenset({Kind.lp_params, Kind.hp_params})  # at stage 3 gathers read the masters
 

@@ -22,12 +22,12 @@ from zeropipe.checkpoint.words import look_through
 from zeropipe.comm.collectives import all_gather_object
 from zeropipe.comm.group import Group, world
 from zeropipe.errors import CheckpointError, DesyncError, describe
-from zeropipe.runtime import engine_state as translate
-from zeropipe.runtime.engine_flats import adopt_flats
-from zeropipe.runtime.module_state import Outcome, load_regions
+from zeropipe.runtime.engine import state as translate
+from zeropipe.runtime.engine.flats import adopt_flats
+from zeropipe.runtime.engine.module_state import Outcome, load_regions
 
 if TYPE_CHECKING:
-    from zeropipe.runtime.engine import DeepSpeedEngine
+    from zeropipe.runtime.engine.engine import DeepSpeedEngine
 
 _log = logging.getLogger("zeropipe")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zeropipe.config.schema import Config
-from zeropipe.runtime.accumulation import Clock
+from zeropipe.runtime.engine.clock import Clock
 
 if TYPE_CHECKING:
     from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
