@@ -13,7 +13,7 @@ from tests.helpers.data import generator
 from tests.helpers.models import build
 from tests.helpers.referee import assert_bitwise
 from tests.helpers.train import config
-from zeropipe.runtime.zero.param import shards_of
+from zeropipe.runtime.zero.gather.shards import shards_of
 
 WIDTH = 16  # of the small models: tensors are multiples of 16 elements, so that stages agree bit for bit
 ALL_SHARDED = {"stage3_param_persistence_threshold": 0}

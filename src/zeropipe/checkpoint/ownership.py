@@ -294,7 +294,9 @@ def _check_output(output: Path, kind: str, source: Path) -> None:
         raise CheckpointError(f"{output} holds the checkpoint that is read, and would be replaced", fix=fix)
     if source.resolve() in output.resolve().parents:
         fix = "give a folder outside of it"
-        raise CheckpointError(f"{output} is inside the checkpoint that is read, and would be part of it", fix=fix)
+        raise CheckpointError(
+            f"{output} is inside the checkpoint that is read, and would be part of it", fix=fix
+        )
     if not os.path.lexists(output):
         return
     if not _is_folder(output):

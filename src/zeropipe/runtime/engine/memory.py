@@ -72,7 +72,7 @@ def moments(optimizer: ZeroOptimizer, partition: AnyPartition) -> int:
     """How many values of optimizer state there are per element: those that are there, 2 for Adam before."""
     if not optimizer.optimizer.state:
         return ADAM_MOMENTS if "betas" in optimizer.defaults else 0
-    return len(partition.state_keys())
+    return len(partition.state.keys())
 
 
 def _budget(optimizer: ZeroOptimizer, partition: AnyPartition) -> tuple[int, int, int]:

@@ -23,8 +23,8 @@ from zeropipe.checkpoint.regions import Regions
 from zeropipe.checkpoint.state import ModelState
 from zeropipe.checkpoint.stored import Stored, real
 from zeropipe.runtime.pipe.module import PipelineModule
+from zeropipe.runtime.zero.gather.shards import shards_of
 from zeropipe.runtime.zero.gather.state_dict import Fetching, is_ours
-from zeropipe.runtime.zero.param import shards_of
 
 _METHODS = (
     "state_dict",

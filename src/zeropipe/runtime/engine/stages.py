@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from zeropipe.runtime.pipe.module import PipelineModule
-from zeropipe.runtime.zero.gather.shards import Shards
+from zeropipe.runtime.zero.gather.shards import Shards, shards_of
+from zeropipe.runtime.zero.hold.access import trained_of
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
-from zeropipe.runtime.zero.hold.types import AnyStore
-from zeropipe.runtime.zero.param import shards_of, zero_param
 
 
 class StageSharding:
@@ -19,15 +18,16 @@ class StageSharding:
 
     def has_gradient(self, param: torch.nn.Parameter) -> bool:
         """Whether a backward of this batch has reached ``param`` on this rank."""
-        trained = zero_param(param)
-        if trained is None or trained.partition is None or not param.requires_grad:
+        one = trained_of(param)
+        if one is None or not param.requires_grad:
             return False
-        return param.grad is not None or trained.index in self._store(param).seen
+        return param.grad is not None or one.index in one.store.seen
 
     def gradient(self, param: torch.nn.Parameter) -> torch.Tensor:
-        trained, store = zero_param(param), self._store(param)
-        assert trained is not None
-        taken = store.local(trained.index)
+        one = trained_of(param)
+        assert one is not None
+        store = one.store
+        taken = store.local(one.index)
         if taken is not None:
             return taken
         if param.grad is None:
@@ -35,15 +35,10 @@ class StageSharding:
         # A store that does not keep it whole leaves it in the parameter until it is reduced, unless it widens it.
         if not store.keeps_whole and store.dtype == store.partition.dtype:
             return param.grad
-        store.accept(trained.index, keep_grad=store.keeps_whole)
-        taken = store.local(trained.index)
+        store.accept(one.index, keep_grad=store.keeps_whole)
+        taken = store.local(one.index)
         assert taken is not None
         return taken
-
-    def _store(self, param: torch.nn.Parameter) -> AnyStore:
-        trained = zero_param(param)
-        assert trained is not None
-        return next(s for s in self._optimizer.reducer.stores if s.partition is trained.partition)
 
     def reduce(self) -> None:
         self._optimizer.reducer.finish_window()

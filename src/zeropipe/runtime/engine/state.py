@@ -25,9 +25,10 @@ from zeropipe.comm.group import SELF, world
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.engine.flats import optimizer_flats
 from zeropipe.runtime.engine.module_state import capture, destination
+from zeropipe.runtime.zero.gather.shards import shards_of
 from zeropipe.runtime.zero.hold.own_gradients import Communicates
 from zeropipe.runtime.zero.hold.partition import Partition
-from zeropipe.runtime.zero.param import shards_of
+from zeropipe.runtime.zero.status import ZeroParamStatus
 
 if TYPE_CHECKING:
     from zeropipe.runtime.engine.engine import DeepSpeedEngine
@@ -234,8 +235,10 @@ def show_loaded_shards(engine: DeepSpeedEngine) -> None:
             partition.publish()
     for param in engine.module.parameters():
         shards = shards_of(param)
-        if shards is not None and id(param) not in held:
-            shards.refresh()
+        if shards is None or id(param) in held:
+            continue
+        if shards.status is ZeroParamStatus.AVAILABLE:
+            shards.show(shards.settled().view(-1))
 
 
 def masters_from_values(optimizer: ZeroOptimizer) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from zeropipe.runtime.zero.param import zero_param
+from zeropipe.runtime.zero.gather.shards import shards_of
+from zeropipe.runtime.zero.param import is_trained
 from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
 
 
@@ -83,9 +84,8 @@ def describe(model: torch.nn.Module) -> Description:
 
 
 def _row(name: str, param: torch.nn.Parameter) -> ParameterRow:
-    known = zero_param(param)
-    trained = known is not None and known.partition is not None
-    if known is None or known.shards is None:
+    shards, trained = shards_of(param), is_trained(param)
+    if shards is None:
         nbytes = param.numel() * param.element_size()
         return ParameterRow(
             name,
@@ -101,7 +101,6 @@ def _row(name: str, param: torch.nn.Parameter) -> ParameterRow:
             True,
             trained,
         )
-    shards = known.shards
     here = shards.source.numel() * shards.source.element_size() + shards.full.untyped_storage().nbytes()
     size, each, spare = shards.layout.num_shards, shards.shard_numel, shards.layout.padding
     return ParameterRow(

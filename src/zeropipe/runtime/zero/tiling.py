@@ -17,7 +17,8 @@ from torch import nn
 
 from zeropipe.errors import UsageError
 from zeropipe.layout.balance import cut_evenly
-from zeropipe.runtime.zero.param import shards_of, zero_param
+from zeropipe.runtime.zero.gather.shards import shards_of
+from zeropipe.runtime.zero.param import zero_param
 from zeropipe.runtime.zero.status import ZeroParamStatus
 
 
@@ -221,8 +222,8 @@ def _shape(param: torch.Tensor) -> torch.Size:
 def _write(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Set a parameter of any stage to ``value`` (its shape, the same on every rank)."""
     zp = zero_param(param)
-    if zp is not None and zp.partition is not None:
-        zp.partition.write_value(zp.index, value)
+    if zp is not None and zp.trained is not None:
+        zp.trained.write_value(value)
         return
     shards = shards_of(param)
     with _Whole(param):

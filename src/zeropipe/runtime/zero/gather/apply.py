@@ -15,8 +15,7 @@ import torch
 from zeropipe.runtime.zero.gather.build import Build
 from zeropipe.runtime.zero.gather.gather import GatheredParameters
 from zeropipe.runtime.zero.gather.module_patch import Framed
-from zeropipe.runtime.zero.gather.shards import Shards
-from zeropipe.runtime.zero.param import shards_of
+from zeropipe.runtime.zero.gather.shards import Shards, shards_of
 from zeropipe.runtime.zero.status import ZeroParamStatus
 
 _APPLY = "apply"

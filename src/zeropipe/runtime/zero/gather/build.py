@@ -24,10 +24,9 @@ from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.fingerprint import Fingerprint, fingerprint
 from zeropipe.runtime.zero.gather.host_memory import FreedMemory
 from zeropipe.runtime.zero.gather.sharded_parameter import mark_available
-from zeropipe.runtime.zero.gather.shards import GATHER, Shards, shard_parameter
+from zeropipe.runtime.zero.gather.shards import GATHER, Shards, shard_parameter, shards_of
 from zeropipe.runtime.zero.gather.state_dict import install_state_dict
 from zeropipe.runtime.zero.hold.offload_files import Arena
-from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
 from zeropipe.tensor.dtypes import was_prepared, working_dtypes
 from zeropipe.tensor.overlap import overlapping, shared_memory

@@ -18,9 +18,9 @@ import torch
 from zeropipe.runtime.zero.gather.coordinator import Coordinator, in_backward
 from zeropipe.runtime.zero.gather.external import external_shards
 from zeropipe.runtime.zero.gather.fetch_plan import Budget
+from zeropipe.runtime.zero.gather.shards import shards_of
 from zeropipe.runtime.zero.gather.unit import Unit
 from zeropipe.runtime.zero.gather.unit_hooks import UnitHooks, skip_frames, untraced
-from zeropipe.runtime.zero.param import shards_of
 
 _COMPILED = "_compiled_call_impl"  # in a module's __dict__: what ``module.compile()`` made
 

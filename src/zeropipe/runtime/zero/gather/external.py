@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from zeropipe.errors import UsageError
-from zeropipe.runtime.zero.gather.shards import Shards
-from zeropipe.runtime.zero.param import shards_of, zero_param
+from zeropipe.runtime.zero.gather.shards import Shards, shards_of
+from zeropipe.runtime.zero.param import zero_param
 
 _EXTERNAL = "_zero_external"  # in a module's __dict__: the list of its external parameters
 _LISTING = "ds_external_parameters"  # the method that other libraries call

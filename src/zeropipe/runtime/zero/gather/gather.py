@@ -27,9 +27,8 @@ from zeropipe.runtime.zero.fingerprint import Fingerprint, fingerprint
 from zeropipe.runtime.zero.gather.coordinator import in_backward
 from zeropipe.runtime.zero.gather.external import register_external_parameter
 from zeropipe.runtime.zero.gather.sharded_parameter import mark_available
-from zeropipe.runtime.zero.gather.shards import GATHER, Shards
+from zeropipe.runtime.zero.gather.shards import GATHER, Shards, shards_of
 from zeropipe.runtime.zero.gather.whole_edits import WholeEdits, holders
-from zeropipe.runtime.zero.param import shards_of
 from zeropipe.runtime.zero.status import ZeroParamStatus
 
 _SAME, _EDITED, _MISSHAPEN = 0, 1, 2  # what the modifier rank says of each parameter

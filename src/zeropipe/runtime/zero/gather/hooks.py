@@ -17,10 +17,9 @@ from zeropipe.runtime.zero.gather.external import (
     hide_external_parameters,
     show_external_parameters,
 )
-from zeropipe.runtime.zero.gather.shards import Shards
+from zeropipe.runtime.zero.gather.shards import Shards, shards_of
 from zeropipe.runtime.zero.gather.unit import Unit
 from zeropipe.runtime.zero.gather.unit_hooks import UnitHooks, unless_covered
-from zeropipe.runtime.zero.param import shards_of
 
 
 class ModelHooks:

@@ -16,11 +16,11 @@ from zeropipe.runtime.zero.gather.apply import install_apply, remove_apply
 from zeropipe.runtime.zero.gather.coordinator import Coordinator
 from zeropipe.runtime.zero.gather.fetch_plan import Budget
 from zeropipe.runtime.zero.gather.hooks import ModelHooks
-from zeropipe.runtime.zero.gather.shards import Shards, shard_parameter
+from zeropipe.runtime.zero.gather.shards import Shards, shard_parameter, shards_of
 from zeropipe.runtime.zero.gather.state_dict import install_state_dict
 from zeropipe.runtime.zero.hold.offload import Offload
 from zeropipe.runtime.zero.hold.reducer import Reducer
-from zeropipe.runtime.zero.param import shards_of, zero_param
+from zeropipe.runtime.zero.param import is_trained
 from zeropipe.runtime.zero.replication import Replication
 from zeropipe.runtime.zero.status import ZeroParamType
 
@@ -113,7 +113,9 @@ class ShardedModel:
         """Put the shards that no optimizer holds where the policy wants what gathers read."""
         self._offload = offload
         rest = [
-            s for s in self.shards if s.master is None and _untrained(s) and offload.is_remote(s.full.device)
+            s
+            for s in self.shards
+            if s.master is None and not is_trained(s.param) and offload.is_remote(s.full.device)
         ]
         for dtype in {shards.dtype for shards in rest}:
             members = [shards for shards in rest if shards.dtype == dtype]
@@ -139,11 +141,6 @@ class ShardedModel:
         for shards in chosen:
             shards.finish_gather()
         return chosen
-
-
-def _untrained(shards: Shards) -> bool:
-    zp = zero_param(shards.param)
-    return zp is None or zp.partition is None
 
 
 def shard_module(

@@ -238,7 +238,7 @@ def _converts(param: _Away, value: torch.Tensor) -> bool:
     shards = param._shards
     if value.dtype == shards.dtype and value.device == shards.full.device:
         return False
-    if param._zero.partition is not None:
+    if param._zero.trained is not None:
         raise UsageError(
             f"parameter '{shards.name}' is trained in {shards.dtype} on {shards.full.device} and cannot become "
             f"{value.dtype} on {value.device}. Fix: choose the precision in the config (bf16 or fp16)"

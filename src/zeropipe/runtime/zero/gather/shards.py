@@ -22,10 +22,9 @@ from zeropipe.comm.leases import LEASES
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.zero.gather.own_writes import OwnWrites
 from zeropipe.runtime.zero.gather.sharded_parameter import mark_available, mark_unavailable, show_shape
+from zeropipe.runtime.zero.param import GATHER as GATHER
 from zeropipe.runtime.zero.param import ZeroParam
 from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType, check_transition
-
-GATHER = 1  # the channel of gathers: they need no order among other collectives
 
 
 class Builder(Protocol):
@@ -149,12 +148,13 @@ class Shards:
             self.full.untyped_storage().resize_(0)
             raise
 
-    def finish_gather(self) -> int | None:
+    def finish_gather(self, unless_alone: bool = False) -> int | None:
         """Wait for the gather under way, if any; the parameter is then available.
 
+        ``unless_alone``: only if peers may be waiting for what this rank hands on in it.
         Returns the lowest of all ranks' notes; None where nothing was under way or ranks say nothing (see ``greets``).
         """
-        if self._work is None:
+        if self._work is None or (unless_alone and not self._work.peers_wait):
             return None
         work, self._work = self._work, None
         try:
@@ -168,11 +168,6 @@ class Shards:
             self.full[: self.numel].copy_(self.writes.edits.view(-1))
         mark_available(self.param, self.full[: self.numel].view(self.shape))
         return work.heard
-
-    def let_peers_go_on(self) -> None:
-        """Wait for a gather under way if peers may be waiting for what this rank hands on in it."""
-        if self._work is not None and self._work.peers_wait:
-            self.finish_gather()
 
     def gather(self) -> None:
         self.start_gather()
@@ -246,6 +241,26 @@ class Shards:
             return self.full[: self.numel].clone().view(self.shape)
         return self.settled()
 
+    def live_at(
+        self,
+        source: torch.Tensor,
+        master: torch.Tensor | None,
+        let_go: Callable[[torch.Tensor], None] | None = None,
+        read_ahead: Callable[[torch.Tensor], None] | None = None,
+        remote: bool | None = None,
+    ) -> None:
+        """From now on gathers read ``source``, which ``master`` (None: it is the master) is rounded into."""
+        self.source, self.master = source, master
+        self.let_go = self.let_go if let_go is None else let_go
+        self.read_ahead = self.read_ahead if read_ahead is None else read_ahead
+        if remote is not None:
+            self.kind = ZeroParamType.REMOTE if remote else ZeroParamType.PARTITIONED
+
+    def show(self, whole: torch.Tensor) -> None:
+        """The shards were renewed: let the gathered value be ``whole`` (1D, with or without padding)."""
+        self.renewals += 1
+        self.full[: whole.numel()].copy_(whole)
+
     def hold(self) -> None:
         """A use by a module begins: from here on writes are noticed."""
         self.holds += 1
@@ -287,13 +302,6 @@ class Shards:
                 place.copy_(torch.where(new == place.to(new.dtype), place, new.to(place.dtype)))
             self.let_go(place)
 
-    def refresh(self) -> None:
-        """After the shards changed: make a gathered value show them again. Collective if gathered."""
-        if self.status is ZeroParamStatus.AVAILABLE:
-            own = self.full[self._own()]
-            own.copy_(self.source)
-            all_gather(self.full, own, self.group, label=self.name, channel=GATHER, guarded=True)
-
     def duplicate(self, param: torch.nn.Parameter) -> torch.nn.Parameter:
         """Another parameter with shards of the same value, at rest; not collective, as nothing is gathered."""
         empty = torch.empty(0, dtype=self.dtype, device=self.full.device)
@@ -317,6 +325,12 @@ class Shards:
 
 def _keep(tensor: torch.Tensor) -> None:
     """Memory that is nowhere else needs no telling."""
+
+
+def shards_of(param: torch.Tensor) -> Shards | None:
+    """The parameter's shards; None where its value is whole on each rank."""
+    zp = getattr(param, "_zero", None)
+    return None if zp is None else zp.shards
 
 
 def shard_parameter(param: torch.nn.Parameter, name: str, ident: int, group: Group) -> Shards:

@@ -22,8 +22,7 @@ from zeropipe.comm.collectives import announce, meet
 from zeropipe.errors import CommunicationError, DesyncError
 from zeropipe.runtime.zero.gather.away_value import AwayValue
 from zeropipe.runtime.zero.gather.sharded_parameter import mark_available
-from zeropipe.runtime.zero.gather.shards import GATHER, Shards
-from zeropipe.runtime.zero.param import shards_of
+from zeropipe.runtime.zero.gather.shards import GATHER, Shards, shards_of
 from zeropipe.runtime.zero.status import ZeroParamStatus
 
 # Ranks may come to a state dict at different times, rank 0 after an evaluation.

@@ -13,9 +13,9 @@ from zeropipe.runtime.zero.gather.apply import remove_apply
 from zeropipe.runtime.zero.gather.coordinator import Coordinator
 from zeropipe.runtime.zero.gather.external import hide_external_parameters
 from zeropipe.runtime.zero.gather.gather import GatheredParameters
-from zeropipe.runtime.zero.gather.shards import Shards
+from zeropipe.runtime.zero.gather.shards import Shards, shards_of
 from zeropipe.runtime.zero.gather.state_dict import remove_state_dict
-from zeropipe.runtime.zero.param import shards_of, zero_param
+from zeropipe.runtime.zero.param import is_trained
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def unshard(module: torch.nn.Module) -> Unsharding:
             shards.pinned = True
             shards.holds += 1
     for shards in found:
-        shards.let_peers_go_on()
+        shards.finish_gather(unless_alone=True)
     return Unsharding(module, found)
 
 
@@ -83,19 +83,15 @@ def unshard_module(module: torch.nn.Module) -> torch.nn.Module:
 
     Returns ``module``. Raises UsageError while an engine trains or gathers it: call ``engine.destroy()`` first.
     """
-    params = [param for param in module.parameters() if shards_of(param) is not None]
-    for param in params:
-        known = zero_param(param)
-        assert known is not None
-        assert known.shards is not None
-        if known.partition is not None or known.shards.fetch_for_use is not None:
+    found = _shards(module)
+    for shards in found:
+        if is_trained(shards.param) or shards.fetch_for_use is not None:
             raise UsageError(
-                f"unshard_module: an engine uses parameter '{known.name}'. Fix: call engine.destroy() first, or use "
+                f"unshard_module: an engine uses parameter '{shards.name}'. Fix: call engine.destroy() first, or use "
                 "'with zero.unsharded(model):'"
             )
-    for param in params:
-        shards = shards_of(param)
-        assert shards is not None
+    for shards in found:
+        param = shards.param
         whole = shards.whole()
         shards.release()
         LEASES.drop(shards)

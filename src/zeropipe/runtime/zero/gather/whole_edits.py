@@ -39,7 +39,7 @@ def holders(param: torch.Tensor) -> Group | None:
     known = zero_param(param)
     if known is None or known.shards is not None:
         return None
-    return known.group if known.partition is None else known.partition.group
+    return known.group if known.trained is None else known.trained.group
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +21,7 @@ from zeropipe.errors import UsageError
 from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
 from zeropipe.runtime.optimizers.registry import classify
 from zeropipe.runtime.optimizers.shard_view import ShardAware
+from zeropipe.runtime.zero.hold.access import Trained, trained_of
 from zeropipe.runtime.zero.hold.client_optimizer import install_zero_grad, remove_zero_grad
 from zeropipe.runtime.zero.hold.held_state import copy_of
 from zeropipe.runtime.zero.hold.offload import Offload
@@ -33,10 +34,8 @@ from zeropipe.runtime.zero.hold.stepping import Stepping, Update
 from zeropipe.runtime.zero.hold.survey import Figures, refuse, survey, unused_everywhere
 from zeropipe.runtime.zero.hold.types import AnyPartition, AnyStore
 from zeropipe.runtime.zero.hold.watch import Watch
+from zeropipe.runtime.zero.param import ZeroParam, shards_at
 from zeropipe.tensor.norms import NonFinite, clip_coefficient
-
-if TYPE_CHECKING:
-    from zeropipe.runtime.zero.gather.parameter_offload import ParameterOffload
 
 
 class Scaler(Protocol):
@@ -81,7 +80,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     clock. Raises UsageError for a parameter that is not in ``names``.
     """
 
-    parameter_offload: ParameterOffload  # at stage 3 only: clients ask with hasattr
+    parameter_offload: object  # at stage 3 only: clients ask with hasattr
 
     def __init__(
         self,
@@ -300,6 +299,12 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.forget_step()
         for partition in self.partitions:
             partition.release()
+            for param in partition.params:
+                one, shards = trained_of(param), shards_at(param)
+                if one is not None and one.partition is partition:
+                    del param._zero  # type: ignore[attr-defined]
+                    if shards is not None:
+                        param._zero = ZeroParam(shards.name, shards=shards)  # type: ignore[attr-defined]
         for param_group, params in zip(self.optimizer.param_groups, self._given, strict=True):
             param_group["params"] = params
         self.optimizer.state.clear()
@@ -348,9 +353,6 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         for partition in self.partitions:
             partition.take_edits()
 
-    def store_of(self, partition: AnyPartition) -> AnyStore:
-        return self.reducer.stores[self.partitions.index(partition)]
-
     def _adopt(self, index: int, params: list[torch.nn.Parameter]) -> None:
         """Make partitions of the parameters of param group ``index``, one per dtype; frozen ones wait."""
         param_group = self.optimizer.param_groups[index]
@@ -373,8 +375,14 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             partition = make(names, members, index, self._group, self.policy, self, self._flat)
             partition.state.adopt()
             self.partitions.append(partition)
-            self.reducer.add(partition)
+            self._know(partition, self.reducer.add(partition))
             masters += partition.stepped
             if isinstance(self.optimizer, ShardAware):
                 self.optimizer.bind_shards(partition.views())
         param_group["params"] = masters
+
+    def _know(self, partition: AnyPartition, store: AnyStore) -> None:
+        """Let each parameter know who trains it."""
+        for index, (name, param) in enumerate(zip(partition.names, partition.params, strict=True)):
+            one = Trained(name, index, partition, store, self.reducer, lambda: self.loss_scale)
+            param._zero = ZeroParam(name, one, shards_at(param))  # type: ignore[attr-defined]

@@ -22,7 +22,6 @@ from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.optimizers.shard_view import ShardView
 from zeropipe.runtime.zero.hold.held_state import HeldState
 from zeropipe.runtime.zero.hold.policy import Policy
-from zeropipe.runtime.zero.param import ZeroParam
 
 if TYPE_CHECKING:
     from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
@@ -70,8 +69,6 @@ class Partition:
         self.values = _flatten(self.params, self.layout)  # 1D, padded_numel
         start, stop = self.layout.shard_range(self.shard)
         self.own_values = self.values[start:stop]  # 1D, shard_numel; a view
-        for index, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
-            param._zero = ZeroParam(name, self, index)  # type: ignore[attr-defined]
         broadcast(self.values, 0, group, label="initial values")
         self.master = torch.nn.Parameter(self._make_master(policy))  # 1D, shard_numel, fp32
         assert flat or not self.sharded
@@ -191,10 +188,6 @@ class Partition:
         self.scatter(self.master.detach(), index, value)
         self._values_of(index).copy_(value.detach().reshape(-1))
 
-    def state_keys(self) -> set[str]:
-        """The optimizer's state that is laid out like what is stepped; empty before the first step."""
-        return self.state.keys()
-
     def refresh_master(self) -> None:
         """Take the master anew from the values, after somebody wrote those (a loaded state dict, an edit)."""
         if not self.master_is_values:
@@ -304,11 +297,9 @@ class Partition:
                 tensor.data = self.master.data[slice(*self.layout.tensor_range(index))].view(tensor.shape)
 
     def release(self) -> None:
-        """Give the parameters storage of their own again and forget them."""
+        """Give the parameters storage of their own again."""
         for param in self.params:
             param.data = param.data.clone()
-            if getattr(param, "_zero", None) is not None and param._zero.partition is self:  # type: ignore[attr-defined]
-                del param._zero  # type: ignore[attr-defined]
 
 
 def take_edited(master: torch.Tensor, values: torch.Tensor) -> None:

@@ -17,12 +17,11 @@ from zeropipe.comm.collectives import all_gather
 from zeropipe.comm.group import Group
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.optimizers.shard_view import ShardView
-from zeropipe.runtime.zero.gather.shards import GATHER, Shards
+from zeropipe.runtime.zero.gather.shards import GATHER, Shards, shards_of
 from zeropipe.runtime.zero.hold.held_state import HeldState
 from zeropipe.runtime.zero.hold.partition import ALIGN
 from zeropipe.runtime.zero.hold.policy import Policy
-from zeropipe.runtime.zero.param import ZeroParam, shards_of
-from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
+from zeropipe.runtime.zero.status import ZeroParamStatus
 
 if TYPE_CHECKING:
     from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
@@ -73,8 +72,6 @@ class ShardedPartition:
             piece = master[slice(*self.local_layout.tensor_range(index))]
             offload.copy(piece, shards.source)
             self._place(index, piece)
-            param = self.params[index]
-            param._zero = ZeroParam(self.names[index], self, index, shards)  # type: ignore[attr-defined]
         self.master = torch.nn.Parameter(master)  # 1D, fp32
         self.flat = flat
         self.stepped = [self.master] if flat else [torch.nn.Parameter(piece) for piece in self.pieces(master)]
@@ -86,16 +83,14 @@ class ShardedPartition:
     def _place(self, index: int, piece: torch.Tensor) -> None:
         """Let parameter ``index`` have ``piece`` as its master, and gathers read the place meant for them."""
         shards, offload = self.shards[index], self.owner.offload
-        shards.let_go = offload.let_go
-        if offload.is_remote(self.device):
-            shards.read_ahead = offload.read_ahead
-        shards.kind = ZeroParamType.REMOTE if offload.is_remote(self.device) else ZeroParamType.PARTITIONED
+        remote = offload.is_remote(self.device)
+        told = (offload.let_go, offload.read_ahead if remote else None, remote)
         if self.values is None:
-            shards.source = piece
+            shards.live_at(piece, None, *told)
             return
         copy = self.values[slice(*self.local_layout.tensor_range(index))]
         offload.copy(copy, shards.source)
-        shards.source, shards.master = copy, piece
+        shards.live_at(copy, piece, *told)
 
     def pieces(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """A master-sized tensor cut into each parameter's shard: 1D views."""
@@ -148,9 +143,7 @@ class ShardedPartition:
             shards.let_go(shards.source)
         all_gather(wire.view(-1), own, self.group, label="persistent parameters")
         for index, shards in enumerate(gathered):
-            shards.renewals += 1
-            whole = shards.full.view(self.group.size, shards.shard_numel)
-            whole.copy_(wire[:, slice(*layout.tensor_range(index))])
+            shards.show(wire[:, slice(*layout.tensor_range(index))].reshape(-1))
         self._remember()
 
     def check_dtypes(self) -> None:
@@ -241,12 +234,7 @@ class ShardedPartition:
             self.scatter(self.values, index, value)
         shards = self.shards[index]
         if shards.status is ZeroParamStatus.AVAILABLE:
-            shards.renewals += 1
-            shards.full[: shards.numel].copy_(value.detach().reshape(-1))
-
-    def state_keys(self) -> set[str]:
-        """The optimizer's state that is laid out like what is stepped; empty before the first step."""
-        return self.state.keys()
+            shards.show(value.detach().reshape(-1))
 
     def move_values(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Let what gathers read, where it is a copy of the masters, be ``move`` of itself."""
@@ -269,11 +257,10 @@ class ShardedPartition:
 
     def release(self) -> None:
         """Leave the parameters as shards without an optimizer."""
-        for param, shards in zip(self.params, self.shards, strict=True):
+        for shards in self.shards:
             if not self.owner.offload.is_remote(self.device):
                 shards.source = shards.source.to(self.device, self.dtype, copy=True)
             shards.master = None
-            param._zero = ZeroParam(shards.name, shards=shards)  # type: ignore[attr-defined]
 
     def _cut(self, index: int, value: torch.Tensor) -> torch.Tensor:  # 1D, shard_numel, this rank's
         """This rank's shard of a whole value."""
