@@ -9,47 +9,16 @@ import torch
 
 from tests.dist.pipe_models import BASE_SEED, batches, loss_of, plain, specs
 from zeropipe.comm.record import record
-from zeropipe.runtime.pipe.executor import Executor
+from zeropipe.runtime.pipe.batch import Batch
+from zeropipe.runtime.pipe.executor import Executor, Stage
+from zeropipe.runtime.pipe.instructions import Op
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.schedule import KINDS, find_kind, make_schedule
 from zeropipe.runtime.pipe.sharding import with_sharding
-from zeropipe.runtime.pipe.stage import Stage
 from zeropipe.runtime.pipe.transfers import queues, with_transfers
 
 TRAINING = [kind.name for kind in KINDS if kind.trains]
-
-
-class PlainHost:
-    """Data and loss for an executor; gradients stay in ``.grad``."""
-
-    def __init__(self, module: PipelineModule, data: list[Any]) -> None:
-        self.module, self.data = module, data
-        self.losses: dict[int, torch.Tensor] = {}
-        self.calls: list[str] = []
-
-    def start(self) -> None:
-        """The data is there."""
-
-    def first_input(self, micro_batch: int) -> Any:
-        return self.data[micro_batch][0]
-
-    def loss(self, micro_batch: int, output: Any) -> torch.Tensor:
-        loss = loss_of(output, self.data[micro_batch][1])
-        self.losses[micro_batch] = loss.detach()
-        return loss / len(self.data)
-
-    def unshard(self, stage: int) -> None:
-        self.calls.append(f"unshard {stage}")
-
-    def reshard(self, stage: int) -> None:
-        self.calls.append(f"reshard {stage}")
-
-    def reduce_grad(self, stage: int) -> None:
-        self.calls.append(f"reduce {stage}")
-
-    def reduce_tied(self, stage: int) -> None:
-        self.module.allreduce_tied_weight_gradients()
 
 
 def build(world: int, schedule: str, chunks: int | None, layers: list[Any], **kwargs: Any) -> PipelineModule:
@@ -64,17 +33,22 @@ def build(world: int, schedule: str, chunks: int | None, layers: list[Any], **kw
     )
 
 
-def execute(module: PipelineModule, name: str, data: list[Any]) -> PlainHost:
+def execute(module: PipelineModule, name: str, data: list[Any]) -> Batch:
+    """Run ``data``; gradients stay in ``.grad``."""
     schedule = make_schedule(name, module.num_stages, len(data), module.num_chunks)
     tied = {s for plan, _, _ in module.tie_plans() if len(plan.ranks) > 1 for s in plan.stages}
     schedule = with_transfers(with_sharding(schedule, tied_stages=tied))
     stages = {s: Stage(s, lambda v, s=s: module.run_stage(s, v)) for s in module.stages}
     mailbox = Mailbox(module.grid.links, torch.device("cpu"), module.dynamic_shape)
-    host = PlainHost(module, data)
-    executor = Executor(schedule, module.grid.stage_id, stages, mailbox, host)
-    executor.run()
+    table = {Op.REDUCE_TIED: lambda step: module.allreduce_tied_weight_gradients()}
+    batch = batch_of(data)
+    Executor(schedule, module.grid.stage_id, stages, mailbox, table).run(batch)
     assert all(stage.alive == 0 for stage in stages.values())
-    return host
+    return batch
+
+
+def batch_of(data: list[Any]) -> Batch:
+    return Batch(len(data), lambda: iter(data), torch.device("cpu"), loss_of, factor=1 / len(data))
 
 
 def reference(layers: list[Any], data: list[Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -89,14 +63,14 @@ def reference(layers: list[Any], data: list[Any]) -> tuple[dict[str, torch.Tenso
 
 
 def check(
-    module: PipelineModule, host: PlainHost, expected: dict[str, torch.Tensor], losses: list[float]
+    module: PipelineModule, batch: Batch, expected: dict[str, torch.Tensor], losses: list[float]
 ) -> None:
     for index in module.local_layers():
         layer = module.layer_module(index)
         for name, param in layer.named_parameters():
             assert torch.equal(param.grad, expected[f"{index}.{name}"]), f"layer {index} {name}"
-    if host.losses:
-        assert [host.losses[m].item() for m in range(len(losses))] == losses
+    if batch.values:
+        assert [value.item() for value in batch.values] == losses
 
 
 def every_schedule(rank: int, world: int) -> None:
@@ -133,16 +107,11 @@ def messages(rank: int, world: int) -> tuple[int, int]:
     data = batches(4)
     schedule = with_transfers(make_schedule("1f1b", world, len(data)))
     stages = {s: Stage(s, lambda v, s=s: module.run_stage(s, v)) for s in module.stages}
-    executor = Executor(
-        schedule,
-        rank,
-        stages,
-        Mailbox(module.grid.links, torch.device("cpu"), False),
-        PlainHost(module, data),
-    )
-    executor.run()  # tells the forms
+    mailbox = Mailbox(module.grid.links, torch.device("cpu"), False)
+    executor = Executor(schedule, rank, stages, mailbox, {})
+    executor.run(batch_of(data))  # tells the forms
     with record() as events:
-        executor.run()
+        executor.run(batch_of(data))
     sends = [event for event in events if event.op == "send"]
     own = [m for (source, _), q in queues(schedule).items() if source == rank for m in q]
     assert len(sends) == len(own)

@@ -12,8 +12,9 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
+from zeropipe.runtime.pipe.executor import Stage
 from zeropipe.runtime.pipe.split_backward import SplitBackward
-from zeropipe.runtime.pipe.stage import Stage
+from zeropipe.runtime.pipe.wire import Value, flatten
 
 
 class Nasty(nn.Module):
@@ -40,6 +41,12 @@ class Nasty(nn.Module):
 
 def grads_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def wanted(value: Any) -> Value:
+    """``value`` as the stage before hands it on, which wants the gradient of every tensor."""
+    tree, tensors = flatten(value, "a value")
+    return Value(tree, tensors, [True] * len(tensors))
 
 
 def whole(
@@ -120,7 +127,7 @@ def test_a_first_stage_does_everything_in_the_second_half():
     torch.manual_seed(0)
     layer = nn.Embedding(5, 4)
     stage = Stage(0, layer)
-    out = stage.forward(0, torch.tensor([[1, 2]]), None, train=True)
+    out = stage.begin(0, torch.tensor([[1, 2]]), train=True)
     stage.hold_output(0, [out])
     assert stage.backward_input(0, [torch.ones_like(out)]) == []
     assert layer.weight.grad is None
@@ -133,7 +140,7 @@ def test_an_input_that_is_passed_on_and_one_that_is_not_used():
     layer = nn.Linear(4, 4)
     stage = Stage(1, lambda v: (layer(v[0]), v[1]))
     values = (torch.randn(2, 4), torch.randn(2, 4), torch.randn(3))
-    out = stage.forward(0, values, [True, True, True], train=True)
+    out = stage.forward(0, wanted(values), train=True)
     stage.hold_output(0, list(out))
     seeds = [torch.ones(2, 4), torch.full((2, 4), 3.0)]
     first, second, unused = stage.backward_input(0, seeds)
@@ -148,7 +155,7 @@ def test_recomputed_layers_do_all_in_the_first_half():
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.5))
     stage = Stage(1, lambda v: checkpoint(layer, v, use_reentrant=False))
-    out = stage.forward(0, torch.randn(2, 4), [True], train=True)
+    out = stage.forward(0, wanted(torch.randn(2, 4)), train=True)
     stage.hold_output(0, [out])
     stage.backward_input(0, [torch.ones(2, 4)])
     assert layer[0].weight.grad is not None

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from tests.helpers.backward_kinds import KINDS, W
+from tests.unit.pipe.test_split_backward import wanted
 from zeropipe.errors import UsageError
+from zeropipe.runtime.pipe.executor import Stage
 from zeropipe.runtime.pipe.split_backward import SplitBackward
-from zeropipe.runtime.pipe.stage import Stage
 
 MICRO = 3
 DIVIDED = {  # kinds whose weights must still wait for the second half
@@ -35,7 +36,7 @@ def run(name: str, divided: bool) -> tuple[list[Any], dict[str, Any], list[Any],
     stage = Stage(1, model)
     outs = []
     for i, x in enumerate(xs):
-        outs.append(stage.forward(i, x, [True], train=True))
+        outs.append(stage.forward(i, wanted(x), train=True))
         stage.hold_output(i, [outs[-1]])
     found, waited = [], True
     for i, out in enumerate(outs):
@@ -99,7 +100,7 @@ def test_a_layer_may_change_its_input_in_place_first():
         plain = value.clone().requires_grad_()
         want = torch.autograd.grad(model(plain * 1).sum(), plain)[0]
         stage = Stage(1, model)
-        out = stage.forward(0, value.clone(), [True], train=True)
+        out = stage.forward(0, wanted(value.clone()), train=True)
         stage.hold_output(0, [out])
         grads = [torch.ones_like(out)]
         (found,) = stage.backward_input(0, grads) if divided else stage.backward(0, grads)

@@ -13,15 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zeropipe.errors import UsageError
-from zeropipe.runtime.pipe.containers import flatten, map_tensors, rebuild
 from zeropipe.runtime.pipe.wire import (
     ALIGN,
     FAILED,
     HEAD,
     Form,
+    detached,
     farewell,
+    flatten,
     form_of,
+    map_tensors,
     pack,
+    rebuild,
     views,
 )
 
@@ -70,7 +73,7 @@ def same(a, b):
 @given(values)
 def test_a_value_survives_the_wire(value):
     tree, found = flatten(value, "a value")
-    form = form_of(tree, found)
+    form = form_of(detached(tree, found))
     buffer = pack(form, found, torch.device("cpu"))
     told = Form.from_bytes(form.to_bytes())
     assert told == form
@@ -80,7 +83,7 @@ def test_a_value_survives_the_wire(value):
 
 def test_each_tensor_starts_aligned_and_the_head_says_value():
     found = [torch.ones(3), torch.ones(5, dtype=torch.bool), torch.ones(())]
-    form = form_of("", found)
+    form = form_of(detached("", found))
     assert all(offset % ALIGN == 0 for offset in form.offsets)
     assert form.offsets[0] == HEAD
     assert pack(form, found, torch.device("cpu"))[0] != FAILED

@@ -17,19 +17,16 @@ from zeropipe.comm.agree import agree
 from zeropipe.comm.collectives import all_gather_object, barrier
 from zeropipe.errors import UsageError
 from zeropipe.runtime.engine.engine import DeepSpeedEngine, Parts
-from zeropipe.runtime.engine.stages import StageSharding
+from zeropipe.runtime.engine.stages import stage_table
+from zeropipe.runtime.pipe.batch import Batch, Outcome, Repeat, Settlement
 from zeropipe.runtime.pipe.choice import pick_schedule, shard_policy
-from zeropipe.runtime.pipe.executor import Executor
-from zeropipe.runtime.pipe.feed import Feed, Losses, Repeat
-from zeropipe.runtime.pipe.host import TrainingHost
+from zeropipe.runtime.pipe.executor import Executor, Stage
 from zeropipe.runtime.pipe.instructions import Schedule
 from zeropipe.runtime.pipe.module import PipelineModule
-from zeropipe.runtime.pipe.outcome import Outcome, Settlement
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.schedule import make_schedule
 from zeropipe.runtime.pipe.sharding import Unshard, with_sharding
 from zeropipe.runtime.pipe.simulate import Event, simulate
-from zeropipe.runtime.pipe.stage import Stage
 from zeropipe.runtime.pipe.transfers import with_transfers
 
 
@@ -61,8 +58,7 @@ class PipelineEngine(DeepSpeedEngine):
         if self._sharded is not None:
             # The schedule says when a stage is gathered; gathering each layer by itself would only cost messages.
             self._sharded.hooks.remove()
-        self._sharding = None if self.optimizer is None else StageSharding(self.optimizer, module)
-        self._host = TrainingHost(module.stages, module.ties, self.device, self._sharding)
+        self._table = {} if self.optimizer is None else stage_table(module, self.optimizer)
         self._settlement = Settlement(self.grid, self.device, self._last_rank)
         self._broken = False
         agree(
@@ -88,12 +84,11 @@ class PipelineEngine(DeepSpeedEngine):
         optimizer.wake()
         executor = self._training_executor()
         count = executor.schedule.micro_batches
-        losses = Losses(self.module.loss_fn)
         factor = self.loss_scale / count
-        self._host.begin(partial(self._feed, data_iter, count), losses, factor)
+        batch = self._batch(data_iter, count, factor=factor)
         with self._report.phase("forward"), self._scaling.running(factor), optimizer.reducer.local_only():
-            failure = self._run(executor)
-        outcome = self._settle(self._mailbox, failure, losses, count, "avg")
+            failure = self._run(executor, batch)
+        outcome = self._settle(self._mailbox, failure, batch, "avg")
         self.loss_terms = outcome.terms
         self._report.loss(outcome.loss)
         # What another engine has left of an accumulation is no part of this batch, after which a step follows always.
@@ -135,23 +130,19 @@ class PipelineEngine(DeepSpeedEngine):
             )
             count = plan.micro_batches
             self._eval_mailbox.forget_forms()
-            losses = Losses(self.module.loss_fn)
-            host = TrainingHost(self.module.stages, (), self.device, self._sharding)
-            load = partial(self._feed, data_iter, count)
-            host.begin(load, losses if compute_loss else None, keep_outputs=return_logits)
-            failure = self._run(
-                Executor(with_transfers(plan), self.grid.stage_id, self._stages, self._eval_mailbox, host)
+            batch = self._batch(data_iter, count, with_loss=compute_loss, keep_outputs=return_logits)
+            executor = Executor(
+                with_transfers(plan), self.grid.stage_id, self._stages, self._eval_mailbox, self._table
             )
-            outcome = self._settle(
-                self._eval_mailbox, failure, losses if compute_loss else None, count, reduce_output
-            )
+            failure = self._run(executor, batch)
+            outcome = self._settle(self._eval_mailbox, failure, batch, reduce_output)
         finally:
             self.train(was_training)
         loss: Any = None
         if compute_loss and (bcast_loss or self.grid.stage_id == self._last_rank):
             self.loss_terms = outcome.terms
             loss = outcome.each if reduce_output is None else outcome.loss
-        return (loss, _joined(host.outputs)) if return_logits else loss
+        return (loss, _joined(batch.outputs)) if return_logits else loss
 
     # The plan.
 
@@ -293,14 +284,18 @@ class PipelineEngine(DeepSpeedEngine):
         made = self._executor
         if made is None or made.schedule.micro_batches != self._micro_batches():
             plan = with_transfers(self.schedule)
-            made = Executor(plan, self.grid.stage_id, self._stages, self._mailbox, self._host)
+            made = Executor(plan, self.grid.stage_id, self._stages, self._mailbox, self._table)
             self._executor = made
         return made
 
-    def _feed(self, iterator: Iterator[Any] | None, count: int) -> Feed:
-        """The micro-batches of this step, where they are needed."""
+    def _batch(self, iterator: Iterator[Any] | None, count: int, **given: Any) -> Batch:
+        source = partial(self._source, iterator)
+        return Batch(count, source, self.device, self.module.loss_fn, self._batch_fn, **given)
+
+    def _source(self, iterator: Iterator[Any] | None) -> Iterator[Any] | None:
+        """Where this rank's micro-batches come from; None where it needs none."""
         if not (self.is_first_stage() or self.is_last_stage()):
-            return Feed(None, None, count)
+            return None
         if iterator is None:
             if self._iterator is None:
                 if self.training_dataloader is None:
@@ -311,13 +306,13 @@ class PipelineEngine(DeepSpeedEngine):
                     )
                 self._iterator = Repeat(self.training_dataloader)
             iterator = self._iterator
-        return Feed(iterator, self._batch_fn, count)
+        return iterator
 
-    def _run(self, executor: Executor) -> BaseException | None:
+    def _run(self, executor: Executor, batch: Batch) -> BaseException | None:
         """Run a batch; what has failed, if the ranks may still agree on it."""
         try:
             with self._autocast():
-                executor.run()
+                executor.run(batch)
         except BaseException as error:
             if not executor.kept:
                 self._broken = True  # messages may be on their way that nobody will take
@@ -329,14 +324,13 @@ class PipelineEngine(DeepSpeedEngine):
         self,
         mailbox: Mailbox,
         failure: BaseException | None,
-        losses: Losses | None,
-        count: int,
+        batch: Batch,
         how: str | None,
     ) -> Outcome:
         """End a batch on all ranks alike, with its losses or an error."""
         try:
             found = self._settlement.settle(
-                losses, count, how, failure, first=failure is not None and not mailbox.heard_of_failure
+                batch, how, failure, first=failure is not None and not mailbox.heard_of_failure
             )
         except BaseException:
             self._broken = True

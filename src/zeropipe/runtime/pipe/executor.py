@@ -1,101 +1,186 @@
-"""Runs one rank's line of a schedule: each instruction has one method, and no schedule is known by name."""
+"""Runs one rank's line of a schedule: a table says what each instruction does, and no schedule is known by name.
+
+[1] a value comes in        from the data, from a stage of this rank, or out of the mailbox
+[2] the stage computes      forward, a whole backward, or one half of it
+[3] what it made goes on    into the loss, to a stage of this rank, or into the mailbox
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from zeropipe.runtime.pipe.containers import flatten, rebuild
-from zeropipe.runtime.pipe.instructions import COMPUTE, TRANSFER, Instruction, Op, Schedule
+from zeropipe.errors import UsageError
+from zeropipe.runtime.pipe.batch import Batch
+from zeropipe.runtime.pipe.instructions import COMPUTE, OF_STAGE, Instruction, Op, Schedule
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.simulate import Event
-from zeropipe.runtime.pipe.stage import Stage
+from zeropipe.runtime.pipe.split_backward import Entry, SplitBackward
 from zeropipe.runtime.pipe.transfers import Message, known_taken, made_by, needed_by, queues
+from zeropipe.runtime.pipe.wire import Value, detached, flatten, rebuild
+
+Effect = Callable[[Instruction], None]
 
 
-class Host(Protocol):
-    """What an executor asks of whoever owns data, loss, shards and gradients."""
+@dataclass(slots=True)
+class _Alive:
+    """What a micro-batch leaves on a stage between forward and the last of its backward."""
 
-    def start(self) -> None:
-        """Get the batch ready, before the first instruction."""
+    inputs: list[torch.Tensor]  # leaves that require grad, in the order in which the stage before sent them
+    # Edges, not tensors: once sent, an output's memory is freed unless the graph itself saved it.
+    outputs: list[GradientEdge] = field(default_factory=list)
+    split: SplitBackward | None = None
 
-    def first_input(self, micro_batch: int) -> Any:
-        """The input of the model."""
 
-    def loss(self, micro_batch: int, output: Any) -> torch.Tensor | None:
-        """What the last stage's output costs, scaled for backward; None where nothing is to be trained."""
+class Stage:
+    """One stage at work, for each micro-batch under way: ``forward``, then ``backward``, whole or in two halves.
 
-    def unshard(self, stage: int) -> None:
-        """Gather the parameters of ``stage``."""
+    ``run``: the forward of its layers.
+    """
 
-    def reshard(self, stage: int) -> None:
-        """Release them."""
+    def __init__(self, number: int, run: Callable[[Any], Any]) -> None:
+        self.number, self._run = number, run
+        self._alive: dict[int, _Alive] = {}
 
-    def reduce_grad(self, stage: int) -> None:
-        """The gradients of ``stage`` are complete: reduce them over the data axis."""
+    @property
+    def alive(self) -> int:
+        """Micro-batches whose activations are held."""
+        return len(self._alive)
 
-    def reduce_tied(self, stage: int) -> None:
-        """The tied gradients of ``stage`` are complete: sum them over the pipe axis."""
+    def begin(self, micro_batch: int, data: Any, train: bool, leaves: Sequence[torch.Tensor] = ()) -> Any:
+        """Run ``data`` through the layers as it is; gradients are wanted of ``leaves`` alone."""
+        with torch.set_grad_enabled(train):
+            output = self._run(data)
+        if train:
+            self._alive[micro_batch] = _Alive(list(leaves))
+        return output
+
+    def forward(self, micro_batch: int, value: Value, train: bool) -> Any:
+        """Run what the stage before has made through the layers."""
+        flags = zip(value.tensors, value.wanted, strict=True)
+        tensors = [t.detach().requires_grad_(train and wanted) for t, wanted in flags]
+        data = rebuild(value.tree, [Entry.apply(t) if t.requires_grad else t for t in tensors])
+        return self.begin(micro_batch, data, train, [t for t in tensors if t.requires_grad])
+
+    def hold_output(self, micro_batch: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Remember the outputs that gradients will come for: those of ``tensors`` that require grad."""
+        self._alive[micro_batch].outputs += [get_gradient_edge(t) for t in tensors if t.requires_grad]
+
+    def backward(self, micro_batch: int, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The whole backward; gradients of the inputs that wanted one (zeros where nothing depends on it)."""
+        alive = self._checked(micro_batch, grads)
+        del self._alive[micro_batch]
+        if alive.outputs:
+            torch.autograd.backward(alive.outputs, list(grads))
+        return [_or_zeros(leaf.grad, leaf) for leaf in alive.inputs]
+
+    def backward_input(self, micro_batch: int, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The first half: gradients of the inputs alone."""
+        alive = self._checked(micro_batch, grads)
+        alive.split = SplitBackward(alive.outputs, grads, alive.inputs)
+        found = alive.split.backward_input() if alive.outputs else [None] * len(alive.inputs)
+        # From here on the graph is the half's to free, piece by piece.
+        inputs, alive.outputs, alive.inputs = alive.inputs, [], []
+        return [_or_zeros(grad, leaf) for grad, leaf in zip(found, inputs, strict=True)]
+
+    def backward_weight(self, micro_batch: int) -> None:
+        """The second half: gradients of the weights."""
+        alive = self._alive.pop(micro_batch)
+        if alive.split is not None:
+            alive.split.backward_weight()
+
+    def drop(self) -> None:
+        """Forget every micro-batch under way, after a failure."""
+        self._alive.clear()
+
+    def _checked(self, micro_batch: int, grads: Sequence[torch.Tensor]) -> _Alive:
+        alive = self._alive[micro_batch]
+        if len(grads) != len(alive.outputs):
+            raise UsageError(
+                f"stage {self.number} got gradients for another number of outputs (micro-batch {micro_batch})",
+                expected=len(alive.outputs),
+                found=len(grads),
+                fix="let the layers return the same tensors on every call",
+            )
+        return alive
+
+
+def _or_zeros(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like) if grad is None else grad
 
 
 class Executor:
     """Runs this rank's line of ``schedule``, which has its transfers and stage instructions already.
 
-    ``events`` holds what the latest run did, in seconds of this process's clock.
+    ``table``: what the instructions that concern a whole stage do; one that it lacks does nothing.
     """
 
     def __init__(
-        self, schedule: Schedule, rank: int, stages: Mapping[int, Stage], mailbox: Mailbox, host: Host
+        self,
+        schedule: Schedule,
+        rank: int,
+        stages: Mapping[int, Stage],
+        mailbox: Mailbox,
+        table: Mapping[Op, Effect],
     ) -> None:
+        # The plan, the same in every run.
         self.schedule, self._rank = schedule, rank
-        self._stages, self._mailbox, self._host = stages, mailbox, host
-        self._queues = queues(schedule)
-        self._known_taken = known_taken(schedule)
+        self._stages, self._mailbox = stages, mailbox
+        self._queues, self._known_taken = queues(schedule), known_taken(schedule)
         self._train = schedule.has_backward
-        self._here: dict[Message, Any] = {}  # values between two stages of this rank
-        self._seeds: dict[
-            int, torch.Tensor
-        ] = {}  # by micro-batch: the gradient of the loss with respect to itself
-        self.events: list[Event] = []
-        self.kept = True  # the latest run left no message under way and no collective half done
-        self._start = 0.0  # of the step in progress
-        self._methods: dict[Op, Callable[[Instruction], None]] = {
+        self._table: dict[Op, Effect] = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
             Op.BACKWARD_INPUT: self._backward,
             Op.BACKWARD_WEIGHT: self._backward_weight,
-            Op.SEND_F: self._nothing,
-            Op.SEND_B: self._nothing,
             Op.RECV_F: self._open,
             Op.RECV_B: self._open,
-            Op.UNSHARD: lambda step: host.unshard(step.stage),
-            Op.RESHARD: lambda step: host.reshard(step.stage),
-            Op.REDUCE_GRAD: lambda step: host.reduce_grad(step.stage),
-            Op.REDUCE_TIED: lambda step: host.reduce_tied(step.stage),
+            # A value is sent by the step that makes it; SEND marks the place for readers and the simulator.
+            **table,
         }
 
-    def run(self) -> None:
+        # Under way within a run.
+        self._batch: Batch | None = None
+        self._here: dict[Message, Value] = {}  # between two stages of this rank
+        self._seeds: dict[
+            int, torch.Tensor
+        ] = {}  # the loss's gradient with respect to itself, by micro-batch
+        self._start = 0.0  # of the step in progress
+
+        # What the latest run has left.
+        self.events: list[Event] = []  # in seconds of this process's clock
+        self.kept = True  # no message is under way and no collective half done
+
+    def run(self, batch: Batch) -> None:
         """Do every instruction in order.
 
         A rank that fails computes nothing more but keeps its appointments: it answers for the messages that it owes,
         goes on with what is collective, takes the messages that it is owed, and raises then. `kept` says whether it
         could, so that ranks may agree to go on; what its gradients hold is worth nothing.
         """
-        self.events, self.kept = [], False
+        self.events, self.kept, self._batch = [], False, batch
         self._mailbox.begin(self._queues, self._known_taken)
+        line = self.schedule.ranks[self._rank]
+        # One reduction for all stages of the rank: its buckets run over the borders of stages.
+        reductions = [at for at, step in enumerate(line) if step.op is Op.REDUCE_GRAD]
         failure: BaseException | None = None
         try:
-            failure = self._try(self._host.start)
-            for step in self.schedule.ranks[self._rank]:
+            failure = self._try(batch.load)
+            for at, step in enumerate(line):
                 self._start = time.perf_counter()
-                if step.op not in COMPUTE and step.op not in TRANSFER:
-                    self._methods[step.op](step)
+                effect = self._table.get(step.op)
+                if effect is None or at in reductions[:-1]:
+                    continue
+                if step.op in OF_STAGE:
+                    effect(step)  # outside of _try: the others are in this collective too, or will be
                 elif failure is None:
-                    failure = self._try(partial(self._methods[step.op], step))
+                    failure = self._try(partial(effect, step))
                     if step.op in COMPUTE:
                         self.events.append(Event(self._rank, step, self._start, time.perf_counter()))
             if failure is None:
@@ -130,58 +215,57 @@ class Executor:
 
     def _forward(self, step: Instruction) -> None:
         assert step.micro_batch is not None
-        stage = self._stages[step.stage]
+        assert self._batch is not None
+        m, stage = step.micro_batch, self._stages[step.stage]
+        # [1] in: the first stage takes data, the others what the stage before has made; [2] they compute
         need = needed_by(step, self.schedule.num_stages)
         if need is None:
-            output = stage.forward(
-                step.micro_batch, self._host.first_input(step.micro_batch), None, self._train
-            )
+            output = stage.begin(m, self._batch.inputs(m), self._train)
         else:
-            tree, tensors, wanted = self._take(need)
-            output = stage.forward(step.micro_batch, rebuild(tree, tensors), wanted, self._train)
+            output = stage.forward(m, self._take(need), self._train)
+        # [3] on: the last stage's output into the loss, the others' to the stage after
         made = made_by(step, self.schedule.num_stages)
         if made is None:
-            loss = self._host.loss(step.micro_batch, output)
+            loss = self._batch.loss(m, output)
             if self._train and loss is not None:
-                stage.hold_output(step.micro_batch, [loss])
-                self._seeds[step.micro_batch] = torch.ones_like(loss)
+                stage.hold_output(m, [loss])
+                self._seeds[m] = torch.ones_like(loss)
             return
         tree, tensors = flatten(output, f"the output of stage {step.stage}")
         if self._train:
-            stage.hold_output(step.micro_batch, tensors)
-        self._give(made, tree, tensors)
+            stage.hold_output(m, tensors)
+        self._give(made, detached(tree, tensors))
 
     def _backward(self, step: Instruction) -> None:
         assert step.micro_batch is not None
-        stage = self._stages[step.stage]
+        m, stage = step.micro_batch, self._stages[step.stage]
+        # [1] in: backward begins at the loss, or goes on from the stage after
         need = needed_by(step, self.schedule.num_stages)
-        grads = [self._seeds.pop(step.micro_batch)] if need is None else self._take(need)[1]
-        whole = step.op is Op.BACKWARD
-        backward = stage.backward if whole else stage.backward_input
-        found = backward(step.micro_batch, grads)
+        grads = [self._seeds.pop(m)] if need is None else self._take(need).tensors
+        found = stage.backward(m, grads) if step.op is Op.BACKWARD else stage.backward_input(m, grads)
+        # [3] on: the first stage has nobody to tell
         made = made_by(step, self.schedule.num_stages)
         if made is not None:
-            self._give(made, "", found)
+            self._give(made, detached("", found))
 
     def _backward_weight(self, step: Instruction) -> None:
         assert step.micro_batch is not None
         self._stages[step.stage].backward_weight(step.micro_batch)
 
-    def _take(self, message: Message) -> tuple[str, list[torch.Tensor], list[bool]]:
-        """What the neighbouring stage made: containers, tensors, and which of them want a gradient."""
+    def _take(self, message: Message) -> Value:
         source = self.schedule.stage_rank[message.source]
         if source == self._rank:
             return self._here.pop(message)
-        form, tensors = self._mailbox.receive(message, source)
+        value = self._mailbox.receive(message, source)
         self._start = time.perf_counter()  # what was spent waiting is idle time, not the step's
-        return form.tree, tensors, [t.needs_grad for t in form.tensors]
+        return value
 
-    def _give(self, message: Message, tree: str, tensors: list[torch.Tensor]) -> None:
+    def _give(self, message: Message, value: Value) -> None:
         target = self.schedule.stage_rank[message.target]
         if target == self._rank:
-            self._here[message] = tree, [t.detach() for t in tensors], [t.requires_grad for t in tensors]
+            self._here[message] = value
         else:
-            self._mailbox.send(message, target, tree, tensors)
+            self._mailbox.send(message, target, value)
 
     def _open(self, step: Instruction) -> None:
         message = needed_by(
@@ -190,6 +274,3 @@ class Executor:
         )
         assert message is not None
         self._mailbox.open(message, self.schedule.stage_rank[message.source])
-
-    def _nothing(self, step: Instruction) -> None:
-        """A value is sent by the step that makes it; SEND marks the place for readers and the simulator."""

@@ -221,19 +221,13 @@ class PipelineModule(nn.Module):
 
     def allreduce_tied_weight_gradients(self) -> None:
         """Sum the tied weights' ``.grad`` over the pipe axis; the engine does this by itself."""
-        sum_gradients(self.ties, _OwnGradients())
+        sum_gradients(self.ties, lambda param: param.grad is not None, _own_gradient)
 
 
-class _OwnGradients:
-    """The parameters' own ``.grad``."""
-
-    def has_gradient(self, param: nn.Parameter) -> bool:
-        return param.grad is not None
-
-    def gradient(self, param: nn.Parameter) -> torch.Tensor:
-        if param.grad is None:
-            param.grad = torch.zeros_like(param)
-        return param.grad
+def _own_gradient(param: nn.Parameter) -> torch.Tensor:
+    if param.grad is None:
+        param.grad = torch.zeros_like(param)
+    return param.grad
 
 
 def _recompute(run: Callable[[Any], Any], value: Any) -> Any:

@@ -22,7 +22,7 @@ from zeropipe.comm.record import SEAM
 from zeropipe.errors import CommunicationError, UsageError
 from zeropipe.runtime.pipe.instructions import Op
 from zeropipe.runtime.pipe.transfers import Message
-from zeropipe.runtime.pipe.wire import FAILED, Form, farewell, form_of, pack, views
+from zeropipe.runtime.pipe.wire import FAILED, Form, Value, farewell, form_of, pack, views
 
 _FORM_TAG, _VALUE_TAG = 0, 1  # added to the pipeline's own tag
 _TAGS = range(1 << 16, 1 << 30, 2)  # above a user's own messages and the collectives' tags
@@ -155,9 +155,9 @@ class Mailbox:
         self._sent.clear()
         self._known.clear()
 
-    def send(self, message: Message, target: int, tree: str, tensors: Sequence[torch.Tensor]) -> None:
-        """Start sending; ``tensors`` are copied, so they may be freed or changed."""
-        form = form_of(tree, tensors)
+    def send(self, message: Message, target: int, value: Value) -> None:
+        """Start sending; the tensors are copied, so they may be freed or changed."""
+        form = form_of(value)
         edge = edge_of(message)
         told = self._sent.get(edge)
         if told != form and told is not None and not self._dynamic:
@@ -176,7 +176,7 @@ class Mailbox:
             for part in (sizes, data):
                 parts.append((self._links.send(part, target, _FORM_TAG, f"form {label}"), part))
             self._sent[edge] = form
-        buffer = pack(form, tensors, self.device)
+        buffer = pack(form, value.tensors, self.device)
         parts.append((self._links.send(buffer, target, _VALUE_TAG, label), buffer))
         self._out[target].add(parts)
         expected = self._targets[target].popleft()
@@ -188,7 +188,7 @@ class Mailbox:
         while queue.expected and message in queue.expected and self._open_next(queue):
             pass
 
-    def receive(self, message: Message, source: int) -> tuple[Form, list[torch.Tensor]]:
+    def receive(self, message: Message, source: int) -> Value:
         """Wait for ``message``; its tensors are views of a buffer of their own."""
         queue = self._queues[source]
         while message not in queue.arrived:
@@ -200,7 +200,7 @@ class Mailbox:
         if source in self._out:
             self._out[source].forget(self._taken[message])
         form, buffer = queue.arrived.pop(message)
-        return form, views(form, buffer)
+        return Value(form.tree, views(form, buffer), [t.needs_grad for t in form.tensors])
 
     def say_failed(self) -> None:
         """Answer every message that others still expect from here, so that they stop instead of waiting."""

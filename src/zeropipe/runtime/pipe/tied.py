@@ -8,9 +8,8 @@ equal without ever being sent again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -48,29 +47,24 @@ def share_values(ties: Iterable[Tie]) -> None:
                 tie.param.detach().copy_(value)
 
 
-class Gradients(Protocol):
-    """Who holds the gradients that this rank has accumulated."""
-
-    def has_gradient(self, param: nn.Parameter) -> bool:
-        """Whether there is one."""
-
-    def gradient(self, param: nn.Parameter) -> torch.Tensor:
-        """The tensor that holds it, to be changed in place; zeros where there was none."""
-
-
-def sum_gradients(ties: Iterable[Tie], gradients: Gradients) -> None:
+def sum_gradients(
+    ties: Iterable[Tie],
+    has: Callable[[nn.Parameter], bool],
+    gradient: Callable[[nn.Parameter], torch.Tensor],
+) -> None:
     """Sum the copies' gradients in place; collective over each tie's group.
 
-    A parameter that no copy has used gets none, so that the optimizer passes over it as in one process.
+    ``has``: whether a parameter was used here. ``gradient``: the tensor to be changed in place, zeros if there was
+    none. A parameter that no copy has used gets none, so that the optimizer passes over it as in one process.
     """
     by_group: dict[Group, list[Tie]] = {}
     for tie in ties:
         if tie.group.size > 1 and tie.param.numel():
             by_group.setdefault(tie.group, []).append(tie)
     for group, shared in by_group.items():
-        here = [gradients.has_gradient(tie.param) for tie in shared]
+        here = [has(tie.param) for tie in shared]
         used = torch.tensor(here, dtype=torch.int32, device=shared[0].param.device)
         all_reduce(used, group, op="max", label="tied weights in use")
         for tie, somewhere in zip(shared, used.tolist(), strict=True):
             if somewhere:
-                all_reduce(gradients.gradient(tie.param), group, label=f"tied {tie.plan.key}")
+                all_reduce(gradient(tie.param), group, label=f"tied {tie.plan.key}")

@@ -1,23 +1,207 @@
-"""Packs what one stage hands to the next into one flat message, and unpacks it.
+"""What one stage hands to the next: taken apart into tensors and the containers around them, packed into one message.
 
-The tensors of a value, of any dtype, go end to end into one byte buffer; all else (`containers`) is the *form*, which
-the other side is told once, or with every message where shapes may change::
+The tensors of a value, of any dtype, go end to end into one byte buffer. All else is the *form*, which the other side
+is told once, or with every message where shapes may change::
 
+    form     | containers as JSON | shape, dtype, wants a gradient? of each tensor
     payload  | state, 64 bytes | tensor 0 | pad | tensor 1 | pad | ...      each tensor starts on 64 bytes
+
+Containers keep their class, however they are cut: what a layer behind a cut gets is what it would get in one process.
 """
 
 from __future__ import annotations
 
+import copyreg
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
+from importlib import import_module
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
+
+from zeropipe.errors import UsageError
 
 ALIGN = 64  # bytes; enough for any vector load
 HEAD = 64  # bytes before the first tensor; the first byte says whether this is a value or a farewell
 VALUE, FAILED = 0, 1
+
+_PLAIN = (bool, int, float, str)
+_CONTAINERS: dict[type, str] = {tuple: "tuple", list: "list"}
+_NEW_OBJECT = copyreg.__newobj__  # type: ignore[attr-defined]
+
+
+def flatten(value: Any, where: str) -> tuple[str, list[torch.Tensor]]:
+    """The containers of ``value`` as JSON, and its tensors, each once. ``where`` names the value in errors."""
+    parts = _Parts(where, lambda kind: _name_of(kind, where))
+    tree = json.dumps(parts.take(value))
+    return tree, parts.tensors
+
+
+def rebuild(tree: str, tensors: Sequence[Any]) -> Any:
+    """The value with the containers of ``tree`` around ``tensors``."""
+    return _put_together(json.loads(tree), tensors, _class_of)
+
+
+def map_tensors(value: Any, change: Callable[[torch.Tensor], Any], where: str) -> Any:
+    """``value`` with ``change`` applied to each tensor; nothing leaves the process, so any class will do."""
+    kinds: list[type] = []
+
+    def keep(kind: type) -> Any:
+        kinds.append(kind)
+        return len(kinds) - 1
+
+    parts = _Parts(where, keep)
+    tree = parts.take(value)
+    return _put_together(tree, [change(tensor) for tensor in parts.tensors], kinds.__getitem__)
+
+
+class _Parts:
+    """``tensors``: those of all values taken so far. ``name(kind)``: what stands for a class in the tree."""
+
+    def __init__(self, where: str, name: Callable[[type], Any]) -> None:
+        self._where, self._name = where, name
+        self.tensors: list[torch.Tensor] = []
+        self._places: dict[int, int] = {}  # by id of a tensor, which is alive as long as the list
+        self._around: list[int] = []  # ids of the containers that are being taken apart
+
+    def take(self, node: Any) -> dict[str, Any]:
+        """``node`` as one word for its kind, and its parts."""
+        kind = type(node)
+        if isinstance(node, torch.Tensor):
+            place = self._places.setdefault(id(node), len(self.tensors))
+            if place == len(self.tensors):
+                self.tensors.append(node)
+            return {"tensor": place}
+        if node is None or kind in _PLAIN:
+            return {"plain": node}
+        if isinstance(node, _PLAIN):  # such as an enum
+            return {
+                "value": [self._name(kind), next(base(node) for base in _PLAIN[1:] if isinstance(node, base))]
+            }
+        if id(node) in self._around:
+            raise self._refusal(node, "no container that contains itself")
+        self._around.append(id(node))
+        try:
+            if kind in _CONTAINERS:
+                return {_CONTAINERS[kind]: [self.take(child) for child in node]}
+            if isinstance(node, dict) and not all(isinstance(key, str) for key in node):
+                raise self._refusal(node, "dicts with str keys")
+            if kind is dict:
+                return {"dict": [[key, self.take(child)] for key, child in node.items()]}
+            if isinstance(node, (tuple, list, dict)) or is_dataclass(node):
+                return {"object": self._object(node)}
+        finally:
+            self._around.pop()
+        raise self._refusal(
+            node,
+            "tensors in tuples, lists, dicts with str keys and dataclasses, beside None, bool, int, float or str",
+        )
+
+    def _object(self, node: Any) -> list[Any]:
+        # Named tuples, ordered and other dicts with attributes, dataclasses, ``ModelOutput``: taken apart by the
+        # protocol of ``copy`` and ``pickle``, but written in words. The class is found by its name on the other side,
+        # and nothing else is ever called there.
+        try:
+            made = node.__reduce_ex__(2)
+        except TypeError as error:
+            raise self._refusal(node, "what copy.copy can copy") from error
+        function, args, state, items, pairs = (*made, None, None, None)[:5]
+        if isinstance(made, str) or function not in (_NEW_OBJECT, type(node)):
+            raise self._refusal(node, "a container that is copied by means of its own class")
+        if function is _NEW_OBJECT:
+            args = args[1:]
+        return [
+            self._name(type(node)),
+            function is _NEW_OBJECT,
+            self.take(tuple(args)),
+            self.take(state),
+            self.take(list(items or ())),
+            self.take([tuple(pair) for pair in pairs or ()]),
+        ]
+
+    def _refusal(self, node: Any, expected: str) -> UsageError:
+        return UsageError(
+            f"{self._where} cannot be sent to the next stage",
+            expected=expected,
+            found=type(node).__name__,
+            fix="return only these from the last layer of a stage",
+        )
+
+
+def _put_together(node: dict[str, Any], tensors: Sequence[Any], find: Callable[[Any], type]) -> Any:
+    ((word, inner),) = node.items()
+    if word == "tensor":
+        return tensors[inner]
+    if word == "plain":
+        return inner
+    if word == "value":
+        return find(inner[0])(inner[1])
+    if word == "dict":
+        return {key: _put_together(child, tensors, find) for key, child in inner}
+    if word == "object":
+        kind = find(inner[0])
+        args, state, items, pairs = (_put_together(part, tensors, find) for part in inner[2:])
+        made: Any = kind.__new__(kind, *args) if inner[1] else kind(*args)
+        _set_state(made, state)
+        if items:
+            made.extend(items)
+        for key, value in pairs:
+            made[key] = value
+        return made
+    return (tuple if word == "tuple" else list)(_put_together(child, tensors, find) for child in inner)
+
+
+def _set_state(made: Any, state: Any) -> None:
+    # As ``copy`` does it: attributes, or a pair of those and what stands in slots.
+    if state is None:
+        return
+    if hasattr(made, "__setstate__"):
+        made.__setstate__(state)
+        return
+    attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+    if attributes:
+        made.__dict__.update(attributes)
+    for name, value in (slots or {}).items():
+        object.__setattr__(made, name, value)
+
+
+def _name_of(kind: type, where: str) -> str:
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    try:
+        found: Any = _class_of(name)
+    except (ImportError, AttributeError):
+        found = None
+    if found is not kind:
+        raise UsageError(
+            f"{where} cannot be sent to the next stage: its class would not be found there",
+            expected="a class at the top of a module",
+            found=f"{kind.__module__}.{kind.__qualname__}",
+            fix="define the class at the top of a module, or return tensors in tuples, lists and dicts",
+        )
+    return name
+
+
+def _class_of(name: str) -> Any:
+    module, _, way = name.partition(":")
+    found: Any = sys.modules.get(module) or import_module(module)
+    for part in way.split("."):
+        found = getattr(found, part)
+    return found
+
+
+class Value(NamedTuple):
+    """A value on its way: `rebuild` puts ``tree`` and ``tensors`` together again."""
+
+    tree: str
+    tensors: list[torch.Tensor]  # without a graph
+    wanted: list[bool]  # whether the stage that made it wants the gradient of each
+
+
+def detached(tree: str, tensors: Sequence[torch.Tensor]) -> Value:
+    return Value(tree, [t.detach() for t in tensors], [t.requires_grad for t in tensors])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +250,12 @@ class Form:
         return ", ".join(f"{t.dtype}{list(t.shape)}" for t in self.tensors) or "no tensors"
 
 
-def form_of(tree: str, tensors: Sequence[torch.Tensor]) -> Form:
+def form_of(value: Value) -> Form:
     return Form(
-        tree,
+        value.tree,
         tuple(
-            TensorForm(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.requires_grad) for t in tensors
+            TensorForm(tuple(t.shape), str(t.dtype).removeprefix("torch."), wanted)
+            for t, wanted in zip(value.tensors, value.wanted, strict=True)
         ),
     )
 
@@ -80,7 +265,7 @@ def pack(form: Form, tensors: Sequence[torch.Tensor], device: torch.device) -> t
     buffer = torch.empty(form.nbytes, dtype=torch.uint8, device=device)
     buffer[:HEAD].zero_()
     for tensor, view in zip(tensors, views(form, buffer), strict=True):
-        view.copy_(tensor.detach())
+        view.copy_(tensor)
     return buffer
 
 

@@ -1,0 +1,262 @@
+"""One batch of a pipeline: micro-batches in at its two ends, losses out, and what all ranks then tell each other.
+
+first stage   the inputs of each micro-batch, from this rank's iterator
+last stage    the labels, from an iterator that gives the same batches; the loss and its other terms
+all ranks     one small sum: who has failed, and the losses of every replica
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zeropipe.comm.collectives import all_gather_object, all_reduce
+from zeropipe.comm.group import world
+from zeropipe.errors import CommunicationError, UsageError
+from zeropipe.runtime.pipe.grid import PipelineParallelGrid
+from zeropipe.runtime.pipe.wire import map_tensors
+
+LossFn = Callable[..., Any]
+
+
+class Repeat:
+    """Goes through ``loader`` again and again."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader, self._iterator = loader, iter(loader)
+
+    def __iter__(self) -> Repeat:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            self._iterator = iter(self._loader)
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            raise UsageError(
+                "the training data gives no micro-batch",
+                expected="a loader that gives at least one each time it is gone through",
+                found=f"none from a {type(self._loader).__name__}",
+                fix="give more samples than one micro-batch takes on each rank, set dataloader_drop_last to false, "
+                "or, where the loader is an iterator, pass it to train_batch(data_iter)",
+            ) from None
+
+
+class Batch:
+    """``count`` micro-batches of one run on this rank, and what the loss function returns for each.
+
+    ``source``: where the micro-batches come from, None on a rank between the ends. Each is ``(inputs, labels)``, or
+    what ``batch_fn`` makes of it. The loss function returns a scalar; or a dict with the scalar under ``loss`` and
+    other terms beside it; or a tuple whose first element is the loss. ``factor``: loss scale over micro-batches.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        source: Callable[[], Iterator[Any] | None],
+        device: torch.device,
+        loss_fn: LossFn | None = None,
+        batch_fn: Callable[[Any], Any] | None = None,
+        factor: float = 1.0,
+        with_loss: bool = True,
+        keep_outputs: bool = False,
+    ) -> None:
+        self.count, self.with_loss = count, with_loss
+        self._source, self._device = source, device
+        self._loss_fn, self._batch_fn = loss_fn, batch_fn
+        self._factor, self._keep = factor, keep_outputs
+        self._parts: list[tuple[Any, Any]] = []  # inputs, labels
+
+        # What the last stage has found, in the order in which it ran the micro-batches.
+        self.outputs: list[Any] = []  # detached
+        self.values: list[torch.Tensor] = []  # [] each, detached
+        self.terms: dict[str, list[torch.Tensor]] = {}
+
+    def load(self) -> None:
+        """Draw all micro-batches before the first instruction, so that a step has its data or does not begin."""
+        iterator = self._source()
+        if iterator is None:
+            return
+        for number in range(self.count):
+            try:
+                given = next(iterator)
+            except StopIteration:
+                # Raised as an error of its own: a StopIteration would end a caller's generator in silence.
+                raise UsageError(
+                    "the data iterator ended inside a step",
+                    expected=f"{self.count} micro-batches",
+                    found=number,
+                    fix="repeat the loader, drop the last incomplete batch, or lower gradient_accumulation_steps",
+                ) from None
+            parts = given if self._batch_fn is None else self._batch_fn(given)
+            if not (isinstance(parts, (tuple, list)) and len(parts) == 2):
+                length = f" of {len(parts)}" if hasattr(parts, "__len__") else ""
+                raise UsageError(
+                    "a pipeline's batch has two parts",
+                    expected="(inputs, labels)",
+                    found=f"a {type(parts).__name__}{length}",
+                    fix="convert it with engine.set_batch_fn(fn); use None where there are no labels",
+                )
+            self._parts.append((parts[0], parts[1]))
+
+    def inputs(self, micro_batch: int) -> Any:
+        return self._on_device(self._parts[micro_batch][0])
+
+    def loss(self, micro_batch: int, output: Any) -> torch.Tensor | None:
+        """What the model's output costs, scaled for backward; None where nothing is to be trained."""
+        if self._keep:
+            self.outputs.append(map_tensors(output, torch.Tensor.detach, "the model's output"))
+        if not self.with_loss:
+            return None
+        labels = self._on_device(self._parts[micro_batch][1])
+        loss, terms = _split(output if self._loss_fn is None else self._loss_fn(output, labels))
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+            is_tensor = isinstance(loss, torch.Tensor)
+            raise UsageError(
+                "the loss function" if self._loss_fn is not None else "the last layer (there is no loss_fn)",
+                expected="a floating-point tensor with one element",
+                found=f"a {loss.dtype} tensor of shape {tuple(loss.shape)}"
+                if is_tensor
+                else type(loss).__name__,
+                fix="return loss.mean(), a dict with the key 'loss', or pass PipelineModule(loss_fn=...)",
+            )
+        self.values.append(loss.detach().reshape(()))
+        for name, value in terms.items():
+            self.terms.setdefault(name, []).append(_mean(name, value))
+        if not torch.is_grad_enabled():
+            return None
+        if not loss.requires_grad:
+            raise UsageError(
+                "the loss depends on no trained parameter",
+                fix="check that layers do not detach their output and that parameters require grad; "
+                "checkpoint(..., use_reentrant=True) gives none where its input requires none: use False",
+            )
+        loss = loss.reshape(())
+        # In fp32 at least: the scaled loss of an fp16 model would overflow by itself.
+        return loss if self._factor == 1.0 else _wide(loss) * self._factor
+
+    def row(self, names: list[str], how: str | None) -> torch.Tensor:
+        """fp64?, the loss (``how``: avg or sum), the mean of each named term, the loss by micro-batch; 1D, fp64."""
+        values = torch.stack([_wide(value) for value in self.values])
+        loss = values.sum() if how == "sum" else values.mean()
+        means = [torch.stack(self.terms[name]).mean() for name in names]
+        is_wide = torch.tensor(values.dtype == torch.float64)
+        return torch.stack([one.to("cpu", torch.float64) for one in (is_wide, loss, *means, *values)])
+
+    def _on_device(self, value: Any) -> Any:
+        if self._device.type == "cpu":
+            return value
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(self._device), value)
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    """In fp32 at least."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _mean(name: str, value: Any) -> torch.Tensor:
+    try:
+        return _wide(torch.as_tensor(value).detach()).mean()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"the loss function's term {name!r}",
+            expected="a number or a tensor",
+            found=type(value).__name__,
+            fix="return only numbers beside the loss",
+        ) from error
+
+
+def _split(returned: Any) -> tuple[Any, dict[str, Any]]:
+    if isinstance(returned, dict):
+        return returned.get("loss"), {k: v for k, v in returned.items() if k != "loss"}
+    if isinstance(returned, (tuple, list)) and returned:
+        return returned[0], {f"term_{i}": v for i, v in enumerate(returned[1:], 1)}
+    return returned, {}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The losses of a batch, averaged over the replicas; the same on every rank of a pipeline."""
+
+    loss: torch.Tensor  # [], the mean or the sum over micro-batches
+    terms: dict[str, torch.Tensor]  # [] each, means
+    each: list[torch.Tensor]  # [] each, by micro-batch
+
+
+class Settlement:
+    """Ends each batch of a pipeline on all ranks alike; collective over the world. ``last``: the rank of the loss."""
+
+    def __init__(self, grid: PipelineParallelGrid, device: torch.device, last: int) -> None:
+        self._grid, self._device, self._last = grid, device, last
+        self._names: list[str] = []  # of the loss function's other terms, as all ranks know them
+
+    def settle(
+        self, batch: Batch, how: str | None, failure: BaseException | None = None, first: bool = False
+    ) -> Outcome | BaseException:
+        """What came of ``batch``, or the error that this rank is to raise, as every rank then is.
+
+        The error is ``failure`` where there is one (``first``: it arose here, it was not heard of from another rank),
+        else a CommunicationError if another rank failed, or a UsageError if replicas have other terms.
+        """
+        grid = self._grid
+        speaks = failure is None and batch.with_loss and grid.stage_id == self._last
+        mine = sorted(batch.terms) if speaks else self._names
+        # Every rank fills in its own places and leaves zeros elsewhere, so the sum brings each value to every rank
+        # as it was, and all compute the same mean from them:
+        #   failed, by pipeline rank | new names | for each slice and replica: fp64?, loss, terms, losses
+        head = grid.pipe_parallel_size + 1
+        width = 2 + len(self._names) + batch.count
+        replicas = grid.model_parallel_size * grid.data_parallel_size
+        figures = torch.zeros(head + replicas * width, dtype=torch.float64)
+        figures[grid.stage_id] = first
+        figures[head - 1] = mine != self._names
+        if speaks and mine == self._names:
+            place = head + (grid.slice_parallel_id * grid.data_parallel_size + grid.data_parallel_id) * width
+            figures[place : place + width] = batch.row(self._names, how)
+        figures = figures.to(self._device)
+        all_reduce(figures, world(), label="losses")
+        *failed, news = figures[:head].tolist()
+        if failure is not None:
+            return failure
+        if any(failed):
+            ranks = ", ".join(str(rank) for rank, times in enumerate(failed) if times)
+            return CommunicationError(
+                f"pipeline rank(s) {ranks} failed in this batch, so no rank takes a step",
+                rank=grid.global_rank,
+                fix="read the traceback of the rank that failed; no message was lost, so the next batch may follow",
+            )
+        if news:
+            return self._learn(mine if speaks else None) or self.settle(batch, how)
+        rows = figures[head:].view(grid.model_parallel_size, grid.data_parallel_size, width)
+        return self._average(rows[grid.slice_parallel_id], batch.count)
+
+    def _average(self, rows: torch.Tensor, count: int) -> Outcome:
+        """``rows``: [replicas, width]."""
+        total = rows[0].to(torch.float64 if bool(rows[0, 0]) else torch.float32)
+        for row in rows[1:]:
+            total = total + row.to(total.dtype)
+        total = total / len(rows)
+        terms = {name: total[at] for at, name in enumerate(self._names, 2)}
+        return Outcome(total[1], terms, list(total[len(total) - count :]))
+
+    def _learn(self, mine: list[str] | None) -> UsageError | None:
+        """Take over the names of the terms, which have changed."""
+        gathered = all_gather_object(mine, world(), label="loss terms")
+        everyone = {rank: names for rank, names in enumerate(gathered) if names is not None}
+        first = next(iter(everyone.values()))
+        for rank, names in everyone.items():
+            if names != first:
+                return UsageError(
+                    f"the loss function returned other terms on rank {rank} than on rank {next(iter(everyone))}",
+                    expected=first,
+                    found=names,
+                    fix="return the same terms on every replica",
+                )
+        self._names = first
+        return None
