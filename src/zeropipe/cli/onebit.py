@@ -33,7 +33,6 @@ def plan(
     """Print phases, rounds and bytes that one rank sends, beside dense Adam."""
     from zeropipe.config.parse import parse_config
     from zeropipe.runtime.fp16.onebit import plan as planning
-    from zeropipe.runtime.fp16.onebit.phases import OneBitPhases
 
     parsed = parse_config(config)
     schedule = parsed.scheduler.params or {}
@@ -61,7 +60,7 @@ def plan(
     ours, dense = planning.plan(name, phases, job), planning.dense_plan(job)
     others = [dense]
     if against_freeze_step is not None:
-        one_bit = OneBitPhases(against_freeze_step)
+        one_bit = planning.Phases(planning.Rules(against_freeze_step))
         others.append(planning.plan("1-bit Adam", one_bit, job))
     typer.echo(f"{params} parameters, {total} steps, {world} ranks, stage {job.stage}, {parsed.precision}")
     for entry in (ours, *others):
@@ -69,9 +68,9 @@ def plan(
     for other in others:
         typer.echo(
             f"{name} sends {ours.times_less_than(other):.3g} times less than {other.name} "
-            f"({100 * ours.less_bytes_than(other):.1f} % less), in "
-            f"{100 * ours.fewer_exchanges_than(other):.1f} % fewer exchanges and "
-            f"{100 * ours.fewer_rounds_than(other):.1f} % fewer rounds"
+            f"({100 * ours.saves('bytes', other):.1f} % less), in "
+            f"{100 * ours.saves('exchanges', other):.1f} % fewer exchanges and "
+            f"{100 * ours.saves('rounds', other):.1f} % fewer rounds"
         )
     typer.echo(
         "An exchange is a step in which gradients, momenta or updates travel, a round one in which ranks wait for each "

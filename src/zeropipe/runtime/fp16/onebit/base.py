@@ -20,62 +20,66 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from zeropipe.comm import collectives
 from zeropipe.comm.group import Group, world
-from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
-from zeropipe.layout.flat import FlatShards
-from zeropipe.runtime.fp16.onebit.exchange import Topology
-from zeropipe.runtime.fp16.onebit.gradients import averaged, clip_, own_gradient, put_gradients
-from zeropipe.runtime.fp16.onebit.lane import Lane, View
-from zeropipe.runtime.fp16.onebit.options import Common
-from zeropipe.runtime.fp16.onebit.phases import OneBitPhases, Phase, ZeroOnePhases, check_against_run
-from zeropipe.runtime.fp16.onebit.rank_state import (
-    RankState,
-    groups_of,
-    is_own,
-    lane_state,
-    own_debt,
-    shared_debt,
-)
-from zeropipe.runtime.fp16.onebit.shown_state import publish, restore_tensors, saved_phases
+from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError, describe
+from zeropipe.runtime.fp16.onebit.exchange import Exchange, Topology
+from zeropipe.runtime.fp16.onebit.lane import ERRORS, PHASE, Entry, Kept, Lane, View
+from zeropipe.runtime.fp16.onebit.plan import Phase, Phases, Rules
+from zeropipe.runtime.fp16.onebit.rank_state import RankState, groups_of, is_own, own_values, shared_values
 
 
 class CompressedOptimizer(torch.optim.Optimizer, ABC):
     """Base of OnebitAdam, OnebitLamb and ZeroOneAdam, which add what a dense and what a compressed step does."""
 
     communicates = True  # an engine asks for this before it takes over the averaging of gradients
-    rank_state_keys = ("worker_error", "server_error")  # differ by rank; not shards of anything
+    rank_state_keys = ERRORS  # differ by rank; not shards of anything
+    kept: ClassVar[Kept] = Kept()
 
-    def __init__(
-        self,
-        params: Any,
-        phases: OneBitPhases | ZeroOnePhases,
-        common: Common,
-        **further: Any,
-    ) -> None:
-        """``further``: options that a param group of this optimizer holds beside those in ``common``.
+    def __init__(self, params: Any, rules: Rules, given: Mapping[str, Any], *further: str) -> None:
+        """``given``: the arguments of the public constructor; ``further``: those of them that a param group holds too,
+        beside what all three share.
 
         Raises ValueError (UsageError for ``amsgrad``) for an option that cannot be.
         """
-        common.check(type(self).__name__)
+        name, (beta1, beta2) = type(self).__name__, given["betas"]
+        if given["amsgrad"]:
+            raise UsageError(f"{name} has no AMSGrad variant. Fix: leave out amsgrad=True")
+        checks = {
+            "betas": (0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)", given["betas"]),
+            "node_size": (given["node_size"] >= 1, "at least 1", given["node_size"]),
+        }
+        for key in ("lr", "eps", "weight_decay", "max_grad_norm"):
+            checks[key] = (given[key] >= 0, "at least 0", given[key])
+        check_ranges(name, checks)
+
+        # What runs: ``_started`` says whether lanes exist that have stepped.
+        self._phases = Phases(rules)
         self._lanes: list[Lane] = []
-        self._phases = phases
+        self._started = False
+
+        # What an engine says before and between steps; without one the world averages, and ``step`` does it all.
+        self._node_size: int = given["node_size"]
         self._topology: Topology | None = None
-        self._views: Mapping[nn.Parameter, View] = {}
-        self._local: dict[nn.Parameter, torch.Tensor] = {}
         self._engine_averages = False
-        self._started = False  # whether lanes exist that have stepped
-        self._node_size = common.node_size
-        super().__init__(params, common.of_a_group() | further)
-        self.deepspeed = common.deepspeed
-        self.eps_mode = 0 if common.eps_inside_sqrt else 1
-        self.cuda_aware = common.cuda_aware
-        self.comm_backend_name = common.comm_backend_name
-        self.using_pipeline = bool(getattr(common.deepspeed, "pipeline_parallelism", False))
+        self._views: dict[nn.Parameter, View] = {}
+        self._local: dict[nn.Parameter, torch.Tensor] = {}
+
+        of_a_group = ("lr", "bias_correction", "betas", "eps", "weight_decay", "max_grad_norm", *further)
+        options = {key: given[key] for key in of_a_group}
+        super().__init__(params, options | {"betas": tuple(given["betas"])})
+
+        # What users and clients read.
+        self.deepspeed = given["deepspeed"]
+        self.eps_mode = 0 if given["eps_inside_sqrt"] else 1
+        self.cuda_aware = given["cuda_aware"]
+        self.comm_backend_name = given["comm_backend_name"]
+        self.using_pipeline = bool(getattr(self.deepspeed, "pipeline_parallelism", False))
 
     @property
     def size(self) -> int:
@@ -83,7 +87,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         return self._ready().group.size
 
     @property
-    def phases(self) -> OneBitPhases | ZeroOnePhases:
+    def phases(self) -> Phases:
         """Where the optimizer stands; ``phases.next()`` tells what the coming step does."""
         return self._phases
 
@@ -105,8 +109,9 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
 
         ``total_steps``, ``warmup_steps``: of the schedule; anything but a number says nothing.
         """
-        known = [int(n) if isinstance(n, int | float) else None for n in (total_steps, warmup_steps)]
-        check_against_run(self._phases, known[0], known[1])
+        self._phases.check_run(
+            *(int(n) if isinstance(n, int | float) else None for n in (total_steps, warmup_steps))
+        )
 
     def bind_communication(self, group: Group) -> None:
         """Let an engine average gradients over ``group`` in dense phases; collective when ``node_size`` > 1.
@@ -126,7 +131,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
 
     def bind_shards(self, views: Mapping[nn.Parameter, View]) -> None:
         """Step on 1-D masters, each one shard of a layout (one shard at stage 0). More may follow."""
-        self._views = {**self._views, **views}
+        self._views.update(views)
 
     def check_stage(self, stage: int) -> None:
         """Raises UnsupportedOptimizerError for a ZeRO stage at which this optimizer cannot work."""
@@ -167,28 +172,40 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         if grads is not None:
-            put_gradients(self.param_groups, grads)
+            params = [param for options in self.param_groups for param in options["params"]]
+            if len(grads) != len(params):
+                raise UsageError(
+                    "step(grads=...) needs one gradient per parameter", expected=len(params), found=len(grads)
+                )
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = None if grad is None else grad.to(param.dtype)
         self._refresh()
-        topology = self._ready()
+        topology, lanes = self._ready(), self._lanes
         phase, after = self._phases.next()
         if phase.dense:
-            group = None if self._engine_averages else topology.group
             # What no rank has used is skipped, as in plain PyTorch: an engine leaves such a master without gradient.
-            lanes = [lane for lane in self._lanes if not lane.bound or lane.params[0].grad is not None]
-            gradients = [averaged(lane, group) for lane in lanes]
+            lanes = [lane for lane in lanes if not lane.bound or lane.params[0].grad is not None]
+            gradients = [lane.gradient() for lane in lanes]
+            for gradient in gradients if not self._engine_averages and topology.group.size > 1 else ():
+                collectives.all_reduce(gradient, topology.group, op="avg", label="gradients")
         else:
-            lanes = self._lanes
-            gradients = [own_gradient(lane, self._local, topology.group) for lane in lanes]
-        clip_(gradients, [lane.options["max_grad_norm"] for lane in lanes])
+            gradients = [lane.own_gradient(self._local.get(lane.params[0])) for lane in lanes]
+
+        limits = [lane.options["max_grad_norm"] for lane in lanes]
+        if any(limits):
+            # In a compressed step this is the norm of this rank's own gradients, which needs no communication.
+            total = torch.stack([gradient.norm() for gradient in gradients]).norm()
+            for gradient, limit in zip(gradients, limits, strict=True):
+                if limit:  # 0 is none
+                    gradient.mul_((limit / (total + 1e-6)).clamp(max=1.0))
+
         for lane, gradient in zip(lanes, gradients, strict=True):
-            lane.step += 1
+            lane.count(phase.dense)
             if phase.dense:
-                lane.variance_steps += 1
-                lane.variance_moved()
                 self._dense_step(lane, gradient)
             else:
-                self._exchange_step(lane, gradient, phase, topology)
-        self._phases = after  # type: ignore[assignment]
+                self._exchange_step(lane, gradient, phase)
+        self._phases = after
         self._local.clear()
         self._publish()
         return loss
@@ -198,8 +215,11 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         """Step with ``gradient``, the average over ranks: 1-D float32, lane.numel."""
 
     @abstractmethod
-    def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase, topology: Topology) -> None:
+    def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase) -> None:
         """Step with ``gradient``, this rank's own over the whole buffer: 1-D float32, lane.layout.numel."""
+
+    def _restored(self, lane: Lane, entries: Sequence[Entry]) -> None:
+        """The lane's state was taken over from ``entries``, one per parameter, or (none) what differs by rank."""
 
     # -- lanes ----------------------------------------------------------------------------------------------
 
@@ -210,17 +230,16 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         known = {param for lane in self._lanes for param in lane.params}
         for index, options in enumerate(self.param_groups):
             new = [p for p in options["params"] if p not in known]
-            masters = [p for p in new if p in self._views]
             plain = [p for p in new if p not in self._views and p.requires_grad]
-            lanes = [Lane(index, options, [master], self._views[master]) for master in masters]
-            if plain:
-                lanes.append(Lane(index, options, plain, None))
-            if lanes and self._started and self._compressed():
+            runs: list[tuple[list[nn.Parameter], View | None]]
+            runs = [([master], self._views[master]) for master in new if master in self._views]
+            runs += [(plain, None)] if plain else []
+            if runs and self._started and self._compressed():
                 raise UsageError(
                     f"parameters of param group {index} became trainable after compression began: they have no "
                     "variance to divide by. Fix: unfreeze them during the warm-up"
                 )
-            self._lanes += lanes
+            self._lanes += [Lane(index, options, *run, self._topology, self.kept) for run in runs]
         self._started = self._phases.step > 0
         return self._topology
 
@@ -270,7 +289,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         info = state_dict.get("onebit") or {}
         self._load_entries(entries, info.get("phases"))
         state, topology = info.get("rank_state"), self._ready()
-        if state is not None and is_own(state, self._layouts(topology), topology):
+        if state is not None and is_own(state, self._exchanges(), topology):
             self.load_rank_states([state])
         elif self._phases.owes and topology.group.size > 1:
             warnings.warn(
@@ -279,22 +298,19 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
                 stacklevel=2,
             )
 
-    def _load_entries(
-        self, entries: Mapping[torch.Tensor, Mapping[str, Any]], phases: dict[str, int] | None
-    ) -> None:
+    def _load_entries(self, entries: Mapping[torch.Tensor, Entry], phases: Mapping[str, int] | None) -> None:
         """Make new lanes of the state given by parameter (or master), at ``phases`` or what the entries tell."""
         steps = max((int(entry["step"]) for entry in entries.values() if "step" in entry), default=0)
-        phases = phases or saved_phases(entries.values())
-        self._phases = self._phases.forwarded(steps) if phases is None else self._phases.resumed(phases)
+        # Under a master an engine saves where the optimizer stood with the rest; one entry is as good as another.
+        told = ({k: int(v) for k, v in entry.items() if k.startswith(PHASE)} for entry in entries.values())
+        phases = phases or {k.removeprefix(PHASE): v for k, v in next(filter(None, told), {}).items()}
+        self._phases = self._phases.resumed(phases) if phases else self._phases.forwarded(steps)
         self._lanes.clear()
         self._started = False
         self._ready()
         for lane in self._lanes:
             mine = [entries.get(param, {}) for param in lane.params]
-            lane.step = int(mine[0].get("step", 0))
-            lane.variance_steps = int(mine[0].get("variance_steps", self._phases.variance_steps))
-            restore_tensors(lane, mine, self._more_own(mine[0]))
-            lane.drop_noise()  # left by earlier versions, or by DeepSpeed
+            lane.restore(mine, self._phases.updates)
             self._restored(lane, mine)
         self._publish()
 
@@ -302,14 +318,8 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         """What only this rank knows: its error feedback. To be saved for each rank; plain data and live tensors."""
         self._refresh()
         topology = self._ready()
-        lanes = [
-            lane_state(
-                lane.exchange(topology).layout, lane.worker_error, lane.server_error, self._rank_tensors(lane)
-            )
-            for lane in self._lanes
-        ]
-        group = topology.group
-        return {"world": group.size, "rank": group.rank, "node_size": self._node_size, "lanes": lanes}
+        place = {"world": topology.group.size, "rank": topology.group.rank, "node_size": self._node_size}
+        return {**place, "lanes": [lane.rank_state() for lane in self._lanes]}
 
     def take_rank_states(self, own: RankState | None, everyone: Callable[[], Sequence[RankState]]) -> str:
         """As ``load_rank_states``, for an engine: ``own`` if it was saved by this very rank, else ``everyone``'s.
@@ -320,7 +330,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         if not self._phases.owes:
             return ""
         topology = self._ready()
-        if own is not None and is_own(own, self._layouts(topology), topology):
+        if own is not None and is_own(own, self._exchanges(), topology):
             self.load_rank_states([own])
             return ""
         states = everyone()
@@ -338,44 +348,27 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         """
         self._refresh()
         topology = self._ready()
-        layouts = self._layouts(topology)
-        own = next((state for state in states if is_own(state, layouts, topology)), None)
-        groups = [] if own is not None and len(states) == 1 else groups_of(states)
+        own = next((state for state in states if is_own(state, self._exchanges(), topology)), None)
+        alone = own is not None and len(states) == 1
+        groups = [] if alone else groups_of(states)
         if not self._phases.owes:
             return
-        for number, (lane, layout) in enumerate(zip(self._lanes, layouts, strict=True)):
-            debt = shared_debt(groups, number, layout, topology) if own is None else own_debt(own, number)
-            if debt.worker_error is not None and debt.server_error is not None:
-                for target, source in zip(
-                    lane.errors(topology), (debt.worker_error, debt.server_error), strict=True
-                ):
-                    target.copy_(source)
-            self._load_rank_tensors(lane, debt.further)
+        for number, lane in enumerate(self._lanes):
+            values = shared_values(groups, number, lane.exchange) if own is None else own_values(own, number)
+            if lane.take(values):
+                self._restored(lane, ())
         self._publish()
 
-    def _layouts(self, topology: Topology) -> list[FlatShards]:
-        return [lane.exchange(topology).layout for lane in self._lanes]
+    def _exchanges(self) -> list[Exchange]:
+        return [lane.exchange for lane in self._lanes]
 
     def _publish(self) -> None:
         for lane in self._lanes:
-            publish(lane, self.state, self._extra(lane), self._topology, self._phases.to_json())
+            lane.publish(self.state, self._phases)
 
-    # -- what a subclass adds -------------------------------------------------------------------------------
 
-    def _extra(self, lane: Lane) -> dict[str, Any]:
-        """Values that ``state`` shows for each parameter beside the lane's own."""
-        return {}
-
-    def _more_own(self, entry: Mapping[str, Any]) -> tuple[str, ...]:
-        """Names of the further tensors in a saved ``entry`` that cover the state."""
-        return ()
-
-    def _restored(self, lane: Lane, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Called when the lane's tensors have been taken over from ``entries``, one per parameter."""
-
-    def _rank_tensors(self, lane: Lane) -> dict[str, torch.Tensor]:
-        """Further tensors (the whole buffer, or 0-D) that differ by rank."""
-        return {}
-
-    def _load_rank_tensors(self, lane: Lane, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what ``_rank_tensors`` gave, redistributed."""
+def check_ranges(optimizer: str, rules: Mapping[str, tuple[bool, str, Any]]) -> None:
+    """Raises ValueError for the first option that breaks its rule: key -> (whether it is kept, rule, value)."""
+    for key, (kept, rule, value) in rules.items():
+        if not kept:
+            raise ValueError(describe(f"{optimizer}: {key} is out of range", expected=rule, found=value))

@@ -9,12 +9,24 @@
 A part's message holds one scale for each tensor in it, then the signs, so a small tensor is never drowned by
 a large one. With ``node_size`` L > 1 the values are first averaged in full precision inside a node, and only
 the nodes exchange bits: rank l of each node owns part l of the buffer, and part l is cut again by node.
+
+What one bit cannot say of a run of n elements is kept, so nothing is lost on the way (section 4.2; the scale keeps
+the norm):
+
+    y = value + error            corrected value
+    s = ||y||_2 / sqrt(n)        one fp32 number
+    c = s * sign(y)              what every receiver computes
+    error = y - c                kept, added to the next value
+
+In which sense ``c + error = y``: ``error`` is the correctly rounded difference. In real arithmetic the sum is
+exact wherever fp32 can hold the difference, in particular for all s/2 <= |y| <= 2s (Sterbenz); elsewhere it is
+off by at most half a unit in the last place of ``error``, which is the best that an fp32 buffer can do. On an
+fp64 buffer with values that came from fp32 it is exact, bit for bit, while |y| and s are within 2**28 of each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -22,10 +34,10 @@ from zeropipe.comm import collectives
 from zeropipe.comm.group import Group, new_groups, world
 from zeropipe.errors import ConfigError, UsageError
 from zeropipe.layout.flat import FlatShards, TensorSpec
-from zeropipe.runtime.fp16.onebit.compress import Run, compress_runs_
-from zeropipe.tensor.signs import add_signs_, set_signs_, sign_table
+from zeropipe.tensor.signs import add_signs_, pack_signs, set_signs_, sign_table
 
-ALIGN = 64  # elements per shard come in multiples of this: whole bytes, 4-byte aligned messages, whole cache lines
+# Elements per shard come in multiples of this: whole bytes, 4-byte aligned messages, whole cache lines.
+ALIGN = 64
 
 
 class Topology:
@@ -54,11 +66,6 @@ class Topology:
         """The part of the buffer that this rank averages."""
         return self.local * self.nodes + self.place
 
-    @property
-    def compresses(self) -> bool:
-        """False where there is nobody to send bits to: the average is then exact."""
-        return self.nodes > 1
-
     def _groups(self) -> tuple[Group, Group]:
         group, size = self.group, self.node_size
         if size == 1:
@@ -76,27 +83,29 @@ class Topology:
 
 
 class Exchange:
-    """The compressed average of one buffer of named tensors, always laid out the same way.
+    """The compressed average of one buffer of named tensors, always laid out the same way, and what it owes.
 
     ``layout``: the buffer's tensors, cut into one shard per rank (padded to ``ALIGN``).
     """
 
-    def __init__(
-        self,
-        tensors: Sequence[TensorSpec],
-        topology: Topology,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, tensors: Sequence[TensorSpec], topology: Topology, device: torch.device) -> None:
         self.layout = FlatShards(tuple(tensors), topology.group.size, ALIGN)
         self.topology = topology
-        self._table = sign_table(dtype, device)
+        self._table = sign_table(torch.float32, device)
+
+        # What the average is owed, by this rank's messages and by those that it sends as a server: see ``errors``.
+        self.worker_error: torch.Tensor | None = None
+        self.server_error: torch.Tensor | None = None
+
+        # A message holds as many scales as the shard of most runs needs; others leave some unused.
         self._runs = [
-            tuple(Run(p.offset, p.offset + p.numel) for p in self.layout.pieces(shard))
+            [slice(p.offset, p.offset + p.numel) for p in self.layout.pieces(shard)]
             for shard in range(self.layout.num_shards)
         ]
-        self._scales = max(map(len, self._runs))  # per message; shards with fewer runs leave some unused
+        self._scales = max(map(len, self._runs))
         self._message = 4 * self._scales + self.layout.shard_numel // 8  # bytes
+
+        # What no bit may speak of, and how many elements of each run are left.
         self._hidden: torch.Tensor | None = None  # 1-D bool, layout.padded_numel
         self._counts: list[torch.Tensor | None] = [None] * self.layout.num_shards
 
@@ -106,23 +115,28 @@ class Exchange:
         return self.layout.shard_numel * self.topology.nodes
 
     @property
-    def server_numel(self) -> int:
-        return self.layout.shard_numel
-
-    @property
     def worker_range(self) -> tuple[int, int]:
         """The elements of the padded buffer that the worker error covers."""
         start = self.topology.local * self.worker_numel
         return start, start + self.worker_numel
 
     @property
-    def message_bytes(self) -> int:
-        return self._message
+    def server_range(self) -> tuple[int, int]:
+        """The elements of the padded buffer that this rank averages."""
+        return self.layout.shard_range(self.topology.shard)
 
     def errors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fresh worker and server errors: zeros."""
-        new = self._table.new_zeros
-        return new(self.worker_numel), new(self.server_numel)
+        """The worker's and the server's error: 1-D float32 over their ranges, zero at first."""
+        if self.worker_error is None or self.server_error is None:
+            self.worker_error = self._table.new_zeros(self.worker_numel)
+            self.server_error = self._table.new_zeros(self.layout.shard_numel)
+        return self.worker_error, self.server_error
+
+    def scale_errors(self, factor: float) -> None:
+        """What is owed, in another unit."""
+        if self.worker_error is not None and self.server_error is not None:
+            self.worker_error.mul_(factor)
+            self.server_error.mul_(factor)
 
     def hide(self, elements: torch.Tensor | None) -> None:
         """Of these elements (1-D bool, ``layout.numel``; None: of none) values, errors and results are 0 from now on.
@@ -144,24 +158,21 @@ class Exchange:
             counts = [(~self._hidden[at + run.start : at + run.stop]).sum() for run in runs]
             self._counts[shard] = torch.stack(counts).float() if counts else None
 
-    def average(
-        self,
-        values: torch.Tensor,
-        worker_error: torch.Tensor,
-        server_error: torch.Tensor,
-        label: str = "onebit",
-    ) -> torch.Tensor | None:
-        """Average ``values`` (1-D, ``layout.numel``) over all ranks; the errors are updated in place.
+    def average(self, values: torch.Tensor, label: str = "onebit") -> torch.Tensor | None:
+        """Average ``values`` (1-D, ``layout.numel``) over all ranks; the errors are updated.
 
-        Returns the messages (uint8, 1-D) that ``decode`` reads, the same bytes on every rank. Where the
-        topology does not compress (or the buffer is empty), the exact average (plus what the errors held) is
-        put into ``values`` and None is returned.
+        Returns the messages (uint8, 1-D) that ``decode`` reads, the same bytes on every rank. Where there is nobody to
+        send bits to (or the buffer is empty), the exact average (plus what the errors held) is put into ``values`` and
+        None is returned.
         """
+        worker_error, server_error = self.errors()
         if self.layout.numel == 0:
             return None
-        if not self.topology.compresses:
-            self._average_exactly(values, worker_error, server_error, label)
+        if self.topology.nodes == 1:
+            self._average_exactly(values, label)
             return None
+
+        # [1] Every rank corrects what it has and compresses the part of each server, which get them.
         self._correct(values, worker_error, label)
         nodes, shard_numel = self.topology.nodes, self.layout.shard_numel
         sent = worker_error.new_empty((nodes, self._message), dtype=torch.uint8)
@@ -172,10 +183,12 @@ class Exchange:
         received = torch.empty_like(sent)
         across = self.topology.across
         collectives.all_to_all(received.view(-1), sent.view(-1), across, label=f"{label}: signs to servers")
+
+        # [2] A server averages what it got, compresses that and sends it to everybody.
         self._serve(received, server_error)
         own = sent[0]  # sent already: its memory can carry the average
         self._compress(server_error, own, self.topology.shard)
-        self._hide(server_error, self.topology.shard * shard_numel)
+        self._hide(server_error, self.server_range[0])
         collectives.all_gather(received.view(-1), own, across, label=f"{label}: signs to all")
         if self.topology.node_size == 1:
             return received.view(-1)
@@ -197,7 +210,7 @@ class Exchange:
             index = next(i for i, run in enumerate(runs) if run.start <= piece.offset < run.stop)
             scales, signs = self._open(rows[piece.shard])
             target = out[done : done + piece.numel]
-            set_signs_(target, signs, piece.offset, scales[index].to(out.dtype), self._table)
+            set_signs_(target, signs, piece.offset, scales[index], self._table)
             done += piece.numel
         out[done:] = 0
         self._hide(out[:done], start)
@@ -220,7 +233,7 @@ class Exchange:
         runs = self._runs[shard]
         scales, signs = self._open(message)
         scales[len(runs) :] = 0
-        compress_runs_(values, runs, signs, scales[: len(runs)], self._table, self._counts[shard])
+        compress_(values, runs, signs, scales[: len(runs)], self._table, self._counts[shard])
 
     def _serve(self, received: torch.Tensor, server_error: torch.Tensor) -> None:
         """``server_error += average of the received parts``, summed in rank order."""
@@ -229,18 +242,17 @@ class Exchange:
         for message in received.unbind():
             scales, signs = self._open(message)
             for run, scale in zip(runs, scales, strict=False):
-                add_signs_(total[run.start : run.stop], signs, run.start, scale.to(total.dtype), self._table)
+                add_signs_(total[run], signs, run.start, scale, self._table)
         server_error += total.div_(self.topology.nodes)
-        self._hide(server_error, self.topology.shard * self.layout.shard_numel)
+        self._hide(server_error, self.server_range[0])
 
-    def _average_exactly(
-        self, values: torch.Tensor, worker_error: torch.Tensor, server_error: torch.Tensor, label: str
-    ) -> None:
+    def _average_exactly(self, values: torch.Tensor, label: str) -> None:
         size, start = self.topology.group.size, self.worker_range[0]
-        for error in (worker_error, server_error):  # left by a run on more nodes: delivered now
+        for error in self.errors():
+            # Left by a run on more nodes, and delivered now; times ``size``, because only this rank holds it.
             stop = min(start + error.numel(), values.numel())
             if start < stop:
-                values[start:stop] += error[: stop - start] * size  # only this rank holds it
+                values[start:stop] += error[: stop - start] * size
             error.zero_()
         if size > 1:
             collectives.all_reduce(values, self.topology.group, op="avg", label=f"{label}: average in node")
@@ -254,6 +266,31 @@ class Exchange:
     def _hide(self, buffer: torch.Tensor, start: int) -> None:
         if self._hidden is not None:
             buffer.masked_fill_(self._hidden[start : start + buffer.numel()], 0)
+
+
+def compress_(
+    values: torch.Tensor,
+    runs: Sequence[slice],
+    signs: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    counts: torch.Tensor | None = None,
+) -> None:
+    """Compress the corrected ``values`` (1-D) in place: they become the error that stays behind.
+
+    ``signs``: uint8, ``packed_numel(values.numel())``, written. ``scales``: float32, one per run, written.
+    ``counts``: float32, one per run: how many of its elements can be other than zero (default: all of them).
+    Elements outside of every run keep their value; they must be zero if they are padding.
+    """
+    pack_signs(values, out=signs)
+    if not runs:
+        return
+    norms = torch.stack([torch.linalg.vector_norm(values[run]) for run in runs])
+    if counts is None:
+        counts = norms.new_tensor([run.stop - run.start for run in runs], dtype=torch.float32)
+    scales.copy_(norms / counts.clamp(min=1).sqrt())
+    for run, scale in zip(runs, scales.unbind(), strict=True):
+        add_signs_(values[run], signs, run.start, -scale, table)
 
 
 def error_buffers(tensor: torch.Tensor, group: Group | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,18 +307,18 @@ def compressed_all_reduce(
     ``tensor``: any shape and floating dtype, any number of elements. ``worker_error``: 1-D float32,
     ``tensor.numel()``; ``server_error``: 1-D float32, as ``error_buffers`` makes it; both are updated.
     Returns ``tensor``, which is the same on every rank afterwards. On each rank, what it sent plus its new
-    worker error is ``tensor + worker_error`` as they were, and likewise for the server; see ``compress`` for
+    worker error is ``tensor + worker_error`` as they were, and likewise for the server; see above for
     the exact sense. In a group of one nothing is sent, nothing is lost and the errors are delivered.
 
     Raises UsageError when an error buffer does not fit.
     """
     group = group or world()
     exchange = _of_one(tensor, group)
-    wanted: dict[str, tuple[torch.Tensor, Any]] = {
-        "worker_error": (worker_error, tensor.numel()),
-        "server_error": (server_error, exchange.server_numel),
-    }
-    for name, (buffer, numel) in wanted.items():
+    worker, server = exchange.errors()
+    for name, buffer, numel in (
+        ("worker_error", worker_error, tensor.numel()),
+        ("server_error", server_error, server.numel()),
+    ):
         if buffer.dtype != torch.float32 or buffer.dim() != 1 or buffer.numel() != numel:
             raise UsageError(
                 f"compressed_all_reduce: {name} does not fit the tensor and the group",
@@ -291,10 +328,12 @@ def compressed_all_reduce(
                 fix="make the buffers with error_buffers(tensor, group)",
             )
     values = tensor.detach().reshape(-1).float()
-    padded = worker_error.new_zeros(exchange.worker_numel)
-    padded[: worker_error.numel()] = worker_error
-    messages = exchange.average(values, padded, server_error, label="compressed_all_reduce")
-    worker_error.copy_(padded[: worker_error.numel()])
+    # The caller's errors cover the tensor alone, the exchange's its padding too.
+    worker[: tensor.numel()] = worker_error
+    server.copy_(server_error)
+    messages = exchange.average(values, label="compressed_all_reduce")
+    worker_error.copy_(worker[: tensor.numel()])
+    server_error.copy_(server)
     if messages is not None:
         values = torch.empty_like(values)
         exchange.decode(messages, values)

@@ -27,20 +27,16 @@ its own in the message.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from zeropipe.runtime.fp16.onebit.base import CompressedOptimizer
-from zeropipe.runtime.fp16.onebit.exchange import Topology
-from zeropipe.runtime.fp16.onebit.formulas import corrections, denominator, direction, follow, move_moments
-from zeropipe.runtime.fp16.onebit.lane import Lane
-from zeropipe.runtime.fp16.onebit.options import Common, check_ranges
-from zeropipe.runtime.fp16.onebit.phases import OneBitPhases, Phase
-from zeropipe.runtime.fp16.onebit.shown_state import per_tensor
-
-_COMPRESSED = ("last_factor", "scaling_coeff")  # per tensor, in the compressed phase
+from zeropipe.comm import collectives
+from zeropipe.runtime.fp16.onebit.adam import corrections, denominator, direction, follow, move_moments
+from zeropipe.runtime.fp16.onebit.base import CompressedOptimizer, check_ranges
+from zeropipe.runtime.fp16.onebit.lane import Entry, Kept, Lane
+from zeropipe.runtime.fp16.onebit.plan import Phase, Rules
 
 
 class OnebitLamb(CompressedOptimizer):
@@ -53,6 +49,8 @@ class OnebitLamb(CompressedOptimizer):
     State of each parameter: as OnebitAdam, with ``lamb_coeff``, ``lamb_coeff_freeze``, and in the compressed
     phase ``exp_avg_sq_fresh``, ``last_factor`` and ``scaling_coeff``.
     """
+
+    kept = Kept(later=("exp_avg_sq_fresh",))
 
     def __init__(
         self,
@@ -87,21 +85,7 @@ class OnebitLamb(CompressedOptimizer):
                 "factor_threshold": (factor_threshold >= 0, "at least 0", factor_threshold),
             },
         )
-        common = Common(
-            deepspeed=deepspeed,
-            lr=lr,
-            bias_correction=bias_correction,
-            betas=betas,
-            eps=eps,
-            eps_inside_sqrt=eps_inside_sqrt,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-            amsgrad=amsgrad,
-            cuda_aware=cuda_aware,
-            comm_backend_name=comm_backend_name,
-            node_size=node_size,
-        )
-        super().__init__(params, OneBitPhases(freeze_step), common, max_coeff=max_coeff, min_coeff=min_coeff)
+        super().__init__(params, Rules(freeze_step), locals(), "max_coeff", "min_coeff")
         self.freeze_step = freeze_step
         self.coeff_beta = coeff_beta
         self.factor_max, self.factor_min = factor_max, factor_min
@@ -114,12 +98,8 @@ class OnebitLamb(CompressedOptimizer):
 
     def get_lamb_coeffs(self) -> list[float]:
         """The coefficient of each parameter in the last step."""
-        return [
-            c
-            for lane in self._lanes
-            if "lamb_coeff" in lane.per_tensor
-            for c in lane.per_tensor["lamb_coeff"].tolist()
-        ]
+        lanes = (lane.per_tensor.get("lamb_coeff") for lane in self._lanes)
+        return [c for coeffs in lanes if coeffs is not None for c in coeffs.tolist()]
 
     def _averages(self, lane: Lane) -> torch.Tensor:  # c_avg, float64, one per tensor
         if "lamb_coeff_freeze" not in lane.per_tensor:
@@ -133,7 +113,7 @@ class OnebitLamb(CompressedOptimizer):
 
     def _coefficients(self, lane: Lane, values: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
         """c of each tensor, float64. Collective where the state is sharded."""
-        (weights, updates), _ = lane.measure([values, update], [], self.size)
+        (weights, updates), _ = measure(lane, [values, update], [])
         ratio = (weights / updates).clamp(lane.options["min_coeff"], lane.options["max_coeff"])
         return torch.where((weights > 0) & (updates > 0), ratio, 1.0)
 
@@ -148,12 +128,12 @@ class OnebitLamb(CompressedOptimizer):
         average[unknown] = coeff[unknown] * self._settled(lane)
         self._apply(lane, values, update, coeff)
 
-    def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase, topology: Topology) -> None:
-        if "exp_avg_sq_fresh" not in lane.own:
-            self._freeze(topology)
+    def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase) -> None:
+        if not lane.late:
+            self._freeze()
         beta1, beta2 = lane.options["betas"]
         before = lane.own["exp_avg"].clone()
-        lane.average_momentum(gradient, beta1, topology)
+        lane.average_momentum(gradient, beta1)
         rebuilt = before.mul_(-beta1).add_(lane.own["exp_avg"]).div_(1 - beta1)
         follow(lane.own["exp_avg_sq_fresh"], rebuilt.square_(), beta2)
         second = corrections(lane)[1]
@@ -164,7 +144,7 @@ class OnebitLamb(CompressedOptimizer):
         adam = direction(lane, inside)
         values, decay = lane.read(), lane.options["weight_decay"]
         update = adam + values * decay if decay else adam
-        (plain, updates), (factor,) = lane.measure([adam, update], [frozen.div_(moving)], topology.group.size)
+        (plain, updates), (factor,) = measure(lane, [adam, update], [frozen.div_(moving)])
         if decay:
             share = torch.where(updates > 0, plain / updates, 1.0).clamp(max=1.0)
             factor = factor * share + (1 - share)
@@ -182,39 +162,84 @@ class OnebitLamb(CompressedOptimizer):
         """x = x - lr c d, with one c for each tensor."""
         lane.per_tensor["lamb_coeff"].copy_(coeff)
         rates = (coeff * -lane.options["lr"]).tolist()
-        for tensor, start, stop in lane.extents():
+        for tensor, start, stop in extents(lane):
             values[start:stop] += update[start:stop] * rates[tensor]
         lane.write(values)
 
-    def _freeze(self, topology: Topology) -> None:
+    def _freeze(self) -> None:
         """Begin the compressed phase: the fresh variance starts from the frozen one."""
         sizes: list[torch.Tensor] = []
-        lanes = [lane for lane in self._lanes if "exp_avg_sq_fresh" not in lane.own]
+        lanes = [lane for lane in self._lanes if not lane.late]
         for lane in lanes:
-            lane.allocate("exp_avg_sq_fresh").copy_(lane.own["exp_avg_sq"])
+            lane.begin()
+            lane.own["exp_avg_sq_fresh"].copy_(lane.own["exp_avg_sq"])
             lane.per_tensor["last_factor"] = torch.ones(len(lane.layout.tensors), dtype=torch.float64)
-            (norms,), _ = lane.measure([lane.own["exp_avg"]], [], topology.group.size)
+            (norms,), _ = measure(lane, [lane.own["exp_avg"]], [])
             numels = torch.tensor([max(t.numel, 1) for t in lane.layout.tensors], dtype=torch.float64)
             sizes.append(norms / numels.sqrt())
         united = torch.cat(sizes).mean()
         for lane, size in zip(lanes, sizes, strict=True):
             lane.per_tensor["scaling_coeff"] = torch.where(size > 0, united / size, 1.0)
 
-    def _more_own(self, entry: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg_sq_fresh",) if "exp_avg_sq_fresh" in entry and self.lamb_freeze_key else ()
-
-    def _restored(self, lane: Lane, entries: Sequence[Mapping[str, Any]]) -> None:
+    def _restored(self, lane: Lane, entries: Sequence[Entry]) -> None:
         if lane.variance_steps:
             for name in ("lamb_coeff", "lamb_coeff_freeze"):
-                lane.per_tensor[name] = per_tensor(lane, name, entries)
-        if "exp_avg_sq_fresh" not in lane.own:
+                lane.per_tensor[name] = lane.numbers(name, entries)
+        if not lane.late:
             return
-        compressed = {name: per_tensor(lane, name, entries) for name in _COMPRESSED}
+        compressed = {name: lane.numbers(name, entries) for name in ("last_factor", "scaling_coeff")}
         begun = compressed["last_factor"].isnan().logical_not_()
-        if not begun.any():
-            del lane.own["exp_avg_sq_fresh"]  # the compressed phase begins anew
+        if not begun.any() or not self.lamb_freeze_key:
+            lane.end()  # the compressed phase begins anew
             return
-        for tensor, start, stop in lane.extents():
+        for tensor, start, stop in extents(lane):
             if not begun[tensor]:  # it begins as in ``_freeze``
                 lane.own["exp_avg_sq_fresh"][start:stop] = lane.own["exp_avg_sq"][start:stop]
         lane.per_tensor.update({name: value.nan_to_num(nan=1.0) for name, value in compressed.items()})
+
+
+def extents(lane: Lane) -> list[tuple[int, int, int]]:
+    """(tensor, start, stop) for each tensor with elements in this rank's state, counted in the state."""
+    return [(p.tensor, p.offset, p.offset + p.numel) for p in lane.layout.pieces(lane.shard)]
+
+
+def measure(
+    lane: Lane, norms: Sequence[torch.Tensor], maxima: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Per tensor of the layout: the norm of each of ``norms`` and the largest value of each of ``maxima``.
+
+    Both: 1-D over this rank's state, ``maxima`` not negative. The results are float64 on the CPU, 0 for an
+    empty tensor. Collective where the state is sharded.
+    """
+    # Summed by shard, in order, also where nothing is sharded (as if it were), so that all stages give the same bits.
+    ranks = 1 if lane.sharded else lane.exchange.topology.group.size
+    cut = lane.layout if lane.sharded else lane.layout.reshard(ranks)
+    rows = torch.zeros((ranks, len(norms) + len(maxima), len(lane.layout.tensors)), dtype=torch.float64)
+    pieces = [
+        (row, p.tensor, slice(start + p.offset, start + p.offset + p.numel))
+        for row in range(ranks)
+        for start in (0 if lane.sharded else cut.shard_range(row)[0],)
+        for p in cut.pieces(lane.shard if lane.sharded else row)
+    ]
+    found = [
+        value
+        for _, _, run in pieces
+        for value in (
+            *(torch.linalg.vector_norm(source[run], dtype=torch.float64).square() for source in norms),
+            *(source[run].max().double() for source in maxima),
+        )
+    ]
+    if found:
+        values = torch.stack(found).cpu().view(len(pieces), -1)
+        for (row, tensor, _), column in zip(pieces, values, strict=True):
+            rows[row, :, tensor] = column
+    if lane.sharded and lane.shard_group is not None:
+        gathered = rows.new_empty((lane.shard_group.size, rows.numel()), device=lane.device)
+        sent = rows.view(-1).to(lane.device)
+        collectives.all_gather(gathered.view(-1), sent, lane.shard_group, label="norms per tensor")
+        rows = gathered.cpu().view(-1, *rows.shape[1:])
+    total = rows[0]
+    for row in rows[1:]:
+        total[: len(norms)] += row[: len(norms)]
+        torch.maximum(total[len(norms) :], row[len(norms) :], out=total[len(norms) :])
+    return list(total[: len(norms)].sqrt()), list(total[len(norms) :])

@@ -1,39 +1,46 @@
-"""What a compressed optimizer will send over a whole run, counted before anything runs, beside dense Adam.
+"""When a compressed optimizer sends what, and how much: a pure state machine, and the plan of a run read from it.
+
+    1-bit Adam, 1-bit LAMB     WARM_UP x freeze_step -> COMPRESSED ...
+    (arXiv 2102.02888 and 2104.06069, Algorithm 1)
+
+    0/1 Adam                   VARIANCE <-> COMPRESSED     until var_freeze_step, while interval is 1
+    (arXiv 2202.06009,         LOCAL x (interval - 1) -> SYNC ...     afterwards
+    Algorithm 1, section 6)
+
+0/1 Adam updates the variance at steps k_0 = 1, k_1, ... with
+
+    k_(j+1) - k_j = 2 ** floor(j / var_update_scaler)          until var_freeze_step        (set T_v)
+
+and exchanges once per interval, which starts at 1, doubles every local_step_scaler steps after var_freeze_step and
+stops growing at local_step_clipper (set T_u). 1-bit Adam is the same with gaps that never grow and an interval of 1.
 
 Bytes are what one rank sends (it receives as many) under the engine, by the bandwidth-optimal algorithms that the
 groups use: an all-reduce of n bytes sends 2 n (W - 1) / W, a reduce-scatter, all-gather or all-to-all half of that.
 An exchange is a step in which gradients, momenta or updates travel; a round is a step in which ranks wait for each
 other at all, and those are all steps: in each the ranks agree on the norm of the gradients.
-
 Not counted is what depends on the model's use: one more small all-reduce in a dense step in which some rank leaves
 a parameter out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from itertools import groupby, pairwise
+from operator import itemgetter
+from typing import Any, Literal
 
 from zeropipe.errors import ConfigError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.fp16.onebit.exchange import ALIGN
-from zeropipe.runtime.fp16.onebit.phases import (
-    OneBitPhases,
-    Phase,
-    Stretch,
-    ZeroOnePhases,
-    ZeroOneRules,
-    check_against_run,
-    stretches,
-    totals,
-    walk,
-)
 
-_ONE_BIT = {"onebitadam": "OnebitAdam", "onebitlamb": "OnebitLamb"}
-_ZERO_ONE = {"zerooneadam": "ZeroOneAdam"}
-_RULES = {
+# Config type -> proper name.
+_NAMES = {"onebitadam": "OnebitAdam", "onebitlamb": "OnebitLamb", "zerooneadam": "ZeroOneAdam"}
+# The options that say which step does what, with the optimizers' defaults.
+_ONE_BIT = {"freeze_step": 100000}
+_ZERO_ONE = {
     "var_freeze_step": 100000,
     "var_update_scaler": 16,
     "local_step_scaler": 32678,
@@ -43,6 +50,192 @@ _AGREEMENT = 24  # bytes: three numbers that the ranks all-reduce in every step
 _MASTER_ALIGN = 16  # elements of which a shard of stage 1 holds a multiple
 
 
+class Phase(Enum):
+    """What one step does; the value is the word that plans print."""
+
+    WARM_UP = "warm-up"  # gradients averaged in full precision; both moments move
+    VARIANCE = "variance"  # the same, at a step of T_v
+    COMPRESSED = "compressed"  # momentum exchanged at one bit per element
+    SYNC = "sync"  # the sum of local updates exchanged at one bit per element
+    LOCAL = "local"  # nothing is sent; ranks step apart
+
+    @property
+    def dense(self) -> bool:
+        """Whether the step needs gradients that were averaged over all ranks."""
+        return self in (Phase.WARM_UP, Phase.VARIANCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Which step does what. Raises ConfigError for what is no number of steps."""
+
+    freeze_step: int  # the option of this name, or var_freeze_step
+    var_update_scaler: int | None = None  # kappa; None: 1-bit Adam or LAMB
+    local_step_scaler: int = 1
+    local_step_clipper: int = 1  # H; 1: ranks never step apart
+
+    def __post_init__(self) -> None:
+        # Every rule is at least 1: without one update there would be no variance to divide by.
+        for name, value in asdict(self).items():
+            if name == "var_update_scaler" and value is None:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or value != int(value) or value < 1:
+                raise ConfigError(
+                    f"optimizer.params.{self.option if name == 'freeze_step' else name} is a number of steps",
+                    expected="an integer of at least 1",
+                    found=repr(value),
+                )
+            object.__setattr__(self, name, int(value))
+
+    @property
+    def gapless(self) -> bool:
+        """Whether the variance moves in every step until it is frozen: 1-bit Adam and LAMB."""
+        return self.var_update_scaler is None
+
+    @property
+    def option(self) -> str:
+        """How users call ``freeze_step``."""
+        return "freeze_step" if self.gapless else "var_freeze_step"
+
+    def gap(self, updates: int) -> int:
+        """Steps from variance update number ``updates`` (from 0) to the next."""
+        return 1 if self.var_update_scaler is None else 1 << (updates // self.var_update_scaler)
+
+    def interval(self, step: int) -> int:
+        """Steps between exchanges after ``step`` steps."""
+        since = step - self.freeze_step
+        if since < 0:
+            return 1
+        doublings = min(since // self.local_step_scaler, self.local_step_clipper.bit_length())
+        return min(1 << doublings, self.local_step_clipper)
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """Where an optimizer stands. Frozen: ``next`` gives the coming step's phase and the state after it."""
+
+    rules: Rules
+    step: int = 0  # steps done
+    updates: int = 0  # of the variance: j
+    next_update: int = 1  # k_j
+    last_sync: int = 0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the variance will not move any more: of 1-bit Adam, whether the coming step is compressed."""
+        return self.step >= self.rules.freeze_step
+
+    @property
+    def interval(self) -> int:
+        """Steps between exchanges, for the coming step."""
+        return self.rules.interval(self.step)
+
+    @property
+    def owes(self) -> bool:
+        """Whether error feedback of earlier steps is still to be delivered.
+
+        0/1 Adam's is, past the dense steps between; a new dense beginning of 1-bit Adam has no use for it.
+        """
+        return self.frozen if self.rules.gapless else self.step > 0
+
+    def next(self) -> tuple[Phase, Phases]:
+        step, interval = self.step + 1, self.interval
+        # An update that came due while the variance was frozen is made up for: only a checkpoint loaded under a
+        # larger freeze step is ever past next_update.
+        if not self.frozen and step >= self.next_update:
+            after = Phases(self.rules, step, self.updates + 1, step + self.rules.gap(self.updates), step)
+            return Phase.WARM_UP if self.rules.gapless else Phase.VARIANCE, after
+        if interval > 1 and step - self.last_sync < interval:
+            return Phase.LOCAL, replace(self, step=step)
+        # Ranks that never step apart exchange momentum; those that may have done exchange their sum of updates.
+        phase = Phase.COMPRESSED if interval == 1 else Phase.SYNC
+        return phase, replace(self, step=step, last_sync=step)
+
+    def forwarded(self, step: int) -> Phases:
+        """These rules after ``step`` steps."""
+        if self.rules.gapless:
+            updates = min(step, self.rules.freeze_step)
+            return Phases(self.rules, step, updates, updates + 1, step)
+        state = Phases(self.rules)
+        for _ in range(step):
+            _, state = state.next()
+        return state
+
+    def resumed(self, saved: Mapping[str, int]) -> Phases:
+        """These rules where ``saved`` stood: those that differ from the saved ones take effect."""
+        if self.rules.gapless:
+            return self.forwarded(saved["step"])
+        return Phases(self.rules, *(saved[key] for key in ("step", "updates", "next_update", "last_sync")))
+
+    def to_json(self) -> dict[str, int]:
+        keys = ("step",) if self.rules.gapless else ("step", "updates", "next_update", "last_sync")
+        return {key: getattr(self, key) for key in keys}
+
+    def shown(self) -> dict[str, int]:
+        """What an optimizer's state shows of it for each parameter, beside the counts."""
+        if self.rules.gapless:
+            return {}
+        gap = self.rules.gap(max(self.updates - 1, 0))  # from the last variance update to the one after it
+        return {"var_interval": gap, "local_step_interval": self.interval}
+
+    def check_run(self, total_steps: int | None, warmup_steps: int | None) -> None:
+        """Raises ConfigError when compression would never start, or would start while the learning rate still warms up.
+
+        ``total_steps`` and ``warmup_steps``: of the schedule (optimizer steps), None where it has none.
+        """
+        name, freeze = self.rules.option, self.rules.freeze_step
+        # 0/1 Adam compresses between variance updates from the start.
+        if self.rules.gapless and total_steps is not None and freeze >= total_steps:
+            raise ConfigError(
+                "compression would never start",
+                expected=f"optimizer.params.{name} below the run's {total_steps} steps",
+                found=freeze,
+                fix=f"set {name} to about {max(1, round(total_steps * 0.15))} (15 % of the run), or use Adam",
+            )
+        if warmup_steps is not None and freeze < warmup_steps:
+            raise ConfigError(
+                "the variance would be frozen while the learning rate still warms up",
+                expected=f"optimizer.params.{name} of at least the schedule's {warmup_steps} warm-up steps",
+                found=freeze,
+                fix=f"set {name} to {warmup_steps} or more, or shorten the schedule's warm-up",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Steps ``first``..``last`` in which the same phases repeat: ``counts`` says how often each came."""
+
+    first: int
+    last: int
+    counts: tuple[tuple[Phase, int], ...]
+
+    def __str__(self) -> str:
+        inside = " + ".join(f"{count} {phase.value}" for phase, count in self.counts)
+        return f"{self.first}..{self.last}: {inside}"
+
+
+def walk(start: Phases, steps: int) -> Iterator[tuple[Phase, Phases]]:
+    """The phases of the next ``steps`` steps, each with the state after it."""
+    state = start
+    for _ in range(steps):
+        phase, state = state.next()
+        yield phase, state
+
+
+def stretches(start: Phases, steps: int) -> tuple[Stretch, ...]:
+    """The plan of the next ``steps`` steps, cut where the rhythm changes."""
+    found, first, state, rhythms = [], start.step + 1, start, []
+    for phase, after in walk(start, steps):
+        rhythms.append(((state.frozen, state.interval), phase))
+        state = after
+    for _, run in groupby(rhythms, key=itemgetter(0)):
+        counts = Counter(phase for _, phase in run)
+        found.append(Stretch(first, first + counts.total() - 1, tuple(counts.items())))
+        first += counts.total()
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """The run whose traffic is counted."""
@@ -50,9 +243,8 @@ class Job:
     params: int  # elements that are trained
     steps: int
     world: int  # ranks that average together
-    element_bytes: int = (
-        2  # of a gradient on the wire (``communication_data_type``): 2 for fp16 and bf16, 4 for fp32
-    )
+    # Of a gradient on the wire (``communication_data_type``): 2 for fp16 and bf16, 4 for fp32.
+    element_bytes: int = 2
     stage: int = 0
     tensors: int = 1  # each has a scale of its own in each message that holds some of it
     node_size: int = 1
@@ -68,6 +260,28 @@ class Job:
         if self.world % self.node_size:
             raise ConfigError("plan: node_size", expected=f"a divisor of {self.world}", found=self.node_size)
 
+    @property
+    def others(self) -> float:
+        """The part of a whole tensor that a rank sends to the others."""
+        return (self.world - 1) / self.world
+
+    def layouts(self, align: int) -> list[FlatShards]:
+        """The buffers, cut into a shard for each rank."""
+        even, more = divmod(self.params, self.tensors)
+        sizes = self.sizes or ([even + 1] * more + [even] * (self.tensors - more),)
+        named = ([TensorSpec(str(i), (n,), "") for i, n in enumerate(buffer)] for buffer in sizes)
+        return [FlatShards(tuple(specs), self.world, align) for specs in named]
+
+    def gathered(self, element_bytes: int) -> float:
+        """Bytes to gather all shards of the masters, with their padding; none at stage 0."""
+        numel = sum(layout.padded_numel for layout in self.layouts(_MASTER_ALIGN)) if self.stage else 0
+        return numel * element_bytes * self.others
+
+    def norms(self, kinds: int) -> float:
+        """Bytes of LAMB's norms of each tensor, where shards must be put together for them."""
+        tensors = sum(map(len, self.sizes)) or self.tensors
+        return 8 * kinds * tensors * self.world * self.others if self.stage else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -79,10 +293,6 @@ class Row:
     rounds: int  # steps in which ranks wait for each other
     exchanges: int  # of these, those in which values travel
 
-    @property
-    def bytes_per_step(self) -> float:
-        return self.bytes / self.steps
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -92,50 +302,35 @@ class Plan:
     stretches: tuple[Stretch, ...]
     rows: tuple[Row, ...]
 
-    @property
-    def bytes(self) -> int:
-        return sum(row.bytes for row in self.rows)
+    def sum(self, of: Literal["steps", "bytes", "rounds", "exchanges"]) -> int:
+        return sum(getattr(row, of) for row in self.rows)
 
-    @property
-    def rounds(self) -> int:
-        return sum(row.rounds for row in self.rows)
-
-    @property
-    def exchanges(self) -> int:
-        return sum(row.exchanges for row in self.rows)
-
-    def less_bytes_than(self, other: Plan) -> float:
+    def saves(self, of: Literal["bytes", "rounds", "exchanges"], other: Plan) -> float:
         """1 - own / other's: 0.87 is 87 % less."""
-        return 1 - self.bytes / other.bytes if other.bytes else 0.0
-
-    def fewer_rounds_than(self, other: Plan) -> float:
-        return 1 - self.rounds / other.rounds if other.rounds else 0.0
-
-    def fewer_exchanges_than(self, other: Plan) -> float:
-        return 1 - self.exchanges / other.exchanges if other.exchanges else 0.0
+        return 1 - self.sum(of) / other.sum(of) if other.sum(of) else 0.0
 
     def times_less_than(self, other: Plan) -> float:
-        return other.bytes / self.bytes if self.bytes else float("inf")
+        return other.sum("bytes") / self.sum("bytes") if self.sum("bytes") else float("inf")
 
     def __str__(self) -> str:
-        lines = [f"{self.name}"]
-        lines += [f"  steps {stretch}" for stretch in self.stretches]
-        heads = f"{'steps':>10}{'rounds':>10}{'exchanges':>11}{'sent per step':>16}{'sent in all':>14}"
-        lines += [f"  {'phase':<12}{heads}"]
+        lines = [self.name, *(f"  steps {stretch}" for stretch in self.stretches)]
+        lines += [
+            f"  {'phase':<12}{'steps':>10}{'rounds':>10}{'exchanges':>11}{'sent per step':>16}{'sent in all':>14}"
+        ]
         for row in self.rows:
             counts = f"{row.steps:>10}{row.rounds:>10}{row.exchanges:>11}"
-            each, total = human(row.bytes_per_step), human(row.bytes)
-            lines.append(f"  {row.phase.value:<12}{counts}{each:>16}{total:>14}")
-        counts = f"{sum(row.steps for row in self.rows):>10}{self.rounds:>10}{self.exchanges:>11}"
-        lines.append(f"  {'all':<12}{counts}{'':>16}{human(self.bytes):>14}")
+            lines.append(
+                f"  {row.phase.value:<12}{counts}{human(row.bytes / row.steps):>16}{human(row.bytes):>14}"
+            )
+        counts = f"{self.sum('steps'):>10}{self.sum('rounds'):>10}{self.sum('exchanges'):>11}"
+        lines.append(f"  {'all':<12}{counts}{'':>16}{human(self.sum('bytes')):>14}")
         return "\n".join(lines)
 
 
 def dense_bytes(job: Job) -> float:
     """Averaging gradients for one step: an all-reduce; from stage 1 on its first half, then parameters are gathered."""
-    first = job.params * job.element_bytes
-    second = _gathered(job, job.param_bytes or job.element_bytes) if job.stage else first
-    return (first + second) * _others(job)
+    half = job.params * job.element_bytes * job.others
+    return half + (job.gathered(job.param_bytes or job.element_bytes) if job.stage else half)
 
 
 def compressed_bytes(job: Job) -> float:
@@ -144,8 +339,8 @@ def compressed_bytes(job: Job) -> float:
     At stage 1 the updated parameters are gathered too, which is dense.
     """
     nodes, inside = job.world // job.node_size, job.node_size
-    sent = 0.0
-    for layout in _layouts(job, job.world, ALIGN):
+    sent = job.gathered(job.param_bytes or job.element_bytes)
+    for layout in job.layouts(ALIGN):
         scales = max(len(layout.pieces(shard)) for shard in range(job.world))
         message = 4 * scales + layout.shard_numel // 8
         if nodes == 1:  # nobody to send bits to
@@ -153,104 +348,57 @@ def compressed_bytes(job: Job) -> float:
         else:
             sent += 2 * (nodes - 1) * message
             sent += (inside - 1) * (4 * layout.padded_numel / inside + nodes * message)
-    if job.stage:
-        sent += _gathered(job, job.param_bytes or job.element_bytes) * _others(job)
     return sent
 
 
-def _others(job: Job) -> float:
-    """The part of a whole tensor that a rank sends to the others."""
-    return (job.world - 1) / job.world
-
-
-def _layouts(job: Job, shards: int, align: int) -> list[FlatShards]:
-    even, more = divmod(job.params, job.tensors)
-    sizes = job.sizes or ([even + 1] * more + [even] * (job.tensors - more),)
-    return [
-        FlatShards(tuple(TensorSpec(str(i), (n,), "") for i, n in enumerate(buffer)), shards, align)
-        for buffer in sizes
-    ]
-
-
-def _gathered(job: Job, element_bytes: int) -> int:
-    """The bytes of all shards of the masters, with their padding."""
-    return sum(f.padded_numel for f in _layouts(job, job.world, _MASTER_ALIGN)) * element_bytes
-
-
-def _norms(job: Job, kinds: int) -> float:
-    """LAMB's norms of each tensor, where shards must be put together for them."""
-    tensors = sum(map(len, job.sizes)) or job.tensors
-    return 8 * kinds * tensors * job.world * _others(job) if job.stage else 0.0
+def plan(name: str, phases: Phases, job: Job) -> Plan:
+    """The traffic of an optimizer with these phases; of ``OnebitLamb`` with its norms."""
+    kinds, lamb, rows = [phase for phase, _ in walk(phases, job.steps)], name == "OnebitLamb", []
+    for phase, steps in Counter(kinds).items():
+        if job.world == 1:
+            rows.append(Row(phase, steps, 0, 0, 0))
+            continue
+        each = 2 * _AGREEMENT * job.others
+        if phase.dense:
+            each += dense_bytes(job) + (job.norms(2) if lamb else 0.0)
+        elif phase is not Phase.LOCAL:
+            each += compressed_bytes(job) + (job.norms(3) if lamb else 0.0)
+        sent = steps * each
+        if phase is Phase.COMPRESSED:
+            # At stage 1 the whole momentum, which is in shards after a dense step (and always in one node, where nobody
+            # sends the bits of which it could be put together), and LAMB's first norms.
+            begun = sum(a.dense and not b.dense for a, b in pairwise(kinds))
+            times = steps if job.world == job.node_size else begun
+            sent += times * job.gathered(4) + (job.norms(1) if lamb else 0.0)
+        rows.append(Row(phase, steps, round(sent), steps, 0 if phase is Phase.LOCAL else steps))
+    return Plan(name, stretches(phases, job.steps), tuple(rows))
 
 
 def dense_plan(job: Job, name: str = "dense Adam") -> Plan:
     """Every step averages gradients in full."""
-    whole = (Stretch(1, job.steps, ((Phase.WARM_UP, job.steps),)),)
-    alone = job.world == 1
-    sent = 0 if alone else round(job.steps * (dense_bytes(job) + 2 * _AGREEMENT * _others(job)))
-    waits = 0 if alone else job.steps
-    return Plan(name, whole, (Row(Phase.WARM_UP, job.steps, sent, waits, waits),))
+    return plan(name, Phases(Rules(job.steps)), job)
 
 
-def plan(name: str, phases: OneBitPhases | ZeroOnePhases, job: Job) -> Plan:
-    """The traffic of an optimizer with these phases; of ``OnebitLamb`` with its norms."""
-    parts, lamb = stretches(phases, job.steps), name == _ONE_BIT["onebitlamb"]
-    dense = dense_bytes(job) + (_norms(job, 2) if lamb else 0.0)
-    bits = compressed_bytes(job) + (_norms(job, 3) if lamb else 0.0)
-    cost = {
-        Phase.WARM_UP: dense,
-        Phase.VARIANCE: dense,
-        Phase.COMPRESSED: bits,
-        Phase.SYNC: bits,
-        Phase.LOCAL: 0.0,
-    }
-    rows = []
-    for phase, steps in totals(parts).items():
-        if job.world == 1:
-            rows.append(Row(phase, steps, 0, 0, 0))
-            continue
-        sent = steps * (cost[phase] + 2 * _AGREEMENT * _others(job))
-        if phase is Phase.COMPRESSED:
-            sent += _beginnings(phases, job, lamb)
-        rows.append(Row(phase, steps, round(sent), steps, steps if phase.communicates else 0))
-    return Plan(name, parts, tuple(rows))
-
-
-def _beginnings(phases: OneBitPhases | ZeroOnePhases, job: Job, lamb: bool) -> float:
-    """What compressed steps send in addition at stage 1: the whole momentum, which is in shards after a dense step
-    (and always in one node, where nobody sends the bits of which it could be put together), and LAMB's first norms."""
-    if not job.stage:
-        return 0.0
-    kinds = [phase for phase, _ in walk(phases, job.steps)]
-    if job.world == job.node_size:
-        times = kinds.count(Phase.COMPRESSED)
-    else:
-        times = sum(a.dense and not b.dense for a, b in pairwise(kinds))
-    return times * _gathered(job, 4) * _others(job) + (_norms(job, 1) if lamb else 0.0)
-
-
-def phases_of(type: str | None, params: Mapping[str, Any]) -> tuple[str, OneBitPhases | ZeroOnePhases]:
+def phases_of(type: str | None, params: Mapping[str, Any]) -> tuple[str, Phases]:
     """The optimizer's proper name and its phases, from a config's ``optimizer`` section.
 
     Raises ConfigError for an optimizer that does not compress.
     """
-    name = (type or "").lower().replace("_", "").replace("-", "")
-    if name in _ONE_BIT:
-        return _ONE_BIT[name], OneBitPhases(params.get("freeze_step", 100000))
-    if name in _ZERO_ONE:
-        rules = ZeroOneRules(**{key: params.get(key, default) for key, default in _RULES.items()})
-        return _ZERO_ONE[name], ZeroOnePhases(rules)
-    raise ConfigError(
-        "this optimizer does not compress its communication",
-        expected="optimizer.type OneBitAdam, OneBitLamb or ZeroOneAdam",
-        found=repr(type),
-    )
+    name = _NAMES.get((type or "").lower().replace("_", "").replace("-", ""))
+    if name is None:
+        raise ConfigError(
+            "this optimizer does not compress its communication",
+            expected="optimizer.type OneBitAdam, OneBitLamb or ZeroOneAdam",
+            found=repr(type),
+        )
+    options = _ZERO_ONE if name == "ZeroOneAdam" else _ONE_BIT
+    return name, Phases(Rules(*(params.get(key, default) for key, default in options.items())))
 
 
-def check(phases: OneBitPhases | ZeroOnePhases, name: str, job: Job, warmup_steps: int | None = None) -> None:
+def check(phases: Phases, name: str, job: Job, warmup_steps: int | None = None) -> None:
     """Raises ConfigError for a job in which this optimizer cannot compress."""
-    check_against_run(phases, job.steps, warmup_steps)
-    apart = isinstance(phases, ZeroOnePhases) and phases.rules.local_step_clipper > 1
+    phases.check_run(job.steps, warmup_steps)
+    apart = phases.rules.local_step_clipper > 1
     if job.stage >= 2 or (job.stage == 1 and apart):
         raise ConfigError(
             f"{name} cannot run at this ZeRO stage",
@@ -262,8 +410,8 @@ def check(phases: OneBitPhases | ZeroOnePhases, name: str, job: Job, warmup_step
 
 def human(count: float) -> str:
     """Bytes in units of 1024, three digits."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1000 or unit == "TiB":
-            return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
         count /= 1024
-    raise AssertionError
+    return f"{count:.3g} TiB" if count < 1000 else f"{count:.0f} TiB"

@@ -12,41 +12,27 @@ tensor is looked up by name among all of them, so the model may be cut in anothe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
-from zeropipe.runtime.fp16.onebit.exchange import Topology
+from zeropipe.runtime.fp16.onebit.exchange import Exchange, Topology
+from zeropipe.runtime.fp16.onebit.lane import ERRORS
 
-RankState = dict[str, Any]  # world, rank, node_size: int; lanes: list of LaneState
-LaneState = dict[str, Any]  # layout: JSON; worker_error, server_error: 1-D or None; further: name -> 1-D
-
-
-def lane_state(
-    layout: FlatShards,
-    worker_error: torch.Tensor | None,
-    server_error: torch.Tensor | None,
-    further: Mapping[str, torch.Tensor],
-) -> LaneState:
-    """``layout``: of the exchange. ``further``: tensors over the whole buffer (``layout.numel``)."""
-    return {
-        "layout": layout.to_json(),
-        "worker_error": worker_error,
-        "server_error": server_error,
-        "further": dict(further),
-    }
+RankState = dict[str, Any]  # world, rank, node_size: int; lanes: of each lane what ``Lane.rank_state`` gives
+Values = dict[str, torch.Tensor]  # 0-D, or 1-D over a buffer
+Tensors = tuple[tuple[str, tuple[int, ...]], ...]  # name and shape of each tensor of a buffer
 
 
-def is_own(state: RankState, layouts: Sequence[FlatShards], topology: Topology) -> bool:
+def is_own(state: RankState, exchanges: Sequence[Exchange], topology: Topology) -> bool:
     """Whether ``state`` was saved by this very rank, among as many ranks and nodes, of lanes of these layouts."""
-    saved = (state["world"], state["rank"], state["node_size"])
-    if saved != (topology.group.size, topology.group.rank, topology.node_size):
-        return False
-    return [_tensors(entry) for entry in state["lanes"]] == [_tensors_of(layout) for layout in layouts]
+    place = (topology.group.size, topology.group.rank, topology.node_size)
+    return (state["world"], state["rank"], state["node_size"]) == place and _tensors(state) == [
+        _named(exchange.layout) for exchange in exchanges
+    ]
 
 
 def groups_of(states: Sequence[RankState]) -> list[list[RankState]]:
@@ -58,97 +44,77 @@ def groups_of(states: Sequence[RankState]) -> list[list[RankState]]:
         raise CheckpointError("load_rank_states needs the state of each rank of the saving run; found none")
     by_tensors: dict[Any, list[RankState]] = {}
     for state in states:
-        by_tensors.setdefault(tuple(_tensors(entry) for entry in state["lanes"]), []).append(state)
+        by_tensors.setdefault(tuple(_tensors(state)), []).append(state)
     groups = [sorted(group, key=lambda state: int(state["rank"])) for group in by_tensors.values()]
     for group in groups:
-        first, ranks = group[0], [state["rank"] for state in group]
-        if ranks != list(range(first["world"])) or any(
-            (s["world"], s["node_size"]) != (first["world"], first["node_size"]) for s in group
-        ):
+        world, ranks = group[0]["world"], [state["rank"] for state in group]
+        runs = {(state["world"], state["node_size"]) for state in group}
+        if ranks != list(range(world)) or len(runs) > 1:
             raise CheckpointError(
                 "load_rank_states needs the state of each rank of the saving run, once",
-                expected=f"ranks 0..{first['world'] - 1}",
+                expected=f"ranks 0..{world - 1}",
                 found=ranks,
                 fix="load every rank's file",
             )
     return groups
 
 
-@dataclass(frozen=True, slots=True)
-class Debt:
-    """What one lane of one rank takes over."""
-
-    worker_error: torch.Tensor | None  # 1-D; None where the saving run had none yet
-    server_error: torch.Tensor | None
-    further: dict[str, torch.Tensor]  # 0-D, or 1-D of at least layout.numel
-
-
-def own_debt(state: RankState, lane: int) -> Debt:
-    """What this rank saved itself."""
+def own_values(state: RankState, lane: int) -> Values:
+    """What this rank saved itself of one lane."""
     entry = state["lanes"][lane]
-    return Debt(entry["worker_error"], entry["server_error"], entry["further"])
+    return entry["further"] | {name: entry[name] for name in ERRORS if entry[name] is not None}
 
 
-def shared_debt(
-    groups: Sequence[Sequence[RankState]], lane: int, layout: FlatShards, topology: Topology
-) -> Debt:
-    """This rank's part of what all ranks saved, by the rule above. ``layout``: of the new exchange.
+def shared_values(groups: Sequence[Sequence[RankState]], lane: int, exchange: Exchange) -> Values:
+    """This rank's part of what all ranks saved, by the rule above.
 
     Raises CheckpointError when a tensor's is missing, or was saved with another shape.
     """
+    layout, wanted = exchange.layout, _named(exchange.layout)
     joined = [[_join(group, number) for number in range(len(group[0]["lanes"]))] for group in groups]
-    whole = [
-        lanes[lane] for lanes in joined if lane < len(lanes) and lanes[lane].tensors == _tensors_of(layout)
-    ]
+    # The lane in this place if it holds the same tensors, else each tensor wherever it lies.
+    whole = [lanes[lane] for lanes in joined if lane < len(lanes) and _named(lanes[lane][0]) == wanted]
     candidates = whole or [entry for lanes in joined for entry in lanes]
     parts = [_find(spec, candidates) for spec in layout.tensors]
-    names = dict.fromkeys(name for part in parts for name in part)
-    full = {name: _assemble([part.get(name) for part in parts], layout) for name in names}
-    worker, server = full.pop("worker_error", None), full.pop("server_error", None)
-    if worker is None or server is None:
-        return Debt(None, None, full)
-    size = layout.shard_numel * topology.nodes
-    start, (shard_start, shard_stop) = topology.local * size, layout.shard_range(topology.shard)
-    return Debt(_cut(worker, start, start + size), _cut(server, shard_start, shard_stop), full)
+    full: Values = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        found = [part[name] for part in parts if name in part]
+        if not found[0].dim():
+            full[name] = torch.stack(found).mean(0)
+            continue
+        full[name] = found[0].new_zeros(layout.padded_numel if name in ERRORS else layout.numel)
+        for index, part in enumerate(parts):
+            if name in part:
+                start, stop = layout.tensor_range(index)
+                full[name][start:stop] = part[name]
+    for name, (start, stop) in zip(ERRORS, (exchange.worker_range, exchange.server_range), strict=True):
+        if name in full:
+            full[name] = full[name][start:stop]
+    return full
 
 
-@dataclass(frozen=True, slots=True)
-class _Joined:
+def _join(group: Sequence[RankState], lane: int) -> tuple[FlatShards, Values]:
     """One lane of one group: the mean worker error, the server error, the mean of all else, over its buffer."""
-
-    layout: FlatShards
-    values: dict[str, torch.Tensor]  # 0-D, or 1-D of at least layout.numel
-
-    @property
-    def tensors(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        return _tensors_of(self.layout)
-
-
-def _join(group: Sequence[RankState], lane: int) -> _Joined:
     lanes = [state["lanes"][lane] for state in group]
-    values = {
-        name: torch.stack([entry["further"][name] for entry in lanes]).mean(0) for name in lanes[0]["further"]
-    }
+    values = {name: torch.stack([e["further"][name] for e in lanes]).mean(0) for name in lanes[0]["further"]}
     if lanes[0]["worker_error"] is not None:
-        node_size = int(group[0]["node_size"])
-        nodes, places = range(len(group) // node_size), range(node_size)
-        values["worker_error"] = torch.cat(
-            [torch.stack([lanes[n * node_size + p]["worker_error"] for n in nodes]).mean(0) for p in places]
-        )
-        values["server_error"] = torch.cat(
-            [lanes[n * node_size + p]["server_error"] for p in places for n in nodes]
-        )
-    return _Joined(FlatShards.from_json(lanes[0]["layout"]), values)
+        # A rank's place in its node says which part of the buffer its worker error covers: see ``Topology.shard``.
+        size = int(group[0]["node_size"])
+        places = [lanes[place::size] for place in range(size)]
+        workers = [torch.stack([entry["worker_error"] for entry in nodes]).mean(0) for nodes in places]
+        values["worker_error"] = torch.cat(workers)
+        values["server_error"] = torch.cat([entry["server_error"] for nodes in places for entry in nodes])
+    return FlatShards.from_json(lanes[0]["layout"]), values
 
 
-def _find(spec: TensorSpec, candidates: Sequence[_Joined]) -> dict[str, torch.Tensor]:
-    """What was saved of one tensor: name of the value -> 0-D, or 1-D of ``spec.numel``."""
+def _find(spec: TensorSpec, candidates: Sequence[tuple[FlatShards, Values]]) -> Values:
+    """What was saved of one tensor: numbers, and 1-D of ``spec.numel``."""
     shapes = []
-    for entry in candidates:
-        for index, saved in enumerate(entry.layout.tensors):
+    for layout, values in candidates:
+        for index, saved in enumerate(layout.tensors):
             if saved.name == spec.name and saved.shape == spec.shape:
-                start, stop = entry.layout.tensor_range(index)
-                return {name: v[start:stop] if v.dim() else v for name, v in entry.values.items()}
+                start, stop = layout.tensor_range(index)
+                return {name: v[start:stop] if v.dim() else v for name, v in values.items()}
             shapes += [saved.shape] if saved.name == spec.name else []
     raise CheckpointError(
         "the saved error feedback belongs to other parameters",
@@ -157,30 +123,9 @@ def _find(spec: TensorSpec, candidates: Sequence[_Joined]) -> dict[str, torch.Te
     )
 
 
-def _assemble(parts: Sequence[torch.Tensor | None], layout: FlatShards) -> torch.Tensor:
-    """The tensors' parts of one value as one buffer (``layout.numel``); numbers of all parts as their mean."""
-    found = [part for part in parts if part is not None]
-    if not found[0].dim():
-        return torch.stack(found).mean(0)
-    out = found[0].new_zeros(layout.numel)
-    for index, part in enumerate(parts):
-        if part is not None:
-            start, stop = layout.tensor_range(index)
-            out[start:stop] = part
-    return out
+def _tensors(state: RankState) -> list[Tensors]:
+    return [_named(FlatShards.from_json(entry["layout"])) for entry in state["lanes"]]
 
 
-def _tensors(entry: LaneState) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return _tensors_of(FlatShards.from_json(entry["layout"]))
-
-
-def _tensors_of(layout: FlatShards) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _named(layout: FlatShards) -> Tensors:
     return tuple((spec.name, spec.shape) for spec in layout.tensors)
-
-
-def _cut(full: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Elements [start, stop), with zeros for those past the end."""
-    out = full.new_zeros(stop - start)
-    inside = full[start:stop]
-    out[: inside.numel()] = inside
-    return out

@@ -28,15 +28,10 @@ import torch
 from torch import nn
 
 from zeropipe.errors import UnsupportedOptimizerError, UsageError
+from zeropipe.runtime.fp16.onebit.adam import adam_update, corrections, denominator, follow, move_moments
 from zeropipe.runtime.fp16.onebit.base import CompressedOptimizer
-from zeropipe.runtime.fp16.onebit.exchange import Topology
-from zeropipe.runtime.fp16.onebit.formulas import adam_update, corrections, denominator, follow, move_moments
-from zeropipe.runtime.fp16.onebit.lane import Lane, View
-from zeropipe.runtime.fp16.onebit.options import Common
-from zeropipe.runtime.fp16.onebit.phases import Phase, ZeroOnePhases, ZeroOneRules
-
-_LOCAL = ("momentum_accumulator", "last_synced")  # u and y
-_SUMS = ("lrs", "corrected_lrs")  # sum(lr) for the decay, sum(lr / correction of m) for u
+from zeropipe.runtime.fp16.onebit.lane import Entry, Kept, Lane, View
+from zeropipe.runtime.fp16.onebit.plan import Phase, Rules
 
 
 class ZeroOneAdam(CompressedOptimizer):
@@ -51,6 +46,13 @@ class ZeroOneAdam(CompressedOptimizer):
     State of each parameter: as OnebitAdam, with ``var_interval``, ``local_step_interval``, and once ranks step
     apart ``momentum_accumulator``, ``last_synced``, ``lrs`` and ``corrected_lrs``.
     """
+
+    # u and y; sum(lr) for the decay, sum(lr / correction of m) for u.
+    kept = Kept(
+        later=("momentum_accumulator", "last_synced"),
+        by_rank=("exp_avg", "momentum_accumulator"),
+        sums=("lrs", "corrected_lrs"),
+    )
 
     def __init__(
         self,
@@ -72,26 +74,10 @@ class ZeroOneAdam(CompressedOptimizer):
         comm_backend_name: str = "nccl",
         node_size: int = 1,
     ) -> None:
-        rules = ZeroOneRules(var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper)
-        common = Common(
-            deepspeed=deepspeed,
-            lr=lr,
-            bias_correction=bias_correction,
-            betas=betas,
-            eps=eps,
-            eps_inside_sqrt=eps_inside_sqrt,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-            amsgrad=amsgrad,
-            cuda_aware=cuda_aware,
-            comm_backend_name=comm_backend_name,
-            node_size=node_size,
-        )
-        super().__init__(params, ZeroOnePhases(rules), common)
-        self.var_freeze_step = rules.var_freeze_step
-        self.var_update_scaler = rules.var_update_scaler
-        self.local_step_scaler = rules.local_step_scaler
-        self.local_step_clipper = rules.local_step_clipper
+        rules = Rules(var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper)
+        super().__init__(params, rules, locals())
+        self.var_freeze_step, self.var_update_scaler = rules.freeze_step, rules.var_update_scaler
+        self.local_step_scaler, self.local_step_clipper = rules.local_step_scaler, rules.local_step_clipper
 
     @property
     def freeze_key(self) -> bool:
@@ -111,48 +97,46 @@ class ZeroOneAdam(CompressedOptimizer):
             )
         super().bind_shards(views)
 
-    def _extra(self, lane: Lane) -> dict[str, Any]:
-        assert isinstance(self._phases, ZeroOnePhases)
-        return {"var_interval": self._phases.var_interval, "local_step_interval": self._phases.interval}
-
     def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
-        self._leave_local(lane)
+        self._rejoin(lane)
         move_moments(lane, gradient)
         adam_update(lane, self.eps_mode == 0)
 
-    def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase, topology: Topology) -> None:
+    def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase) -> None:
         if phase is Phase.COMPRESSED:
-            self._leave_local(lane)
-            lane.average_momentum(gradient, lane.options["betas"][0], topology)
+            self._rejoin(lane)
+            lane.average_momentum(gradient, lane.options["betas"][0])
             adam_update(lane, self.eps_mode == 0)
             return
-        if "momentum_accumulator" not in lane.own:
-            self._enter_local(lane)
-        lane.hiding(topology)
+        rate = lane.options["lr"] / corrections(lane)[0]
+        if not lane.late:  # the first interval begins
+            lane.begin()
+            lane.own["last_synced"].copy_(lane.read())
+            lane.exchange.scale_errors(rate)
+        lane.hiding()
         if lane.unused is not None:  # what no bit would tell the others of must not move here alone
             gradient = gradient.masked_fill(lane.unused, 0)
-        rate = lane.options["lr"] / corrections(lane)[0]
         follow(lane.own["exp_avg"][: gradient.numel()], gradient, lane.options["betas"][0])
         lane.own["momentum_accumulator"].add_(lane.own["exp_avg"] * rate)
         lane.scalars["lrs"] += lane.options["lr"]
         lane.scalars["corrected_lrs"] += rate
         if phase is Phase.SYNC and lane.scalars["corrected_lrs"] > 0:
-            self._synchronise(lane, topology)
+            self._synchronise(lane)
         else:
             lane.write(self._position(lane))
 
-    def _synchronise(self, lane: Lane, topology: Topology) -> None:
+    def _synchronise(self, lane: Lane) -> None:
         update = lane.own["momentum_accumulator"][: lane.layout.numel]
-        exchange = lane.hiding(topology)
-        messages = exchange.average(update, *lane.errors(topology), label="updates")
+        exchange = lane.hiding()
+        messages = exchange.average(update, label="updates")
         if messages is not None:
             exchange.decode(messages, update)
         torch.div(lane.own["momentum_accumulator"], lane.scalars["corrected_lrs"], out=lane.own["exp_avg"])
-        values = self._position(lane)
-        lane.write(values)
-        lane.own["last_synced"].copy_(lane.read())  # as the parameters' dtype holds it
+        lane.write(self._position(lane))
+        # Read back, as the parameters' dtype holds it: the next interval begins where all ranks are.
+        lane.own["last_synced"].copy_(lane.read())
         lane.own["momentum_accumulator"].zero_()
-        lane.scalars.update(dict.fromkeys(_SUMS, 0.0))
+        lane.scalars.update(dict.fromkeys(self.kept.sums, 0.0))
 
     def _position(self, lane: Lane) -> torch.Tensor:  # 1-D float32, numel
         """y - u / (sqrt(v) + eps) - decay y sum(lr)."""
@@ -161,53 +145,19 @@ class ZeroOneAdam(CompressedOptimizer):
         update.add_(lane.own["last_synced"] * (lane.options["weight_decay"] * lane.scalars["lrs"]))
         return torch.sub(lane.own["last_synced"], update, out=update)
 
-    def _enter_local(self, lane: Lane) -> None:
-        lane.allocate("momentum_accumulator")
-        lane.allocate("last_synced").copy_(lane.read())
-        lane.scalars.update(dict.fromkeys(_SUMS, 0.0))
-        self._scale_errors(lane, lane.options["lr"] / corrections(lane)[0])
-
-    def _leave_local(self, lane: Lane) -> None:
+    def _rejoin(self, lane: Lane) -> None:
         """Back to exchanges at every step, which only other rules than the saved ones can ask for."""
-        if "momentum_accumulator" not in lane.own:
+        if not lane.late:
             return
         if lane.scalars["lrs"]:
             raise UsageError(
                 "the rules of 0/1 Adam were changed while ranks had stepped apart. Fix: load a checkpoint that was "
                 "saved at an exchange (state 'lrs' is 0), or keep var_freeze_step and local_step_clipper"
             )
-        for name in _LOCAL:
-            del lane.own[name]
+        lane.end()
         rate = lane.options["lr"] / corrections(lane)[0]
-        self._scale_errors(lane, 1 / rate if rate else 0.0)
+        lane.exchange.scale_errors(1 / rate if rate else 0.0)
 
-    def _scale_errors(self, lane: Lane, factor: float) -> None:
-        for error in (lane.worker_error, lane.server_error):
-            if error is not None:
-                error.mul_(factor)
-
-    def _more_own(self, entry: Mapping[str, Any]) -> tuple[str, ...]:
-        return _LOCAL if all(name in entry for name in _LOCAL) else ()
-
-    def _restored(self, lane: Lane, entries: Sequence[Mapping[str, Any]]) -> None:
-        if "last_synced" not in lane.own:
-            return
-        # What the saving rank did by itself is not this rank's, so all begin at y; see load_rank_states.
-        lane.scalars.update(dict.fromkeys(_SUMS, 0.0))
-        lane.own["momentum_accumulator"].zero_()
-        lane.write(self._position(lane))
-
-    def _rank_tensors(self, lane: Lane) -> dict[str, torch.Tensor]:
-        if "momentum_accumulator" not in lane.own:
-            return {}
-        sums = {name: torch.tensor(lane.scalars[name], dtype=torch.float64) for name in _SUMS}
-        return sums | {name: lane.own[name] for name in ("exp_avg", "momentum_accumulator")}
-
-    def _load_rank_tensors(self, lane: Lane, tensors: dict[str, torch.Tensor]) -> None:
-        if not tensors or "last_synced" not in lane.own:
-            return
-        lane.scalars.update({name: float(tensors[name]) for name in _SUMS})
-        for name in ("exp_avg", "momentum_accumulator"):
-            lane.own[name][: tensors[name].numel()].copy_(tensors[name])
-        lane.drop_noise()
-        lane.write(self._position(lane))
+    def _restored(self, lane: Lane, entries: Sequence[Entry]) -> None:
+        if lane.late:
+            lane.write(self._position(lane))
