@@ -58,18 +58,17 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
         "zeropipe.runtime": {},
         "zeropipe.runtime.fp16": {"zeropipe.runtime.engine": ("DeepSpeedEngine",)},
         "zeropipe.runtime.pipe": {
-            "zeropipe.runtime.pipe.grid": ("PipelineParallelGrid",),
             "zeropipe.runtime.pipe.instructions": ("Schedule", "Instruction"),
             "zeropipe.runtime.pipe.module": ("PipelineModule",),
             "zeropipe.runtime.pipe.schedule": ("make_schedule",),
-            "zeropipe.runtime.pipe.specs": ("LayerSpec", "TiedLayerSpec"),
+            "zeropipe.runtime.pipe.layers": ("LayerSpec", "TiedLayerSpec"),
             "zeropipe.runtime.pipe.topology": (
+                "PipelineParallelGrid",
                 "ProcessTopology",
                 "PipeDataParallelTopology",
                 "PipeModelDataParallelTopology",
             ),
         },
-        "zeropipe.runtime.pipe.topology": {"zeropipe.runtime.pipe.grid": ("PipelineParallelGrid",)},
         "zeropipe.runtime.zero": {
             "zeropipe.runtime.zero.description": ("describe",),
             "zeropipe.runtime.zero.gather.external": (

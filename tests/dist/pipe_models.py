@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zeropipe.runtime.pipe.specs import LayerSpec, TiedLayerSpec
+from zeropipe.runtime.pipe.layers import LayerSpec, TiedLayerSpec
 
 VOCAB, WIDTH, SEQ, BASE_SEED = 13, 8, 5, 1234
 

@@ -14,7 +14,7 @@ import zeropipe
 from tests.dist.pipe_models import batches, loss_of, specs
 from tests.dist.test_pipe_engine import MICRO, config, data_of, engine_of
 from zeropipe.errors import CommunicationError, UsageError
-from zeropipe.runtime.pipe.specs import LayerSpec
+from zeropipe.runtime.pipe.layers import LayerSpec
 
 SCHEDULES = ["gpipe", "1f1b", "interleaved", "zb-h1", "interleaved-zb", "zbv", "dualpipev"]
 

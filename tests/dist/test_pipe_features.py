@@ -16,7 +16,7 @@ from tests.dist.pipe_models import BASE_SEED, SEQ, VOCAB, WIDTH, Block, Head, ba
 from tests.dist.test_pipe_engine import MICRO, config, data_of, engine_of, reference
 from zeropipe.errors import CommunicationError, ConfigError, UsageError
 from zeropipe.runtime.pipe.module import PipelineModule
-from zeropipe.runtime.pipe.specs import LayerSpec
+from zeropipe.runtime.pipe.layers import LayerSpec
 from zeropipe.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 
 

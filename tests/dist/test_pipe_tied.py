@@ -13,7 +13,7 @@ import zeropipe
 from tests.dist.pipe_models import batches, loss_of, specs
 from tests.dist.test_pipe_engine import BASE_SEED, MICRO, config, engine_of
 from zeropipe.errors import UsageError
-from zeropipe.runtime.pipe.specs import LayerSpec, TiedLayerSpec
+from zeropipe.runtime.pipe.layers import LayerSpec, TiedLayerSpec
 
 W, STEPS = 8, 3
 # A tied gradient is (all uses here) + (all uses there) instead of one sum by micro-batch: last bits differ.

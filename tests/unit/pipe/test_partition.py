@@ -4,8 +4,7 @@ import pytest
 from torch import nn
 
 from zeropipe.errors import ConfigError, UsageError
-from zeropipe.runtime.pipe.partition import LayerFacts, partition, show
-from zeropipe.runtime.pipe.specs import LayerSpec, TiedLayerSpec
+from zeropipe.runtime.pipe.layers import LayerFacts, LayerSpec, TiedLayerSpec, partition
 
 FACTS = [
     LayerFacts("Embedding", parameters=100, memory=900, nanoseconds=1),
@@ -60,10 +59,6 @@ def test_mistakes(method, stages, words):
         assert word in str(caught.value)
 
 
-def test_show_lists_the_layers():
-    assert "stage 1: layers 4-7, 130 parameters: Block" in show((0, 4, 8), FACTS)
-
-
 def test_layer_spec_builds_with_its_arguments():
     spec = LayerSpec(nn.Linear, 3, 4, bias=False)
     layer = spec.build()
@@ -88,6 +83,6 @@ def test_layer_spec_refuses_a_built_module():
 
 def test_the_specs_are_found_beside_the_module_too():
     """One of the paths under which users know them."""
-    from zeropipe.runtime.pipe import module, specs
+    from zeropipe.runtime.pipe import layers, module
 
-    assert (module.LayerSpec, module.TiedLayerSpec) == (specs.LayerSpec, specs.TiedLayerSpec)
+    assert (module.LayerSpec, module.TiedLayerSpec) == (layers.LayerSpec, layers.TiedLayerSpec)

@@ -16,7 +16,7 @@ import torch
 from zeropipe.comm.collectives import all_gather_object, all_reduce
 from zeropipe.comm.group import world
 from zeropipe.errors import CommunicationError, UsageError
-from zeropipe.runtime.pipe.grid import PipelineParallelGrid
+from zeropipe.runtime.pipe.topology import PipelineParallelGrid
 from zeropipe.runtime.pipe.wire import map_tensors
 
 LossFn = Callable[..., Any]

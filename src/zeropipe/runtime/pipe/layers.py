@@ -1,189 +1,284 @@
-"""The layers of a `PipelineModule` on one rank: built, found, called, and tied to those of other ranks."""
+"""The layers of a model: described before they are built, built, weighed, and cut into stages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 
-from zeropipe.comm.collectives import all_gather_object
-from zeropipe.comm.group import Group, new_group
-from zeropipe.errors import UsageError
-from zeropipe.runtime.pipe.specs import LayerSpec, TiedLayerSpec
-from zeropipe.runtime.pipe.tied import Tie, TiePlan
+from zeropipe.comm.collectives import broadcast_object
+from zeropipe.comm.group import world
+from zeropipe.errors import ConfigError, UsageError
+from zeropipe.layout.balance import cut_balanced, cut_evenly
 
-if TYPE_CHECKING:
-    from zeropipe.runtime.pipe.module import PipelineModule
-
-
-def layer_name(layer: Any) -> str:
-    """The name of a layer's class or function."""
-    if isinstance(layer, LayerSpec):
-        return layer.name
-    if isinstance(layer, nn.Module):
-        return type(layer).__name__
-    return getattr(layer, "__name__", type(layer).__name__)
+STATE_BYTES = 16  # of an fp32 parameter under Adam: value, gradient and two moments
+_ROUNDS = 3  # of a measured forward, of which the quickest counts
+METHODS = "'uniform', 'parameters', 'type:REGEX', 'memory', 'profile' or a list of bounds"
 
 
-class Layers:
-    """The list that the user gave, and what this rank built of it. ``seed(index)`` runs before a layer is built."""
+class LayerSpec:
+    """A module class and its arguments; `build` makes the module.
 
-    def __init__(self, given: Sequence[Any], seed: Callable[[int], None]) -> None:
-        for index, layer in enumerate(given):
-            if not callable(layer) and not isinstance(layer, LayerSpec):
-                raise UsageError(
-                    f"layer {index} cannot be run",
-                    expected="a torch.nn.Module, a LayerSpec or a callable",
-                    found=type(layer).__name__,
-                )
-        self.given = list(given)
-        self._seed = seed
-        self._calls: dict[int, Callable[[Any], Any]] = {}
-        self._modules: dict[int, nn.Module] = {}
+    >>> LayerSpec(nn.Linear, 4, 4, bias=False)
+    LayerSpec(Linear, 4, 4, bias=False)
+    """
 
-    def build(self, index: int, parent: PipelineModule) -> None:
-        """Build layer ``index`` and register it: under its number, a tied one under that of its first use."""
-        layer = self.given[index]
-        if isinstance(layer, TiedLayerSpec):
-            if layer.key not in parent.tied_modules:
-                first = next(
-                    i for i, other in enumerate(self.given) if getattr(other, "key", None) == layer.key
-                )
-                self._seed(first)
-                parent.tied_modules[layer.key] = layer.build()
-                parent.add_module(str(first), parent.tied_modules[layer.key])
-            module = parent.tied_modules[layer.key]
-            function = layer.forward_fn
-            self._calls[index] = module if function is None else _Bound(function, module)
-            self._modules[index] = module
-            return
-        if isinstance(layer, LayerSpec):
-            self._seed(index)
-            layer = layer.build()
-        self._calls[index] = layer
-        if isinstance(layer, nn.Module):
-            parent.add_module(str(index), layer)
-            self._modules[index] = layer
-
-    def forget_values(self, index: int) -> None:
-        """Keep only the form of a built module that runs elsewhere."""
-        if isinstance(self.given[index], nn.Module):
-            self.given[index] = deepcopy(self.given[index]).to("meta")
-
-    def call(self, index: int, value: Any) -> Any:
-        return self._calls[index](value)
-
-    def module(self, index: int) -> nn.Module | None:
-        """The module of layer ``index`` on this rank; None for a plain function."""
-        return self._modules.get(index)
-
-    def tied_names(self, modules: Mapping[str, nn.Module], pipe: Group) -> dict[str, list[str]]:
-        """The names of all parameters of each tied module, by key; collective over the pipeline.
-
-        Raises UsageError, on every rank, where a ``tied_weight_attr`` is no parameter.
-        """
-        specs = [layer for layer in self.given if isinstance(layer, TiedLayerSpec)]
-        if not specs:
-            return {}
-        mine = {
-            key: (
-                [name for name, _ in module.named_parameters()],
-                [
-                    (f"{type(module).__name__}.{path}", type(found).__name__)
-                    for path, found in _attributes(specs, key, module)
-                ],
+    def __init__(self, typename: type[nn.Module], *module_args: Any, **module_kwargs: Any) -> None:
+        if not (isinstance(typename, type) and issubclass(typename, nn.Module)):
+            raise UsageError(
+                "LayerSpec needs a class",
+                expected="a subclass of torch.nn.Module",
+                found=repr(typename),
+                fix="pass the class and its arguments, not a built module; modules go in the list as they are",
             )
-            for key, module in modules.items()
-        }
-        names: dict[str, list[str]] = {}
-        for theirs in all_gather_object(mine, pipe, label="tied modules"):
-            for key, (parameters, strange) in theirs.items():
-                for path, kind in strange:
-                    raise UsageError(
-                        f"tied weight {key!r}: {path} is not a parameter",
-                        expected="a torch.nn.Parameter",
-                        found=kind,
-                        fix="set tied_weight_attr to the attribute that holds the weight",
-                    )
-                names[key] = parameters
-        return names
+        self.typename = typename
+        self.module_args = module_args
+        self.module_kwargs = module_kwargs
 
-    def plans(
-        self, stage_of: Callable[[int], int], rank_of: Callable[[int], int], tied: Mapping[str, Sequence[str]]
-    ) -> list[tuple[TiePlan, str, int]]:
-        """Every shared parameter as (plan, path in the layer, a layer that has it), in one order on all ranks.
+    def build(self, log: bool = False) -> nn.Module:
+        """Make the module. ``log`` is accepted for callers that pass it."""
+        return self.typename(*self.module_args, **self.module_kwargs)
 
-        ``tied``: the names of each tied module's parameters.
-        """
-        uses: dict[str, list[tuple[int, str]]] = {}
-        first_use: dict[int, str] = {}
-        for index, layer in enumerate(self.given):
-            if isinstance(layer, TiedLayerSpec):
-                for name in tied[layer.key]:
-                    uses.setdefault(f"{layer.key}.{name}", []).append((index, name))
-            elif isinstance(layer, nn.Module):
-                for name, param in layer.named_parameters():
-                    key = first_use.setdefault(id(param), f"{index}.{name}")
-                    uses.setdefault(key, []).append((index, name))
-        found = []
-        for key, places in uses.items():
-            if len(places) < 2:
-                continue
-            stages = tuple(sorted({stage_of(index) for index, _ in places}))
-            ranks = tuple(sorted({rank_of(index) for index, _ in places}))
-            found += [(TiePlan(key, stages, ranks), path, index) for index, path in places]
-        return found
+    @property
+    def name(self) -> str:
+        return self.typename.__name__
 
-    def ties(self, parent: PipelineModule) -> list[Tie]:
-        """The shared weights that this rank holds and another rank too; makes their groups, so collective."""
-        grid = parent.grid
-        groups: dict[tuple[int, ...], Group] = {}
-        found: dict[str, Tie] = {}
-        for plan, path, index in parent.tie_plans():
-            if len(plan.ranks) < 2:
-                continue
-            if plan.ranks not in groups:
-                for pipeline in grid.topology().get_axis_comm_lists("pipe"):
-                    group = new_group([pipeline[rank] for rank in plan.ranks])
-                    if group is not None and grid.global_rank in pipeline:
-                        groups[plan.ranks] = group
-                groups.setdefault(plan.ranks, Group((grid.global_rank,), 0))
-            module = self._modules.get(index)
-            if module is None or plan.key in found:
-                continue
-            owner = grid.stage_id == plan.ranks[0]
-            found[plan.key] = Tie(plan, module.get_parameter(path), groups[plan.ranks], owner)
-        return list(found.values())
+    def __repr__(self) -> str:
+        words = [self.name, *map(repr, self.module_args)]
+        words += [f"{key}={value!r}" for key, value in self.module_kwargs.items()]
+        return f"{type(self).__name__}({', '.join(words)})"
 
 
-class _Bound:
-    """``forward_fn`` of a tied layer with its module; an object, so that it can be pickled and shown."""
+class TiedLayerSpec(LayerSpec):
+    """A layer whose module is that of every other layer of the same ``key``.
 
-    def __init__(self, function: Callable[[nn.Module, Any], Any], module: nn.Module) -> None:
+    ``forward_fn(module, inputs)`` replaces the module's own forward, such as the matrix product of an output head
+    with the weight of an embedding. The module is built once on each rank that has layers of this key; all its
+    parameters stay equal on those ranks, as the one module that they are where no cut falls between them.
+    ``tied_weight_attr`` names those that all the layers use, and is checked.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        typename: type[nn.Module],
+        *module_args: Any,
+        forward_fn: Callable[..., Any] | None = None,
+        tied_weight_attr: Sequence[str] | str = ("weight",),
+        **module_kwargs: Any,
+    ) -> None:
+        super().__init__(typename, *module_args, **module_kwargs)
+        self.key = key
+        self.forward_fn = forward_fn
+        self.tied_weight_attr = (
+            [tied_weight_attr] if isinstance(tied_weight_attr, str) else list(tied_weight_attr)
+        )
+
+
+# An entry of a model's list is a spec, a module or a function. These three are all that the rest asks of it.
+
+
+def key_of(layer: Any) -> str | None:
+    """The key under which a layer shares its module with others."""
+    return layer.key if isinstance(layer, TiedLayerSpec) else None
+
+
+def build(layer: Any) -> nn.Module | None:
+    """The module of ``layer``; None for a plain function."""
+    if isinstance(layer, LayerSpec):
+        return layer.build()
+    return layer if isinstance(layer, nn.Module) else None
+
+
+def bind(layer: Any, module: nn.Module | None) -> Any:
+    """What runs ``layer``, whose module is ``module``."""
+    if module is None:
+        return layer
+    function = layer.forward_fn if isinstance(layer, TiedLayerSpec) else None
+    return module if function is None else Function(function, module)
+
+
+class Function(nn.Module):
+    """A plain function, or the ``forward_fn`` of a tied layer, as a module: it can be pickled, shown and nested."""
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module | None = None) -> None:
+        super().__init__()
         self.function, self.module = function, module
 
-    def __call__(self, value: Any) -> Any:
-        return self.function(self.module, value)
+    def forward(self, value: Any) -> Any:
+        return self.function(value) if self.module is None else self.function(self.module, value)
 
 
-def _attributes(specs: Sequence[TiedLayerSpec], key: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What stands under each ``tied_weight_attr`` of ``key`` and is no parameter."""
-    for path in dict.fromkeys(path for spec in specs if spec.key == key for path in spec.tied_weight_attr):
-        found: Any = module
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if not isinstance(found, nn.Parameter):
-            yield path, found
+# Weighing.
 
 
-def on_meta(spec: LayerSpec) -> nn.Module | None:
-    """``spec`` built without memory, None where its constructor does not allow that."""
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What a partition method may weigh of one layer."""
+
+    name: str  # class or function name, for ``type:REGEX``
+    parameters: int = 0  # elements
+    memory: int = 0  # bytes of parameters, gradients, optimizer state and saved activations
+    nanoseconds: int = 0  # measured time of a forward
+
+
+def weigh(layers: Sequence[Any], method: str | Sequence[int], sample: Any = None) -> list[LayerFacts]:
+    """What ``method`` needs to know of each layer; collective for the methods that measure.
+
+    ``sample``: what the first layer takes, for the methods that have to run them.
+    """
+    if isinstance(method, str) and method.strip().lower() in ("memory", "profile"):
+        if sample is None:
+            raise ConfigError(
+                f"partition_method {method!r} runs the layers once",
+                expected="sample_input",
+                found="None",
+                fix="pass PipelineModule(..., sample_input=what the first layer takes)",
+            )
+        # Times differ between ranks, the cut must not: what rank 0 measures counts for all.
+        everyone = world()
+        measured = _measure(layers, sample, everyone.rank)
+        return list(broadcast_object(measured, 0, everyone, label="layer profile"))
+    return [LayerFacts(_name(layer), _count(layer)) for layer in layers]
+
+
+def _measure(layers: Sequence[Any], value: Any, rank: int) -> list[LayerFacts]:
+    found = []
+    tied: dict[str, nn.Module | None] = {}
+    with torch.random.fork_rng(devices=[]):
+        # Built, run and dropped one after the other, so that the whole model never exists at once.
+        for layer in layers:
+            key = key_of(layer)
+            module = tied[key] if key in tied else build(layer)
+            if key is not None:
+                tied[key] = module
+            # Ranks other than 0 go along only where parameters become shards as they are built, which takes all
+            # ranks; elsewhere they end with the first parameters that are whole.
+            if rank and module is not None and any(not hasattr(p, "ds_numel") for p in module.parameters()):
+                return []
+            parameters = 0 if module is None else _numel(module)
+            saved, value, seconds = _run(bind(layer, module), value)
+            memory = parameters * STATE_BYTES + saved
+            found.append(LayerFacts(_name(layer), parameters, memory, int(seconds * 1e9)))
+    return found
+
+
+def _name(layer: Any) -> str:
+    if isinstance(layer, LayerSpec):
+        return layer.name
+    return (
+        type(layer).__name__
+        if isinstance(layer, nn.Module)
+        else getattr(layer, "__name__", type(layer).__name__)
+    )
+
+
+def _count(layer: Any) -> int:
+    """Parameters of a layer, built without memory where its constructor allows that."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                return spec.build()
+                module = build(layer)
         except Exception:  # whatever a user's constructor raises on tensors without values
-            return None
+            module = build(layer)
+    return 0 if module is None else _numel(module)
+
+
+def _numel(module: nn.Module) -> int:
+    """Elements of all parameters; a shard of a parameter counts as the whole."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+
+def _run(call: Any, value: Any) -> tuple[int, Any, float]:
+    """Bytes saved for backward, the output (detached), and the quickest forward in seconds."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = call(value)
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(_ROUNDS):
+            start = time.perf_counter()
+            call(value)
+            best = min(best, time.perf_counter() - start)
+    detached = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, output)
+    return sum(storages.values()), detached, best
+
+
+# Cutting.
+
+# stages + 1 ascending layer numbers: stage s has the layers [bounds[s], bounds[s + 1])
+Bounds = tuple[int, ...]
+
+
+def partition(
+    method: str | Sequence[int],
+    num_layers: int,
+    stages: int,
+    facts: Callable[[], Sequence[LayerFacts]],
+) -> Bounds:
+    """Bounds of ``stages`` runs of layers. ``facts`` is called only by methods that weigh layers.
+
+    Raises `ConfigError` where there are too few layers, an unknown method, or bounds that do not fit.
+    """
+    if num_layers < stages:
+        raise ConfigError(
+            "a pipeline stage would be empty",
+            expected=f"at least one layer for each of {stages} stages",
+            found=f"{num_layers} layers",
+            fix=f"use at most {num_layers} stages (pipeline ranks x chunks), or split layers",
+        )
+    if not isinstance(method, str):
+        return _explicit(tuple(method), num_layers, stages)
+    name, _, pattern = method.partition(":")
+    name = name.strip().lower()
+    if name == "uniform":
+        return cut_evenly(num_layers, stages)
+    if name == "type":
+        return cut_balanced(_matches(pattern, facts(), stages), stages)
+    if name == "parameters":
+        return cut_balanced([f.parameters for f in facts()], stages)
+    if name == "memory":
+        return cut_balanced([f.memory for f in facts()], stages)
+    if name == "profile":
+        return cut_balanced([f.nanoseconds for f in facts()], stages)
+    raise ConfigError("unknown partition_method", expected=METHODS, found=repr(method))
+
+
+def _matches(pattern: str, facts: Sequence[LayerFacts], stages: int) -> list[int]:
+    try:
+        compiled = re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        raise ConfigError(
+            "partition_method 'type:' needs a regular expression", found=f"{pattern!r} ({error})"
+        ) from error
+    weights = [int(compiled.search(f.name) is not None) for f in facts]
+    if sum(weights) < stages:
+        raise ConfigError(
+            f"partition_method 'type:{pattern}' matches too few layers",
+            expected=f"at least {stages}, one for each stage",
+            found=f"{sum(weights)} of {sorted({f.name for f in facts})}",
+            fix="correct the expression, or use 'parameters'",
+        )
+    return weights
+
+
+def _explicit(bounds: Bounds, num_layers: int, stages: int) -> Bounds:
+    ascending = all(a < b for a, b in pairwise(bounds))
+    if len(bounds) != stages + 1 or bounds[0] != 0 or bounds[-1] != num_layers or not ascending:
+        raise ConfigError(
+            "partition bounds do not fit the model",
+            expected=f"{stages + 1} ascending numbers from 0 to {num_layers}",
+            found=list(bounds),
+        )
+    return bounds

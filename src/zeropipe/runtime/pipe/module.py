@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -11,18 +12,24 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from zeropipe.comm.group import world
+from zeropipe.comm.collectives import broadcast, broadcast_object
+from zeropipe.comm.group import Group, world
 from zeropipe.comm.startup import init_distributed
 from zeropipe.errors import ConfigError, UsageError
-from zeropipe.runtime.pipe.grid import PipelineParallelGrid
-from zeropipe.runtime.pipe.layers import Layers
-from zeropipe.runtime.pipe.partition import Bounds, partition
+from zeropipe.runtime.pipe.layers import Bounds, Function, bind, build, key_of, partition, weigh
+from zeropipe.runtime.pipe.layers import LayerSpec as LayerSpec
+from zeropipe.runtime.pipe.layers import TiedLayerSpec as TiedLayerSpec  # users know it under this path
 from zeropipe.runtime.pipe.schedule import find_kind
-from zeropipe.runtime.pipe.specs import LayerSpec as LayerSpec
-from zeropipe.runtime.pipe.specs import TiedLayerSpec as TiedLayerSpec  # users know it under this path
-from zeropipe.runtime.pipe.tied import Tie, TiePlan, share_values, sum_gradients
-from zeropipe.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
-from zeropipe.runtime.pipe.weigh import LayerScales
+from zeropipe.runtime.pipe.tied import (
+    Tie,
+    TiePlan,
+    make_ties,
+    plan_ties,
+    share_values,
+    sum_gradients,
+    tied_names,
+)
+from zeropipe.runtime.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid, ProcessTopology
 
 LayerLike = LayerSpec | nn.Module | Callable[..., Any]
 
@@ -71,33 +78,65 @@ class PipelineModule(nn.Module):
         super().__init__()
         init_distributed()  # adopts a world that is there
         self._grid = PipelineParallelGrid(_topology(num_stages, topology))
+        self.loss_fn = loss_fn
+        self.dynamic_shape = dynamic_shape
+
+        # How a layer is built and run.
+        self.seed_layers, self.base_seed, self._seed_fn = seed_layers, base_seed, seed_fn or torch.manual_seed
+        self.activation_checkpoint_interval = activation_checkpoint_interval
+        self.activation_checkpoint_func = activation_checkpoint_func or _recompute
+        self.checkpointable_layers = None if checkpointable_layers is None else list(checkpointable_layers)
+
+        # Which layer is where; the same on all ranks.
         kind = find_kind(schedule or "1f1b")
         self.schedule = schedule
         self.num_chunks = kind.default_chunks if num_chunks is None else num_chunks
         self.placement = kind.placement
         self.num_stages = self._grid.pipe_parallel_size  # pipeline ranks, as users of this name count
-        self.loss_fn = loss_fn
-        self.dynamic_shape = dynamic_shape
-        self.seed_layers, self.base_seed = seed_layers, base_seed
-        self.activation_checkpoint_interval = activation_checkpoint_interval
-        self.activation_checkpoint_func = activation_checkpoint_func or _recompute
-        self.checkpointable_layers = None if checkpointable_layers is None else list(checkpointable_layers)
-        self._scales = LayerScales(layers, sample_input)
-        self.bounds: Bounds = partition(
-            partition_method, len(layers), self.total_stages, partial(self._scales.facts, partition_method)
-        )
-        self._layers = Layers(layers, partial(self._seed, seed_fn))
+        for index, layer in enumerate(layers):
+            if not callable(layer) and not isinstance(layer, LayerSpec):
+                raise UsageError(
+                    f"layer {index} cannot be run",
+                    expected="a torch.nn.Module, a LayerSpec or a callable",
+                    found=type(layer).__name__,
+                )
+        facts = partial(weigh, layers, partition_method, sample_input)
+        self.bounds: Bounds = partition(partition_method, len(layers), self.total_stages, facts)
+
+        # The list that the user gave, and what this rank has built of it, by the number of the layer.
+        self._given: list[Any] = list(layers)
+        self._built: dict[int, nn.Module | None] = {}
+        self._calls: dict[int, Callable[[Any], Any]] = {}
         # By key; registered under the number of the key's first layer, the same name on every rank that has it.
         self.tied_modules: dict[str, nn.Module] = {}
-        local = set(self.local_layers())
-        for index in sorted(local):
-            self._layers.build(index, self)
-        tied = self._layers.tied_names(self.tied_modules, self._grid.pipe_group)
-        self._tie_plans = self._layers.plans(self.stage_of, self.rank_of, tied)
-        for index in set(range(len(layers))) - local:
-            self._layers.forget_values(index)
-        self.ties: list[Tie] = self._layers.ties(self)
+        for index in sorted(self.local_layers()):
+            self._build(index)
+
+        # Ties: planned alike on all ranks, from the modules themselves, of which only the form is kept elsewhere.
+        names = tied_names(self._given, self.tied_modules, self._grid.pipe_group)
+        self._tie_plans = plan_ties(self._given, names, self.stage_of, self.rank_of)
+        for index in set(range(len(self._given))) - set(self._calls):
+            if isinstance(self._given[index], nn.Module):
+                self._given[index] = deepcopy(self._given[index]).to("meta")
+        self.ties: list[Tie] = make_ties(self._tie_plans, self._built, self._grid)
         share_values(self.ties)
+
+    def _build(self, index: int) -> None:
+        """Build layer ``index`` and register it: under its number, a tied one under that of its first use."""
+        layer, key, first = self._given[index], key_of(self._given[index]), index
+        if key is not None and key in self.tied_modules:
+            module: nn.Module | None = self.tied_modules[key]
+        else:
+            if key is not None:
+                first = next(i for i, other in enumerate(self._given) if key_of(other) == key)
+            if self.seed_layers and isinstance(layer, LayerSpec):
+                self._seed_fn(self.base_seed + first)
+            module = build(layer)
+            if module is not None:
+                self.add_module(str(first), module)
+                if key is not None:
+                    self.tied_modules[key] = module
+        self._built[index], self._calls[index] = module, bind(layer, module)
 
     # Which layers are where.
 
@@ -144,11 +183,11 @@ class PipelineModule(nn.Module):
 
     def layer_list(self) -> list[Any]:
         """The layers as they were given."""
-        return self._layers.given
+        return self._given
 
     def layer_module(self, layer: int) -> nn.Module | None:
         """The module of ``layer`` on this rank; None elsewhere and for plain functions."""
-        return self._layers.module(layer)
+        return self._built.get(layer)
 
     def tie_plans(self) -> list[tuple[TiePlan, str, int]]:
         """Every shared weight as (plan, attribute path, layer), the same on every rank."""
@@ -190,18 +229,14 @@ class PipelineModule(nn.Module):
 
     def _run_layers(self, numbers: Sequence[int], value: Any) -> Any:
         for index in numbers:
-            value = self._layers.call(index, value)
+            value = self._calls[index](value)
         return value
 
     def _may_recompute(self, numbers: Sequence[int]) -> bool:
-        modules = [self._layers.module(index) for index in numbers]
+        modules = [self._built[index] for index in numbers]
         if self.checkpointable_layers is not None:
             return all(type(m).__name__ in self.checkpointable_layers for m in modules)
         return any(m is not None and any(True for _ in m.parameters()) for m in modules)
-
-    def _seed(self, seed_fn: Callable[[int], Any] | None, index: int) -> None:
-        if self.seed_layers:
-            (seed_fn or torch.manual_seed)(self.base_seed + index)
 
     # To and from plain models.
 
@@ -215,9 +250,28 @@ class PipelineModule(nn.Module):
 
         Tied weights are one parameter again.
         """
-        from zeropipe.runtime.pipe.sequential import gather_sequential
-
-        return gather_sequential(self)
+        group = self._grid.pipe_group
+        tied: dict[str, nn.Module] = {}
+        shared: dict[str, nn.Parameter] = {}
+        children: list[nn.Module] = []
+        # Each layer, one after the other, from the rank that trains it.
+        for index, layer in enumerate(self._given):
+            key = key_of(layer)
+            module = tied[key] if key in tied else _copy_of(layer)
+            if module is not None and key not in tied:
+                owner = self.rank_of(index)
+                _fill(module, self._built[index] if owner == group.rank else None, owner, group, index)
+                if key is not None:
+                    tied[key] = module
+            called = bind(layer, module)
+            children.append(called if isinstance(called, nn.Module) else Function(called))
+        # Modules that shared parameters share them again; those of a key are one module already.
+        for plan, path, index in self._tie_plans:
+            if key_of(self._given[index]) is None:
+                owner_path, _, last = path.rpartition(".")
+                holder = children[index].get_submodule(owner_path)
+                setattr(holder, last, shared.setdefault(plan.key, getattr(holder, last)))
+        return nn.Sequential(*children)
 
     def allreduce_tied_weight_gradients(self) -> None:
         """Sum the tied weights' ``.grad`` over the pipe axis; the engine does this by itself."""
@@ -228,6 +282,40 @@ def _own_gradient(param: nn.Parameter) -> torch.Tensor:
     if param.grad is None:
         param.grad = torch.zeros_like(param)
     return param.grad
+
+
+def _copy_of(layer: Any) -> nn.Module | None:
+    """A module of the right shapes, apart from the one that trains."""
+    if isinstance(layer, LayerSpec):
+        with torch.random.fork_rng(devices=[]):
+            return layer.build()
+    return deepcopy(layer).to_empty(device="cpu") if isinstance(layer, nn.Module) else None
+
+
+def _fill(module: nn.Module, source: nn.Module | None, owner: int, group: Group, index: int) -> None:
+    """Give ``module`` the values that the owner's ``source`` has, in the owner's dtype."""
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    forms = None
+    if source is not None:
+        values = dict((*source.named_parameters(), *source.named_buffers()))
+        forms = {name: (values[name].dtype, tuple(values[name].shape)) for name in names}
+    forms = broadcast_object(forms, owner, group, label="layer form")
+    targets = dict((*module.named_parameters(), *module.named_buffers()))
+    for name in names:
+        dtype, shape = forms[name]
+        if shape != tuple(targets[name].shape):
+            raise UsageError(
+                f"to_sequential: {name} of layer {index} is not whole on the rank that trains it",
+                expected=tuple(targets[name].shape),
+                found=shape,
+                fix="gather the parameters first (zeropipe.zero.GatheredParameters)",
+            )
+        value = (
+            torch.empty(shape, dtype=dtype) if source is None else values[name].detach().contiguous().clone()
+        )
+        if value.numel():
+            broadcast(value, owner, group, label="layer values")
+        targets[name].data = value.to(targets[name].device)
 
 
 def _recompute(run: Callable[[Any], Any], value: Any) -> Any:

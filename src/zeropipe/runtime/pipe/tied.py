@@ -8,14 +8,18 @@ equal without ever being sent again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from zeropipe.comm.collectives import all_reduce, broadcast
-from zeropipe.comm.group import Group
+from zeropipe.comm.collectives import all_gather_object, all_reduce, broadcast
+from zeropipe.comm.group import Group, new_group
+from zeropipe.errors import UsageError
+from zeropipe.runtime.pipe.layers import TiedLayerSpec
+from zeropipe.runtime.pipe.topology import PipelineParallelGrid
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,98 @@ class Tie:
     param: nn.Parameter
     group: Group  # the ranks of plan.ranks, in that order
     owner: bool  # this rank's copy is the one that counts in norms and is saved
+
+
+def tied_names(layers: Sequence[Any], modules: Mapping[str, nn.Module], pipe: Group) -> dict[str, list[str]]:
+    """The names of all parameters of each tied module, by key; collective over the pipeline.
+
+    ``modules``: those of this rank. Raises UsageError, on every rank, where a ``tied_weight_attr`` is no parameter.
+    """
+    specs = [layer for layer in layers if isinstance(layer, TiedLayerSpec)]
+    if not specs:
+        return {}
+    # A rank knows the modules that it has built, and every rank has to know them all: names, and what is no parameter.
+    mine = {
+        key: ([name for name, _ in module.named_parameters()], list(_strange(specs, key, module)))
+        for key, module in modules.items()
+    }
+    names: dict[str, list[str]] = {}
+    for theirs in all_gather_object(mine, pipe, label="tied modules"):
+        for key, (parameters, strange) in theirs.items():
+            for path, kind in strange:
+                raise UsageError(
+                    f"tied weight {key!r}: {path} is not a parameter",
+                    expected="a torch.nn.Parameter",
+                    found=kind,
+                    fix="set tied_weight_attr to the attribute that holds the weight",
+                )
+            names[key] = parameters
+    return names
+
+
+def _strange(specs: Sequence[TiedLayerSpec], key: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+    """What stands under each ``tied_weight_attr`` of ``key`` and is no parameter: (path, class)."""
+    for path in dict.fromkeys(path for spec in specs if spec.key == key for path in spec.tied_weight_attr):
+        found: Any = module
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if not isinstance(found, nn.Parameter):
+            yield f"{type(module).__name__}.{path}", type(found).__name__
+
+
+def plan_ties(
+    layers: Sequence[Any],
+    names: Mapping[str, Sequence[str]],
+    stage_of: Callable[[int], int],
+    rank_of: Callable[[int], int],
+) -> list[tuple[TiePlan, str, int]]:
+    """Every shared parameter as (plan, path in the layer, a layer that has it), in one order on all ranks.
+
+    ``names``: as `tied_names` gives them.
+    """
+    uses: dict[str, list[tuple[int, str]]] = {}
+    first_use: dict[int, str] = {}
+    for index, layer in enumerate(layers):
+        if isinstance(layer, TiedLayerSpec):
+            for name in names[layer.key]:
+                uses.setdefault(f"{layer.key}.{name}", []).append((index, name))
+        elif isinstance(layer, nn.Module):
+            # Modules of a plain model share parameters by being the same object.
+            for name, param in layer.named_parameters():
+                key = first_use.setdefault(id(param), f"{index}.{name}")
+                uses.setdefault(key, []).append((index, name))
+    found = []
+    for key, places in uses.items():
+        if len(places) > 1:
+            stages = tuple(sorted({stage_of(index) for index, _ in places}))
+            ranks = tuple(sorted({rank_of(index) for index, _ in places}))
+            found += [(TiePlan(key, stages, ranks), path, index) for index, path in places]
+    return found
+
+
+def make_ties(
+    plans: Iterable[tuple[TiePlan, str, int]],
+    modules: Mapping[int, nn.Module | None],
+    grid: PipelineParallelGrid,
+) -> list[Tie]:
+    """The shared weights that this rank holds and another rank too; makes their groups, so collective."""
+    groups: dict[tuple[int, ...], Group] = {}
+    found: dict[str, Tie] = {}
+    for plan, path, index in plans:
+        if len(plan.ranks) < 2:
+            continue
+        if plan.ranks not in groups:
+            groups[plan.ranks] = Group((grid.global_rank,), 0)
+            # Every rank takes part in making every group, its own or not.
+            for pipeline in grid.topology().get_axis_comm_lists("pipe"):
+                group = new_group([pipeline[rank] for rank in plan.ranks])
+                if group is not None and grid.global_rank in pipeline:
+                    groups[plan.ranks] = group
+        module = modules.get(index)
+        if module is not None and plan.key not in found:
+            owner = grid.stage_id == plan.ranks[0]
+            found[plan.key] = Tie(plan, module.get_parameter(path), groups[plan.ranks], owner)
+    return list(found.values())
 
 
 def share_values(ties: Iterable[Tie]) -> None:
