@@ -1,0 +1,1 @@
+"""Whether a change of the code costs time: two checkouts of zeropipe, step against step in one run."""
