@@ -63,7 +63,7 @@ PACKAGE = (
     Name("utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint", "lightning", "the whole model in fp32", f"{_TOOLS}::test_the_fp32_state_dict_is_the_whole_model", "zeropipe.utils.zero_to_fp32:get_fp32_state_dict_from_zero_checkpoint"),
     Name("utils.zero_to_fp32.get_model_state_file", "lightning", "the first model file", f"{_TOOLS}::test_file_helpers_that_clients_call", "zeropipe.utils.zero_to_fp32:get_model_state_file"),
     Name("utils.zero_to_fp32.get_optim_files", "lightning", "files whose optimizer_state_dict names the stage", f"{_TOOLS}::test_file_helpers_that_clients_call", "zeropipe.utils.zero_to_fp32:get_optim_files"),
-    Name("checkpointing.configure", "lightning, always", "takes what its default configuration has", f"{_MEANING}::test_activation_checkpointing_takes_lightnings_call", "zeropipe.runtime.activation_checkpointing:configure"),
+    Name("checkpointing.configure", "lightning, always", "takes what its default configuration has", f"{_MEANING}::test_activation_checkpointing_takes_lightnings_call", "zeropipe.checkpointing:configure"),
     Name("launcher.runner.DEEPSPEED_ENVIRONMENT_NAME", "accelerate launch", "the name of a file", "tests/unit/compat/test_runner.py::test_the_environment_file_is_read", "zeropipe.compat.runner:DEEPSPEED_ENVIRONMENT_NAME"),
     Name("runtime.utils.move_to_device", "accelerate's test script", "a nested move", f"{_MEANING}::test_move_to_device_goes_through_containers", "zeropipe.runtime.utils:move_to_device"),
     Name("runtime.fp16.loss_scaler.LossScaler", "files that DeepSpeed wrote", "unpickles", f"{_MEANING}::test_what_deepspeeds_files_name_can_be_loaded", "zeropipe.runtime.fp16.loss_scaler:LossScaler"),

@@ -11,12 +11,11 @@ from torch import nn
 
 from zeropipe import checkpointing
 from zeropipe.errors import UsageError
-from zeropipe.runtime import activation_checkpointing as module
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(module, "CHECKPOINTER", module.Checkpointer())
+    monkeypatch.setattr(checkpointing, "CHECKPOINTER", checkpointing.Checkpointer())
 
 
 def run(wrap):
@@ -67,8 +66,8 @@ def test_reentrant_way_replays_too():
 
 def test_saved_inputs_wait_in_cpu_memory(monkeypatch):
     asked = []
-    real = module.save_on_cpu
-    monkeypatch.setattr(module, "save_on_cpu", lambda **kw: asked.append(kw) or real(**kw))
+    real = checkpointing.save_on_cpu
+    monkeypatch.setattr(checkpointing, "save_on_cpu", lambda **kw: asked.append(kw) or real(**kw))
     x = torch.randn(2, 2, requires_grad=True)
     checkpointing.checkpoint(torch.tanh, x).sum().backward()
     assert asked == []
