@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
@@ -46,18 +46,19 @@ class ZeroDataLoader:
         shuffle: bool,
         pin_memory: bool,
     ) -> None:
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-        self._size = data_parallel_size
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self._drop_last = drop_last
-        self._consumed = 0  # of this epoch: samples of this rank, or batches where the dataset has no order
-        self._resume = False  # the next iteration goes on from _consumed
-        self._iterable = isinstance(dataset, IterableDataset)
-        self._generator = torch.Generator()  # else each iteration would draw a seed from the global state
+
+        # The place: of this epoch, samples of this rank, or batches where the dataset has no order. Positions are saved
+        # in ``_unit``, of which one of this rank stands for ``_ranks``. ``_resume``: the next iteration goes on here.
+        self.epoch, self._consumed, self._resume = 0, 0, False
+        iterable = isinstance(dataset, IterableDataset)
+        self._unit, self._ranks = ("batches", 1) if iterable else ("samples", data_parallel_size)
+
+        # Without a generator of its own each iteration would draw a seed from the global state.
+        self._generator = torch.Generator()
         self._sampler: _From | None = None
-        if not self._iterable:
+        if not iterable:
             self._sampler = _From(
                 DistributedSampler(
                     dataset, data_parallel_size, data_parallel_rank, shuffle, seed=seed, drop_last=drop_last
@@ -103,7 +104,8 @@ class ZeroDataLoader:
             left -= 1
             self._consumed += self.batch_size
             if left == 0:
-                self._next_epoch()  # before the last yield: a loop may never ask for one more
+                # Before the last yield: a loop may never ask for one more.
+                self._next_epoch()
             yield batch
 
     def _stream(self) -> Iterator[Any]:
@@ -123,12 +125,7 @@ class ZeroDataLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and position, the same on every data-parallel rank."""
-        place = "batches" if self._iterable else "samples"
-        return {
-            "epoch": self.epoch,
-            "seed": self.seed,
-            place: self._consumed * (1 if self._iterable else self._size),
-        }
+        return {"epoch": self.epoch, "seed": self.seed, self._unit: self._consumed * self._ranks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken: the next iteration yields exactly the samples that were left.
@@ -137,11 +134,10 @@ class ZeroDataLoader:
         where it is not a multiple of the ranks it is rounded down. An iterable dataset is read from its start
         and the consumed batches dropped. Raises CheckpointError where ``state`` is of another kind of dataset.
         """
-        place = "batches" if self._iterable else "samples"
-        if place not in state or "epoch" not in state:
+        if self._unit not in state or "epoch" not in state:
             raise CheckpointError(
                 "the data position was saved for another kind of dataset",
-                expected=f"keys epoch, {place}",
+                expected=f"keys epoch, {self._unit}",
                 found=f"keys {', '.join(map(str, state))}",
                 fix="resume with the dataset that was trained on, or do not load its position",
             )
@@ -149,7 +145,7 @@ class ZeroDataLoader:
         self.seed = int(state.get("seed", self.seed))
         if self._sampler is not None:
             self._sampler.inner.seed = self.seed
-        self._consumed = int(state[place]) // (1 if self._iterable else self._size)
+        self._consumed = int(state[self._unit]) // self._ranks
         self._resume = True
 
 
@@ -196,33 +192,27 @@ class RepeatingLoader:
     Raises UsageError when the loader is empty, rather than turn for ever.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: Any) -> None:
         self.loader = loader
-        self._iterator: Iterator[Any] | None = None
+        self._iterator: Iterator[Any] = iter(())
 
     def __iter__(self) -> RepeatingLoader:
         return self
 
     def __len__(self) -> int:
-        return len(cast(Any, self.loader))
+        return len(self.loader)
 
     def __next__(self) -> Any:
-        if self._iterator is not None:
-            try:
-                return next(self._iterator)
-            except StopIteration:
-                pass
-        self._iterator = iter(self.loader)
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            raise UsageError(
-                "a loader that is repeated yields nothing", fix="give it a dataset with samples"
-            ) from None
+        for _ in range(2):
+            for value in self._iterator:
+                return value
+            self._iterator = iter(self.loader)
+        raise UsageError("a loader that is repeated yields nothing", fix="give it a dataset with samples")
 
     def state_dict(self) -> dict[str, Any]:
-        return cast(dict[str, Any], cast(Any, self.loader).state_dict())
+        state: dict[str, Any] = self.loader.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        cast(Any, self.loader).load_state_dict(state)
-        self._iterator = None
+        self.loader.load_state_dict(state)
+        self._iterator = iter(())

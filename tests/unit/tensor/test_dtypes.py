@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from zeropipe.runtime.fp16 import fp16_utils
-from zeropipe.tensor.dtypes import was_prepared, working_dtypes
+from zeropipe.tensor.model import was_prepared, working_dtypes
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeropipe.tensor.overlap import overlapping
+from zeropipe.tensor.model import overlapping
 
 
 def named(*tensors: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

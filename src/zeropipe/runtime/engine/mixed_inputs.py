@@ -24,7 +24,7 @@ from torch.nn.modules.loss import _WeightedLoss
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from zeropipe.tensor.dtypes import HALVES, keeps_dtype
+from zeropipe.tensor.model import HALVES, keeps_dtype
 
 _LAYERS = (
     nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.PReLU, nn.EmbeddingBag

@@ -13,8 +13,15 @@ from zeropipe.comm.group import Group
 from zeropipe.config.schema import Config
 from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.param import is_sharded, is_trained
-from zeropipe.tensor.dtypes import HALVES, buffers_of_weights, free_tensors, was_prepared, working_dtypes
-from zeropipe.tensor.overlap import overlapping, shared_memory
+from zeropipe.tensor.model import (
+    HALVES,
+    buffers_of_weights,
+    free_tensors,
+    overlapping,
+    shared_memory,
+    was_prepared,
+    working_dtypes,
+)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

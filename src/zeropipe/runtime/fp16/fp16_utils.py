@@ -21,8 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from zeropipe.errors import UsageError
-from zeropipe.layout.flat import FlatShards, flat_shards
-from zeropipe.tensor.dtypes import KeepsDtype
+from zeropipe.tensor.model import KeepsDtype
 from zeropipe.tensor.norms import clip_coefficient, total_norm
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (_BatchNorm,)
@@ -52,23 +51,16 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class _CastInputs(KeepsDtype):
-    """Forward pre-hook; an object, so that a converted network pickles and copies. The engine knows it as a mark."""
+class _Cast(KeepsDtype):
+    """Forward pre-hook, and forward hook; an object, so that a converted network pickles and copies.
+
+    The engine knows it as a mark.
+    """
 
     dtype: torch.dtype
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        return cast_floating(args, self.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class _CastOutputs:
-    """Forward hook, as above."""
-
-    dtype: torch.dtype
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return cast_floating(output, self.dtype)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
+        return cast_floating(output[0] if output else args, self.dtype)
 
 
 def convert_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -94,11 +86,11 @@ def _keep_in_fp32(module: nn.Module, outside: torch.dtype) -> None:
     """fp32 inside, ``outside`` at both edges: most norm layers refuse an input of another dtype."""
     convert_module(module, torch.float32)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [k for k, hook in hooks.items() if isinstance(hook, (_CastInputs, _CastOutputs))]:
+        for key in [k for k, hook in hooks.items() if isinstance(hook, _Cast)]:
             del hooks[key]
     if outside != torch.float32:
-        module.register_forward_pre_hook(_CastInputs(torch.float32))
-        module.register_forward_hook(_CastOutputs(outside))
+        module.register_forward_pre_hook(_Cast(torch.float32))
+        module.register_forward_hook(_Cast(outside))
 
 
 def convert_network(
@@ -152,26 +144,10 @@ class FP16Model(nn.Module):
         return self.network(*cast_floating(args, torch.float16), **cast_floating(kwargs, torch.float16))
 
 
-def _flat_layout(params: Sequence[torch.Tensor]) -> FlatShards:
-    return flat_shards(((str(i), tuple(p.shape), "float32") for i, p in enumerate(params)), num_shards=1)
-
-
-def _flat_views(params: Sequence[torch.Tensor], flat: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Views of ``flat`` (1-D) with the shapes of ``params``."""
-    layout = _flat_layout(params)
-    if flat.numel() != layout.numel:
-        raise UsageError(
-            "the flat master does not belong to these parameters",
-            expected=f"{layout.numel} elements",
-            found=flat.numel(),
-            fix="pass both lists as prep_param_lists(model, flat_master=True) returned them",
-        )
-    for i, param in enumerate(params):
-        start, stop = layout.tensor_range(i)
-        yield flat[start:stop].view(param.shape)
-
-
-def _check_pairs(model_params: Sequence[torch.Tensor], masters: Sequence[torch.Tensor], flat: bool) -> None:
+def _pairs(
+    model_params: Sequence[torch.Tensor], masters: Sequence[torch.Tensor], flat: bool, of: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each parameter, and what its master has of it; ``of`` a flat one, "data" or "grad", the view of its part."""
     expected = min(1, len(model_params)) if flat else len(model_params)
     if len(masters) != expected:
         raise UsageError(
@@ -180,6 +156,19 @@ def _check_pairs(model_params: Sequence[torch.Tensor], masters: Sequence[torch.T
             found=len(masters),
             fix="pass both lists, and flat_master, as in the call of prep_param_lists",
         )
+    if not flat or not model_params:
+        return zip(model_params, masters, strict=True)
+    whole: torch.Tensor = getattr(masters[0], of)
+    sizes = [param.numel() for param in model_params]
+    if whole.numel() != sum(sizes):
+        raise UsageError(
+            "the flat master does not belong to these parameters",
+            expected=f"{sum(sizes)} elements",
+            found=whole.numel(),
+            fix="pass both lists as prep_param_lists(model, flat_master=True) returned them",
+        )
+    views = (part.view(param.shape) for part, param in zip(whole.split(sizes), model_params, strict=True))
+    return zip(model_params, views, strict=True)
 
 
 def prep_param_lists(
@@ -219,27 +208,21 @@ def model_grads_to_master_grads(
     A parameter without a gradient leaves its master without one; in a flat master its part is zero, and
     only if none has a gradient is the flat gradient None. Raises UsageError if the lists do not match.
     """
-    _check_pairs(model_params, master_params, flat_master)
-    if flat_master and model_params:
+    if flat_master and len(master_params) == 1 and model_params:
         master = master_params[0]
         if all(p.grad is None for p in model_params):
             master.grad = None
             return
         if master.grad is None:
             master.grad = torch.empty_like(master)
-        for param, view in zip(model_params, _flat_views(model_params, master.grad), strict=True):
-            if param.grad is None:
-                view.zero_()
-            else:
-                view.copy_(param.grad)
-        return
-    for param, master in zip(model_params, master_params, strict=True):
-        if param.grad is None:
-            master.grad = None
-        elif master.grad is None:
-            master.grad = param.grad.detach().to(master.dtype, copy=True)
+    for param, target in _pairs(model_params, master_params, flat_master, "grad"):
+        grad = param.grad
+        if flat_master:
+            target.copy_(grad) if grad is not None else target.zero_()
+        elif grad is None or target.grad is None:
+            target.grad = None if grad is None else grad.detach().to(target.dtype, copy=True)
         else:
-            master.grad.copy_(param.grad)
+            target.grad.copy_(grad)
 
 
 @torch.no_grad()
@@ -247,13 +230,8 @@ def master_params_to_model_params(
     model_params: Sequence[nn.Parameter], master_params: Sequence[nn.Parameter], flat_master: bool = False
 ) -> None:
     """Round each master's value into its parameter, in place. Raises UsageError if the lists do not match."""
-    _check_pairs(model_params, master_params, flat_master)
-    if flat_master:
-        sources: Iterable[torch.Tensor] = _flat_views(model_params, master_params[0]) if model_params else ()
-    else:
-        sources = master_params
-    for param, source in zip(model_params, sources, strict=True):
-        param.copy_(source)
+    for param, value in _pairs(model_params, master_params, flat_master, "data"):
+        param.copy_(value)
 
 
 def to_python_float(value: Any) -> float:

@@ -31,6 +31,10 @@ CONSECUTIVE_HYSTERESIS = "consecutive_hysteresis"
 MIN_LOSS_SCALE = "min_scale"
 
 
+# What moves while training, beside the scale.
+_MOVING = ("cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
 class MinScalePolicy(StrEnum):
     """What an overflow does when the scale is at its minimum already."""
 
@@ -138,15 +142,18 @@ class DynamicLossScaler(LossScalerBase):
         on_min_scale: MinScalePolicy | str | None = None,
     ) -> None:
         super().__init__(init_scale)
-        _require("scale_factor", scale_factor, scale_factor > 1, "a number above 1")
-        _require("scale_window", scale_window, scale_window >= 1, "at least 1 step")
-        _require(
-            "min_scale", min_scale, 0 <= min_scale <= init_scale, f"from 0 to the initial {init_scale:g}"
-        )
-        _require("delayed_shift (hysteresis)", delayed_shift, delayed_shift >= 1, "at least 1 overflow")
         default = MinScalePolicy.RAISE if raise_error_at_min_scale else MinScalePolicy.SKIP
         known = [policy.value for policy in MinScalePolicy]
-        _require("on_min_scale", on_min_scale, on_min_scale in (None, *known), f"one of {known}")
+        for name, value, holds, rule in (
+            ("scale_factor", scale_factor, scale_factor > 1, "a number above 1"),
+            ("scale_window", scale_window, scale_window >= 1, "at least 1 step"),
+            ("min_scale", min_scale, 0 <= min_scale <= init_scale, f"from 0 to the initial {init_scale:g}"),
+            ("delayed_shift (hysteresis)", delayed_shift, delayed_shift >= 1, "at least 1 overflow"),
+            ("on_min_scale", on_min_scale, on_min_scale in (None, *known), f"one of {known}"),
+        ):
+            if not holds:
+                raise ConfigError(f"dynamic loss scaling cannot use {name}", expected=rule, found=value)
+        # Settings, under the names that users know.
         self.on_min_scale = default if on_min_scale is None else MinScalePolicy(on_min_scale)
         self.scale_factor = float(scale_factor)
         self.scale_window = int(scale_window)
@@ -154,6 +161,8 @@ class DynamicLossScaler(LossScalerBase):
         self.delayed_shift = int(delayed_shift)
         self.consecutive_hysteresis = consecutive_hysteresis
         self.dtype = dtype
+
+        # What moves, and is saved beside the scale.
         self.cur_iter = 0
         self.last_overflow_iter = -1
         self.cur_hysteresis = self.delayed_shift
@@ -172,29 +181,24 @@ class DynamicLossScaler(LossScalerBase):
         Raises LossScaleError there under the policy "raise"; the scaler is then as before the call.
         """
         if overflow:
-            self._shrink(diagnosis)
+            if self.cur_hysteresis > 1:
+                self.cur_hysteresis -= 1
+            elif self.cur_scale > self.min_scale:
+                self.cur_scale = max(self.cur_scale / self.scale_factor, self.min_scale)
+            elif self.on_min_scale is MinScalePolicy.RAISE:
+                raise LossScaleError(self._minimum_text(diagnosis))
+            elif self.on_min_scale is MinScalePolicy.WARN:
+                logger.warning("step skipped: %s", self._minimum_text(diagnosis))
+            self.last_overflow_iter = self.cur_iter
         else:
-            self._grow()
+            # Steps since the overflow, this one not counted: after a full window the next one grows the scale.
+            clean = self.cur_iter - self.last_overflow_iter - 1
+            grows = clean > 0 and clean % self.scale_window == 0
+            if self.consecutive_hysteresis or grows:
+                self.cur_hysteresis = self.delayed_shift
+            if grows:
+                self.cur_scale *= self.scale_factor
         self.cur_iter += 1
-
-    def _shrink(self, diagnosis: object) -> None:
-        if self.cur_hysteresis > 1:
-            self.cur_hysteresis -= 1
-        elif self.cur_scale > self.min_scale:
-            self.cur_scale = max(self.cur_scale / self.scale_factor, self.min_scale)
-        elif self.on_min_scale is MinScalePolicy.RAISE:
-            raise LossScaleError(self._minimum_text(diagnosis))
-        elif self.on_min_scale is MinScalePolicy.WARN:
-            logger.warning("step skipped: %s", self._minimum_text(diagnosis))
-        self.last_overflow_iter = self.cur_iter
-
-    def _grow(self) -> None:
-        if self.consecutive_hysteresis:
-            self.cur_hysteresis = self.delayed_shift
-        clean = self.cur_iter - self.last_overflow_iter - 1  # steps since the overflow, this one not counted
-        if clean > 0 and clean % self.scale_window == 0:
-            self.cur_hysteresis = self.delayed_shift
-            self.cur_scale *= self.scale_factor
 
     def _minimum_text(self, diagnosis: object) -> str:
         found = "inf or NaN (no gradient named)" if diagnosis is None else str(diagnosis)
@@ -209,25 +213,14 @@ class DynamicLossScaler(LossScalerBase):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            **super().state_dict(),
-            "cur_iter": self.cur_iter,
-            "last_overflow_iter": self.last_overflow_iter,
-            "cur_hysteresis": self.cur_hysteresis,
-        }
+        return {**super().state_dict(), **{key: getattr(self, key) for key in _MOVING}}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        scale, cur_iter = float(state["cur_scale"]), int(state["cur_iter"])
-        last_overflow, hysteresis = int(state["last_overflow_iter"]), int(state["cur_hysteresis"])
-        self.cur_scale = max(scale, self.min_scale)  # the minimum may have been raised since
-        self.cur_iter = cur_iter
-        self.last_overflow_iter = last_overflow
-        self.cur_hysteresis = min(hysteresis, self.delayed_shift)
-
-
-def _require(name: str, value: object, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ConfigError(f"dynamic loss scaling cannot use {name}", expected=rule, found=value)
+        # All are read before any is set: a number that is missing leaves the scaler as it was.
+        scale, numbers = float(state["cur_scale"]), [int(state[key]) for key in _MOVING]
+        self.cur_iter, self.last_overflow_iter, hysteresis = numbers
+        # The minimum may have been raised since, the hysteresis lowered.
+        self.cur_scale, self.cur_hysteresis = max(scale, self.min_scale), min(hysteresis, self.delayed_shift)
 
 
 def get_loss_scaler(

@@ -28,8 +28,7 @@ from zeropipe.runtime.zero.gather.shards import GATHER, Shards, shard_parameter,
 from zeropipe.runtime.zero.gather.state_dict import install_state_dict
 from zeropipe.runtime.zero.hold.offload_files import Arena
 from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
-from zeropipe.tensor.dtypes import was_prepared, working_dtypes
-from zeropipe.tensor.overlap import overlapping, shared_memory
+from zeropipe.tensor.model import overlapping, shared_memory, was_prepared, working_dtypes
 
 # Elements that stay gathered after a use; older ones are put back while the constructor runs on.
 WINDOW = 2**22

@@ -44,7 +44,7 @@ class Init:
             of parameters; a stage below 3 makes the context do nothing.
         config: another name for ``config_dict_or_path``.
         enabled: False makes it do nothing.
-        dtype: the dtype of parameters after the context, but for those that ``tensor.dtypes`` keeps; default the
+        dtype: the dtype of parameters after the context, but for those that ``tensor.model`` keeps; default the
             config's, else the one that each is made with.
         mpu: an object with ``get_data_parallel_group()``.
         zero_param_parallel_group, sequence_data_parallel_group: other names for ``data_parallel_group``.
