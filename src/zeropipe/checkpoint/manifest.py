@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from zeropipe.checkpoint.files import FileRecord, checksum_text, missing_text
 from zeropipe.errors import CheckpointError
+from zeropipe.frozen import from_json, to_json
 from zeropipe.layout.flat import FlatShards
 from zeropipe.paths import inside
 
@@ -34,27 +35,6 @@ class TensorEntry:
     file: str
     mp_rank: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "kind": self.kind,
-            "file": self.file,
-            "mp_rank": self.mp_rank,
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> TensorEntry:
-        return cls(
-            data["name"],
-            tuple(data["shape"]),
-            data["dtype"],
-            data["kind"],
-            data["file"],
-            data["mp_rank"],
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class FlatEntry:
@@ -67,29 +47,6 @@ class FlatEntry:
     keys: dict[str, str]  # "fp32", "exp_avg", ... -> dtype
     scalars: dict[str, Any]  # plain values
     files: tuple[str, ...]  # by shard; "" where nobody has reported it yet
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "mp_rank": self.mp_rank,
-            "group_index": self.group_index,
-            "keys": self.keys,
-            "scalars": self.scalars,
-            "files": list(self.files),
-            "layout": self.layout.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> FlatEntry:
-        return cls(
-            data["name"],
-            data["mp_rank"],
-            data["group_index"],
-            FlatShards.from_json(data["layout"]),
-            data["keys"],
-            data["scalars"],
-            tuple(data["files"]),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,33 +61,19 @@ class Manifest:
     degrees: dict[str, int]
     global_steps: int
     versions: dict[str, str]
+    rank_files: tuple[str, ...]  # by rank: where its RNG and data position are
+    tied: dict[str, str]
+    excluded: tuple[str, ...]
     files: tuple[FileRecord, ...]
     module: tuple[TensorEntry, ...]
     flats: tuple[FlatEntry, ...]
-    tied: dict[str, str]
-    excluded: tuple[str, ...]
-    rank_files: tuple[str, ...]  # by rank: where its RNG and data position are
 
     def to_text(self) -> str:
-        body = {
-            "format": FORMAT,
-            "tag": self.tag,
-            "stage": self.stage,
-            "dtype": self.dtype,
-            "optimizer": self.optimizer,
-            "world": self.world,
-            "degrees": self.degrees,
-            "global_steps": self.global_steps,
-            "versions": self.versions,
-            "files": {r.name: {"bytes": r.bytes, "checksum": r.checksum} for r in self.files},
-            "rank_files": list(self.rank_files),
-            "tied": self.tied,
-            "excluded": list(self.excluded),
-            "module": [t.to_json() for t in self.module],
-            "flats": [f.to_json() for f in self.flats],
-            "checksum": _BLANK,
-        }
-        text = json.dumps(body, indent=1)
+        said = to_json(self)
+        files = {record.pop("name"): record for record in said.pop("files")}
+        items = [("format", FORMAT), *said.items(), ("checksum", _BLANK)]
+        items.insert([name for name, _ in items].index("rank_files"), ("files", files))
+        text = json.dumps(dict(items), indent=1)
         return text.replace(_own(_BLANK), _own(checksum_text(zlib.crc32(text.encode()))))
 
     def check_names(self, folder: Path) -> None:
@@ -159,23 +102,8 @@ class Manifest:
                     found=data["format"],
                     fix="update zeropipe",
                 )
-            found_files = tuple(FileRecord(n, r["bytes"], r["checksum"]) for n, r in data["files"].items())
-            manifest = cls(
-                data["tag"],
-                data["stage"],
-                data["dtype"],
-                data["optimizer"],
-                data["world"],
-                data["degrees"],
-                data["global_steps"],
-                data["versions"],
-                found_files,
-                tuple(map(TensorEntry.from_json, data["module"])),
-                tuple(map(FlatEntry.from_json, data["flats"])),
-                data["tied"],
-                tuple(data["excluded"]),
-                tuple(data["rank_files"]),
-            )
+            records = [{"name": name, **record} for name, record in data["files"].items()]
+            manifest: Manifest = from_json(cls, data | {"files": records})
             manifest.check_names(path.parent)
             return manifest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -231,9 +159,7 @@ def join_flats(parts: Iterable[FlatEntry]) -> tuple[FlatEntry, ...]:
             joined[key] = entry
             continue
         files = tuple(a or b for a, b in zip(before.files, entry.files, strict=True))
-        joined[key] = FlatEntry(
-            before.name, before.mp_rank, before.group_index, before.layout, before.keys, before.scalars, files,
-        )  # fmt: skip
+        joined[key] = replace(before, files=files)
     for entry in joined.values():
         if "" in entry.files:
             raise CheckpointError(

@@ -20,19 +20,19 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from zeropipe.checkpoint import commit as publishing
 from zeropipe.checkpoint import ownership, tags
-from zeropipe.checkpoint.files import FileRecord, replace_text
+from zeropipe.checkpoint.files import replace_text
 from zeropipe.checkpoint.locks import Hold, is_abandoned
-from zeropipe.checkpoint.manifest import FlatEntry, Part, TensorEntry
+from zeropipe.checkpoint.manifest import Part
 from zeropipe.checkpoint.snapshot import HostBuffers
 from zeropipe.checkpoint.state import LocalState
 from zeropipe.checkpoint.writer import Outgoing, collect, write
 from zeropipe.comm.collectives import all_gather_object, broadcast_object
 from zeropipe.comm.group import Group
 from zeropipe.errors import CheckpointError, DesyncError, describe
+from zeropipe.frozen import from_json, to_json
 
 _PART = "part_"
 _CLAIM = "claimed"
@@ -264,7 +264,7 @@ class Saver:
         with hold:
             try:
                 part = write(work, outgoing)
-                replace_text(work / f"{_PART}{part.rank:05d}.json", json.dumps(_part_to_json(part)))
+                replace_text(work / f"{_PART}{part.rank:05d}.json", json.dumps(to_json(part)))
                 if (work / _NOTE).exists():
                     _remove_own(work, outgoing.trees)
                     return
@@ -272,7 +272,7 @@ class Saver:
                 if len(parts) < local.grid.world or not _claim(work, parts[0]):
                     return
                 parts[0] = work / _CLAIM
-                joined = [_part_from_json(json.loads(path.read_text())) for path in parts]
+                joined = [from_json(Part, json.loads(path.read_text())) for path in parts]
                 for path in parts:
                     path.unlink()
                 outcome = _publish(self._group, root, tag, work, local, joined, save_latest)
@@ -294,7 +294,7 @@ class Saver:
             replace_text(work / _NOTE, json.dumps(text))
         for path in work.glob(f"{_PART}*.json"):
             with suppress(OSError, ValueError, KeyError):
-                done = _part_from_json(json.loads(path.read_text()))
+                done = from_json(Part, json.loads(path.read_text()))
                 _remove_own(work, [record.name for record in done.files])
 
 
@@ -358,28 +358,4 @@ def _text(group: Group, what: str, reason: BaseException) -> str:
         f"{what}: {detail}",
         rank=group.ranks[group.rank],
         fix="free space or make the folder writable and save again; earlier checkpoints are intact",
-    )
-
-
-def _part_to_json(part: Part) -> dict[str, Any]:
-    return {
-        "rank": part.rank,
-        "files": [[r.name, r.bytes, r.checksum] for r in part.files],
-        "module": [t.to_json() for t in part.module],
-        "flats": [f.to_json() for f in part.flats],
-        "tied": part.tied,
-        "excluded": list(part.excluded),
-        "rank_file": part.rank_file,
-    }
-
-
-def _part_from_json(data: dict[str, Any]) -> Part:
-    return Part(
-        data["rank"],
-        tuple(FileRecord(*record) for record in data["files"]),
-        tuple(map(TensorEntry.from_json, data["module"])),
-        tuple(map(FlatEntry.from_json, data["flats"])),
-        data["tied"],
-        tuple(data["excluded"]),
-        data["rank_file"],
     )

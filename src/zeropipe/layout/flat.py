@@ -15,6 +15,8 @@ from itertools import accumulate
 from math import prod
 from typing import Any
 
+from zeropipe.frozen import from_json, to_json
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -130,16 +132,11 @@ class FlatShards:
         return FlatShards(self.tensors, num_shards, self.align if align is None else align)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "num_shards": self.num_shards,
-            "align": self.align,
-            "tensors": [{"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in self.tensors],
-        }
+        return to_json(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> FlatShards:
-        specs = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in data["tensors"])
-        return cls(specs, data["num_shards"], data["align"])
+        return from_json(cls, data)
 
 
 def flat_shards(
