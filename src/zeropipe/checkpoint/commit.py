@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from zeropipe.checkpoint import ownership, tags
-from zeropipe.checkpoint.files import FileRecord, replace_text, sync_folder, write_text
-from zeropipe.checkpoint.locks import Hold
+from zeropipe.checkpoint.files import FileRecord, Hold, replace_text, sync_folder, write_text
 from zeropipe.checkpoint.manifest import MANIFEST_NAME, Manifest, Part, join_flats
 from zeropipe.checkpoint.script import SCRIPT, SCRIPT_NAME
 from zeropipe.checkpoint.state import LocalState

@@ -27,9 +27,17 @@ from zeropipe.checkpoint.ownership import replacing
 from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.plain import lowered
 from zeropipe.checkpoint.source import Source, read_full
-from zeropipe.checkpoint.state import FP32, PARAM, ModuleRest, TrainState
+from zeropipe.checkpoint.state import (
+    FP32,
+    PARAM,
+    ModuleRest,
+    TrainState,
+    rest_back,
+    rest_words,
+    training_back,
+    training_words,
+)
 from zeropipe.checkpoint.weights import aliases, weights
-from zeropipe.checkpoint.words import rest_back, rest_words, training_back, training_words
 from zeropipe.comm.dcp import Key, Lazy, Stored, flatten, read_chunk, read_index, read_tensor, write
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec

@@ -6,21 +6,22 @@ A file that could not be written whole is removed, and the error is the disk's o
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import secrets
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 import torch
 
-from zeropipe.checkpoint import naming
-from zeropipe.checkpoint.stand_ins import STAND_INS
+from zeropipe.checkpoint import stand_ins
 from zeropipe.errors import CheckpointError, describe
 
 _CHUNK = 1 << 20  # bytes read at once when checking a file: they are still in the cache when they are summed
@@ -75,7 +76,7 @@ def checksum_text(crc: int) -> str:
 
 def write_torch(path: Path, obj: Any) -> FileRecord:
     """``torch.save`` in a new file, synced to the disk."""
-    return _write(path, lambda output: torch.save(obj, output, pickle_module=naming))
+    return _write(path, lambda output: torch.save(obj, output, pickle_module=stand_ins))
 
 
 def write_text(path: Path, text: str) -> FileRecord:
@@ -183,9 +184,9 @@ def load_torch(path: Path, *, trust: bool = False) -> Any:
     try:
         if trust:
             return torch.load(
-                path, map_location="cpu", mmap=_is_zip(path), weights_only=False, pickle_module=naming
+                path, map_location="cpu", mmap=_is_zip(path), weights_only=False, pickle_module=stand_ins
             )
-        with _LOADING, torch.serialization.safe_globals(STAND_INS):
+        with _LOADING, torch.serialization.safe_globals(stand_ins.STAND_INS):
             return torch.load(path, map_location="cpu", mmap=_is_zip(path), weights_only=True)
     except OSError as error:
         raise CheckpointError(missing_text(path, error)) from error
@@ -217,3 +218,65 @@ def _is_zip(path: Path) -> bool:
     """Whether the file is in torch's zip format, the only one that can be mapped into memory."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
+
+
+# Locks that end with their process, however that ends, say to other processes that somebody still writes. Those of the
+# whole file (``flock``) are shared by writers and tried by who wants to clean up; they hold between machines on NFS
+# too. Where a file system has none, nothing can be proved, and what stands there counts as being written.
+
+
+class Hold:
+    """Open for as long as its process writes; several processes may hold one file."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        self._lock()
+
+    @classmethod
+    def create(cls, path: Path, draft: Path, text: str) -> Hold:
+        """A new file that is held from the moment when it has its name. ``draft``: its name until then."""
+        os.close(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+        hold = cls(draft)
+        try:
+            os.write(hold._handle, text.encode())
+            os.rename(draft, path)
+        except BaseException:
+            hold.release()
+            raise
+        return hold
+
+    def _lock(self) -> None:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(self._handle, fcntl.LOCK_SH)
+
+    def release(self) -> None:
+        """May be called again."""
+        if self._handle >= 0:
+            # Named, not only closed: a data loader's worker that was forked meanwhile has the handle too.
+            with suppress(OSError):
+                fcntl.flock(self._handle, fcntl.LOCK_UN)
+            os.close(self._handle)
+            self._handle = -1
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether it is proved that nobody holds ``path``."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True

@@ -22,8 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from zeropipe.checkpoint.files import sync_folder, temporary, write_text
-from zeropipe.checkpoint.locks import Hold, is_abandoned
+from zeropipe.checkpoint.files import Hold, is_abandoned, sync_folder, temporary, write_text
 from zeropipe.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.paths import inside

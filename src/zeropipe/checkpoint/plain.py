@@ -10,24 +10,40 @@ can restore becomes a leaf that names it, alone, so that whatever stands around 
 
 from __future__ import annotations
 
+import pathlib
+import random
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
 from enum import Enum
-from pathlib import PurePath
+from fractions import Fraction
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import torch
 
-from zeropipe.checkpoint.plain_kinds import KINDS, as_words, known_class, name_of, words_kind
-
 MARK = "__zeropipe__"
+_CODE = "code"
+_NOTHING: Any = object()
+_SMALL = 64  # elements of an array that stands as a list
+
+# What torch's unpickler reads as it stands.
 _SCALARS = (type(None), bool, int, float, complex, str, bytes)
 _NATIVE = (torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype, torch.device)
-_CODE = "code"
-_SMALL = 64  # elements of an array that stands as a list
+
+# What words may name. Nothing else of a file's names is looked up.
+_PAIRS: dict[str, Any] = {t.__name__: t for t in (dict, OrderedDict, Counter, defaultdict)}
+_GROUPS: dict[str, Any] = {t.__name__: t for t in (set, frozenset, deque)}
 _FACTORIES: dict[str, Any] = {t.__name__: t for t in (int, float, complex, bool, str, list, dict, set, tuple)}
 _FACTORIES |= {"Counter": Counter, "OrderedDict": OrderedDict, "deque": deque, "None": None}
+_PATHS: dict[str, Any] = {name: getattr(pathlib, name) for name in dir(pathlib) if name.endswith("Path")}
+_BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+_LAYOUTS = {str(v): v for v in vars(torch).values() if isinstance(v, torch.layout | torch.memory_format)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,54 +86,24 @@ def settle(value: Any, current: Any = None) -> tuple[Any, list[Absent]]:
     return (None if settled is _NOTHING else settled), lost
 
 
-def mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
-    """A copy of ``tree`` with new containers of the same types and ``leaf`` of everything in them but sets' members."""
-    kind = type(tree)
-    if isinstance(tree, dict):
-        items = {key: mapped(value, leaf) for key, value in tree.items()}
-        if kind is dict:
-            return items
-        if isinstance(tree, defaultdict):
-            return kind(tree.default_factory, items)
-        try:
-            return kind(items)
-        except TypeError:
-            return items
-    if kind is torch.Size:
-        return tree
-    if isinstance(tree, (list, tuple)):
-        values = [mapped(value, leaf) for value in tree]
-        if hasattr(tree, "_fields"):
-            return kind(*values)
-        return values if kind is list else kind(values)
-    if isinstance(tree, deque):
-        return kind((mapped(value, leaf) for value in tree), tree.maxlen)
-    return tree.copy() if kind is set else leaf(tree)
-
-
-def lowered(value: Any) -> Any:
+def lowered(value: Any, otherwise: Any = None) -> Any:
     """``value`` for readers that know torch's plain words alone: what has no likeness there, or is a large array, is
-    left out of its dict, and None elsewhere."""
-    low = _lowered(value)
-    return None if low is _NOTHING else low
-
-
-def _lowered(value: Any) -> Any:
+    left out of its dict, and ``otherwise`` elsewhere."""
     if _native(value):
         return value
     if isinstance(value, Mapping):
-        pairs = ((_lowered(k), _lowered(v)) for k, v in value.items())
+        pairs = ((lowered(k, _NOTHING), lowered(v, _NOTHING)) for k, v in value.items())
         return {k: v for k, v in pairs if k is not _NOTHING and v is not _NOTHING}
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         values = [lowered(v) for v in value]
         return tuple(values) if isinstance(value, tuple) else values
     if isinstance(value, Enum):
-        return _lowered(value.value)
-    if isinstance(value, PurePath):
+        return lowered(value.value, otherwise)
+    if isinstance(value, pathlib.PurePath):
         return str(value)
     if type(value).__module__ == "numpy" and hasattr(value, "tolist") and value.size <= _SMALL:
-        return _lowered(value.tolist()) if not value.dtype.hasobject else _NOTHING
-    return _NOTHING
+        return otherwise if value.dtype.hasobject else lowered(value.tolist(), otherwise)
+    return otherwise
 
 
 def below(where: str, key: Any) -> str:
@@ -151,34 +137,34 @@ class _Encoder:
         kind = type(value)
         if kind in (list, tuple):
             return kind(self.words(v, below(where, i)) for i, v in enumerate(value))
-        if kind in (dict, OrderedDict):
-            if MARK not in value and all(map(_native_key, value)):
-                return kind((k, self.words(v, below(where, k))) for k, v in value.items())
+        if kind in (dict, OrderedDict, defaultdict):
+            more: dict[str, Any] = {}
+            if isinstance(value, defaultdict):
+                factory = next((n for n, f in _FACTORIES.items() if f is value.default_factory), None)
+                if factory is None:
+                    raise _NeedsCodeError
+                more["factory"] = factory
+            elif MARK not in value and all(map(_native_key, value)):
+                return type(value)((k, self.words(v, below(where, k))) for k, v in value.items())
             items = [[self._closed(k), self.words(v, below(where, k))] for k, v in value.items()]
-            return {MARK: kind.__name__, "items": items}
-        if kind is defaultdict:
-            factory = next((n for n, f in _FACTORIES.items() if f is value.default_factory), None)
-            if factory is None:
-                raise _NeedsCodeError
-            items = [[self._closed(k), self.words(v, below(where, k))] for k, v in value.items()]
-            return {MARK: "defaultdict", "factory": factory, "items": items}
-        if kind is set and all(map(_native_key, value)):
-            return set(value)
-        if kind in (set, frozenset):
-            return {MARK: kind.__name__, "items": [self._closed(v) for v in value]}
+            return {MARK: kind.__name__, **more, "items": items}
         if kind is Counter:
             return {MARK: "Counter", "items": [[self._closed(k), self._closed(v)] for k, v in value.items()]}
-        if kind is deque:
-            return {MARK: "deque", "items": [self._closed(v) for v in value], "maxlen": value.maxlen}
-        if isinstance(value, Enum) and known_class(*name_of(kind)) is kind:
+        if kind is set and all(map(_native_key, value)):
+            return set(value)
+        if kind in _GROUPS.values():
+            words = {MARK: kind.__name__, "items": [self._closed(v) for v in value]}
+            return words | {"maxlen": value.maxlen} if kind is deque else words
+        if known_class(*name_of(kind)) is kind:  # a decoder that has not imported the class could not make it
             of = list(name_of(kind))
-            return {MARK: "enum", "of": of, "name": value.name, "value": self._closed(value.value)}
-        if isinstance(value, tuple) and hasattr(value, "_fields") and known_class(*name_of(kind)) is kind:
-            return {MARK: "namedtuple", "of": list(name_of(kind)), "items": [self._closed(v) for v in value]}
-        name = words_kind(value)
+            if isinstance(value, Enum):
+                return {MARK: "enum", "of": of, "name": value.name, "value": self._closed(value.value)}
+            if isinstance(value, tuple) and hasattr(value, "_fields"):
+                return {MARK: "namedtuple", "of": of, "items": [self._closed(v) for v in value]}
+        name = _kind_of(value)
         if name is None:
             raise _NeedsCodeError
-        return {MARK: name, "is": self._closed(as_words(name, value))}
+        return {MARK: name, "is": self._closed(_KINDS[name].words(value))}
 
     def _closed(self, value: Any) -> Any:
         """Words for something that must not miss a part: what needs code inside makes the whole need it."""
@@ -202,30 +188,32 @@ def _native(value: Any) -> bool:
     return type(value) in _NATIVE or (type(value) in _SCALARS and value != b"")
 
 
+def is_plain(value: Any) -> bool:
+    """Whether ``value`` can be read back as it stands: native values and plain containers of them."""
+    if type(value) in (dict, OrderedDict):
+        return all(is_plain(k) and is_plain(v) for k, v in value.items())
+    return all(map(is_plain, value)) if type(value) in (list, tuple, set) else _native(value)
+
+
 def _native_key(key: Any) -> bool:
-    if type(key) is tuple:
-        return all(map(_native_key, key))
-    return _native(key) and not isinstance(key, torch.Tensor)
+    whole = all(map(_native_key, key)) if type(key) is tuple else _native(key)
+    return whole and not isinstance(key, torch.Tensor)
 
 
 def _decode_kind(kind: str, words: dict[str, Any], where: str, code: Mapping[str, Any]) -> Any:
     if kind == _CODE:
         return code[words["path"]] if words["path"] in code else Absent(words["path"], words["type"])
-    if kind in KINDS:
-        return KINDS[kind].back(decode(words["is"], where, code))
-    if kind in ("dict", "OrderedDict", "defaultdict", "Counter"):
-        made: Any = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}.get(kind, dict)()
-        if kind == "defaultdict":
-            made = defaultdict(_FACTORIES[words["factory"]])
+    if kind in _KINDS:
+        return _KINDS[kind].back(decode(words["is"], where, code))
+    if kind in _PAIRS:
+        made = _PAIRS[kind](*([_FACTORIES[words["factory"]]] if kind == "defaultdict" else []))
         for key, value in words["items"]:
             key = decode(key, where, code)
             made[key] = decode(value, below(where, key), code)
         return made
     items = [decode(value, where, code) for value in words.get("items", ())]
-    if kind in ("set", "frozenset"):
-        return set(items) if kind == "set" else frozenset(items)
-    if kind == "deque":
-        return deque(items, words["maxlen"])
+    if kind in _GROUPS:
+        return _GROUPS[kind](items, *([words["maxlen"]] if kind == "deque" else []))
     if kind not in ("enum", "namedtuple"):
         return Absent(where, f"{kind}, which a newer zeropipe wrote")
     cls = known_class(*words["of"])
@@ -235,16 +223,12 @@ def _decode_kind(kind: str, words: dict[str, Any], where: str, code: Mapping[str
         return (
             tuple.__new__(cls, items) if len(items) == len(cls._fields) else Absent(where, cls.__qualname__)
         )
-    members = cls.__members__
-    if words["name"] in members:
-        return members[words["name"]]
+    if words["name"] in cls.__members__:
+        return cls.__members__[words["name"]]
     try:
         return cls(decode(words["value"], where, code))
     except ValueError:
         return Absent(where, cls.__qualname__)
-
-
-_NOTHING: Any = object()
 
 
 def _settle(value: Any, current: Any, lost: list[Absent]) -> Any:
@@ -261,10 +245,148 @@ def _settle(value: Any, current: Any, lost: list[Absent]) -> Any:
                 value[key] = entry
         return value
     if type(value) in (list, tuple):
-        entries: Iterable[Any] = (
-            current if type(current) is type(value) and len(current) == len(value) else ()
-        )
-        known = list(entries) or [_NOTHING] * len(value)
+        alike = type(current) is type(value) and len(current) == len(value)
+        known = current if alike else [_NOTHING] * len(value)
         members = [_settle(v, c, lost) for v, c in zip(value, known, strict=True)]
         return current if any(m is _NOTHING for m in members) else type(value)(members)
     return value
+
+
+# Values that are no containers: one row each.
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """How a value is said in words, which may hold other rows' values, and made again."""
+
+    words: Callable[[Any], Any]
+    back: Callable[[Any], Any]
+    of: type | None = None  # None: found by ``_kind_of``'s own rules
+
+
+def _span(value: range | slice) -> Any:
+    return value.start, value.stop, value.step
+
+
+def _zoned(value: datetime | time) -> Any:
+    return value.isoformat(), value.fold
+
+
+def _timezone_words(value: timezone) -> Any:
+    name, offset = value.tzname(None), value.utcoffset(None)
+    return (offset, name) if name != timezone(offset).tzname(None) else (offset,)
+
+
+def _numpy() -> Any:
+    """Imported only for a value of its own, or a file that holds one."""
+    import numpy
+
+    return numpy
+
+
+def _array_words(value: Any) -> Any:
+    """(dtype, shape, bytes): the bytes are the array's own memory where that can be."""
+    numpy = _numpy()
+    array = numpy.require(value, requirements=["C", "W"])
+    data = array.reshape(-1).view(numpy.uint8) if array.nbytes else numpy.empty(0, numpy.uint8)
+    return _dtype_words(array.dtype), list(value.shape), torch.from_numpy(data)
+
+
+def _array_back(words: Any) -> Any:
+    dtype, shape, data = words
+    made = _numpy().zeros(tuple(shape), _dtype_back(dtype))
+    if made.nbytes:
+        made.reshape(-1).view("uint8")[:] = data.numpy()
+    return made
+
+
+def _dtype_words(dtype: Any) -> Any:
+    return _numpy().lib.format.dtype_to_descr(dtype)
+
+
+def _dtype_back(words: Any) -> Any:
+    return _numpy().lib.format.descr_to_dtype(words)
+
+
+def _with(made: Any, state: Any) -> Any:
+    """``made`` with ``state``, under the name that its class has for that."""
+    put = (
+        getattr(made, "setstate", None) or getattr(made, "set_state", None) or partial(setattr, made, "state")
+    )
+    put(state)
+    return made
+
+
+def _numpy_generator(words: Any) -> Any:
+    random = _numpy().random
+    return random.Generator(_with(getattr(random, words["bit_generator"])(), words))
+
+
+_KINDS: dict[str, _Kind] = {
+    "no bytes": _Kind(lambda v: None, lambda w: b"", bytes),
+    "bytearray": _Kind(bytes, bytearray, bytearray),
+    "range": _Kind(_span, lambda w: range(*w), range),
+    "slice": _Kind(_span, lambda w: slice(*w), slice),
+    "ellipsis": _Kind(lambda v: None, lambda w: ..., type(...)),
+    "fraction": _Kind(lambda v: (v.numerator, v.denominator), lambda w: Fraction(*w), Fraction),
+    "decimal": _Kind(str, Decimal, Decimal),
+    "uuid": _Kind(lambda v: v.int, lambda w: UUID(int=w), UUID),
+    "namespace": _Kind(lambda v: dict(vars(v)), lambda w: SimpleNamespace(**w), SimpleNamespace),
+    "date": _Kind(lambda v: v.isoformat(), date.fromisoformat, date),
+    "datetime": _Kind(_zoned, lambda w: datetime.fromisoformat(w[0]).replace(fold=w[1]), datetime),
+    "time": _Kind(_zoned, lambda w: time.fromisoformat(w[0]).replace(fold=w[1]), time),
+    "timedelta": _Kind(lambda v: (v.days, v.seconds, v.microseconds), lambda w: timedelta(*w), timedelta),
+    "timezone": _Kind(_timezone_words, lambda w: timezone(*w), timezone),
+    "random": _Kind(lambda v: v.getstate(), lambda w: _with(random.Random(), w), random.Random),
+    "generator": _Kind(
+        lambda v: (str(v.device), v.get_state()),
+        lambda w: _with(torch.Generator(w[0]), w[1].clone()),
+        torch.Generator,
+    ),
+    "layout": _Kind(str, _LAYOUTS.__getitem__),
+    "path": _Kind(lambda v: (type(v).__name__, str(v)), lambda w: _PATHS.get(w[0], pathlib.Path)(w[1])),
+    "numpy.array": _Kind(_array_words, _array_back),
+    "numpy.scalar": _Kind(_array_words, lambda w: _array_back(w)[()]),
+    "numpy.dtype": _Kind(_dtype_words, _dtype_back),
+    "numpy.generator": _Kind(lambda v: v.bit_generator.state, _numpy_generator),
+    "numpy.random_state": _Kind(lambda v: v.get_state(), lambda w: _with(_numpy().random.RandomState(), w)),
+}
+_BY_CLASS = {kind.of: name for name, kind in _KINDS.items() if kind.of is not None}
+
+
+def _kind_of(value: Any) -> str | None:
+    """The row for ``value``; None where there is none, so that only code can restore it."""
+    cls = type(value)
+    name = _BY_CLASS.get(cls)
+    if name in ("datetime", "time"):  # other zones than a fixed offset know rules that are not in the value
+        return name if value.tzinfo is None or type(value.tzinfo) is timezone else None
+    if name is not None:
+        return name
+    if isinstance(value, torch.layout | torch.memory_format):
+        return "layout"
+    if cls in _PATHS.values():
+        return "path"
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not cls.__module__.startswith("numpy"):
+        return None
+    if cls is numpy.ndarray or isinstance(value, numpy.generic):
+        # Some dtypes have no description that leads back to them, and objects are only addresses.
+        known = not value.dtype.hasobject and _dtype_back(_dtype_words(value.dtype)) == value.dtype
+        return ("numpy.array" if cls is numpy.ndarray else "numpy.scalar") if known else None
+    if isinstance(value, numpy.dtype):
+        return None if value.hasobject else "numpy.dtype"
+    if cls is numpy.random.Generator:
+        return "numpy.generator" if type(value.bit_generator).__name__ in _BIT_GENERATORS else None
+    return "numpy.random_state" if cls is numpy.random.RandomState else None
+
+
+def name_of(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+def known_class(module: str, name: str) -> Any:
+    """The class of that name in a module that the program has imported itself: nothing is imported for a file."""
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, type) else None

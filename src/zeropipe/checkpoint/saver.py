@@ -23,8 +23,7 @@ from pathlib import Path
 
 from zeropipe.checkpoint import commit as publishing
 from zeropipe.checkpoint import ownership, tags
-from zeropipe.checkpoint.files import replace_text
-from zeropipe.checkpoint.locks import Hold, is_abandoned
+from zeropipe.checkpoint.files import Hold, is_abandoned, replace_text
 from zeropipe.checkpoint.manifest import Part
 from zeropipe.checkpoint.snapshot import HostBuffers
 from zeropipe.checkpoint.state import LocalState

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.checkpoint.plain import mapped
+from zeropipe.checkpoint.utils import mapped
 
 _MAX_WASTE = 1.25  # a hull may be this much larger than its views before they are copied apart
 

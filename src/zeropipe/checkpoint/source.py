@@ -18,9 +18,8 @@ from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
 from zeropipe.checkpoint.files import THREADS, load_torch
 from zeropipe.checkpoint.manifest import FlatEntry, Manifest, TensorEntry
 from zeropipe.checkpoint.plain import decode, settle
-from zeropipe.checkpoint.state import FP32, PARAM, ModuleRest, TrainState
+from zeropipe.checkpoint.state import CLIENT, FP32, PARAM, ModuleRest, TrainState, rest_back, training_back
 from zeropipe.checkpoint.universal.patterns import rules_in
-from zeropipe.checkpoint.words import CLIENT, rest_back, training_back
 from zeropipe.checkpoint.writer import CODE_FILE, OURS, code_file
 from zeropipe.errors import CheckpointError
 

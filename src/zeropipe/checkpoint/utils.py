@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict, deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +16,6 @@ from zeropipe.checkpoint.constants import (
     OPTIM_FILE_SUFFIX,
     ZERO_FILE_PREFIX,
 )
-from zeropipe.checkpoint.plain import mapped
 
 
 def get_model_ckpt_name_for_rank(base_folder: str, mp_rank_str: str) -> str:
@@ -54,3 +55,28 @@ def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") 
         return (own.clone(memory_format=torch.contiguous_format) if dense else own.clone()).to(device)
 
     return mapped(item, clone)
+
+
+def mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+    """A copy of ``tree`` with new containers of the same types and ``leaf`` of everything in them but sets' members."""
+    kind = type(tree)
+    if isinstance(tree, dict):
+        items = {key: mapped(value, leaf) for key, value in tree.items()}
+        if kind is dict:
+            return items
+        if isinstance(tree, defaultdict):
+            return kind(tree.default_factory, items)
+        try:
+            return kind(items)
+        except TypeError:
+            return items
+    if kind is torch.Size:
+        return tree
+    if isinstance(tree, (list, tuple)):
+        values = [mapped(value, leaf) for value in tree]
+        if hasattr(tree, "_fields"):
+            return kind(*values)
+        return values if kind is list else kind(values)
+    if isinstance(tree, deque):
+        return kind((mapped(value, leaf) for value in tree), tree.maxlen)
+    return tree.copy() if kind is set else leaf(tree)

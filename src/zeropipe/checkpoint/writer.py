@@ -16,17 +16,24 @@ import torch
 from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
 from zeropipe.checkpoint.files import FileRecord, write_torch
 from zeropipe.checkpoint.manifest import FlatEntry, Part, TensorEntry
-from zeropipe.checkpoint.naming import is_plain
 from zeropipe.checkpoint.peer_keys import model_keys, optimizer_keys, whole_optimizer
-from zeropipe.checkpoint.plain import lowered
+from zeropipe.checkpoint.plain import is_plain, lowered
 from zeropipe.checkpoint.snapshot import HostBuffers, snapshot
-from zeropipe.checkpoint.state import COMPUTED, FlatState, LocalState
+from zeropipe.checkpoint.state import (
+    COMPUTED,
+    FlatState,
+    LocalState,
+    groups_words,
+    module_words,
+    objects,
+    scalars_words,
+    training_words,
+)
 from zeropipe.checkpoint.utils import (
     get_model_ckpt_name_for_rank,
     get_zero3_model_ckpt_name_for_rank,
     get_zero_ckpt_name_for_rank,
 )
-from zeropipe.checkpoint.words import groups_words, module_words, objects, scalars_words, training_words
 
 OURS = "zeropipe"
 CODE_FILE = "zeropipe_client_states.pt"  # what only unpickling with code can read back

@@ -20,7 +20,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeropipe.checkpoint.plain import MARK, Absent, decode, encode, lowered, mapped, settle
+from zeropipe.checkpoint.plain import MARK, Absent, decode, encode, lowered, settle
+from zeropipe.checkpoint.utils import mapped
 
 
 class Colour(enum.Enum):

@@ -16,9 +16,8 @@ from zeropipe.checkpoint.legacy import KNOWN_KEYS
 from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
 from zeropipe.checkpoint.numbers import STEP
 from zeropipe.checkpoint.plain import decode
-from zeropipe.checkpoint.state import FP32, PARAM, ModuleRest, TrainState
+from zeropipe.checkpoint.state import CLIENT, FP32, PARAM, ModuleRest, TrainState, rest_back, training_back
 from zeropipe.checkpoint.universal.patterns import rules_in
-from zeropipe.checkpoint.words import CLIENT, rest_back, training_back
 from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec

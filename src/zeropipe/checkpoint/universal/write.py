@@ -13,19 +13,17 @@ import torch
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.files import replace_text, write_torch
 from zeropipe.checkpoint.manifest import FlatEntry
-from zeropipe.checkpoint.naming import is_plain
 from zeropipe.checkpoint.numbers import STEP, Numbers
 from zeropipe.checkpoint.ownership import replacing
 from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.peer_keys import PEER_VERSION
-from zeropipe.checkpoint.plain import encode, lowered
+from zeropipe.checkpoint.plain import encode, is_plain, lowered
 from zeropipe.checkpoint.source import Source, read_full
-from zeropipe.checkpoint.state import FP32, PARAM
+from zeropipe.checkpoint.state import FP32, PARAM, rest_words, training_words
 from zeropipe.checkpoint.tags import LATEST_UNIVERSAL
 from zeropipe.checkpoint.universal.patterns import Joining, Rule, joining_of
 from zeropipe.checkpoint.universal.read import OUR_FILE
 from zeropipe.checkpoint.weights import Weight, weights
-from zeropipe.checkpoint.words import rest_words, training_words
 from zeropipe.checkpoint.writer import OURS
 from zeropipe.paths import inside
 

@@ -15,10 +15,9 @@ from zeropipe.checkpoint.plain import Absent, settle
 from zeropipe.checkpoint.saved_module import saved_module
 from zeropipe.checkpoint.saver import Saver
 from zeropipe.checkpoint.source import Source, read_full, value_key
-from zeropipe.checkpoint.state import LoadedState, ModelState
+from zeropipe.checkpoint.state import LoadedState, ModelState, look_through
 from zeropipe.checkpoint.tags import latest_universal
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
-from zeropipe.checkpoint.words import look_through
 from zeropipe.comm.collectives import all_gather_object
 from zeropipe.comm.group import Group, world
 from zeropipe.errors import CheckpointError, DesyncError, describe
