@@ -12,11 +12,10 @@ from zeropipe.comm.record import record
 from zeropipe.runtime.pipe.batch import Batch
 from zeropipe.runtime.pipe.executor import Executor, Stage
 from zeropipe.runtime.pipe.instructions import Op
+from zeropipe.runtime.pipe.lowering import queues, with_sharding, with_transfers
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.schedule import KINDS, find_kind, make_schedule
-from zeropipe.runtime.pipe.sharding import with_sharding
-from zeropipe.runtime.pipe.transfers import queues, with_transfers
 
 TRAINING = [kind.name for kind in KINDS if kind.trains]
 

@@ -13,7 +13,8 @@ import typer
 from zeropipe.errors import ConfigError, ScheduleError, ZeropipeError
 
 if TYPE_CHECKING:
-    from zeropipe.runtime.pipe.simulate import Costs, Simulation
+    from zeropipe.runtime.pipe.schedules.costs import Costs
+    from zeropipe.runtime.pipe.simulate import Simulation
 
 _BEST_CHUNKS = 4
 _MOST_STEPS = 2**14  # a few seconds: schedules that are played out take longer than linear time
@@ -90,7 +91,8 @@ def _plan(
     print_text: bool,
 ) -> None:
     from zeropipe.runtime.pipe import schedule as schedules
-    from zeropipe.runtime.pipe.simulate import Costs, simulate
+    from zeropipe.runtime.pipe.schedules.costs import Costs
+    from zeropipe.runtime.pipe.simulate import simulate
 
     for option, value in (("--memory", memory), ("--activation-bytes", activation_bytes)):
         if value is not None and not value >= 0:  # neither is nan
@@ -108,10 +110,8 @@ def _plan(
     else:
         given = Path(name)
         wanted = _read_text(given) if given.suffix and given.exists() else name
-        share = (
-            costs if measured else schedules.split_costs(costs, chunks or schedules.default_chunks(wanted))
-        )
-        made = schedules.make_schedule(wanted, ranks, micro_batches, chunks, share.steps())
+        share = costs if measured else costs.share(chunks or schedules.default_chunks(wanted))
+        made = schedules.make_schedule(wanted, ranks, micro_batches, chunks, share)
         _check_size(made.num_ranks, made.micro_batches, made.num_stages // made.num_ranks)
         result = simulate(made, share.checked(made.num_stages))
     if print_text:
@@ -151,7 +151,7 @@ def _best(ranks: int, micro_batches: int, memory: float, costs: Costs) -> Simula
 
 
 def _show(result: Simulation, activation_bytes: float | None) -> None:
-    from zeropipe.runtime.pipe.grid_text import text_grid
+    from zeropipe.runtime.pipe.picture import text_grid
 
     made = result.schedule
     # Steps that are short beside the rest share a cell, else one long step would fill the screen.
@@ -169,7 +169,7 @@ def _show(result: Simulation, activation_bytes: float | None) -> None:
 
 
 def _write(result: Simulation, files: dict[str, Path | None], quiet: bool) -> None:
-    from zeropipe.runtime.pipe.grid_text import chrome_trace
+    from zeropipe.runtime.pipe.picture import chrome_trace
 
     made = result.schedule
     title = (

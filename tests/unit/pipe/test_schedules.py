@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from zeropipe.errors import ScheduleError
 from zeropipe.runtime.pipe.instructions import Instruction, Op, Schedule
+from zeropipe.runtime.pipe.lowering import queues, with_transfers
 from zeropipe.runtime.pipe.schedule import KINDS, choose, find_kind, make_schedule
-from zeropipe.runtime.pipe.schedules.list_scheduler import StepCosts
+from zeropipe.runtime.pipe.schedules.costs import Costs
 from zeropipe.runtime.pipe.schedules.zero_bubble import zbv
-from zeropipe.runtime.pipe.simulate import Costs, simulate
-from zeropipe.runtime.pipe.transfers import queues, with_transfers
+from zeropipe.runtime.pipe.simulate import simulate
 
 NAMES = [kind.name for kind in KINDS]
 ZERO_BUBBLE = ("zb-h1", "interleaved-zb", "zbv")
@@ -116,14 +116,13 @@ def test_a_slow_wire_never_leaves_the_scheduler_stuck():
     """With a transfer time every greedy preference of ZBV once filled its memory with first chunks and stopped."""
     for transfer in (0.1, 0.5, 3.0):
         for ranks, micro_batches in ((2, 5), (4, 8), (5, 3)):
-            schedule = zbv(ranks, micro_batches, costs=StepCosts(transfer=transfer))
+            schedule = zbv(ranks, micro_batches, costs=Costs(transfer=transfer))
             assert simulate(schedule, Costs(transfer=transfer)).peak <= ranks
 
 
 def test_costs_shape_a_played_schedule():
-    slow_wire = StepCosts(transfer=0.5)
-    aware, blind = zbv(4, 8, costs=slow_wire), zbv(4, 8)
     costs = Costs(transfer=0.5)
+    aware, blind = zbv(4, 8, costs=costs), zbv(4, 8)
     assert simulate(aware, costs).makespan < simulate(blind, costs).makespan
 
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from zeropipe.runtime.pipe.grid_text import chrome_trace, text_grid
 from zeropipe.runtime.pipe.instructions import Instruction, Op, Schedule
-from zeropipe.runtime.pipe.picture import draw
-from zeropipe.runtime.pipe.schedule import make_schedule, split_costs
-from zeropipe.runtime.pipe.sharding import Unshard, with_sharding
-from zeropipe.runtime.pipe.simulate import Costs, simulate
+from zeropipe.runtime.pipe.lowering import Unshard, with_sharding
+from zeropipe.runtime.pipe.picture import chrome_trace, draw, text_grid
+from zeropipe.runtime.pipe.schedule import make_schedule
+from zeropipe.runtime.pipe.schedules.costs import Costs
+from zeropipe.runtime.pipe.simulate import simulate
 
 
 def test_text_grid_draws_gpipe():
@@ -69,7 +69,7 @@ def test_pictures_are_written(tmp_path, ending):
 
 
 def test_split_costs_share_out_a_rank():
-    assert split_costs(Costs((2.0,), (4.0,), (6.0,)), 2).of(Instruction(0, Op.BACKWARD, 0)) == 5.0
+    assert Costs((2.0,), (4.0,), (6.0,)).share(2).of(Op.BACKWARD) == 5.0
 
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"])

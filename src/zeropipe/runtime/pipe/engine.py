@@ -19,15 +19,13 @@ from zeropipe.errors import UsageError
 from zeropipe.runtime.engine.engine import DeepSpeedEngine, Parts
 from zeropipe.runtime.engine.stages import stage_table
 from zeropipe.runtime.pipe.batch import Batch, Outcome, Repeat, Settlement
-from zeropipe.runtime.pipe.choice import pick_schedule, shard_policy
 from zeropipe.runtime.pipe.executor import Executor, Stage
 from zeropipe.runtime.pipe.instructions import Schedule
+from zeropipe.runtime.pipe.lowering import Unshard, with_sharding, with_transfers
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.schedule import make_schedule
-from zeropipe.runtime.pipe.sharding import Unshard, with_sharding
 from zeropipe.runtime.pipe.simulate import Event, simulate
-from zeropipe.runtime.pipe.transfers import with_transfers
 
 
 class PipelineEngine(DeepSpeedEngine):
@@ -47,7 +45,7 @@ class PipelineEngine(DeepSpeedEngine):
             module.activation_checkpoint_interval = interval
         self.grid = module.grid
         self.loss_terms: dict[str, torch.Tensor] = {}
-        self._name, self._chunks = pick_schedule(self._config.pipeline, module)
+        self._name, self._chunks = module.pick_schedule(self._config.pipeline)
         self._own: Schedule | None = None  # a plan that the user gave
         self._stages = {s: Stage(s, self._runner(s)) for s in module.stages}
         self._mailbox = Mailbox(self.grid.links, self.device, module.dynamic_shape)
@@ -194,8 +192,7 @@ class PipelineEngine(DeepSpeedEngine):
 
         It is drawn as ``zeropipe pipe plan`` draws a plan. Returns the events.
         """
-        from zeropipe.runtime.pipe.grid_text import chrome_trace
-        from zeropipe.runtime.pipe.picture import draw
+        from zeropipe.runtime.pipe.picture import chrome_trace, draw
 
         events = self.pipeline_events()
         if self.grid.global_rank == 0:
@@ -236,7 +233,7 @@ class PipelineEngine(DeepSpeedEngine):
 
     @property
     def _unshard(self) -> Unshard:
-        return shard_policy(self._config.zero_optimization.stage)
+        return Unshard.STEP if self._config.zero_optimization.stage >= 3 else Unshard.NEVER
 
     @property
     def _last_rank(self) -> int:

@@ -18,11 +18,20 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from zeropipe.errors import UsageError
 from zeropipe.runtime.pipe.batch import Batch
-from zeropipe.runtime.pipe.instructions import COMPUTE, OF_STAGE, Instruction, Op, Schedule
+from zeropipe.runtime.pipe.instructions import (
+    COMPUTE,
+    OF_STAGE,
+    Instruction,
+    Message,
+    Op,
+    Schedule,
+    made_by,
+    needed_by,
+)
+from zeropipe.runtime.pipe.lowering import known_taken, queues
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.simulate import Event
 from zeropipe.runtime.pipe.split_backward import Entry, SplitBackward
-from zeropipe.runtime.pipe.transfers import Message, known_taken, made_by, needed_by, queues
 from zeropipe.runtime.pipe.wire import Value, detached, flatten, rebuild
 
 Effect = Callable[[Instruction], None]
@@ -268,9 +277,6 @@ class Executor:
             self._mailbox.send(message, target, value)
 
     def _open(self, step: Instruction) -> None:
-        message = needed_by(
-            Instruction(step.stage, Op.FORWARD if step.op is Op.RECV_F else Op.BACKWARD, step.micro_batch),
-            self.schedule.num_stages,
-        )
+        message = needed_by(step, self.schedule.num_stages)
         assert message is not None
         self._mailbox.open(message, self.schedule.stage_rank[message.source])

@@ -17,9 +17,11 @@ that of ``torch.distributed.pipelining``, so its exported schedules can be read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NoReturn
 
 from zeropipe.errors import ScheduleError
 
@@ -121,10 +123,6 @@ class Schedule:
     def has_backward(self) -> bool:
         return any(step.op in (Op.BACKWARD, Op.BACKWARD_INPUT) for step in self.steps())
 
-    @property
-    def splits_backward(self) -> bool:
-        return any(step.op is Op.BACKWARD_WEIGHT for step in self.steps())
-
     def steps(self) -> Iterator[Instruction]:
         """All instructions, rank after rank."""
         for line in self.ranks:
@@ -135,23 +133,21 @@ class Schedule:
         return tuple(s for s, owner in enumerate(self.stage_rank) if owner == rank)
 
     def only(self, micro_batches: int) -> Schedule:
-        """The same order for the first ``micro_batches`` alone.
-
-        A micro-batch depends on no other, so what is left of a valid schedule is valid.
-        """
-        keep = range(micro_batches)
-        return Schedule(
-            tuple(
-                tuple(s for s in line if s.micro_batch is None or s.micro_batch in keep)
-                for line in self.ranks
-            ),
-            self.name,
-        )
+        """The same order for the first ``micro_batches`` alone."""
+        # A micro-batch depends on no other, so what is left of a valid schedule is valid.
+        return self._of(lambda s: s.micro_batch is None or s.micro_batch < micro_batches)
 
     def forward_only(self) -> Schedule:
         """The forwards alone, in the same order: what evaluation runs."""
-        keep = (Op.FORWARD, Op.UNSHARD, Op.RESHARD)
-        return Schedule(tuple(tuple(s for s in line if s.op in keep) for line in self.ranks), self.name)
+        return self._of(lambda s: s.op in (Op.FORWARD, Op.UNSHARD, Op.RESHARD))
+
+    def _of(self, keep: Callable[[Instruction], bool]) -> Schedule:
+        return Schedule(tuple(tuple(filter(keep, line)) for line in self.ranks), self.name)
+
+    @classmethod
+    def made(cls, lines: Iterable[Iterable[tuple[int, Op, int]]], name: str = "custom") -> Schedule:
+        """The schedule of (stage, op, micro-batch) triples."""
+        return cls(tuple(tuple(Instruction(*step) for step in line) for line in lines), name)
 
     def __str__(self) -> str:
         lines = (",".join(map(str, line)) for line in self.ranks)
@@ -168,6 +164,91 @@ class Schedule:
         return cls(ranks, remarks[0] if remarks and remarks[0] else "custom")
 
 
-def lines_of(steps: Iterable[Iterable[tuple[int, Op, int]]]) -> tuple[tuple[Instruction, ...], ...]:
-    """Build the lines of a schedule from (stage, op, micro-batch) triples."""
-    return tuple(tuple(Instruction(*step) for step in line) for line in steps)
+# What a step makes for a neighbouring stage, or a transfer carries, and which way that goes along the model.
+_WAY = {
+    Op.FORWARD: (Op.FORWARD, 1),
+    Op.SEND_F: (Op.FORWARD, 1),
+    Op.RECV_F: (Op.FORWARD, 1),
+    Op.BACKWARD: (Op.BACKWARD, -1),
+    Op.BACKWARD_INPUT: (Op.BACKWARD, -1),
+    Op.SEND_B: (Op.BACKWARD, -1),
+    Op.RECV_B: (Op.BACKWARD, -1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One transfer between neighbouring stages; ``op`` is FORWARD (activation) or BACKWARD (its gradient)."""
+
+    source: int  # stage
+    target: int  # stage
+    op: Op
+    micro_batch: int
+
+    @property
+    def send(self) -> Instruction:
+        return Instruction(self.source, Op.SEND_F if self.op is Op.FORWARD else Op.SEND_B, self.micro_batch)
+
+    @property
+    def receive(self) -> Instruction:
+        return Instruction(self.target, Op.RECV_F if self.op is Op.FORWARD else Op.RECV_B, self.micro_batch)
+
+
+def made_by(step: Instruction, num_stages: int) -> Message | None:
+    """What ``step`` hands on to a neighbouring stage, on the same rank or another; what a SEND sends."""
+    op, way = _WAY.get(step.op, (step.op, 0))
+    if not way or step.micro_batch is None or not 0 <= step.stage + way < num_stages:
+        return None
+    return Message(step.stage, step.stage + way, op, step.micro_batch)
+
+
+def needed_by(step: Instruction, num_stages: int) -> Message | None:
+    """What ``step`` waits for from a neighbouring stage, on the same rank or another; what a RECV receives."""
+    op, way = _WAY.get(step.op, (step.op, 0))
+    if not way or step.micro_batch is None or not 0 <= step.stage - way < num_stages:
+        return None
+    return Message(step.stage - way, step.stage, op, step.micro_batch)
+
+
+def check(schedule: Schedule) -> Schedule:
+    """Return ``schedule``, or raise `ScheduleError` that names the stage, the instruction and the rule."""
+    trains = schedule.has_backward
+    for rank, line in enumerate(schedule.ranks):
+        seen = Counter(line)
+        place = {step: i for i, step in reversed(list(enumerate(line)))}
+        for step, times in seen.items():
+            if times > 1 and step.micro_batch is not None:
+                _refuse(rank, step, "once", f"{times} times")
+        for stage in schedule.stages_of(rank):
+            for m in range(schedule.micro_batches):
+                _check_micro_batch(rank, place, stage, m, trains)
+    return schedule
+
+
+def _check_micro_batch(rank: int, place: dict[Instruction, int], stage: int, m: int, trains: bool) -> None:
+    forward, full, inputs, weights = (
+        Instruction(stage, op, m) for op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+    )
+    if forward not in place:
+        _refuse(rank, forward, "each stage runs each micro-batch forward", "nothing")
+    if not trains:
+        return
+    split = {inputs in place, weights in place}
+    if (full in place) == (True in split) or len(split) == 2:
+        given = [str(s) for s in (full, inputs, weights) if s in place] or "nothing"
+        _refuse(rank, full, f"either {full}, or {inputs} and {weights}", given)
+    backward = full if full in place else inputs
+    if place[backward] < place[forward]:
+        _refuse(rank, backward, f"{forward} before it", "the other order")
+    if weights in place and place[weights] < place[inputs]:
+        _refuse(rank, weights, f"{inputs} before it", "the other order")
+
+
+def _refuse(rank: int, step: Instruction, expected: str, found: object) -> NoReturn:
+    raise ScheduleError(
+        f"schedule is wrong at {step} (stage {step.stage})",
+        rank=rank,
+        expected=expected,
+        found=found,
+        fix="correct this rank's line, or take a schedule by name",
+    )

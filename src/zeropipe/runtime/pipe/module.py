@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from zeropipe.comm.collectives import broadcast, broadcast_object
 from zeropipe.comm.group import Group, world
 from zeropipe.comm.startup import init_distributed
+from zeropipe.config.schema_training import Pipeline
 from zeropipe.errors import ConfigError, UsageError
 from zeropipe.runtime.pipe.layers import Bounds, Function, bind, build, key_of, partition, weigh
 from zeropipe.runtime.pipe.layers import LayerSpec as LayerSpec
@@ -200,6 +201,39 @@ class PipelineModule(nn.Module):
     @property
     def recomputes(self) -> bool:
         return self.activation_checkpoint_interval > 0
+
+    def pick_schedule(self, section: Pipeline) -> tuple[str, int]:
+        """The schedule's name and chunks: the configuration's where it says, else the module's.
+
+        Raises ConfigError where the configuration's schedule needs other layers on a rank than the module has built.
+        """
+        chosen = "schedule" in section.model_fields_set
+        kind = find_kind(section.schedule if chosen else self.schedule or "1f1b")
+        low, high = kind.chunks
+        fits = kind.placement is self.placement or self.num_chunks == 1
+        if not kind.trains or not fits or not low <= self.num_chunks <= high:
+            wanted = kind.default_chunks
+            raise ConfigError(
+                f"config key pipeline.schedule: {kind.name!r} needs other stages on a rank than the module has",
+                expected=f"a module built for {kind.name!r} ({wanted} stage(s) a rank)",
+                found=f"{self.num_chunks} stage(s) a rank, built for {self.schedule or '1f1b'!r}",
+                fix=f"PipelineModule(..., schedule={kind.name!r}), which decides which layers a rank builds",
+            )
+        if "num_chunks" in section.model_fields_set and section.num_chunks != self.num_chunks:
+            raise ConfigError(
+                "config key pipeline.num_chunks differs from the module",
+                expected=self.num_chunks,
+                found=section.num_chunks,
+                fix=f"PipelineModule(..., num_chunks={section.num_chunks})",
+            )
+        if section.stages not in (None, self.num_stages):
+            raise ConfigError(
+                "config key pipeline.stages differs from the module",
+                expected=self.num_stages,
+                found=section.stages,
+                fix="remove the key, or build PipelineModule with that many stages",
+            )
+        return kind.name, self.num_chunks
 
     # Running.
 

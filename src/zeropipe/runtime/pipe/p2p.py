@@ -20,8 +20,7 @@ from zeropipe.comm.collectives import Work, broadcast_object, recv, send
 from zeropipe.comm.group import Group
 from zeropipe.comm.record import SEAM
 from zeropipe.errors import CommunicationError, UsageError
-from zeropipe.runtime.pipe.instructions import Op
-from zeropipe.runtime.pipe.transfers import Message
+from zeropipe.runtime.pipe.instructions import Message, Op
 from zeropipe.runtime.pipe.wire import FAILED, Form, Value, farewell, form_of, pack, views
 
 _FORM_TAG, _VALUE_TAG = 0, 1  # added to the pipeline's own tag

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from zeropipe.errors import ScheduleError
-from zeropipe.runtime.pipe.check import check
-from zeropipe.runtime.pipe.instructions import Schedule
+from zeropipe.runtime.pipe.instructions import Schedule, check
 from zeropipe.runtime.pipe.schedules.classic import gpipe, inference, interleaved_1f1b, one_f_one_b
-from zeropipe.runtime.pipe.schedules.list_scheduler import UNIT, StepCosts
-from zeropipe.runtime.pipe.schedules.placement import Placement
+from zeropipe.runtime.pipe.schedules.costs import UNIT, Costs, Placement
 from zeropipe.runtime.pipe.schedules.zero_bubble import dualpipe_v, interleaved_zb, zb_h1, zbv
-from zeropipe.runtime.pipe.simulate import Costs, Simulation, simulate
+from zeropipe.runtime.pipe.simulate import Simulation, simulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ def _is_text(name: str) -> bool:
 
 
 def make_schedule(
-    name: str, ranks: int, micro_batches: int, chunks: int | None = None, costs: StepCosts = UNIT
+    name: str, ranks: int, micro_batches: int, chunks: int | None = None, costs: Costs = UNIT
 ) -> Schedule:
     """The schedule ``name`` for ``ranks`` pipeline ranks, each running ``chunks`` stages.
 
@@ -118,12 +116,12 @@ def make_schedule(
             "a schedule needs at least one rank and one micro-batch",
             found=f"{ranks} ranks, {micro_batches} micro-batches",
         )
-    if not kind.played or costs == UNIT:
+    average = costs.average()
+    if not kind.played or average == UNIT:
         return kind.make(ranks, micro_batches, chunks)
     # Playing with the true costs is a greedy choice too, so now and then the plain schedule is the better one.
-    both = [kind.make(ranks, micro_batches, chunks, costs=c) for c in (costs, UNIT)]
-    given = Costs.of_steps(costs)
-    return min(both, key=lambda made: simulate(made, given).makespan)
+    both = [kind.make(ranks, micro_batches, chunks, costs=c) for c in (average, UNIT)]
+    return min(both, key=lambda made: simulate(made, average).makespan)
 
 
 def choose(
@@ -144,17 +142,8 @@ def choose(
         for v in counts:
             if not kind.trains or not kind.chunks[0] <= v <= kind.chunks[1]:
                 continue
-            share = split_costs(costs or Costs(), v)
-            plan = simulate(make_schedule(kind.name, ranks, micro_batches, v, share.steps()), share)
+            share = (costs or UNIT).share(v)
+            plan = simulate(make_schedule(kind.name, ranks, micro_batches, v, share), share)
             if plan.peak <= memory + 1e-9:
                 found.append(((round(plan.makespan, 9), plan.peak, v), plan))
     return [plan for _, plan in sorted(found, key=lambda one: one[0])]
-
-
-def split_costs(costs: Costs, chunks: int) -> Costs:
-    """The costs of one chunk, given those of a rank's whole share."""
-    share = [
-        tuple(x / chunks for x in values)
-        for values in (costs.forward, costs.backward_input, costs.backward_weight)
-    ]
-    return Costs(share[0], share[1], share[2], costs.transfer, costs.unshard, costs.reduce, costs.activation)

@@ -9,83 +9,62 @@ Drawn for 3 ranks, 4 micro-batches (time runs right, a backward takes two column
 
 from __future__ import annotations
 
-from zeropipe.runtime.pipe.instructions import Op, Schedule, lines_of
-from zeropipe.runtime.pipe.schedules.placement import Placement
+from collections.abc import Callable
+
+from zeropipe.runtime.pipe.instructions import Op, Schedule
+from zeropipe.runtime.pipe.schedules.costs import Placement
 
 F, B = Op.FORWARD, Op.BACKWARD
 
 
 def inference(ranks: int, micro_batches: int, chunks: int = 1) -> Schedule:
     """Forward only; with several chunks, micro-batches go round in packs of ``ranks``."""
-    lines = []
-    for rank in range(ranks):
-        order = _forward_order(rank, ranks, micro_batches, chunks)
-        lines.append([(stage, F, m) for stage, m in order if m < micro_batches])
-    return Schedule(lines_of(lines), "inference")
+    return Schedule(gpipe(ranks, micro_batches, chunks).forward_only().ranks, "inference")
 
 
 def gpipe(ranks: int, micro_batches: int, chunks: int = 1) -> Schedule:
-    """All forwards, then all backwards in the same order of micro-batches (Huang et al., arXiv 1811.06965).
-
-    The backward keeps the order of the forward, so that gradients are summed as plain accumulation sums them.
-    """
-    lines = []
-    for rank in range(ranks):
-        forward = [(stage, F, m) for stage, m in _forward_order(rank, ranks, micro_batches, chunks)]
-        backward = [(stage, B, m) for stage, m in _backward_order(rank, ranks, micro_batches, chunks)]
-        lines.append([step for step in forward + backward if step[2] < micro_batches])
-    return Schedule(lines_of(lines), "gpipe")
+    """All forwards, then all backwards in the same order of micro-batches (Huang et al., arXiv 1811.06965)."""
+    # The backward keeps the order of the forward, so that gradients are summed as plain accumulation sums them.
+    everything = (micro_batches + ranks) * chunks
+    return _schedule("gpipe", ranks, micro_batches, chunks, lambda rank: everything)
 
 
 def one_f_one_b(ranks: int, micro_batches: int, chunks: int = 1) -> Schedule:
     """One forward, one backward (Narayanan et al., PipeDream-Flush, arXiv 2006.09503); one stage a rank."""
     assert chunks == 1
-    lines = []
-    for rank in range(ranks):
-        ahead = min(ranks - 1 - rank, micro_batches)
-        line = [(rank, F, m) for m in range(ahead)]
-        for m in range(ahead, micro_batches):
-            line += [(rank, F, m), (rank, B, m - ahead)]
-        line += [(rank, B, m) for m in range(micro_batches - ahead, micro_batches)]
-        lines.append(line)
-    return Schedule(lines_of(lines), "1f1b")
+    return _schedule("1f1b", ranks, micro_batches, chunks, lambda rank: ranks - 1 - rank)
 
 
 def interleaved_1f1b(ranks: int, micro_batches: int, chunks: int = 2) -> Schedule:
-    """Interleaved 1F1B (Narayanan et al., arXiv 2104.04473, section 2.2): ``chunks`` stages on each rank.
+    """Interleaved 1F1B (Narayanan et al., arXiv 2104.04473, section 2.2): ``chunks`` stages on each rank."""
+    laps = (chunks - 1) * ranks
+    return _schedule("interleaved", ranks, micro_batches, chunks, lambda rank: 2 * (ranks - 1 - rank) + laps)
 
-    Micro-batches go through the chunks in packs of ``ranks``. Where they do not come out even, the schedule is
-    made for the next multiple and what is missing is left out.
-    """
+
+def _schedule(
+    name: str, ranks: int, micro_batches: int, chunks: int, ahead: Callable[[int], int]
+) -> Schedule:
+    """``ahead(rank)`` forwards, then one forward and one backward in turn, then the backwards that are left."""
     lines = []
     for rank in range(ranks):
-        forward = [(stage, F, m) for stage, m in _forward_order(rank, ranks, micro_batches, chunks)]
-        backward = [(stage, B, m) for stage, m in _backward_order(rank, ranks, micro_batches, chunks)]
-        ahead = min(2 * (ranks - 1 - rank) + (chunks - 1) * ranks, len(forward))
-        line = forward[:ahead]
-        for step, back in zip(forward[ahead:], backward, strict=False):
-            line += [step, back]
-        line += backward[len(forward) - ahead :]
+        forward, backward = (_order(op, rank, ranks, micro_batches, chunks) for op in (F, B))
+        first = min(ahead(rank), len(forward))
+        line = forward[:first]
+        for pair in zip(forward[first:], backward, strict=False):
+            line += pair
+        line += backward[len(forward) - first :]
+        # Made for whole packs; where micro-batches do not come out even, what is missing is left out.
         lines.append([step for step in line if step[2] < micro_batches])
-    return Schedule(lines_of(lines), "interleaved")
+    return Schedule.made(lines, name)
 
 
-def _forward_order(rank: int, ranks: int, micro_batches: int, chunks: int) -> list[tuple[int, int]]:
-    """(stage, micro-batch) in order, in whole packs: the caller drops micro-batches that do not exist."""
+def _order(op: Op, rank: int, ranks: int, micro_batches: int, chunks: int) -> list[tuple[int, Op, int]]:
+    """The steps of a rank: packs of ``ranks`` micro-batches, each pack through all chunks."""
     pack = ranks if chunks > 1 else 1
+    way = range(chunks) if op is F else range(chunks)[::-1]
     return [
-        (Placement.LOOP.stage(rank, chunk, ranks), m)
+        (Placement.LOOP.stage(rank, chunk, ranks), op, m)
         for first in range(0, micro_batches, pack)
-        for chunk in range(chunks)
-        for m in range(first, first + pack)
-    ]
-
-
-def _backward_order(rank: int, ranks: int, micro_batches: int, chunks: int) -> list[tuple[int, int]]:
-    pack = ranks if chunks > 1 else 1
-    return [
-        (Placement.LOOP.stage(rank, chunk, ranks), m)
-        for first in range(0, micro_batches, pack)
-        for chunk in reversed(range(chunks))
+        for chunk in way
         for m in range(first, first + pack)
     ]

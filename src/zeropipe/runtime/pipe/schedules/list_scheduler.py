@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from zeropipe.runtime.pipe.instructions import Op, Schedule, lines_of
-from zeropipe.runtime.pipe.schedules.placement import Placement
+from zeropipe.runtime.pipe.instructions import Op, Schedule
+from zeropipe.runtime.pipe.schedules.costs import UNIT, Costs, Placement
 
 Step = tuple[int, Op, int]  # stage, op, micro-batch
 Order = Callable[[int, int], tuple[int, ...]]  # (chunk, micro-batch) -> sort key, least first
@@ -42,54 +42,36 @@ class Preference:
     ops: tuple[Op, ...]
     forward: Order
     backward: Order
-    admit: bool = (
-        False  # limit the micro-batches under way instead of each rank's activations: never gets stuck
-    )
+    # Limit the micro-batches under way instead of each rank's activations: never gets stuck.
+    admit: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class StepCosts:
-    """Time of a forward, an input gradient, a weight gradient and a transfer between ranks."""
+@dataclass(slots=True)
+class Play:
+    """One run of the scheduler: what is asked, and the state of every rank as time goes on."""
 
-    forward: float = 1.0
-    backward_input: float = 1.0
-    backward_weight: float = 1.0
-    transfer: float = 0.0
+    ranks: int
+    micro_batches: int
+    chunks: int
+    placement: Placement
+    limit: int  # activations that a rank may hold, counted in chunks, from a forward to its weight gradient
+    prefer: Preference
+    costs: Costs = UNIT
 
-    def of(self, op: Op) -> float:
-        if op is Op.FORWARD:
-            return self.forward
-        return self.backward_input if op is Op.BACKWARD_INPUT else self.backward_weight
+    arrives: dict[Step, float] = field(default_factory=dict)  # a result reaches the stage that needs it
+    next: dict[tuple[int, Op], int] = field(default_factory=dict)  # micro-batch of each (stage, op)
+    live: dict[int, int] = field(default_factory=dict)  # activations held by each rank, in chunks
+    lines: list[list[Step]] = field(default_factory=list)
 
-
-UNIT = StepCosts()
-
-
-class _Play:
-    """One run of the scheduler: the state of every rank as time goes on."""
-
-    def __init__(
-        self,
-        ranks: int,
-        micro_batches: int,
-        chunks: int,
-        placement: Placement,
-        limit: int,
-        prefer: Preference,
-        costs: StepCosts,
-    ) -> None:
-        self.ranks, self.micro_batches, self.chunks = ranks, micro_batches, chunks
-        self.placement, self.limit, self.prefer, self.costs = placement, limit, prefer, costs
-        self.num_stages = ranks * chunks
-        self.arrives: dict[Step, float] = {}  # when the result of a step reaches the stage that needs it
-        self.next: dict[tuple[int, Op], int] = {
-            (stage, op): 0 for stage in range(self.num_stages) for op in prefer.ops
-        }
-        self.live = [0] * ranks  # activations held, in chunks
-        self.lines: list[list[Step]] = [[] for _ in range(ranks)]
+    @property
+    def num_stages(self) -> int:
+        return self.ranks * self.chunks
 
     def run(self) -> tuple[float, Schedule] | None:
         """The time taken and the schedule; None where the limit leaves nothing that can run."""
+        self.next = {(stage, op): 0 for stage in range(self.num_stages) for op in self.prefer.ops}
+        self.live = dict.fromkeys(range(self.ranks), 0)
+        self.lines = [[] for _ in range(self.ranks)]
         left = 3 * self.micro_batches * self.num_stages
         moments = [0.0]
         free = [0.0] * self.ranks
@@ -110,7 +92,7 @@ class _Play:
                 heapq.heappush(moments, free[rank])
                 if self.costs.transfer:
                     heapq.heappush(moments, free[rank] + self.costs.transfer)
-        return end, Schedule(lines_of(self.lines))
+        return end, Schedule.made(self.lines)
 
     def _choose(self, rank: int, now: float) -> Step | None:
         best: tuple[tuple[int, ...], Step] | None = None
@@ -159,19 +141,3 @@ class _Play:
         self.live[rank] += {Op.FORWARD: 1, Op.BACKWARD_WEIGHT: -1}.get(op, 0)
         self.lines[rank].append(step)
         return done
-
-
-def play(
-    ranks: int,
-    micro_batches: int,
-    chunks: int,
-    placement: Placement,
-    limit: int,
-    prefer: Preference,
-    costs: StepCosts = UNIT,
-) -> tuple[float, Schedule] | None:
-    """Play one preference out: (time taken, schedule), or None where it got stuck.
-
-    ``limit``: how many activations a rank may hold, counted in chunks, from a forward to its weight gradient.
-    """
-    return _Play(ranks, micro_batches, chunks, placement, limit, prefer, costs).run()

@@ -6,17 +6,9 @@ to do. ZB-H1, interleaved zero-bubble and ZBV all reach it at the memory of 1F1B
 
 from __future__ import annotations
 
-from zeropipe.runtime.pipe.instructions import Op, Schedule, lines_of
-from zeropipe.runtime.pipe.schedules.list_scheduler import (
-    UNIT,
-    Preference,
-    StepCosts,
-    deep_first,
-    packs,
-    play,
-    shallow_first,
-)
-from zeropipe.runtime.pipe.schedules.placement import Placement
+from zeropipe.runtime.pipe.instructions import Op, Schedule
+from zeropipe.runtime.pipe.schedules.costs import UNIT, Costs, Placement
+from zeropipe.runtime.pipe.schedules.list_scheduler import Play, Preference, deep_first, packs, shallow_first
 
 F, B, INPUT, WEIGHT = Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT
 
@@ -54,37 +46,33 @@ def zb_h1(ranks: int, micro_batches: int, chunks: int = 1) -> Schedule:
                 forward += 1
         line += [(rank, WEIGHT, m) for m in range(weight, micro_batches)]
         lines.append(line)
-    return Schedule(lines_of(lines), "zb-h1")
+    return Schedule.made(lines, "zb-h1")
 
 
-def interleaved_zb(ranks: int, micro_batches: int, chunks: int = 2, costs: StepCosts = UNIT) -> Schedule:
+def interleaved_zb(ranks: int, micro_batches: int, chunks: int = 2, costs: Costs = UNIT) -> Schedule:
     """Interleaved zero-bubble: ``chunks`` stages in a loop on each rank, at most ``p`` micro-batches' activations."""
     if chunks == 1:
         return Schedule(zb_h1(ranks, micro_batches).ranks, "interleaved-zb")
     return _best("interleaved-zb", ranks, micro_batches, chunks, Placement.LOOP, costs)
 
 
-def zbv(ranks: int, micro_batches: int, chunks: int = 2, costs: StepCosts = UNIT) -> Schedule:
+def zbv(ranks: int, micro_batches: int, chunks: int = 2, costs: Costs = UNIT) -> Schedule:
     """ZBV (Qi et al., arXiv 2405.15362, V-ZB): two stages a rank, there and back, the memory of 1F1B."""
     assert chunks == 2
     return _best("zbv", ranks, micro_batches, chunks, Placement.VEE, costs)
 
 
 def _best(
-    name: str, ranks: int, micro_batches: int, chunks: int, placement: Placement, costs: StepCosts
+    name: str, ranks: int, micro_batches: int, chunks: int, placement: Placement, costs: Costs
 ) -> Schedule:
-    """The quickest of all preferences, the first among equals.
-
-    No rank holds more than ``p`` micro-batches through all its chunks. Early forwards can use that room up and get
-    stuck; the last preference cannot, because it lets a micro-batch in only when another is done.
-    """
+    """The quickest of all preferences, the first among equals."""
+    # No rank holds more than p micro-batches through all its chunks. Early forwards can use that room up and get
+    # stuck; the last preference cannot, because it lets a micro-batch in only when another is done.
     limit = ranks * chunks
-    played = [
-        play(ranks, micro_batches, chunks, placement, limit, p, costs)
-        for p in _preferences(ranks, micro_batches)
-    ]
-    found = [one for one in played if one is not None]
-    return Schedule(min(found, key=lambda one: one[0])[1].ranks, name)
+    preferences = _preferences(ranks, micro_batches)
+    played = [Play(ranks, micro_batches, chunks, placement, limit, p, costs).run() for p in preferences]
+    best = min((one for one in played if one is not None), key=lambda one: one[0])
+    return Schedule(best[1].ranks, name)
 
 
 def dualpipe_v(ranks: int, micro_batches: int, chunks: int = 2) -> Schedule:
@@ -127,7 +115,7 @@ def dualpipe_v(ranks: int, micro_batches: int, chunks: int = 2) -> Schedule:
         while maker.owed:
             maker.weight()
         lines.append(maker.line)
-    return Schedule(Schedule(lines_of(lines)).only(micro_batches).ranks, "dualpipev")
+    return Schedule.made(lines, "dualpipev").only(micro_batches)
 
 
 class _DualLine:
