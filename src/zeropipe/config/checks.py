@@ -2,48 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from pydantic import BaseModel
 
-from zeropipe.config.fields import Mark, Refused, mark_of
+from zeropipe.config.fields import Mark, mark_of
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError
 
+_ZERO = "zero_optimization"
 
-def check_config(config: Config) -> dict[str, str]:
+
+def check_config(config: Config, auto: Collection[str]) -> dict[str, str]:
     """Check a validated configuration; return the keys without effect, each with what happens instead.
 
+    ``auto``: paths of the keys that are left to other software, so that it is no contradiction to lack them.
     Raises ConfigError for a use that would change results and is not offered, and for contradictions.
     """
     idle: dict[str, str] = {}
     for path, mark, value in _marks_in_use(config, ""):
-        if isinstance(mark, Refused):
+        if mark.fix is not None:
             raise ConfigError(
                 f"config key {path!r} = {_short(value)} is not offered: {mark.why}", fix=mark.fix
             )
         idle[path] = mark.why
     _check_precision(config)
-    _check_parts(config)
-    _check_optimizer(config)
-    idle.update(_check_placement(config))
-    return idle
+    _check_parts(config, auto)
+    _check_placement(config)
+    return idle | _idle_at_this_stage(config)
 
 
 def check_world(config: Config, world: int) -> None:
     """Check what depends on the number of data-parallel ranks. Raises ConfigError."""
     zero = config.zero_optimization
-    if zero.stage < 3:
-        return
     for name, size, off in (
         ("mics_shard_size", zero.mics_shard_size, -1),
         ("zero_hpz_partition_size", zero.zero_hpz_partition_size, 1),
     ):
-        if size > 0 and size != off and world % size:
+        if zero.stage == 3 and size > 0 and size != off and world % size:
             divisors = ", ".join(str(d) for d in range(1, world + 1) if world % d == 0)
             raise ConfigError(
-                f"config key 'zero_optimization.{name}'",
+                f"config key '{_ZERO}.{name}'",
                 expected=f"a divisor of the world size {world}",
                 found=size,
                 fix=f"use one of {divisors}",
@@ -66,13 +66,14 @@ def _short(value: Any) -> str:
 
 
 def _check_precision(config: Config) -> None:
-    if config.fp16.enabled and config.bf16.enabled:
+    fp16 = config.fp16
+    if fp16.enabled and config.bf16.enabled:
         raise ConfigError(
             "config keys 'fp16.enabled' and 'bf16.enabled' are both true",
             expected="one of them",
             fix="set the one that you do not want to false (bf16 needs no loss scale)",
         )
-    if config.fp16.auto_cast and config.fp16.enabled and config.torch_autocast.enabled:
+    if fp16.auto_cast and fp16.enabled and config.torch_autocast.enabled:
         raise ConfigError(
             "config keys 'fp16.auto_cast' and 'torch_autocast.enabled' are both true, and each casts inputs",
             fix="set 'fp16.auto_cast' to false",
@@ -84,24 +85,22 @@ def _check_precision(config: Config) -> None:
             expected=f"{config.precision!r}, as the sections 'fp16' and 'bf16' say",
             fix="enable the section of that dtype, or remove the key",
         )
-    scale = config.fp16
-    if scale.enabled and scale.loss_scale == 0 and scale.min_loss_scale > 2.0**scale.initial_scale_power:
+    if fp16.enabled and fp16.loss_scale == 0 and fp16.min_loss_scale > 2.0**fp16.initial_scale_power:
         raise ConfigError(
-            f"config key 'fp16.min_loss_scale' = {scale.min_loss_scale:g} is above the initial loss scale",
-            expected=f"at most 2 ** {scale.initial_scale_power} ('fp16.initial_scale_power')",
-            found=f"{scale.min_loss_scale:g}",
+            f"config key 'fp16.min_loss_scale' = {fp16.min_loss_scale:g} is above the initial loss scale",
+            expected=f"at most 2 ** {fp16.initial_scale_power} ('fp16.initial_scale_power')",
+            found=f"{fp16.min_loss_scale:g}",
             fix="lower 'fp16.min_loss_scale' or raise 'fp16.initial_scale_power'",
         )
 
 
-def _check_parts(config: Config) -> None:
-    for name in ("optimizer", "scheduler"):
+def _check_parts(config: Config, auto: Collection[str]) -> None:
+    for name, example in (("optimizer", "AdamW"), ("scheduler", "WarmupLR")):
         part = getattr(config, name)
-        if part.type is None and part.params and not config.is_auto(f"{name}.type"):
+        if part.type is None and part.params and f"{name}.type" not in auto:
             raise ConfigError(
                 f"config key '{name}.type' is missing beside '{name}.params' = {_short(part.params)}",
-                fix=f'add "type", for example "{"AdamW" if name == "optimizer" else "WarmupLR"}",'
-                f" or remove {name!r}",
+                fix=f'add "type", for example "{example}", or remove {name!r}',
             )
     size = config.tensor_parallel.get("autotp_size", 0)
     if size not in (0, 1, None, "auto"):
@@ -110,69 +109,71 @@ def _check_parts(config: Config) -> None:
             expected="0 or 1: there is no automatic tensor parallelism",
             fix="remove the section 'tensor_parallel', and use ZeRO stage 3 or the pipeline",
         )
-
-
-def _check_optimizer(config: Config) -> None:
-    norm = config.optimizer.params.get("max_grad_norm")
+    params = config.optimizer.params
+    norm = params.get("max_grad_norm")
     if norm:
         raise ConfigError(
             f"config key 'optimizer.params.max_grad_norm' = {norm!r}: an optimizer sees only its shard of the norm",
             fix=f"remove it and set 'gradient_clipping' to {norm!r}",
         )
-    params = config.optimizer.params
     if isinstance(params.get("lr"), str):
         raise ConfigError(
-                "config key 'optimizer.params.lr'", expected="a number", found=repr(params["lr"]),
-                fix=f"write it without quotes: {params['lr']}",
-            )  # fmt: skip
+            "config key 'optimizer.params.lr'",
+            expected="a number",
+            found=repr(params["lr"]),
+            fix=f"write it without quotes: {params['lr']}",
+        )
 
 
-def _check_placement(config: Config) -> dict[str, str]:
-    # A setting of a higher stage is passed over, not refused: clients derive the configuration of a frozen
-    # reference model from the trained one's by setting the stage to 0 and nothing else.
-    zero, idle = config.zero_optimization, {}
-    section = "zero_optimization"
+def _idle_at_this_stage(config: Config) -> dict[str, str]:
+    """Settings of a higher stage, each with what happens instead."""
+    # They are passed over, not refused: clients derive the configuration of a frozen reference model from the trained
+    # one's by setting the stage to 0 and nothing else.
+    zero = config.zero_optimization
+    idle: dict[str, str] = {}
     if zero.stage < 3:
+        whole = f"stage {zero.stage} keeps parameters whole"
         if zero.offload_param.device != "none":
-            idle[f"{section}.offload_param"] = (
-                f"stage {zero.stage} keeps parameters whole; stage 3 offloads them"
-            )
+            idle[f"{_ZERO}.offload_param"] = f"{whole}; stage 3 offloads them"
         if zero.mics_shard_size > 0:
-            idle[f"{section}.mics_shard_size"] = f"stage {zero.stage} keeps parameters whole"
+            idle[f"{_ZERO}.mics_shard_size"] = whole
         if zero.zero_hpz_partition_size > 1:
-            idle[f"{section}.zero_hpz_partition_size"] = f"stage {zero.stage} keeps parameters whole"
+            idle[f"{_ZERO}.zero_hpz_partition_size"] = whole
     if zero.stage == 0 and zero.offload_optimizer.device != "none":
-        idle[f"{section}.offload_optimizer"] = (
-            "stage 0 keeps the state on the device; stages 1 to 3 offload it"
-        )
-    if zero.mics_shard_size == 0:
-        raise ConfigError(
-                f"config key '{section}.mics_shard_size'", expected="-1 (off) or a number of ranks", found=0,
-                fix="write -1 or remove it",
-            )  # fmt: skip
-    if zero.stage == 3 and zero.mics_shard_size > 0 and zero.zero_hpz_partition_size > 1:
-        raise ConfigError(
-            f"config keys '{section}.mics_shard_size' = {zero.mics_shard_size} and"
-            f" '{section}.zero_hpz_partition_size' = {zero.zero_hpz_partition_size} exclude each other",
-            fix="keep one: mics_shard_size shards everything inside a group, hpz only what backward gathers",
-        )
-    for name, active in (("offload_param", zero.stage == 3), ("offload_optimizer", zero.stage > 0)):
-        part = getattr(zero, name)
-        if active and part.device == "nvme":
-            _check_nvme(f"{section}.{name}", part.nvme_path, zero.stage)
+        idle[f"{_ZERO}.offload_optimizer"] = "stage 0 keeps the state on the device; stages 1 to 3 offload it"
     return idle
 
 
-def _check_nvme(path: str, nvme_path: str | None, stage: int) -> None:
-    if stage < 3:
+def _check_placement(config: Config) -> None:
+    zero = config.zero_optimization
+    if zero.mics_shard_size == 0:
         raise ConfigError(
-                f"config key '{path}.device' = 'nvme'", expected="'zero_optimization.stage' 3", found=f"stage {stage}",
-                fix="set the stage to 3, or the device to 'cpu'",
-            )  # fmt: skip
-    if not nvme_path:
-        raise ConfigError(
-            f"config key '{path}.device' is 'nvme' without a folder",
-            expected=f"'{path}.nvme_path'",
-            found=repr(nvme_path),
-            fix=f'add "nvme_path": "/a/folder/on/a/fast/disk" to {path!r}',
+            f"config key '{_ZERO}.mics_shard_size'",
+            expected="-1 (off) or a number of ranks",
+            found=0,
+            fix="write -1 or remove it",
         )
+    if zero.stage == 3 and zero.mics_shard_size > 0 and zero.zero_hpz_partition_size > 1:
+        raise ConfigError(
+            f"config keys '{_ZERO}.mics_shard_size' = {zero.mics_shard_size} and"
+            f" '{_ZERO}.zero_hpz_partition_size' = {zero.zero_hpz_partition_size} exclude each other",
+            fix="keep one: mics_shard_size shards everything inside a group, hpz only what backward gathers",
+        )
+    for name, first in (("offload_param", 3), ("offload_optimizer", 1)):
+        part, path = getattr(zero, name), f"{_ZERO}.{name}"
+        if zero.stage < first or part.device != "nvme":
+            continue
+        if zero.stage < 3:
+            raise ConfigError(
+                f"config key '{path}.device' = 'nvme'",
+                expected=f"'{_ZERO}.stage' 3",
+                found=f"stage {zero.stage}",
+                fix="set the stage to 3, or the device to 'cpu'",
+            )
+        if not part.nvme_path:
+            raise ConfigError(
+                f"config key '{path}.device' is 'nvme' without a folder",
+                expected=f"'{path}.nvme_path'",
+                found=repr(part.nvme_path),
+                fix=f'add "nvme_path": "/a/folder/on/a/fast/disk" to {path!r}',
+            )

@@ -1,16 +1,136 @@
-"""Turns pydantic's validation errors into ours: the key as a dotted path, expected, found, and the way out."""
+"""Says what is wrong with a key or its value: which key was meant, what was expected, and the way out."""
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from zeropipe.config.keys import section_of
+from zeropipe.config.fields import AUTO, section_of
 from zeropipe.config.schema import Config
-from zeropipe.errors import describe
+from zeropipe.errors import ConfigError, describe
+
+# Close enough at the top level to be a slip; "msamp" is 0.75 from "amp" and another program's key.
+_TOP_LEVEL_CUTOFF = 0.8
+_SECTION_CUTOFF = 0.5
+# Keys that editors and people put into JSON files for themselves.
+_SILENT = frozenset({"$schema"})
+# What people write for keys whose names are not alike.
+_MEANT = {
+    "zero": "zero_optimization",
+    "batch_size": "train_batch_size",
+    "micro_batch_size": "train_micro_batch_size_per_gpu",
+    "grad_clip": "gradient_clipping",
+    "clip_grad": "gradient_clipping",
+    "max_grad_norm": "gradient_clipping",
+    "gradient_clip_val": "gradient_clipping",
+    "float16": "fp16",
+}
+# Sections whose keys are looked for at the top level too: there they would silently do nothing.
+_OFTEN_MISPLACED = ("zero_optimization", "fp16")
+
+
+# Keys, before validation.
+
+
+def check_keys(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Split the known from the foreign: (the known part, names of foreign top-level keys).
+
+    Raises ConfigError on an unknown key inside a section, and on a top-level key that was meant to be a known one.
+    """
+    known, foreign = dict[str, Any](), []
+    for name, value in config.items():
+        if name in Config.model_fields:
+            known[name] = value
+        elif not isinstance(name, str):
+            raise ConfigError(
+                f"config key {name!r}", expected="a string", found=type(name).__name__, fix="quote it"
+            )
+        elif name not in _SILENT:
+            _check_foreign(name, value)
+            foreign.append(name)
+    for name, value in known.items():
+        _check_section(Config, name, value, name)
+    return known, tuple(foreign)
+
+
+def _check_foreign(name: str, value: Any) -> None:
+    if "." in name:
+        return  # a client's own flattened copy of a nested key; reported as foreign
+    plain = name.lower().replace("-", "_")
+    close = difflib.get_close_matches(plain, Config.model_fields, n=1, cutoff=_TOP_LEVEL_CUTOFF)
+    meant = plain if plain in Config.model_fields else _MEANT.get(plain) or (close[0] if close else None)
+    if meant is not None:
+        fix = f"rename it to {meant!r}, or remove it"
+    else:
+        owners = set(_owners(Config, plain, ""))
+        owner = next((section for section in _OFTEN_MISPLACED if section in owners), None)
+        if owner is None:
+            return
+        meant, fix = f"{owner}.{plain}", f'put it inside its section: "{owner}": {{"{plain}": ...}}'
+    raise ConfigError(f"unknown config key {name!r} (value {value!r}) looks like {meant!r}", fix=fix)
+
+
+def _check_section(parent: type[BaseModel], name: str, value: Any, path: str) -> None:
+    model = section_of(parent, name)
+    if model is None or value is None or value == AUTO:
+        return
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"config key {path!r} is a section",
+            expected="an object {...}",
+            found=repr(value),
+            fix=f'write "{name}": {{{_main_key(model, value)}}}',
+        )
+    for inner, inner_value in value.items():
+        if inner not in model.model_fields:
+            raise ConfigError(_unknown(model, str(inner), inner_value, path))
+        _check_section(model, inner, inner_value, f"{path}.{inner}")
+
+
+def _main_key(model: type[BaseModel], value: Any) -> str:
+    name = next((n for n in ("enabled", "stage", "device", "type") if n in model.model_fields), None)
+    if name is None:
+        return "..."
+    shown = json.dumps(value) if isinstance(value, bool) else f'"{value}"'
+    return f'"{name}": {value if name == "stage" and isinstance(value, int) else shown}'
+
+
+def _unknown(model: type[BaseModel], name: str, value: Any, path: str) -> str:
+    plain = name.lower().replace("-", "_")
+    close = difflib.get_close_matches(plain, model.model_fields, n=1, cutoff=_SECTION_CUTOFF)
+    owner = next((where for where in _owners(Config, plain, "") if where != path), None)
+    what = f"unknown config key {f'{path}.{name}'!r} (value {value!r})"
+    if plain in model.model_fields:
+        return describe(what, fix=f"write it as {plain!r}")
+    if "params" in model.model_fields and not (
+        close and difflib.SequenceMatcher(a=plain, b=close[0]).ratio() > _TOP_LEVEL_CUTOFF
+    ):
+        return describe(what, fix=f'arguments go inside "{path}": {{"params": {{"{name}": ...}}}}')
+    if owner is not None:
+        return describe(what, fix=f"{name!r} belongs in {owner or 'the top level'!r}; move it there")
+    if close:
+        return describe(f"{what}; the nearest known key is {close[0]!r}", fix=f"rename it to {close[0]!r}")
+    return describe(what, expected=f"one of {', '.join(sorted(model.model_fields))}", fix="remove it")
+
+
+def _owners(model: type[BaseModel], name: str, path: str) -> Iterator[str]:
+    """The sections that have a key of this name; "" is the top level."""
+    if name in ("enabled", "type", "params"):  # every other section has one
+        return
+    if name in model.model_fields:
+        yield path
+    for inner in model.model_fields:
+        child = section_of(model, inner)
+        if child is not None:
+            yield from _owners(child, name, f"{path}.{inner}" if path else inner)
+
+
+# Values, as pydantic found them.
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -42,29 +162,27 @@ _HINTS = {
 
 
 def explain(error: ValidationError) -> str:
-    """One line for each wrong value."""
+    """One line for each wrong value: the key as a dotted path, expected, found, and the way out."""
     return "\n".join(_line(item) for item in error.errors(include_url=False))
 
 
 def _line(item: Any) -> str:
     names = [str(name) for name in item["loc"]]
     path, value = ".".join(names), item["input"]
-    context = {name: _number(limit) for name, limit in item.get("ctx", {}).items()}
+    limits = {n: f"{v:g}" if isinstance(v, float) else v for n, v in item.get("ctx", {}).items()}
     template = _EXPECTED.get(item["type"])
-    expected = template.format(**context) if template else item["msg"]
-    return describe(
-        f"config key {path!r}", expected=expected, found=repr(value), fix=_fix(names, path, value)
-    )
+    expected = template.format(**limits) if template else item["msg"]
+    fix = _HINTS.get(path) or _fix(names, value)
+    return describe(f"config key {path!r}", expected=expected, found=repr(value), fix=fix)
 
 
-def _number(limit: Any) -> Any:
-    return f"{limit:g}" if isinstance(limit, float) else limit
-
-
-def _fix(names: list[str], path: str, value: Any) -> str:
-    if path in _HINTS:
-        return _HINTS[path]
-    info = _field(names)
+def _fix(names: list[str], value: Any) -> str:
+    info: FieldInfo | None = None
+    model: type[BaseModel] | None = Config
+    for name in names:
+        if model is None or name not in model.model_fields:
+            break
+        info, model = model.model_fields[name], section_of(model, name)
     if isinstance(value, str) and info is not None and isinstance(info.default, int | float):
         return f"write it without quotes, for example {json.dumps(info.default)}"
     if info is None or isinstance(info.default, BaseModel):
@@ -72,14 +190,3 @@ def _fix(names: list[str], path: str, value: Any) -> str:
     if info.default is None:
         return "correct the value, or remove the key"
     return f"correct the value, or remove the key (its default is {json.dumps(info.default)})"
-
-
-def _field(names: list[str]) -> FieldInfo | None:
-    model: type[BaseModel] | None = Config
-    info = None
-    for name in names:
-        if model is None or name not in model.model_fields:
-            return info
-        info = model.model_fields[name]
-        model = section_of(model, name)
-    return info

@@ -1,20 +1,20 @@
-"""Parses a configuration: the one way from a dict, a file or base64 text to a checked ``Config``."""
+"""Parses a configuration: the one way from a dict, a file or base64 text to a checked ``Config``.
+
+source  --read_source-->  dict  --modernize-->  present names  --check_keys-->  known keys  --Config-->  checked
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from zeropipe.config import notices
 from zeropipe.config.checks import check_config
-from zeropipe.config.explain import explain
-from zeropipe.config.fields import AUTO
-from zeropipe.config.keys import check_keys, section_of
-from zeropipe.config.legacy import modernize
-from zeropipe.config.notices import Notice
-from zeropipe.config.schema import Config
-from zeropipe.config.source import Source, read_source
+from zeropipe.config.explain import check_keys, explain
+from zeropipe.config.fields import AUTO, section_of
+from zeropipe.config.schema import Config, Notice, NoticeKind
+from zeropipe.config.source import Source, modernize, read_source
 from zeropipe.errors import ConfigError
 
 
@@ -34,10 +34,8 @@ def parse_config(source: Source | Config) -> Config:
         config = Config.model_validate(_without_unset(Config, known, "", auto))
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
-    config._raw = raw
-    config._auto = frozenset(auto)
-    config._notices = _notices(foreign, check_config(config), renamed)
-    return config
+    idle = check_config(config, auto)
+    return config.parsed_from(raw, frozenset(auto), tuple(_notices(foreign, idle, renamed)))
 
 
 def DeepSpeedConfig(config: Source | Config, mpu: object = None, mesh_device: object = None) -> Config:
@@ -45,15 +43,23 @@ def DeepSpeedConfig(config: Source | Config, mpu: object = None, mesh_device: ob
     return parse_config(config)
 
 
-def _notices(foreign: tuple[str, ...], idle: dict[str, str], renamed: dict[str, str]) -> tuple[Notice, ...]:
-    found = []
+def _notices(foreign: tuple[str, ...], idle: dict[str, str], renamed: dict[str, str]) -> Iterator[Notice]:
+    """``foreign``: names at the top level. ``idle``: key -> what happens instead. ``renamed``: old -> new name."""
     if foreign:
-        found.append(notices.foreign(foreign))
+        text = f"passed over {len(foreign)} key(s) that zeropipe does not know: {', '.join(foreign)}"
+        dotted = next((name for name in foreign if "." in name), None)
+        if dotted:
+            nested = dotted.replace(".", " -> ")
+            text += f" (a dotted name is not read as a path: write {nested} as nested objects)"
+        yield Notice(NoticeKind.FOREIGN, foreign, f"configuration: {text}")
     if idle:
-        found.append(notices.no_effect(idle))
+        listed = "; ".join(f"{name} ({why})" for name, why in idle.items())
+        text = f"configuration: these keys have no effect here: {listed}"
+        yield Notice(NoticeKind.NO_EFFECT, tuple(idle), text)
     if renamed:
-        found.append(notices.renamed(renamed))
-    return tuple(found)
+        listed = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
+        text = f"configuration: old names read as new ones: {listed}"
+        yield Notice(NoticeKind.RENAMED, tuple(renamed), text)
 
 
 def _without_unset(
@@ -63,17 +69,15 @@ def _without_unset(
     kept = {}
     for name, inner in value.items():
         path = f"{prefix}{name}"
-        section = section_of(model, name) if model is not None else None
         if isinstance(inner, str) and inner == AUTO:
             auto.add(path)
-        elif (
-            inner is None
-            and model is not None
-            and isinstance(model.model_fields[name].default, dict | BaseModel)
-        ):
-            continue
         elif isinstance(inner, dict):
+            section = None if model is None else section_of(model, name)
             kept[name] = _without_unset(section, inner, f"{path}.", auto)
-        else:
+        elif (
+            inner is not None
+            or model is None
+            or not isinstance(model.model_fields[name].default, dict | BaseModel)
+        ):
             kept[name] = inner
     return kept

@@ -10,8 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from zeropipe.config.fields import AUTO, Mark, NoEffect, Refused, mark_of
-from zeropipe.config.keys import section_of
+from zeropipe.config.fields import AUTO, mark_of, section_of
 from zeropipe.config.schema import Config
 
 _HEAD = """\
@@ -37,7 +36,11 @@ def markdown() -> str:
     """The whole reference: one table for the top level and one for each section."""
     parts = [_HEAD, "\n## Top level\n", _table(Config, "")]
     for path, model in _sections(Config, ""):
-        parts += [f"\n## `{path}`\n", f"{_summary(model)}\n", _table(model, path)]
+        parts += [
+            f"\n## `{path}`\n",
+            f"{(model.__doc__ or '').strip().splitlines()[0]}\n",
+            _table(model, path),
+        ]
     return "\n".join(parts) + "\n"
 
 
@@ -49,10 +52,6 @@ def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[B
             yield from _sections(child, f"{prefix}{name}.")
 
 
-def _summary(model: type[BaseModel]) -> str:
-    return (model.__doc__ or "").strip().splitlines()[0]
-
-
 def _table(model: type[BaseModel], path: str) -> str:
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for name, info in model.model_fields.items():
@@ -60,20 +59,16 @@ def _table(model: type[BaseModel], path: str) -> str:
         where = f"{path}.{name}" if path else name
         kind = f"[section](#{where.replace('.', '')})" if child else type_name(info)
         default = "" if child else f"`{json.dumps(info.default)}`"
-        meaning = " ".join(
-            part for part in (info.description or "", mark_text(mark_of(info.metadata))) if part
-        )
-        rows.append(f"| `{name}` | {kind} | {default} | {meaning} |")
+        rows.append(f"| `{name}` | {kind} | {default} | {_meaning(info)} |")
     return "\n".join(rows)
 
 
-def mark_text(mark: Mark | None) -> str:
-    """What a mark says to the reader of the reference."""
-    if isinstance(mark, NoEffect):
-        return f"*No effect:* {mark.why}."
-    if isinstance(mark, Refused):
-        return f"*Not offered:* {mark.why}; {mark.fix}."
-    return ""
+def _meaning(info: FieldInfo) -> str:
+    text, mark = info.description or "", mark_of(info.metadata)
+    if mark is None:
+        return text
+    word, way = ("No effect", "") if mark.fix is None else ("Not offered", f"; {mark.fix}")
+    return f"{text} *{word}:* {mark.why}{way}.".lstrip()
 
 
 def type_name(info: FieldInfo) -> str:

@@ -1,28 +1,222 @@
-"""The whole configuration as one frozen object, with the JSON's own names."""
+"""The whole configuration as one frozen object, with the JSON's own names: a section for each owner.
+
+The section ``zero_optimization`` has a file of its own. ``@with_keys_without_effect`` adds the keys that do
+nothing here.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from typing import Any, Literal
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, PrivateAttr
 
-from zeropipe.config import schema_training as training
-from zeropipe.config.fields import (
-    Count,
-    Dtype,
-    Real,
-    Section,
-    key,
-)
-from zeropipe.config.notices import Notice
-from zeropipe.config.schema_monitor import CommsLogger, CsvMonitor, TensorBoard, Timers, Wandb
-from zeropipe.config.schema_precision import Bf16, DataTypes, Fp16, TorchAutocast
+from zeropipe.config.fields import Count, Dtype, Lowercase, Real, Section, key, with_keys_without_effect
 from zeropipe.config.schema_zero import ZeroOptimization
-from zeropipe.config.without_effect import with_keys_without_effect
 
 Precision = Literal["fp32", "fp16", "bf16"]
-Anything = dict[str, Any]
+
+
+# How numbers are kept.
+
+
+@with_keys_without_effect("fp16")
+class Fp16(Section):
+    """Train in fp16 with fp32 masters and a loss scale."""
+
+    enabled: bool = key(False, "Turn fp16 training on.")
+    auto_cast: bool = key(False, "Cast floating point inputs of the model to fp16.")
+    loss_scale: Real = key(0.0, "Static loss scale; 0 means dynamic.", ge=0, allow_inf_nan=False)
+    initial_scale_power: Count = key(16, "The dynamic scale starts at 2 to this power.", ge=0, le=126)
+    loss_scale_window: Count = key(
+        1000, "Steps without overflow after which the dynamic scale doubles.", gt=0
+    )
+    hysteresis: Count = key(2, "Overflows that are tolerated before the dynamic scale is halved.", ge=1)
+    consecutive_hysteresis: bool = key(
+        False, "Refill the hysteresis at every step without overflow, not only when the scale grows."
+    )
+    min_loss_scale: Real = key(1.0, "The dynamic scale never goes below this.", gt=0, allow_inf_nan=False)
+    on_min_scale: Annotated[Literal["raise", "skip", "warn"], Lowercase] = key(
+        "raise",
+        "At the minimum scale and still overflowing: raise an error, skip the step silently, or skip and warn.",
+    )
+
+
+@with_keys_without_effect("bf16")
+class Bf16(Section):
+    """Train in bf16 with fp32 masters; no loss scale is needed."""
+
+    enabled: bool = key(False, "Turn bf16 training on.")
+    check_grad_overflow: bool = key(True, "Skip a step whose gradients hold inf or NaN.")
+
+
+@with_keys_without_effect("torch_autocast")
+class TorchAutocast(Section):
+    """Run the forward pass under ``torch.autocast``; parameters keep their dtype."""
+
+    enabled: bool = key(False, "Turn torch.autocast on.")
+    dtype: Dtype | None = key(None, "The dtype of autocast; unset: torch's default for the device.")
+
+
+@with_keys_without_effect("data_types")
+class DataTypes(Section):
+    """Dtypes of gradient sums, parameters and buffers."""
+
+    grad_accum_dtype: Dtype | None = key(
+        None, "The dtype in which gradients accumulate; unset: the dtype of the parameters."
+    )
+    param_dtype: Dtype | None = key(
+        None,
+        "Cast every floating-point parameter to this dtype, the run's precision; unset: those that the model keeps in"
+        " fp32 on purpose stay (see [precision](precision.md#what-keeps-its-dtype)).",
+    )
+    buffer_dtype: Dtype | None = key(
+        None,
+        "Cast every floating-point buffer to this dtype; unset: buffers keep the dtype the model gives them.",
+    )
+
+
+# How a run trains and saves.
+
+
+@with_keys_without_effect("optimizer")
+class Optimizer(Section):
+    """An optimizer made from its name."""
+
+    type: str | None = key(
+        None, "Adam, AdamW, FusedAdam, CPUAdam, SGD, Adagrad, Lion, Lamb, Muon, OnebitAdam, ..."
+    )
+    params: dict[str, Any] = key({}, "Keyword arguments of the optimizer, such as lr.")
+
+
+class Scheduler(Section):
+    """A learning rate schedule made from its name; ignored in an engine without an optimizer."""
+
+    type: str | None = key(
+        None, "LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR, or one of torch's."
+    )
+    params: dict[str, Any] = key({}, "Keyword arguments of the schedule.")
+
+
+@with_keys_without_effect("activation_checkpointing")
+class ActivationCheckpointing(Section):
+    """Defaults for ``zeropipe.checkpointing``."""
+
+    cpu_checkpointing: bool = key(False, "Keep saved activations in CPU memory.")
+
+
+@with_keys_without_effect("pipeline")
+class Pipeline(Section):
+    """Defaults for ``PipelineModule`` and its engine."""
+
+    schedule: Annotated[str, Lowercase] = key("1f1b", "The schedule by name.")
+    num_chunks: Count = key(1, "Pieces of the model per stage (interleaved schedules).", ge=1)
+    stages: Count | None = key(None, 'Number of stages; unset or "auto": as the module says.', ge=1)
+    partition: str = key("best", "How layers are dealt out to stages; best: as the module says.")
+    seed_layers: bool = key(False, "Seed the random numbers of each layer by its index.")
+    activation_checkpoint_interval: Count = key(
+        0, "Layers per activation checkpoint; 0: as the module says.", ge=0
+    )
+
+
+@with_keys_without_effect("checkpoint.parallel_write")
+class ParallelWrite(Section):
+    """Which ranks write which layers of a pipeline's checkpoint."""
+
+
+@with_keys_without_effect("checkpoint")
+class Checkpoint(Section):
+    """How checkpoints are written and read."""
+
+    load_universal: bool = key(False, "Read a universal checkpoint; zeropipe recognises one by itself.")
+    parallel_write: ParallelWrite = key(ParallelWrite(), "Which ranks write.")
+    async_save: bool = key(False, "save_checkpoint copies the state and returns; files are written behind.")
+    tag_validation: Annotated[Literal["ignore", "warn", "fail"], Lowercase] = key(
+        "warn", "When ranks save under different tags: take rank 0's, take it with a warning, or raise."
+    )
+
+
+@with_keys_without_effect("aio")
+class Aio(Section):
+    """Tuning of file input and output for nvme offload."""
+
+
+# What is watched.
+
+
+class TensorBoard(Section):
+    """Write scalars for TensorBoard (extra: zeropipe[tensorboard])."""
+
+    enabled: bool = key(False, "Turn it on.")
+    output_path: str = key("", "Folder; empty: runs/.")
+    job_name: str = key("DeepSpeedJobName", "Folder of this run inside output_path.")
+
+
+class Wandb(Section):
+    """Send scalars to Weights & Biases (extra: zeropipe[wandb])."""
+
+    enabled: bool = key(False, "Turn it on.")
+    group: str | None = key(None, "Group of runs.")
+    team: str | None = key(None, "Team that owns the project.")
+    project: str = key("deepspeed", "Project.")
+
+
+class CsvMonitor(Section):
+    """Write one CSV file per scalar."""
+
+    enabled: bool = key(False, "Turn it on.")
+    output_path: str = key("", "Folder; empty: csv_monitor/.")
+    job_name: str = key("DeepSpeedJobName", "Folder of this run inside output_path.")
+
+
+@with_keys_without_effect("comms_logger")
+class CommsLogger(Section):
+    """A log of every collective."""
+
+    prof_all: bool = key(True, "Log all operations.")
+    prof_ops: list[Any] = key([], "Operations to log when prof_all is false.")
+    verbose: bool = key(False, "Print each one.")
+    debug: bool = key(False, "Print the caller too.")
+
+
+class ThroughputTimer(Section):
+    """Samples per second and TFLOP/s."""
+
+    enabled: bool = key(True, "Measure throughput when steps_per_print asks for it.")
+    synchronized: bool = key(True, "Synchronize the device around each measurement.")
+
+
+class Timers(Section):
+    """Timers of the engine."""
+
+    throughput: ThroughputTimer = key(ThroughputTimer(), "Samples per second and TFLOP/s.")
+
+
+# The whole.
+
+
+class NoticeKind(Enum):
+    """Why a notice exists; the value is the ``logging`` level at which the engine shows it."""
+
+    FOREIGN = logging.WARNING  # could be the misspelling that we did not recognise, so it is shown
+    NO_EFFECT = logging.INFO  # on purpose below the default level: nothing is wrong
+    RENAMED = logging.DEBUG  # the old name does what it always did
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """One line for the user, about ``keys``."""
+
+    kind: NoticeKind
+    keys: tuple[str, ...]
+    text: str
+
+    @property
+    def level(self) -> int:
+        return self.kind.value
 
 
 @with_keys_without_effect("")
@@ -44,8 +238,8 @@ class Config(Section):
     gradient_accumulation_steps: Count | None = key(
         None, "Micro-batches per optimizer step; unset: from the other two, or 1.", gt=0
     )
-    optimizer: training.Optimizer = key(training.Optimizer(), "An optimizer by name.")
-    scheduler: training.Scheduler = key(training.Scheduler(), "A learning rate schedule by name.")
+    optimizer: Optimizer = key(Optimizer(), "An optimizer by name.")
+    scheduler: Scheduler = key(Scheduler(), "A learning rate schedule by name.")
 
     fp16: Fp16 = key(Fp16(), "fp16 training with a loss scale.")
     bf16: Bf16 = key(Bf16(), "bf16 training.")
@@ -66,12 +260,12 @@ class Config(Section):
     zero_force_ds_cpu_optimizer: bool = key(
         True, "With offload_optimizer, clients exchange the optimizer for DeepSpeedCPUAdam."
     )
-    pipeline: training.Pipeline = key(training.Pipeline(), "Defaults of the pipeline engine.")
-    activation_checkpointing: training.ActivationCheckpointing = key(
-        training.ActivationCheckpointing(), "Defaults of zeropipe.checkpointing."
+    pipeline: Pipeline = key(Pipeline(), "Defaults of the pipeline engine.")
+    activation_checkpointing: ActivationCheckpointing = key(
+        ActivationCheckpointing(), "Defaults of zeropipe.checkpointing."
     )
-    checkpoint: training.Checkpoint = key(training.Checkpoint(), "How checkpoints are written and read.")
-    aio: training.Aio = key(training.Aio(), "Tuning of files for nvme offload.")
+    checkpoint: Checkpoint = key(Checkpoint(), "How checkpoints are written and read.")
+    aio: Aio = key(Aio(), "Tuning of files for nvme offload.")
     dataloader_drop_last: bool = key(False, "Drop a last micro-batch that is not full.")
 
     steps_per_print: Real | None = key(
@@ -86,11 +280,17 @@ class Config(Section):
     timers: Timers = key(Timers(), "Timers of the engine.")
     comms_logger: CommsLogger = key(CommsLogger(), "A log of collectives.")
 
-    tensor_parallel: Anything = key({}, "Tensor parallelism; only autotp_size 0 or 1 is accepted.")
+    tensor_parallel: dict[str, Any] = key({}, "Tensor parallelism; only autotp_size 0 or 1 is accepted.")
 
+    # What the JSON itself does not say; no two configurations differ by these.
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
     _auto: frozenset[str] = PrivateAttr(default=frozenset())
     _notices: tuple[Notice, ...] = PrivateAttr(default=())
+
+    def parsed_from(self, raw: dict[str, Any], auto: frozenset[str], notices: tuple[Notice, ...]) -> Config:
+        """This configuration, which now knows what it was made from; for the parser."""
+        self._raw, self._auto, self._notices = raw, auto, notices
+        return self
 
     @property
     def raw(self) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from zeropipe.config.fields import Count, Lowercase, Section, key
-from zeropipe.config.without_effect import with_keys_without_effect
+from zeropipe.config.fields import Count, Lowercase, Section, key, with_keys_without_effect
 
 Device = Annotated[Literal["none", "cpu", "nvme"], Lowercase]
 _UNLIMITED = 2**63 - 1

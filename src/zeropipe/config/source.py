@@ -1,4 +1,5 @@
-"""Reads a configuration from wherever the user keeps it, and says where a malformed one is wrong."""
+"""Reads a configuration from wherever the user keeps it, says where a malformed one is wrong, and gives older names and
+forms their present ones before anything else looks at them."""
 
 from __future__ import annotations
 
@@ -14,6 +15,22 @@ from zeropipe.errors import ConfigError
 
 Source = Mapping[str, Any] | str | os.PathLike[str] | None
 
+# Old names, from the outermost: the same meaning stands at the new path.
+_ZERO = "zero_optimization"
+_RENAMED = {
+    "bfloat16": "bf16",
+    "allgather_size": f"{_ZERO}.allgather_bucket_size",
+    f"{_ZERO}.stage3_gather_fp16_weights_on_model_save": f"{_ZERO}.stage3_gather_16bit_weights_on_model_save",
+    f"{_ZERO}.gather_16bit_weights_on_model_save": f"{_ZERO}.stage3_gather_16bit_weights_on_model_save",
+    f"{_ZERO}.prefetch_bucket_size": f"{_ZERO}.stage3_prefetch_bucket_size",
+    f"{_ZERO}.param_persistence_threshold": f"{_ZERO}.stage3_param_persistence_threshold",
+    f"{_ZERO}.model_persistence_threshold": f"{_ZERO}.stage3_model_persistence_threshold",
+    f"{_ZERO}.max_live_parameters": f"{_ZERO}.stage3_max_live_parameters",
+    f"{_ZERO}.max_reuse_distance": f"{_ZERO}.stage3_max_reuse_distance",
+    f"{_ZERO}.allgather_size": f"{_ZERO}.allgather_bucket_size",
+    f"{_ZERO}.aio": "aio",  # where the documentation of Transformers writes it
+}
+
 
 def read_source(source: Source) -> dict[str, Any]:
     """The configuration as a dict: the given dict itself, a JSON file's, JSON text's, or base64 of JSON text.
@@ -25,7 +42,7 @@ def read_source(source: Source) -> dict[str, Any]:
     if isinstance(source, dict):
         return source
     if isinstance(source, Mapping):
-        return {name: _plain(value) for name, value in source.items()}
+        return _plain(source)
     if isinstance(source, str) and source.lstrip().startswith("{"):
         return parse_json(source, "the JSON text given as config")
     if isinstance(source, str | os.PathLike):
@@ -39,9 +56,7 @@ def read_source(source: Source) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return value
+    return {n: _plain(inner) for n, inner in value.items()} if isinstance(value, Mapping) else value
 
 
 def _read_path(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -100,9 +115,11 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: nested too deeply", fix="this is no configuration") from None
     if not isinstance(value, dict):
         raise ConfigError(
-                f"{where} holds no JSON object", expected="{...}", found=type(value).__name__,
-                fix="wrap the settings in { and }",
-            )  # fmt: skip
+            f"{where} holds no JSON object",
+            expected="{...}",
+            found=type(value).__name__,
+            fix="wrap the settings in { and }",
+        )
     return value
 
 
@@ -121,3 +138,60 @@ def _diagnose(text: str, error: json.JSONDecodeError) -> tuple[str, str]:
         if rest.startswith(python):
             return f"{python} is Python, not JSON", f"write {proper}"
     return error.msg, "correct the JSON there"
+
+
+def modernize(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A copy of ``raw`` with present names, and old path -> new path of what was renamed.
+
+    Raises ConfigError where the old and the new name are both given and disagree.
+    """
+    config, names = dict(raw), dict[str, str]()
+    if config.pop("fp32_allreduce", False) is True:
+        _put(config, "communication_data_type", "fp32", "fp32_allreduce", names)
+    zero = config.get(_ZERO)
+    if isinstance(zero, bool):
+        # The first form of the section was a switch for what is now stage 1.
+        names[f"{_ZERO}: {str(zero).lower()}"] = f"{_ZERO}.stage"
+        zero = {"stage": int(zero)}
+    sections = {"": config}
+    if isinstance(zero, dict):
+        sections[_ZERO] = config[_ZERO] = dict(zero)
+    for old, new in _RENAMED.items():
+        (section, _, name), target = old.rpartition("."), new.rpartition(".")[0]
+        if section in sections and target in sections and name in sections[section]:
+            _put(sections[target], new, sections[section].pop(name), old, names)
+    if _ZERO in sections:
+        _switches(sections[_ZERO], names)
+    return config, names
+
+
+def _switches(zero: dict[str, Any], names: dict[str, str]) -> None:
+    """``"cpu_offload": true`` and its like, from before offloading had sections."""
+    pin = zero.pop("cpu_offload_use_pin_memory", None)
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        value, path = zero.pop(old, None), f"{_ZERO}.{old}"
+        if value in (None, "auto", False, 0, "false"):
+            continue
+        if value not in (True, 1, "true"):
+            raise ConfigError(
+                f"config key {path!r}", expected="true or false", found=repr(value), fix="write true or false"
+            )
+        zero[new] = dict(zero.get(new) or {})
+        _put(zero[new], f"{_ZERO}.{new}.device", "cpu", path, names)
+        if pin is not None:
+            zero[new].setdefault("pin_memory", pin)
+            names[f"{_ZERO}.cpu_offload_use_pin_memory"] = f"{_ZERO}.{new}.pin_memory"
+
+
+def _put(target: dict[str, Any], new: str, value: Any, old: str, names: dict[str, str]) -> None:
+    name = new.rpartition(".")[2]
+    # An unset value, or a device of "none", does not disagree with the old name.
+    free = (value, "auto", None, "none") if name == "device" else (value, "auto", None)
+    if name in target and target[name] not in free:
+        raise ConfigError(
+            f"config key {old!r} is the old name of {new!r}, and both are given",
+            found=f"{value!r} and {target[name]!r}",
+            fix=f"keep {new!r} and remove {old!r}",
+        )
+    target[name] = value
+    names[old] = new

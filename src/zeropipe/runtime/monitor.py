@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from zeropipe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from zeropipe.config.schema_monitor import CsvMonitor, TensorBoard, Wandb
+    from zeropipe.config.schema import CsvMonitor, TensorBoard, Wandb
 
 Event = tuple[str, Any, int]  # name such as "Train/Samples/lr", number or one-element tensor, step
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from zeropipe.config.notices import NoticeKind
 from zeropipe.config.parse import parse_config
+from zeropipe.config.schema import NoticeKind
 from zeropipe.errors import ConfigError
 
 FP16 = {

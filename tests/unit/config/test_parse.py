@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from zeropipe.config.notices import NoticeKind
 from zeropipe.config.parse import parse_config
-from zeropipe.config.schema import Config
+from zeropipe.config.schema import Config, NoticeKind
 from zeropipe.errors import ConfigError
 
 MINIMAL = {"train_batch_size": 8, "zero_optimization": {"stage": 2}}

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from zeropipe.config import reference
-from zeropipe.config.keys import section_of
+from zeropipe.config.fields import section_of
 from zeropipe.config.schema import Config
 
 DOCS = Path(__file__).parents[3] / "docs" / "configuration.md"
