@@ -25,7 +25,7 @@ def adamw(params: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_are_one_plain_process_that_accumulates(pool, stage, world):
-    # The sizes of this model's tensors are multiples of 16: see ALIGN in runtime/zero/hold/partition.py.
+    # The sizes of this model's tensors are multiples of 16: see ALIGN in runtime/zero/hold/values.py.
     ours = pool(world).run(train, gpt, gpt_batch, config(stage, world), STEPS)
     plain = train_plain(gpt, partial(_batches, world), adamw, STEPS, dtype=None)
     for result in ours:

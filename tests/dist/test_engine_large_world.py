@@ -34,9 +34,9 @@ for stage in (0, 1, 2):
                 engine.step()
         assert engine.global_steps == 1 and engine.global_samples == 2 * WORLD
         (partition,) = optimizer.partitions
-        layout = partition.layout
+        layout = partition.segments[0].layout
         assert layout.num_shards == (WORLD if stage else 1)
-        assert partition.shard == (RANK if stage else 0)
+        assert partition.values.shard == (RANK if stage else 0)
         assert partition.master.numel() == layout.shard_numel
         if stage:
             assert layout.shard_numel == 16 and layout.padded_numel == 16 * WORLD

@@ -1,6 +1,6 @@
 """Parameters of every kind, at every stage, give what plain PyTorch gives in one process.
 
-All sizes are multiples of 16 where bits are compared: see ALIGN in runtime/zero/hold/partition.py. One process that
+All sizes are multiples of 16 where bits are compared: see ALIGN in runtime/zero/hold/values.py. One process that
 accumulates the two ranks' batches does the same arithmetic as two ranks.
 """
 

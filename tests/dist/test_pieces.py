@@ -14,7 +14,7 @@ from tests.helpers.data import gpt_batch, token_batch
 from tests.helpers.models import NastyModel, TinyGPT, build
 from tests.helpers.referee import assert_bitwise, weights_of
 from tests.helpers.train import config, train
-from zeropipe.runtime.zero.hold import grads, sharded_grads
+from zeropipe.runtime.zero.hold import shard_values, values
 
 STEPS = 4
 PARTITIONS = 2  # param groups: each is stepped by a call of its own, so that one that raised can be repeated
@@ -30,8 +30,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 def in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grads, "ALONE_NUMEL", 8)
-    monkeypatch.setattr(sharded_grads, "ALONE_NUMEL", 8)
+    monkeypatch.setattr(values, "ALONE_NUMEL", 8)
+    monkeypatch.setattr(shard_values, "ALONE_NUMEL", 8)
 
 
 def stepped_in_pieces(settings: dict[str, Any]) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def fit(
     state = {
         f"{number}.{key}": partition.state.shard(key)
         for number, partition in enumerate(inner.partitions)
-        for key in sorted(partition.state_keys())
+        for key in sorted(partition.state.keys())
     }
     counts = [partition.state.shared(i) for partition in inner.partitions for i in range(len(partition.params))]
     shown = [repr({k: float(v) for k, v in (one or {}).items()}) for one in counts]

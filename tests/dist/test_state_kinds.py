@@ -45,7 +45,7 @@ def one_step(rank: int, world: int, stage: int, dims: int) -> tuple[set[str], An
     )
     engine.backward(engine(torch.ones(4, 16)))
     engine.step()
-    keys = optimizer.partitions[0].state_keys()
+    keys = optimizer.partitions[0].state.keys()
     counts = utils.safe_get_full_optimizer_state(model.layer.weight, "step")
     ratio = engine.memory_report()[2].ratio
     given = torch.arange(256.0).view(16, 16)

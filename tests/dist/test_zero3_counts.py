@@ -357,7 +357,7 @@ for extra in ({}, {"bf16": {"enabled": True}}):
     assert engine.global_steps == 3
     assert {e.group_size for e in events} == {WORLD}
     (partition,) = optimizer.partitions
-    assert partition.local_layout.numel == sum(-(-p.ds_numel // WORLD) for p in partition.params)
+    assert partition.values.local_layout.numel == sum(-(-p.ds_numel // WORLD) for p in partition.params)
     engine.destroy()
 print("walked")
 """

@@ -108,7 +108,7 @@ def _events(rank: int, world: int, reach: str) -> Any:
             for micro in range(3):
                 engine.backward(engine(*gpt_batch(step, rank, micro)))
                 engine.step()
-    result = events, partition.group.ranks, partition.replicas.ranks
+    result = events, partition.group.ranks, partition.values.replicas.ranks
     engine.destroy()
     return result
 

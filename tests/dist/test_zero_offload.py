@@ -205,7 +205,7 @@ def _there_and_back(rank: int, world: int, settings: dict[str, Any]) -> Any:
 
 def _storages(optimizer: Any) -> list[torch.Tensor]:
     tensors = [partition.master for partition in optimizer.partitions]
-    tensors += [partition.values for partition in optimizer.partitions if partition.values is not None]
+    tensors += [tensor for partition in optimizer.partitions for tensor in partition.values.stored()[0]]
     for state in optimizer.state.values():
         tensors += [value for value in state.values() if value.dim()]
     return [t for t in tensors if t.numel()]

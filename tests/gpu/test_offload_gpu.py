@@ -97,5 +97,5 @@ def test_the_device_holds_neither_state_nor_shards(tmp_path):
     assert torch.cuda.memory_allocated() - before < numel // 4
     partition = engine.optimizer.partitions[0]
     assert partition.master.is_pinned()
-    assert partition.values.is_pinned()
+    assert partition.values.copy.is_pinned()
     engine.destroy()

@@ -174,7 +174,7 @@ class EngineCheckpoint:
         """Let the modules that take part in loading do so; the masters follow what they make of the values."""
         partitions = engine.optimizer.partitions if engine.optimizer is not None else ()
         for partition in partitions:  # the masters were read: what no key stands for has its value from them
-            partition.publish()
+            partition.values.publish()
         fault = ""
         outcome = Outcome()
         try:
@@ -200,7 +200,7 @@ class EngineCheckpoint:
                     fix="the engine's state is mixed now: load another checkpoint before training on",
                 )
         for partition in partitions:
-            partition.take_edits(sure=True)
+            partition.values.take_edits(sure=True)
         missing = (*loaded.missing, *outcome.missing)
         return replace(loaded, missing=missing, unexpected=(*loaded.unexpected, *outcome.unexpected))
 

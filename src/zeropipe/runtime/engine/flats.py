@@ -21,8 +21,6 @@ from zeropipe.runtime.optimizers.state_kinds import (
 )
 from zeropipe.runtime.zero.hold.own_gradients import Communicates
 from zeropipe.runtime.zero.hold.partition import Partition
-from zeropipe.runtime.zero.hold.sharded_partition import ShardedPartition
-from zeropipe.runtime.zero.hold.types import AnyPartition
 
 if TYPE_CHECKING:
     from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
@@ -35,11 +33,11 @@ class Holding:
     flat: FlatState
     owner: torch.nn.Parameter  # the key in ``optimizer.state``
     where: slice  # the flat's elements in the owner, in 1D
-    partition: AnyPartition
+    partition: Partition
 
     def new_state(self, dtype: torch.dtype) -> torch.Tensor:
         """Zeros for one kind of state of the owner, where its state lives."""
-        if isinstance(self.partition, ShardedPartition) and self.owner is self.partition.master:
+        if self.owner is self.partition.master:
             return self.partition.new_state(dtype)
         return torch.zeros_like(self.owner, dtype=dtype, requires_grad=False)
 
@@ -48,7 +46,7 @@ def optimizer_flats(optimizer: ZeroOptimizer) -> Iterator[Holding]:
     """Every flat of the optimizer on this rank: per partition at stages 0 to 2, per parameter at stage 3."""
     keys = state_keys(optimizer.optimizer)
     for partition in optimizer.partitions:
-        replicas = partition.replicas
+        replicas = partition.values.replicas
         whole = partition.flat
         if whole or partition.sharded:
             owners = [partition.master] * len(partition.names) if whole else list(partition.stepped)
@@ -57,10 +55,11 @@ def optimizer_flats(optimizer: ZeroOptimizer) -> Iterator[Holding]:
                 for owner, (name, layout, shard, where) in zip(owners, partition.flats(), strict=False)
             ]
         else:
-            assert isinstance(partition, Partition), "only unsharded partitions step parameter by parameter"
             parts = [
-                (spec.name, FlatShards((spec,), 1), 0, owner, slice(0, spec.numel))
-                for spec, owner in zip(partition.layout.tensors, partition.stepped, strict=True)
+                (name, FlatShards((segment.layout.tensors[at],), 1), 0, owner, slice(0, owner.numel()))
+                for at, (name, segment, owner) in enumerate(
+                    zip(partition.names, partition.segments, partition.stepped, strict=True)
+                )
             ]
         _, main = partition.state.of_master() if whole else ({}, None)
         for number, (name, layout, shard, owner, where) in enumerate(parts):
@@ -85,7 +84,7 @@ def adopt_flats(optimizer: ZeroOptimizer, loaded: Mapping[str, LoadedFlat]) -> N
     moments: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
     kinds: dict[torch.nn.Parameter, list[Shared]] = {}
     numbers: dict[torch.nn.Parameter, dict[str, Any]] = {}  # of single tensors
-    partitions: dict[torch.nn.Parameter, AnyPartition] = {}
+    partitions: dict[torch.nn.Parameter, Partition] = {}
     for held in optimizer_flats(optimizer):
         owner, found = held.owner, loaded[held.flat.name]
         partitions[owner] = held.partition

@@ -13,9 +13,8 @@ import torch
 
 from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
-from zeropipe.runtime.zero.hold.sharded_partition import ShardedPartition
+from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.shown import AbsentGradient
-from zeropipe.runtime.zero.hold.types import AnyPartition
 
 ADAM_MOMENTS = 2  # state that an Adam-like optimizer keeps per element, before it has made any
 
@@ -52,7 +51,7 @@ def memory_report(module: torch.nn.Module, optimizer: ZeroOptimizer | None) -> t
         )
     partitions = optimizer.partitions
     trained = {id(param) for partition in partitions for param in partition.params}
-    held = [_parameter_tensors(partition) for partition in partitions]
+    held = [partition.values.stored()[0] for partition in partitions]
     live_params = _bytes([*params, *(tensor for tensors in held for tensor in tensors)], counted)
     live_grads = _bytes(_gradient_tensors(optimizer, params), counted)
     live_state = _bytes(_state_tensors(optimizer), counted)
@@ -68,37 +67,21 @@ def memory_report(module: torch.nn.Module, optimizer: ZeroOptimizer | None) -> t
     )
 
 
-def moments(optimizer: ZeroOptimizer, partition: AnyPartition) -> int:
+def moments(optimizer: ZeroOptimizer, partition: Partition) -> int:
     """How many values of optimizer state there are per element: those that are there, 2 for Adam before."""
     if not optimizer.optimizer.state:
         return ADAM_MOMENTS if "betas" in optimizer.defaults else 0
     return len(partition.state.keys())
 
 
-def _budget(optimizer: ZeroOptimizer, partition: AnyPartition) -> tuple[int, int, int]:
+def _budget(optimizer: ZeroOptimizer, partition: Partition) -> tuple[int, int, int]:
     """Bytes of the partition's parameters, gradients and optimizer state on this rank."""
-    size, master = partition.dtype.itemsize, partition.master.element_size()
+    own, whole = partition.master.numel(), partition.values.whole_numel
     accumulated = (optimizer.policy.accumulate_dtype or partition.dtype).itemsize
-    if isinstance(partition, ShardedPartition):
-        own = whole = partition.local_layout.padded_numel
-        copied = partition.values is not None or partition.dtype != partition.master.dtype
-        gathered = sum(param.numel() * size for param in partition.params)  # one that is a shard has none
-        values = (0 if partition.values is None and copied else own * size) + gathered
-    else:
-        own, whole = partition.layout.shard_numel, partition.layout.padded_numel
-        copied = not partition.master_is_values and own > 0
-        values = whole * size
+    _, values, copied = partition.values.stored()
     grads = (own if optimizer.policy.shards_gradients else whole) * accumulated
-    return values, grads, own * master * (moments(optimizer, partition) + copied)
-
-
-def _parameter_tensors(partition: AnyPartition) -> list[torch.Tensor]:
-    """Where values are stored; in fp32 the master is a part of them, so no state of its own."""
-    if isinstance(partition, ShardedPartition):
-        if partition.values is not None:
-            return [partition.values]
-        return [partition.master.detach()] if partition.dtype == partition.master.dtype else []
-    return [partition.values]
+    master = own * partition.master.element_size()
+    return values, grads, master * (moments(optimizer, partition) + copied)
 
 
 def _gradient_tensors(

@@ -27,7 +27,7 @@ from zeropipe.runtime.engine.flats import optimizer_flats
 from zeropipe.runtime.engine.module_state import capture, destination
 from zeropipe.runtime.zero.gather.shards import shards_of
 from zeropipe.runtime.zero.hold.own_gradients import Communicates
-from zeropipe.runtime.zero.hold.partition import Partition
+from zeropipe.runtime.zero.param import is_sharded
 from zeropipe.runtime.zero.status import ZeroParamStatus
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def adopt_own_state(
         next(iter(of_our_slices([own])), None), lambda: of_our_slices(everyone())
     )
     for partition in optimizer.partitions:  # masters may have moved to where this rank stood by itself
-        partition.publish()
+        partition.values.publish()
     return notice
 
 
@@ -231,8 +231,8 @@ def show_loaded_shards(engine: DeepSpeedEngine) -> None:
     held: set[int] = set()
     for partition in engine.optimizer.partitions if engine.optimizer is not None else ():
         held |= {id(param) for param in partition.params}
-        if not isinstance(partition, Partition):
-            partition.publish()
+        if is_sharded(partition.params[0]):
+            partition.values.publish()
     for param in engine.module.parameters():
         shards = shards_of(param)
         if shards is None or id(param) in held:
@@ -244,4 +244,4 @@ def show_loaded_shards(engine: DeepSpeedEngine) -> None:
 def masters_from_values(optimizer: ZeroOptimizer) -> None:
     """The values were written from outside: take the masters anew from them."""
     for partition in optimizer.partitions:
-        partition.refresh_master()
+        partition.values.refresh_master()

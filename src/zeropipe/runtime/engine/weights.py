@@ -32,7 +32,7 @@ def load_weights(
     outcome = module.load_state_dict(state, strict=strict)
     if optimizer is not None:
         for partition in optimizer.partitions:
-            partition.refresh_master()
+            partition.values.refresh_master()
     return outcome
 
 

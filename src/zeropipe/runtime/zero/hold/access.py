@@ -14,8 +14,9 @@ import torch
 
 from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
+from zeropipe.runtime.zero.hold.grads import GradStore
+from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.reducer import Reducer
-from zeropipe.runtime.zero.hold.types import AnyPartition, AnyStore
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,8 +25,8 @@ class Trained:
 
     name: str
     index: int  # in the partition's and the store's parameters
-    partition: AnyPartition
-    store: AnyStore
+    partition: Partition
+    store: GradStore
     reducer: Reducer
     loss_scale: Callable[[], float]
 
@@ -37,7 +38,7 @@ class Trained:
         self.partition.write_value(self.index, value)
 
     def full(self, shard: torch.Tensor) -> torch.Tensor:
-        return self.partition.full(shard, self.index)
+        return self.partition.values.full(shard, self.index)
 
     def local(self, shard: torch.Tensor) -> torch.Tensor:
         return self.partition.local(shard, self.index)
@@ -99,7 +100,7 @@ def safe_get_full_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:
     one = trained_of(param)
     if one is None:
         return None
-    one.partition.take_edit(one.index)
+    one.partition.values.take_edit(one.index)
     return one.full(one.partition.master.detach())
 
 
@@ -156,7 +157,7 @@ def safe_set_local_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) ->
     piece = one.local(one.partition.master.detach())
     one.check_shape(value, tuple(piece.shape))
     piece.copy_(value)
-    one.partition.publish()
+    one.partition.values.publish()
 
 
 def safe_get_local_grad(param: torch.nn.Parameter) -> torch.Tensor | None:

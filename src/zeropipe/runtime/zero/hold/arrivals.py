@@ -17,19 +17,19 @@ from typing import Protocol
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from zeropipe.runtime.zero.hold.types import AnyStore
+from zeropipe.runtime.zero.hold.grads import GradStore
 
 
 class Taker(Protocol):
     """Who takes gradients over."""
 
-    def is_ready(self, store: AnyStore, index: int) -> bool:
+    def is_ready(self, store: GradStore, index: int) -> bool:
         """Whether a gradient may be added as it is: there is nothing to ``expect``."""
 
-    def expect(self, store: AnyStore, index: int) -> float:
+    def expect(self, store: GradStore, index: int) -> float:
         """A gradient is about to be added; returns what it must be multiplied by."""
 
-    def take(self, store: AnyStore, index: int) -> None:
+    def take(self, store: GradStore, index: int) -> None:
         """It is in ``.grad``."""
 
 
@@ -42,7 +42,7 @@ class Arrivals:
         # By store: the parameters whose next gradient may be added as it is, and how many there are.
         self._free: list[tuple[set[int], int]] = []
 
-    def listen(self, store: AnyStore) -> None:
+    def listen(self, store: GradStore) -> None:
         params, free = store.partition.params, set[int]()
         self._free.append((free, len(params)))
         for index, param in enumerate(params):
@@ -66,7 +66,7 @@ class Arrivals:
             self._handles.pop().remove()
 
     def _expect(
-        self, store: AnyStore, index: int, free: set[int]
+        self, store: GradStore, index: int, free: set[int]
     ) -> Callable[[torch.Tensor | None], torch.Tensor | None]:
         taker, store_of = self._taker, weakref.ref(store)
 
@@ -86,7 +86,7 @@ class Arrivals:
 
         return before
 
-    def _take(self, store: AnyStore, index: int) -> Callable[[torch.nn.Parameter], None]:
+    def _take(self, store: GradStore, index: int) -> Callable[[torch.nn.Parameter], None]:
         taker, store_of = self._taker, weakref.ref(store)
 
         def after(_: torch.nn.Parameter) -> None:

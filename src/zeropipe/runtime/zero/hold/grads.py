@@ -1,63 +1,95 @@
-"""The gradients of one partition of stages 0 to 2: whole and reduced once per window, or a shard that is added to.
+"""The gradients of one partition, from a parameter's ``.grad`` to the reduced shard that a step reads.
 
-Where the optimizer is sharded a gradient that a reduction follows at once is not copied into the buffer: it waits
-in its own memory, and a large one is sent from there.
+accept      .grad -> waits in its own memory for its bucket, or goes into the buffer
+launch      bucket -> one message per span: what one rank owns of it -> the average, in the owner's shard
+
+stages 0, 1   the buffer is whole, and reduced once per window
+stages 2, 3   the buffer is this rank's shard, as the master lies, to which every reduction adds
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 
 from zeropipe.comm.collectives import Work, all_reduce, reduce_to_owners
-from zeropipe.layout.buckets import Bucket, Span, cut_buckets
+from zeropipe.layout.buckets import Bucket, Span
+from zeropipe.runtime.zero.hold.offload import HostCopies
 from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.policy import Policy
 from zeropipe.runtime.zero.hold.shown import Change, Shown
-
-# Elements from which a message of its own costs less than a copy into a common one; only gloo sends one by one.
-ALONE_NUMEL = 2**16
+from zeropipe.runtime.zero.hold.values import ALONE_NUMEL, Move
+from zeropipe.runtime.zero.param import REDUCE
 
 
 class GradStore:
-    """The gradients of one partition. ``shard``: 1D, shard_numel, in the accumulation's dtype."""
+    """The gradients of one partition, in the accumulation's dtype."""
 
     def __init__(self, partition: Partition, policy: Policy) -> None:
         self.partition = partition
         self.policy = policy
         self.dtype = policy.accumulate_dtype or partition.dtype
+        self.buckets = partition.values.buckets(policy.bucket_numel)
+
+        # The memory: ``buffer`` is whole, or the shard. At stage 3 it lives where masters do, copied there on the way.
         self.keeps_whole = not policy.shards_gradients
-        layout = partition.layout
-        numel = layout.padded_numel if self.keeps_whole else layout.shard_numel
-        self.buffer = torch.zeros(numel, dtype=self.dtype, device=partition.values.device)
-        self.replace(self.buffer)
-        on_gloo = self.buffer.device.type == "cpu"
-        self.buckets = cut_buckets(layout, policy.bucket_numel, ALONE_NUMEL if on_gloo else None)
-        self.seen: set[int] = set()  # parameters with a gradient in this window
+        self._sends = (
+            partition.group.size > 1 or policy.shards_parameters
+        )  # to owners, where there are shards
+        numel, shard = partition.master.numel(), partition.values.shard
+        self._own = slice(shard * numel, (shard + 1) * numel)  # of a whole buffer: this rank's shard
+        numel = partition.values.whole_numel if self.keeps_whole else numel
+        if policy.shards_parameters:
+            buffer = partition.offload.state(numel, self.dtype, partition.device)
+        else:
+            buffer = torch.zeros(numel, dtype=self.dtype, device=partition.device)
+        self._copies = HostCopies(partition.device) if buffer.device != partition.device else None
+        self._replace(buffer)
+
+        # What the window has so far; ``clear`` begins a new one.
+        self.seen: set[int] = set()  # parameters with a gradient
         self.shown = Shown(partition.params, partition.names)
-        self._filled: set[int] = set()  # whose place in the buffer holds a term
-        self.reduced = False  # keeps_whole: the buffer holds reduced values
         self._held: dict[int, torch.Tensor] = {}  # gradients that wait for their bucket
-        self._written: set[int] = set()  # sharded: buckets (by first tensor) that the window has written
+        self._filled: set[int] = set()  # whose place in the buffer holds a term
+        self._written: set[int] = set()  # buckets (by first parameter) whose average the shard has
+        self._reduced = False  # keeps_whole: the buffer holds averages
+
+    @property
+    def shard(self) -> torch.Tensor:
+        """The average so far: 1D, as the master; waits for copies of it that are under way."""
+        if self._copies is not None:
+            self._copies.wait()
+        return self._shard
 
     @property
     def held(self) -> Iterator[torch.Tensor]:
         """Whole gradients that wait for their bucket."""
         yield from self._held.values()
 
-    def replace(self, buffer: torch.Tensor) -> None:
-        """Let ``buffer`` (the same elements, maybe elsewhere) take the place of the buffer."""
-        start, stop = self.partition.layout.shard_range(self.partition.shard)
+    def _replace(self, buffer: torch.Tensor) -> None:
         self.buffer = buffer
-        self.shard = buffer[start:stop] if self.keeps_whole else buffer
-        alone = not self.keeps_whole and self.partition.layout.num_shards == 1
+        self._shard = buffer[self._own] if self.keeps_whole else buffer
         # keeps_whole, or a group of one: each parameter's gradient in the buffer, in its shape. Kept, because making
         # a view for every parameter in every step is what a small model would notice.
-        self._views = self._cut_views() if self.keeps_whole or alone else []
+        alone = not self.policy.shards_parameters and self.partition.group.size == 1
+        self._views: list[torch.Tensor] = []
+        at = 0
+        for shape in self.partition.shapes if self.keeps_whole or alone else ():
+            self._views.append(buffer[at : at + prod(shape)].view(shape))
+            at += prod(shape)
+
+    def move(self, move: Move) -> None:
+        """Let the buffer be ``move`` of itself. One that a ``.grad`` is a view of stays: that must be where the
+        parameter is."""
+        if not (self._views and self.shown.whole):
+            whole = self.buffer if self.keeps_whole else self.shard
+            self._replace(move(whole))
 
     def let_go(self, tensor: torch.Tensor) -> None:
-        """Nothing to do: the shard is in memory."""
+        """A part of the shard was read and is not needed for a while."""
+        self.partition.offload.let_go(tensor)
 
     def view(self, index: int) -> torch.Tensor:
         """keeps_whole: parameter ``index``'s gradient in the buffer, in its shape."""
@@ -70,14 +102,6 @@ class GradStore:
             self._held[index] = held = held.to(self.dtype, copy=True)
             return held
         return self._views[index] if index in self._filled else None
-
-    def _cut_views(self) -> list[torch.Tensor]:
-        layout = self.partition.layout
-        ranges = (layout.tensor_range(index) for index in range(len(layout.tensors)))
-        return [
-            self.buffer[start:stop].view(spec.shape)
-            for (start, stop), spec in zip(ranges, layout.tensors, strict=True)
-        ]
 
     def accept(self, index: int, keep_grad: bool) -> None:
         """Take ``param.grad`` in. ``keep_grad`` (whole gradients only): no reduction follows, and it stays visible."""
@@ -119,24 +143,23 @@ class GradStore:
         """Make the reduced buffer one more local term: own shard times size, zero elsewhere, so that the next
         average gives reduced + average(new)."""
         self.take_changes(lift=True)
-        if not self.reduced:
+        if not self._reduced:
             return
-        self.reduced = False
+        self._reduced = False
         # Another rank may have had a gradient where this one had none.
         self._filled.update(range(len(self.partition.params)))
         size = self.partition.group.size
         if self.partition.sharded and size > 1:
-            start, stop = self.partition.layout.shard_range(self.partition.shard)
-            self.buffer[:start].zero_()
-            self.buffer[stop:].zero_()
-            self.shard.mul_(size)
+            self.buffer[: self._own.start].zero_()
+            self.buffer[self._own.stop :].zero_()
+            self._shard.mul_(size)
 
     def launch(self, bucket: Bucket) -> Work:
         """Start the reduction of ``bucket``; when the work is done the shard holds (or has added) its average."""
         held = {index: self._held.pop(index) for index in bucket.tensors if index in self._held}
         fresh = self.keeps_whole or bucket.tensors[0] not in self._written
         self._written.add(bucket.tensors[0])
-        if self.partition.sharded and self.partition.group.size > 1:
+        if self.partition.sharded and self._sends:
             return self._launch_to_owners(bucket, held, fresh)
         self._fill(bucket, held, fresh)
         if self.partition.group.size == 1:
@@ -150,45 +173,60 @@ class GradStore:
         dtype = self.policy.reduce_dtype or self.dtype  # also for a gradient alone: buckets must not show
         cuts: list[tuple[int, torch.Tensor]] = []
         outputs: list[torch.Tensor] = []
-        detours: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for span in bucket.spans:
+        places: list[torch.Tensor] = []
+        for span in self.partition.values.spans(bucket):
             wire = self._wire(span, bucket.start + span.start, held, dtype)
             cuts.append((span.shard, wire))
-            if span.shard != self.partition.shard:
+            if span.shard != self.partition.values.shard:
                 continue
-            place = self.shard[span.offset : span.offset + span.numel]
-            straight = fresh and dtype == place.dtype
+            place = self._shard[span.offset : span.offset + span.numel]
+            straight = fresh and self._copies is None and dtype == place.dtype
             # Never into the wire: another parameter's gradient, or a user, may share autograd's memory.
             outputs.append(place if straight else torch.empty_like(wire))
-            if not straight:
-                detours.append((place, outputs[-1]))
+            places.append(place)
+        channel = REDUCE if self.policy.shards_parameters else 0
         work = reduce_to_owners(
-            cuts, outputs, self.partition.group, op="avg", label="gradients", async_op=True
+            cuts,
+            outputs,
+            self.partition.group,
+            op="avg",
+            label="gradients",
+            async_op=True,
+            channel=channel,
         )
 
         def store() -> None:
-            for place, reduced in detours:
-                _copy(place, reduced) if fresh else place.add_(reduced)
+            for place, reduced in zip(places, outputs, strict=True):
+                if self._copies is not None:
+                    self._copies.store(place, reduced, add=not fresh)
+                elif not fresh:
+                    place.add_(reduced)
+                elif reduced is not place:
+                    place.copy_(reduced)
+                self.let_go(place)
 
-        return work.then(store) if detours else work
+        return work.then(store)
 
     def _wire(
         self, span: Span, start: int, held: dict[int, torch.Tensor], dtype: torch.dtype
     ) -> torch.Tensor:
         """The span's elements (they begin at ``start`` of the buffer) as they are sent; a view where that does."""
         sources = [self._source(piece.tensor, held) for piece in span.pieces]
-        if len(sources) == 1 and sources[0] is not None and sources[0].dtype == dtype:
-            return sources[0][span.pieces[0].start : span.pieces[0].start + span.numel]
+        if len(sources) == 1 and span.pieces[0].numel == span.numel:
+            source = sources[0]
+            if source is not None and source.dtype == dtype:
+                return source[span.pieces[0].start : span.pieces[0].start + span.numel]
         if self.keeps_whole and not any(piece.tensor in held for piece in span.pieces):
             for piece, source in zip(span.pieces, sources, strict=True):
                 if source is None:
                     self._views[piece.tensor].zero_()
             return self.buffer[start : start + span.numel].to(dtype)
-        wire = torch.empty(span.numel, dtype=dtype, device=self.buffer.device)
-        at = 0
+        wire = torch.empty(span.numel, dtype=dtype, device=self.partition.device)
+        if sum(piece.numel for piece in span.pieces) != span.numel:
+            wire.zero_()  # stage 3: each parameter has its own padding
         for piece, source in zip(span.pieces, sources, strict=True):
+            at = piece.offset - span.offset
             part = wire[at : at + piece.numel]
-            at += piece.numel
             if source is None:
                 part.zero_()
             else:
@@ -222,6 +260,7 @@ class GradStore:
                 self.shown.view(index, place)
                 continue
             place.zero_()
+            self.let_go(place)
             if change is Change.DROPPED:
                 self.seen.discard(index)
                 self._filled.discard(index)
@@ -237,6 +276,10 @@ class GradStore:
         for index in self.seen:
             self.shown.view(index, self._views[index])
 
+    def settle(self) -> None:
+        """A pass that reduces is over: a whole buffer holds averages."""
+        self._reduced = self.keeps_whole
+
     def clear(self) -> None:
         """Start a new window."""
         self.shown.clear()
@@ -244,7 +287,7 @@ class GradStore:
         self._filled.clear()
         self._held.clear()
         self._written.clear()
-        self.reduced = False
+        self._reduced = False
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

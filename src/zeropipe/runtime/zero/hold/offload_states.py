@@ -5,18 +5,15 @@ Nothing is recomputed and no bit changes; tensors that live in host memory or in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import StrEnum
 
 import torch
 
 from zeropipe.errors import UsageError
 from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
-from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
-from zeropipe.runtime.zero.hold.types import AnyPartition, AnyStore
-
-Move = Callable[[torch.Tensor], torch.Tensor]
+from zeropipe.runtime.zero.hold.values import Move
 
 
 class OffloadStateTypeEnum(StrEnum):
@@ -71,22 +68,13 @@ def move_states(optimizer: ZeroOptimizer, kinds: frozenset[OffloadStateTypeEnum]
     host_steps = optimizer.policy.offload_optimizer  # masters and moments live in their own place
     for partition, store in zip(optimizer.partitions, optimizer.reducer.stores, strict=True):
         if OffloadStateTypeEnum.lp_params in kinds:
-            partition.move_values(move)
+            partition.values.move(move)
         if OffloadStateTypeEnum.hp_params in kinds and not host_steps:
             partition.move_master(move)
-        if kinds & grads:
-            _move_gradients(partition, store, move, host_steps)
+        if kinds & grads and not (host_steps and optimizer.policy.shards_parameters):
+            store.move(move)
     if OffloadStateTypeEnum.optim_states in kinds and not host_steps:
         names = state_keys(optimizer.optimizer)
         for state in optimizer.optimizer.state.values():
             for key, value in split_state(state, names)[0].items():
                 state[key] = move(value)
-
-
-def _move_gradients(partition: AnyPartition, store: AnyStore, move: Move, host_steps: bool) -> None:
-    if isinstance(store, GradStore):
-        # A parameter's grad must be where the parameter is, so buffers that grads are views of stay.
-        if not store.shown.whole:
-            store.replace(move(store.buffer))
-    elif not host_steps:
-        store.replace(move(store.shard))

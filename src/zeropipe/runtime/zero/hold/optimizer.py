@@ -23,16 +23,16 @@ from zeropipe.runtime.optimizers.registry import classify
 from zeropipe.runtime.optimizers.shard_view import ShardAware
 from zeropipe.runtime.zero.hold.access import Trained, trained_of
 from zeropipe.runtime.zero.hold.client_optimizer import install_zero_grad, remove_zero_grad
-from zeropipe.runtime.zero.hold.held_state import copy_of
+from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.offload import Offload
 from zeropipe.runtime.zero.hold.own_gradients import bind
-from zeropipe.runtime.zero.hold.partition import Partition
+from zeropipe.runtime.zero.hold.partition import Partition, copy_of
 from zeropipe.runtime.zero.hold.policy import Policy
 from zeropipe.runtime.zero.hold.reducer import Reducer
-from zeropipe.runtime.zero.hold.sharded_partition import ShardedPartition
+from zeropipe.runtime.zero.hold.shard_values import ShardValues
 from zeropipe.runtime.zero.hold.stepping import Stepping, Update
 from zeropipe.runtime.zero.hold.survey import Figures, refuse, survey, unused_everywhere
-from zeropipe.runtime.zero.hold.types import AnyPartition, AnyStore
+from zeropipe.runtime.zero.hold.values import FlatValues
 from zeropipe.runtime.zero.hold.watch import Watch
 from zeropipe.runtime.zero.param import ZeroParam, shards_at
 from zeropipe.tensor.norms import NonFinite, clip_coefficient
@@ -98,7 +98,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.offload = Offload(policy)
         self.overflow = False
         self.last_nonfinite: NonFinite | None = None
-        self.partitions: list[AnyPartition] = []
+        self.partitions: list[Partition] = []
         self._names = names
         self._group = group
         self._grad_norm: float | None = None
@@ -271,7 +271,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         At the other stages that happens in ``step``, where all ranks can compare what they would take in.
         """
         for partition in self.partitions:
-            partition.check_dtypes()
+            partition.values.check_dtypes()
         if self.policy.shards_parameters and any(param.requires_grad for _, param in self._dormant):
             self._wake()
 
@@ -298,7 +298,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         remove_zero_grad(self.optimizer)
         self.forget_step()
         for partition in self.partitions:
-            partition.release()
+            partition.values.release()
             for param in partition.params:
                 one, shards = trained_of(param), shards_at(param)
                 if one is not None and one.partition is partition:
@@ -341,7 +341,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 }
         for partition, master in zip(self.partitions, state["fp32_masters"], strict=True):
             partition.master.detach().copy_(master)
-            partition.publish()
+            partition.values.publish()
         if self.options.scaler is not None and state["loss_scaler"] is not None:
             self.options.scaler.load_state_dict(state["loss_scaler"])
 
@@ -351,7 +351,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def take_edits(self) -> None:
         """Let what was written to parameters in place since the last step reach the masters; not collective."""
         for partition in self.partitions:
-            partition.take_edits()
+            partition.values.take_edits()
 
     def _adopt(self, index: int, params: list[torch.nn.Parameter]) -> None:
         """Make partitions of the parameters of param group ``index``, one per dtype; frozen ones wait."""
@@ -369,10 +369,14 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 by_dtype.setdefault(param.dtype, []).append(param)
             else:
                 self._dormant.append((index, param))
-        make = ShardedPartition if self.policy.shards_parameters else Partition
         for members in by_dtype.values():
             names = [self._names[param] for param in members]
-            partition = make(names, members, index, self._group, self.policy, self, self._flat)
+            values: FlatValues | ShardValues
+            if self.policy.shards_parameters:
+                values = ShardValues(members, self._group, self.options.replicas, self.offload)
+            else:
+                values = FlatValues(names, members, self._group, self.policy)
+            partition = Partition(names, members, index, values, self.offload, self.optimizer, self._flat)
             partition.state.adopt()
             self.partitions.append(partition)
             self._know(partition, self.reducer.add(partition))
@@ -381,7 +385,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 self.optimizer.bind_shards(partition.views())
         param_group["params"] = masters
 
-    def _know(self, partition: AnyPartition, store: AnyStore) -> None:
+    def _know(self, partition: Partition, store: GradStore) -> None:
         """Let each parameter know who trains it."""
         for index, (name, param) in enumerate(zip(partition.names, partition.params, strict=True)):
             one = Trained(name, index, partition, store, self.reducer, lambda: self.loss_scale)

@@ -14,7 +14,6 @@ import torch
 
 from zeropipe.comm.group import Group
 from zeropipe.runtime.zero.hold.grads import GradStore
-from zeropipe.runtime.zero.hold.types import AnyStore
 from zeropipe.tensor.norms import squared_norm
 
 
@@ -46,7 +45,7 @@ def bind(optimizer: torch.optim.Optimizer, stage: int, group: Group) -> Communic
 
 
 def own_squares(
-    stores: Sequence[AnyStore], ranks: int, counts: Callable[[torch.nn.Parameter], bool] | None
+    stores: Sequence[GradStore], ranks: int, counts: Callable[[torch.nn.Parameter], bool] | None
 ) -> torch.Tensor | float:
     """This rank's share of the mean over ranks of the squared norm of a rank's own gradients.
 
@@ -54,7 +53,6 @@ def own_squares(
     """
     total: torch.Tensor | float = 0.0
     for store in stores:
-        assert isinstance(store, GradStore)
         for index, param in enumerate(store.partition.params):
             if index not in store.seen:
                 store.view(index).zero_()  # left by an earlier window
@@ -64,10 +62,9 @@ def own_squares(
     return total
 
 
-def hand_over(optimizer: Communicates, stores: Sequence[AnyStore], factor: float) -> None:
+def hand_over(optimizer: Communicates, stores: Sequence[GradStore], factor: float) -> None:
     """Give the optimizer ``factor`` times this rank's gradients: the whole buffer of each partition."""
     for store in stores:
-        assert isinstance(store, GradStore)
         gradient = store.buffer if factor == 1.0 else store.buffer.float().mul_(factor)
         master = store.partition.master
         optimizer.set_local_gradient(master, gradient.to(master.device))

@@ -28,10 +28,8 @@ from zeropipe.runtime.zero.hold.arrivals import Arrivals
 from zeropipe.runtime.zero.hold.backward_end import Ending, at_end_of_backward
 from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.launch_order import Key, launch_order
+from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.policy import Place, Policy
-from zeropipe.runtime.zero.hold.sharded_grads import ShardedGradStore
-from zeropipe.runtime.zero.hold.sharded_partition import ShardedPartition
-from zeropipe.runtime.zero.hold.types import AnyPartition, AnyStore
 from zeropipe.runtime.zero.hold.watch import Watch
 from zeropipe.runtime.zero.leaf import z3_leaf_parameter
 
@@ -44,7 +42,7 @@ class _Open:
     """A bucket of the current pass: the parameters it still waits for."""
 
     key: Key
-    store: AnyStore
+    store: GradStore
     bucket: Bucket
     waiting: set[int] = field(default_factory=set)
 
@@ -84,7 +82,7 @@ class Reducer:
         # What gradients that nobody scaled for this optimizer must be multiplied by; asked as a pass begins.
         self.missing_factor: Callable[[], float] = lambda: 1.0
         self.at_boundary: Callable[[], None] = _nothing  # collective; called once the window is reduced
-        self.stores: list[AnyStore] = []
+        self.stores: list[GradStore] = []
         self.passes = 0  # finished ones, ever
         self._reduced_passes = 0  # of them
         self._window_start = 0  # passes when the window began
@@ -129,13 +127,9 @@ class Reducer:
             self._common = max(self._common, launched)
             self._wait_down_to(_MAX_IN_FLIGHT)
 
-    def add(self, partition: AnyPartition) -> AnyStore:
+    def add(self, partition: Partition) -> GradStore:
         """Hook the partition's parameters and return the store of their gradients."""
-        store: AnyStore
-        if isinstance(partition, ShardedPartition):
-            store = ShardedGradStore(partition, self.policy)
-        else:
-            store = GradStore(partition, self.policy)
+        store = GradStore(partition, self.policy)
         self.stores.append(store)
         self._order = []
         self._learned = ()
@@ -204,7 +198,7 @@ class Reducer:
             self._wait_down_to(0)
             self._learn()
             for store in self.stores:
-                store.reduced = store.keeps_whole
+                store.settle()
         for store in self.stores:
             store.show(self._reducing)
         self._open = False
@@ -245,7 +239,7 @@ class Reducer:
                     part.copy_(wire)
                 store.let_go(part)
 
-    def reduce_late(self, store: AnyStore) -> None:
+    def reduce_late(self, store: GradStore) -> None:
         """Reduce the window's gradients of a store that was added after them: whole, in ``param.grad``."""
         for bucket in store.buckets:
             for index in bucket.tensors:
@@ -270,7 +264,7 @@ class Reducer:
         for store in self.stores:
             store.clear()
 
-    def is_ready(self, store: AnyStore, index: int) -> bool:
+    def is_ready(self, store: GradStore, index: int) -> bool:
         """Whether a gradient may be added to ``.grad`` as it is."""
         if not self._open or self._missing != 1.0:
             return False
@@ -278,7 +272,7 @@ class Reducer:
             return False
         return not self._reducing or index in self._place[id(store), index].waiting
 
-    def expect(self, store: AnyStore, index: int) -> float:
+    def expect(self, store: GradStore, index: int) -> float:
         """A gradient is about to be added to ``.grad``; returns what it must be multiplied by."""
         if self._open and not self._explicit and not self._ends():
             self.settle()
@@ -287,7 +281,7 @@ class Reducer:
         self._begin()
         return self._missing
 
-    def take(self, store: AnyStore, index: int) -> None:
+    def take(self, store: GradStore, index: int) -> None:
         """Take over what is in ``.grad``."""
         grad = store.partition.params[index].grad
         # None: a custom function's backward said so; this rank adds nothing to the sum.

@@ -32,9 +32,8 @@ from zeropipe.runtime.optimizers.state_kinds import (
     shapes_in,
     split_state,
 )
-from zeropipe.runtime.zero.hold.held_state import copy_of
-from zeropipe.runtime.zero.hold.partition import ALIGN, cuts
-from zeropipe.runtime.zero.hold.types import AnyPartition
+from zeropipe.runtime.zero.hold.partition import Partition, copy_of
+from zeropipe.runtime.zero.hold.values import ALIGN, cuts
 
 # What is done next, which may be tried again until it returns; it may return what is to be done right after it.
 Job = Callable[[], "list[Job] | None"]
@@ -57,7 +56,7 @@ class Cohort:
     ranges: list[Range]  # this rank's elements, ascending
 
 
-def cohorts_of(partition: AnyPartition, unused: Sequence[int]) -> list[Cohort]:
+def cohorts_of(partition: Partition, unused: Sequence[int]) -> list[Cohort]:
     """The cohorts of this step, the main one first; ``unused``: parameters that are left out."""
     apart, (_, main) = partition.state.apart, partition.state.of_master()
     if not apart and not unused:
@@ -71,7 +70,7 @@ def cohorts_of(partition: AnyPartition, unused: Sequence[int]) -> list[Cohort]:
         key = "main" if index not in apart else None if shared is None else id(shared)
         cohort = found.setdefault(key, Cohort(shared, key == "main", [], []))
         cohort.members.append(index)
-        start, stop = partition.range_of(index)
+        start, stop = partition.segments[index].start, partition.segments[index].stop
         if cohort.ranges and cohort.ranges[-1][1] == start:
             cohort.ranges[-1] = (cohort.ranges[-1][0], stop)
         elif start < stop:
@@ -80,7 +79,7 @@ def cohorts_of(partition: AnyPartition, unused: Sequence[int]) -> list[Cohort]:
 
 
 def take_counts(
-    partition: AnyPartition,
+    partition: Partition,
     cohorts: Sequence[Cohort],
     after: Sequence[Shared],
     unused: Sequence[int],
@@ -133,7 +132,7 @@ class Runs:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        partition: AnyPartition,
+        partition: Partition,
         gradient: Callable[[], torch.Tensor],
         factor: float,
         unused: Sequence[int],
@@ -154,7 +153,7 @@ class Runs:
 
     def jobs(self, windows: Sequence[Range], after: Callable[[Range], Job | None]) -> Iterator[Job]:
         """Step all windows, in order; ``after`` gives what is to be done once one has been stepped."""
-        offload = self._partition.owner.offload
+        offload = self._partition.offload
         if offload.pages_state:
             yield self._bring_home
         numel = self._partition.master.numel()
@@ -174,7 +173,7 @@ class Runs:
 
     def _bring_home(self) -> None:
         """State may have been loaded into memory: from now on it lives in files."""
-        offload, master = self._partition.owner.offload, self._partition.master
+        offload, master = self._partition.offload, self._partition.master
         for key, value in self._moments.items():
             if not offload.in_files(value):
                 home = self._partition.new_state(value.dtype)
@@ -185,7 +184,7 @@ class Runs:
     def _call(self, window: Range, stepped: bool, ahead: slice) -> list[Job] | None:
         """One call for the window's cohorts that were (``stepped``) or were not stepped before: some optimizers take
         no mixture."""
-        offload = self._partition.owner.offload
+        offload = self._partition.offload
         if offload.pages_state:
             for tensor in (self._partition.master.detach(), self._gradient(), *self._moments.values()):
                 offload.read_ahead(tensor[ahead])
@@ -278,9 +277,9 @@ class Runs:
                     self._moments[key] = partition.new_state(value.dtype)
                 run.put(self._moments[key], value)
             self._after[run.cohort] = shared
-        if partition.owner.offload.pages_state:
+        if partition.offload.pages_state:
             for tensor in (partition.master.detach(), self._gradient(), *self._moments.values()):
-                partition.owner.offload.let_go(tensor[slice(*window)])
+                partition.offload.let_go(tensor[slice(*window)])
 
     def _finish(self) -> None:
         """All windows are stepped: what was counted holds now."""

@@ -15,9 +15,8 @@ from contextlib import nullcontext
 import torch
 
 from zeropipe.runtime.optimizers.state_kinds import Shared, split_state, state_keys
-from zeropipe.runtime.zero.hold.held_state import copy_of
+from zeropipe.runtime.zero.hold.partition import Partition, copy_of
 from zeropipe.runtime.zero.hold.step_runs import Cohort, Range, cohorts_of, only, take_counts
-from zeropipe.runtime.zero.hold.types import AnyPartition
 
 
 class Undo:
@@ -51,7 +50,7 @@ class Undo:
 
 def step_whole(
     optimizer: torch.optim.Optimizer,
-    partitions: Sequence[AnyPartition],
+    partitions: Sequence[Partition],
     left_out: Mapping[int, Sequence[int]],
     counts: bool,
     alone: bool,
@@ -108,7 +107,7 @@ class _Aside:
     """The elements of a master that a call is not meant for, and the count of those that it is meant for."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, partition: AnyPartition, cohort: Cohort, own_count: bool
+        self, optimizer: torch.optim.Optimizer, partition: Partition, cohort: Cohort, own_count: bool
     ) -> None:
         self._partition = partition
         self._state = optimizer.state

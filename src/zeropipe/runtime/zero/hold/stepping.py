@@ -19,17 +19,16 @@ from torch.optim import optimizer as torch_optimizer
 from zeropipe.comm.collectives import Work
 from zeropipe.comm.record import SEAM
 from zeropipe.errors import UsageError
-from zeropipe.runtime.zero.hold.held_state import copy_of
+from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.own_gradients import Communicates, hand_over
-from zeropipe.runtime.zero.hold.partition import Partition
+from zeropipe.runtime.zero.hold.partition import Partition, copy_of
 from zeropipe.runtime.zero.hold.step_runs import Job, Range, Runs, alone, is_fused, told_of_return
 from zeropipe.runtime.zero.hold.step_whole import Undo, step_whole
-from zeropipe.runtime.zero.hold.types import AnyPartition, AnyStore
 
 # Elements that a call which does not happen in one kernel may change and still be undone; a copy of that much is cheap.
 UNDO_NUMEL = 2**20
 
-Unused = Sequence[tuple[AnyPartition, list[int]]]  # what no rank gave a gradient
+Unused = Sequence[tuple[Partition, list[int]]]  # what no rank gave a gradient
 
 
 class Update:
@@ -75,7 +74,7 @@ class Update:
 
     def send(self, partition: Partition, run: Range) -> None:
         """Start to give every rank the new values of a run of each shard."""
-        self._works.append(partition.publish_run(*run))
+        self._works.append(partition.values.publish_run(*run))
 
     def arrive(self) -> None:
         while self._works:
@@ -96,17 +95,17 @@ class Stepping:
         self._pages_state = pages_state
         self._communicates = isinstance(optimizer, Communicates)
 
-    def update(self, stores: Sequence[AnyStore], factor: float, unused: Unused) -> Update:
+    def update(self, stores: Sequence[GradStore], factor: float, unused: Unused) -> Update:
         """What steps all partitions on ``factor`` times their gradients."""
         left_out = {id(partition): indices for partition, indices in unused}
         busy = [s for s in stores if len(left_out.get(id(s.partition), ())) < len(s.partition.params)]
         update = Update()
         for store in stores:
-            update.add([store.partition.take_edits])
+            update.add([store.partition.values.take_edits])
         for store in () if self._pages_state else busy:
             update.add(_load(store, factor, left_out.get(id(store.partition), ())))
         watched = _watched(self._optimizer)
-        together: list[AnyPartition] = []
+        together: list[Partition] = []
         sent: set[int] = set()
         for store in busy:
             partition = store.partition
@@ -130,11 +129,11 @@ class Stepping:
         update.add([store.partition.drop_gradients for store in stores])
         return update
 
-    def own_update(self, optimizer: Communicates, stores: Sequence[AnyStore], factor: float) -> Update:
+    def own_update(self, optimizer: Communicates, stores: Sequence[GradStore], factor: float) -> Update:
         """What steps an optimizer that exchanges each rank's own gradients by itself."""
         update = Update()
         for store in stores:
-            update.add([store.partition.take_edits])
+            update.add([store.partition.values.take_edits])
 
         def step() -> None:
             hand_over(optimizer, stores, factor)
@@ -151,12 +150,12 @@ class Stepping:
         update.add([update.arrive])
         return update
 
-    def _in_one_kernel(self, partition: AnyPartition) -> bool:
+    def _in_one_kernel(self, partition: Partition) -> bool:
         """Whether the master is stepped as it is; not where the first state is there and pieces can travel early."""
         overlaps = _overlaps(partition) and bool(self._optimizer.state.get(partition.master))
         return is_fused(self._optimizer, partition.group_index) and not overlaps
 
-    def _alone(self, update: Update, partition: AnyPartition) -> None:
+    def _alone(self, update: Update, partition: Partition) -> None:
         """Step one flat master whose step is one kernel: the counts are all that a raise can leave changed."""
         state = self._optimizer.state
         returned: list[bool] = []
@@ -178,7 +177,7 @@ class Stepping:
             raise
         update.on_change()
 
-    def _runs(self, update: Update, store: AnyStore, factor: float, unused: Sequence[int]) -> Runs:
+    def _runs(self, update: Update, store: GradStore, factor: float, unused: Sequence[int]) -> Runs:
         partition = store.partition
         if self._pages_state:
             return Runs(
@@ -191,19 +190,18 @@ class Stepping:
 
         return Runs(self._optimizer, partition, gradient, 1.0, unused, update.on_change, update.done)
 
-    def _windows(self, update: Update, runs: Runs, partition: AnyPartition, overlaps: bool) -> Iterator[Job]:
+    def _windows(self, update: Update, runs: Runs, partition: Partition, overlaps: bool) -> Iterator[Job]:
         if overlaps:
-            assert isinstance(partition, Partition)
-            return runs.jobs(partition.runs, lambda run: partial(update.send, partition, run))
+            return runs.jobs(partition.values.runs, lambda run: partial(update.send, partition, run))
         numel = partition.master.numel()
-        size = partition.owner.offload.policy.sub_group_numel if self._pages_state else numel
+        size = partition.offload.policy.sub_group_numel if self._pages_state else numel
         windows = [(at, min(at + size, numel)) for at in range(0, numel, max(size, 1))]
         return runs.jobs(windows, lambda window: None)
 
     def _together(
         self,
         update: Update,
-        partitions: Sequence[AnyPartition],
+        partitions: Sequence[Partition],
         left_out: Mapping[int, Sequence[int]],
         alone: bool,
     ) -> None:
@@ -222,7 +220,7 @@ class Stepping:
         update.on_change()
 
 
-def _load(store: AnyStore, factor: float, unused: Sequence[int]) -> Iterator[Job]:
+def _load(store: GradStore, factor: float, unused: Sequence[int]) -> Iterator[Job]:
     """Set the gradients of what is stepped to ``factor`` times the store's."""
     partition, shard = store.partition, store.shard
     in_place = shard.dtype == partition.master.dtype and shard.device == partition.master.device
@@ -236,26 +234,21 @@ def _scale(shard: torch.Tensor, factor: float) -> None:
     shard.mul_(factor)
 
 
-def _publish(update: Update, partition: AnyPartition) -> Iterator[Job]:
+def _publish(update: Update, partition: Partition) -> Iterator[Job]:
     """Give every rank the new values; each message is sent once, whatever is done again."""
-    if isinstance(partition, Partition) and len(partition.runs) > 1 and partition.layout.numel:
-        for run in partition.runs:
+    if len(partition.values.runs) > 1:
+        for run in partition.values.runs:
             yield partial(update.send, partition, run)
     else:
-        yield partition.publish
+        yield partition.values.publish
 
 
-def _overlaps(partition: AnyPartition) -> bool:
+def _overlaps(partition: Partition) -> bool:
     """Whether new values are sent in several messages, each of which can leave before the next piece is stepped.
 
     Ranks may differ in when they send: they send each other the same.
     """
-    return (
-        isinstance(partition, Partition)
-        and partition.sharded
-        and partition.master.device.type == "cpu"
-        and len(partition.runs) > 1
-    )
+    return partition.master.device.type == "cpu" and len(partition.values.runs) > 1
 
 
 def _watched(optimizer: torch.optim.Optimizer) -> bool:

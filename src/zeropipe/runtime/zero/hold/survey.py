@@ -10,8 +10,9 @@ import torch
 from zeropipe.comm.collectives import all_reduce
 from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
+from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.own_gradients import own_squares
-from zeropipe.runtime.zero.hold.types import AnyPartition, AnyStore
+from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.tensor.norms import rough_squared_norm, squared_norm
 
 Counts = Callable[[torch.nn.Parameter], bool]  # whether this rank's copy enters the norm
@@ -27,7 +28,7 @@ class Figures:
 
 
 def survey(
-    stores: Sequence[AnyStore],
+    stores: Sequence[GradStore],
     group: Group,
     model_group: Group,
     replicas: Group,
@@ -61,7 +62,7 @@ def survey(
     return Figures(*figures.tolist())
 
 
-def _not_counted(store: AnyStore, counts: Counts | None) -> torch.Tensor | float:
+def _not_counted(store: GradStore, counts: Counts | None) -> torch.Tensor | float:
     """The squared norm of this rank's pieces of parameters whose copy on another rank counts."""
     if counts is None:
         return 0.0
@@ -70,7 +71,7 @@ def _not_counted(store: AnyStore, counts: Counts | None) -> torch.Tensor | float
     return sum((squared_norm(partition.local(store.shard, i)) for i in copies), start=0.0)
 
 
-def unused_everywhere(stores: Sequence[AnyStore], group: Group) -> list[tuple[AnyPartition, list[int]]]:
+def unused_everywhere(stores: Sequence[GradStore], group: Group) -> list[tuple[Partition, list[int]]]:
     """The parameters, by partition, that no rank gave a gradient; collective."""
     device = stores[0].partition.params[0].device if stores else torch.device("cpu")
     flags = [index in store.seen for store in stores for index in range(len(store.partition.params))]
@@ -85,7 +86,7 @@ def unused_everywhere(stores: Sequence[AnyStore], group: Group) -> list[tuple[An
     return found
 
 
-def refuse(unused: list[tuple[AnyPartition, list[int]]]) -> None:
+def refuse(unused: list[tuple[Partition, list[int]]]) -> None:
     """Raise UsageError, on every rank alike, for parameters that require a gradient and got none."""
     pairs = [(partition, index) for partition, indices in unused for index in indices]
     names = [f"'{p.names[index]}'" for p, index in pairs if p.params[index].requires_grad]

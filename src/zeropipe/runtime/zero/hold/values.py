@@ -1,0 +1,280 @@
+"""Values of stages 0 to 2: one flat buffer that parameters are views of, and the master of this rank's shard of it.
+
+    whole    |---------- shard 0 ----------|---------- shard 1 ----------|   parameters are views into it
+    master                                 |####### fp32, rank 1 ########|   the one tensor that is stepped
+
+In fp32 the master *is* this rank's slice of the values, so nothing is stored twice; in 16 bits it is a tensor
+of its own, and the values are rounded from it after each step. (``shard_values.py`` has the values of stage 3.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from zeropipe.comm.collectives import Work, all_gather, broadcast, gather_from_owners
+from zeropipe.comm.group import SELF, Group
+from zeropipe.errors import UsageError
+from zeropipe.layout.buckets import Bucket, Span, cut_buckets
+from zeropipe.layout.flat import FlatShards, Piece, flat_shards
+from zeropipe.runtime.zero.hold.policy import Policy
+
+# Elements of one cache line of fp32. torch's fused CPU steps handle the last numel % 16 elements in a scalar loop
+# whose rounding differs by an ulp; a whole number of lines leaves no such rest, so that where the shards are cut
+# (stage, number of ranks, threads) never shows in the numbers.
+ALIGN = 16
+# Elements from which a message of its own costs less than a copy into a common one; only gloo sends one by one.
+ALONE_NUMEL = 2**16
+
+Move = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One parameter: tensor ``tensor`` of ``layout``, of which this rank has ``piece`` (None: nothing)."""
+
+    layout: FlatShards
+    tensor: int
+    piece: Piece | None
+    start: int  # where the piece begins in the master
+    stop: int  # where its room ends, padding included
+    shape: tuple[int, ...]  # as it is stepped by itself
+
+    @property
+    def name(self) -> str:
+        return self.layout.tensors[self.tensor].name
+
+    @property
+    def room(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+class FlatValues:
+    """Stages 0 to 2: one buffer, the same on every rank, of which each updates its shard or (stage 0) all.
+
+    Every method but ``publish``, ``publish_run`` and ``full`` is local.
+    """
+
+    def __init__(
+        self, names: Sequence[str], params: Sequence[torch.nn.Parameter], group: Group, policy: Policy
+    ) -> None:
+        self.params = tuple(params)
+        self.dtype, self.device = params[0].dtype, params[0].device
+        self.shapes = tuple(tuple(param.shape) for param in params)
+
+        # Who holds what: at stage 0 each rank is the owner of all.
+        self.group = group
+        self.sharded = policy.shards_optimizer
+        self.replicas = SELF if self.sharded else group
+        self.shard = group.rank if self.sharded else 0
+        kind = str(self.dtype).removeprefix("torch.")
+        specs = [(name, shape, kind) for name, shape in zip(names, self.shapes, strict=True)]
+        self.layout = flat_shards(specs, group.size if self.sharded else 1, ALIGN)
+        self.whole_numel = self.layout.padded_numel
+        self.segments = tuple(self._segment(index) for index in range(len(specs)))
+
+        # The memory. What is edited in place is told by version counters, which ``.data`` leaves alone, and by place.
+        self.whole = _flatten(self.params, self.layout)  # 1D, padded_numel
+        self.own = self.whole[slice(*self.layout.shard_range(self.shard))]  # 1D, shard_numel; a view
+        broadcast(self.whole, 0, group, label="initial values")
+        self.master = torch.nn.Parameter(self._make_master(policy))
+        self._starts = tuple(self.layout.offsets[:-1])
+        self._versions = [param._version for param in self.params]
+        self._publish_numel = policy.publish_numel
+
+    def _segment(self, index: int) -> Segment:
+        pieces = self.layout.tensor_pieces(index)
+        piece = next((piece for piece in pieces if piece.shard == self.shard), None)
+        start, stop = (0, 0) if piece is None else (piece.offset, piece.offset + piece.numel)
+        return Segment(self.layout, index, piece, start, stop, self.shapes[index])
+
+    def _make_master(self, policy: Policy) -> torch.Tensor:
+        offloaded = policy.offload_optimizer and self.device.type != "cpu"
+        if self.dtype in (torch.float32, torch.float64) and not offloaded:
+            return self.own
+        if not offloaded:
+            return self.own.float()
+        host = torch.empty(self.own.shape, dtype=torch.float32, pin_memory=policy.pin_memory)
+        return host.copy_(self.own)
+
+    @property
+    def master_is_values(self) -> bool:
+        return self.master.data_ptr() == self.own.data_ptr() and self.own.numel() > 0
+
+    def parts(self) -> list[torch.nn.Parameter]:
+        """What is stepped where parameters are stepped one by one: each in its shape, or its shard."""
+        if self.master_is_values:
+            return list(self.params)
+        return [torch.nn.Parameter(self.master.detach()[s.room].view(s.shape)) for s in self.segments]
+
+    def flats(self, group_index: int) -> Iterator[tuple[str, FlatShards, slice]]:
+        """(name, layout, where its shard lies in the master): what a checkpoint saves."""
+        kind, first = str(self.dtype).removeprefix("torch."), self.layout.tensors[0].name
+        yield f"group{group_index}.{kind}.{first}", self.layout, slice(0, self.layout.shard_numel)
+
+    def buckets(self, numel: int) -> tuple[Bucket, ...]:
+        """The parameters whose gradients travel together, from the last to the first."""
+        return cut_buckets(self.layout, numel, ALONE_NUMEL if self.device.type == "cpu" else None)
+
+    def spans(self, bucket: Bucket) -> Sequence[Span]:
+        """Its messages: what one rank owns of it, and where that lies in a shard."""
+        return bucket.spans
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        apart = self.sharded and self.group.size > 1 and self.device.type == "cpu"
+        size = self._publish_numel if apart else max(self.layout.shard_numel, 1)
+        return tuple(cuts(self.layout.shard_numel, size))
+
+    def publish(self) -> None:
+        """Let the parameters be what the masters say: everywhere, or where they are gathered now."""
+        if self.layout.numel == 0:
+            return
+        if len(self.runs) > 1:
+            for work in [self.publish_run(start, stop) for start, stop in self.runs]:
+                work.wait()
+            return
+        if not self.master_is_values:
+            self.own.copy_(self.master.detach(), non_blocking=True)
+        if self.sharded and self.group.size > 1:
+            all_gather(self.whole, self.own, self.group, label="parameters")
+
+    def publish_run(self, start: int, stop: int) -> Work:
+        """``publish`` of the elements [start, stop) of every rank's shard, which may still be under way."""
+        if not self.master_is_values:
+            self.own[start:stop].copy_(self.master.detach()[start:stop])
+        shards = self.whole.view(self.group.size, -1)
+        cuts = [(rank, shards[rank, start:stop]) for rank in range(self.group.size)]
+        return gather_from_owners(cuts, self.group, label="parameters", async_op=True)
+
+    def _value(self, index: int) -> torch.Tensor:
+        """The parameter's value in the buffer: a view of its shape."""
+        return self.whole[slice(*self.layout.tensor_range(index))].view(self.shapes[index])
+
+    def write(self, index: int, value: torch.Tensor) -> None:
+        """Parameter ``index``'s master was set to ``value`` (its shape): let the value be that too."""
+        self._value(index).copy_(value.detach())
+
+    def refresh_master(self) -> None:
+        """Take the master anew from the values, after somebody wrote those (a loaded state dict, an edit)."""
+        if not self.master_is_values:
+            self.master.detach().copy_(self.own)
+
+    def take_edits(self, sure: bool = False) -> None:
+        """Let what was written to parameters in place, under ``no_grad``, reach the master.
+
+        Each rank takes the elements of its shard, so all must have written the same. ``sure``: look at the values,
+        whatever version counters say.
+        """
+        first, size = self.whole.data_ptr(), self.whole.element_size()
+        for index, param in enumerate(self.params):
+            if param.data_ptr() != first + self._starts[index] * size:
+                self._bring_home(index)
+        versions = [param._version for param in self.params]
+        if versions == self._versions and not sure:
+            return
+        self._versions = versions
+        if not self.master_is_values:
+            take_edited(self.master.detach(), self.own)
+
+    def take_edit(self, index: int) -> None:
+        """``take_edits`` of one parameter."""
+        self._bring_home(index)
+        version, room = self.params[index]._version, self.segments[index].room
+        if version == self._versions[index]:
+            return
+        self._versions[index] = version
+        if not self.master_is_values:
+            take_edited(self.master.detach()[room], self.own[room])
+
+    def _bring_home(self, index: int) -> None:
+        """Copy a value that was assigned to ``param.data`` into the buffer, and show that again."""
+        param, home = self.params[index], self._value(index)
+        if not param.numel() or param.data_ptr() == home.data_ptr():
+            return
+        self.check_dtypes(index)
+        if param.shape != home.shape:
+            raise UsageError(
+                f"parameter '{self.segments[index].name}' was given other data (param.data = ...)",
+                expected=f"shape {tuple(home.shape)}",
+                found=f"shape {tuple(param.shape)}",
+                fix="give it data of its shape, or a model of the new shape an engine of its own",
+            )
+        home.copy_(param.detach())
+        param.data = home
+        self._versions[index] = -1  # an edit, whatever its counter says
+
+    def check_dtypes(self, index: int = 0) -> None:
+        """Raise UsageError where the module was converted (``module.half()``) after the engine had taken it."""
+        # A conversion is one of all parameters, so that one tells.
+        param = self.params[index]
+        if param.dtype != self.dtype or param.device != self.whole.device:
+            raise UsageError(
+                f"parameter '{self.segments[index].name}' is trained in {self.dtype} on {self.whole.device} and cannot "
+                f"become {param.dtype} on {param.device}. Fix: choose the precision in the config (bf16 or fp16)"
+            )
+
+    def full(self, shard: torch.Tensor, index: int) -> torch.Tensor:
+        """Parameter ``index``'s elements of a master-sized tensor, from all ranks: a new tensor of its shape."""
+        spec = self.layout.tensors[index]
+        whole = torch.zeros(spec.numel, dtype=shard.dtype, device=self.whole.device)
+        for piece in self.layout.tensor_pieces(index):
+            view = whole[piece.start : piece.start + piece.numel]
+            if piece.shard == self.shard:
+                view.copy_(shard[piece.offset : piece.offset + piece.numel])
+            if self.sharded:
+                broadcast(view, piece.shard, self.group, label=spec.name)
+        return whole.view(spec.shape)
+
+    def move(self, move: Move) -> None:
+        """Let the values be ``move`` of themselves; a master that is a part of them goes along."""
+        with_master = self.master_is_values
+        self.whole = move(self.whole)
+        self.own = self.whole[slice(*self.layout.shard_range(self.shard))]
+        for index, param in enumerate(self.params):
+            param.data = self._value(index)
+        if with_master:
+            self.master.data = self.own
+
+    def move_master(self, move: Move) -> None:
+        """Let a master that is a tensor of its own be ``move`` of itself."""
+        if not self.master_is_values:
+            self.master.data = move(self.master.data)
+
+    def release(self) -> None:
+        """Let the parameters go on without an optimizer."""
+        for param in self.params:
+            param.data = param.data.clone()
+
+    def stored(self) -> tuple[list[torch.Tensor], int, bool]:
+        """(the memory that values take, the bytes that the stage promises, whether the masters are copies)."""
+        promised = self.whole_numel * self.dtype.itemsize
+        return [self.whole], promised, not self.master_is_values and self.own.numel() > 0
+
+
+def take_edited(master: torch.Tensor, values: torch.Tensor) -> None:
+    """Set ``master`` to ``values`` (its shape, any dtype) where these are not what it rounds to; the rest keeps its
+    bits."""
+    new = values.to(master.device)
+    master.copy_(torch.where(new == master.to(new.dtype), master, new.to(master.dtype)))
+
+
+def _flatten(params: Sequence[torch.nn.Parameter], layout: FlatShards) -> torch.Tensor:
+    """Move the parameters into one buffer, one at a time, so that at most one exists twice."""
+    first = params[0]
+    flat = torch.zeros(layout.padded_numel, dtype=first.dtype, device=first.device)
+    for index, param in enumerate(params):
+        view = flat[slice(*layout.tensor_range(index))].view(param.shape)
+        view.copy_(param.detach())
+        param.data = view
+    return flat
+
+
+def cuts(numel: int, size: int) -> Iterator[tuple[int, int]]:
+    """Runs of at most about ``size`` elements; all but the last are whole cache lines, for the reason of ALIGN."""
+    size = max(size // ALIGN, 1) * ALIGN
+    for start in range(0, numel, size):
+        yield start, min(start + size, numel)
