@@ -158,6 +158,7 @@ class Checkpointer:
 
         def replayed(*inner: Any, **named: Any) -> Any:
             nonlocal recomputing
+            # Torch calls this in forward, and again for each recomputation.
             with self.tracker.replaying(states) if recomputing else nullcontext():
                 recomputing = True
                 return function(*inner, **named)

@@ -110,6 +110,7 @@ class ZeroDataLoader:
 
     def _stream(self) -> Iterator[Any]:
         skip = self._consumed
+        # A stream has no order of ours: what was consumed is read again and dropped.
         setter = getattr(self.dataset, "set_epoch", None)
         if setter is not None:
             setter(self.epoch)
@@ -203,6 +204,7 @@ class RepeatingLoader:
         return len(self.loader)
 
     def __next__(self) -> Any:
+        # What is left of this round, else the first of the next; a loader that gives none twice has none.
         for _ in range(2):
             for value in self._iterator:
                 return value

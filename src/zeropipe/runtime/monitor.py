@@ -11,20 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from zeropipe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from zeropipe.config.schema import CsvMonitor, TensorBoard, Wandb
+    from zeropipe.config.schema import Config, CsvMonitor, TensorBoard, Wandb
 
 Event = tuple[str, Any, int]  # name such as "Train/Samples/lr", number or one-element tensor, step
-
-
-class MonitorConfig(Protocol):
-    """The three sections of the config that a monitor reads."""
-
-    @property
-    def csv_monitor(self) -> CsvMonitor: ...
-    @property
-    def tensorboard(self) -> TensorBoard: ...
-    @property
-    def wandb(self) -> Wandb: ...
 
 
 class Writer(Protocol):
@@ -46,17 +35,14 @@ class CsvWriter:
 
     def write(self, events: list[tuple[str, float, int]]) -> None:
         for name, value, step in events:
-            csv.writer(self._file(name)).writerow([step, value])
-        self.flush()  # a killed run keeps what it wrote
-
-    def _file(self, name: str) -> TextIO:
-        if name not in self._files:
-            path = self._folder / (name.replace("/", "_").replace(" ", "_") + ".csv")
-            file = path.open("a", newline="")
-            if file.tell() == 0:
-                csv.writer(file).writerow(["step", name.rsplit("/", 1)[-1]])
-            self._files[name] = file
-        return self._files[name]
+            if name not in self._files:
+                path = self._folder / (name.replace("/", "_").replace(" ", "_") + ".csv")
+                self._files[name] = path.open("a", newline="")
+                if self._files[name].tell() == 0:
+                    csv.writer(self._files[name]).writerow(["step", name.rsplit("/", 1)[-1]])
+            csv.writer(self._files[name]).writerow([step, value])
+        # A killed run keeps what it wrote.
+        self.flush()
 
     def flush(self) -> None:
         for file in self._files.values():
@@ -113,7 +99,7 @@ class MonitorMaster:
     Raises ConfigError where a writer's package is missing, naming the extra that brings it.
     """
 
-    def __init__(self, config: MonitorConfig, enabled: bool = True) -> None:
+    def __init__(self, config: Config, enabled: bool = True) -> None:
         self._writers: list[Writer] = []
         if enabled and config.csv_monitor.enabled:
             self._writers.append(CsvWriter(config.csv_monitor))

@@ -12,7 +12,8 @@ import torch
 from zeropipe.errors import UsageError
 
 Clock = Callable[[], float]  # seconds
-WARM_UP = 2  # steps that are not counted: allocation, autotuning and compilation happen there
+# Steps that are not counted: allocation, autotuning and compilation happen there.
+WARM_UP = 2
 
 
 def synchronizing_clock(device: torch.device | str | None = None, clock: Clock = time.perf_counter) -> Clock:
@@ -58,11 +59,14 @@ class PhaseTimer:
 
     def elapsed(self, reset: bool = False) -> float:
         """Seconds accumulated so far, up to now where it is running; ``reset`` starts again from 0."""
-        now = self._clock() if self._since is not None else 0.0
-        total = self._total + (now - self._since if self._since is not None else 0.0)
+        total = self._total
+        if self._since is not None:
+            # Read once: with ``reset`` no time between two readings is lost.
+            now = self._clock()
+            total += now - self._since
+            self._since = now if reset else self._since
         if reset:
             self.reset()
-            self._since = now if self._since is not None else None
         return total
 
     def mean(self) -> float:
@@ -148,14 +152,12 @@ class ThroughputTimer:
         warm_up: int = WARM_UP,
         clock: Clock = time.perf_counter,
     ) -> None:
-        self.batch_size = batch_size
-        self.flops_per_sample = flops_per_sample
+        self.batch_size, self.flops_per_sample = batch_size, flops_per_sample
         self._clock = synchronizing_clock(device, clock)
         self._skip = warm_up
         self._since: float | None = None
+        self._seconds: tuple[float, float] = (0.0, 0.0)  # of all counted steps, of the last
         self._steps = 0
-        self._total = 0.0  # seconds
-        self._last = 0.0  # seconds
 
     def start(self) -> None:
         """Begin a step; one that was begun and never stopped, because it failed, is forgotten."""
@@ -170,15 +172,16 @@ class ThroughputTimer:
             self._skip -= 1
             return
         self._steps += 1
-        self._total += seconds
-        self._last = seconds
+        self._seconds = self._seconds[0] + seconds, seconds
 
     def stats(self) -> Throughput:
-        rate = self._steps * self.batch_size / self._total if self._total else 0.0
+        total, last = self._seconds
+        rate = self._steps * self.batch_size / total if total else 0.0
+        flops = self.flops_per_sample
         return Throughput(
             steps=self._steps,
-            seconds=self._total,
+            seconds=total,
             samples_per_second=rate,
-            last_samples_per_second=self.batch_size / self._last if self._last else 0.0,
-            tflops=None if self.flops_per_sample is None else rate * self.flops_per_sample / 1e12,
+            last_samples_per_second=self.batch_size / last if last else 0.0,
+            tflops=None if flops is None else rate * flops / 1e12,
         )

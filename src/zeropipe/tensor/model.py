@@ -61,7 +61,8 @@ def working_dtypes(
             elif statistics is not None:
                 wanted[param] = statistics
             else:
-                wanted.setdefault(param, dtype)  # a module that shares it may have kept it
+                # A module that shares it may have kept it.
+                wanted.setdefault(param, dtype)
     return wanted
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-_GATHER_BITS = (
-    0x0102040810204080  # byte k (counted from the low end) times this lands in bit k of the top byte
-)
-_CHUNK = 1 << 18  # elements; on a CPU the temporaries of a chunk stay in the cache
+# Byte k (counted from the low end) times this lands in bit k of the top byte.
+_GATHER_BITS = 0x0102040810204080
+# Elements: on a CPU the temporaries of a chunk stay in the cache.
+_CHUNK = 1 << 18
 
 
 def packed_numel(numel: int) -> int:
@@ -34,7 +34,8 @@ def pack_signs(values: torch.Tensor, out: torch.Tensor | None = None) -> torch.T
         stop = min(start + step, whole)
         bits = torch.signbit(values[start:stop]).view(torch.int64)  # 1-D, (stop - start) / 8
         bits *= _GATHER_BITS
-        bits >>= 56  # keeps the sign, which the conversion to a byte drops
+        # The shift keeps the sign, which the conversion to a byte drops.
+        bits >>= 56
         out[start // 8 : stop // 8] = bits
     if whole < numel:
         tail = torch.zeros(8, dtype=torch.bool, device=values.device)
@@ -57,7 +58,8 @@ def add_signs_(
 
     ``target``: 1-D, of the table's dtype. ``scale``: 0-D. Each product is exact, so each element is rounded once.
     """
-    rows = table * scale  # (256, 8): scaling the table instead of the signs saves a pass
+    # Scaling the table, (256, 8), instead of the signs saves a pass.
+    rows = table * scale
     _for_chunks(target, packed, start, rows, torch.Tensor.add_)
 
 
@@ -76,7 +78,8 @@ def _for_chunks(
     step = _chunk(target, numel)
     done = 0
     while done < numel:
-        skip = (start + done) % 8  # bits of the first byte that belong to the element before
+        # Bits of the first byte that belong to the element before.
+        skip = (start + done) % 8
         count = min(step - skip, numel - done)
         first = (start + done) // 8
         index = packed[first : first + packed_numel(skip + count)].to(torch.int32)

@@ -29,23 +29,22 @@ def get_data_parallel_world_size() -> int:
     return world().size
 
 
+# Tensors and sequences are not divided among ranks, so each rank is a model- and a sequence-parallel group of one.
+
+
 def get_model_parallel_rank() -> int:
-    """0: tensors are not divided among ranks."""
     return 0
 
 
 def get_model_parallel_world_size() -> int:
-    """1: tensors are not divided among ranks."""
     return 1
 
 
 def _get_sequence_parallel_rank() -> int:
-    """0: sequences are not divided among ranks."""
     return 0
 
 
 def _get_sequence_parallel_world_size() -> int:
-    """1: sequences are not divided among ranks."""
     return 1
 
 

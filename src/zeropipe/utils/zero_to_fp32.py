@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,11 @@ def get_model_state_file(checkpoint_dir: Folder, zero_stage: int) -> str:
 
 def get_checkpoint_files(checkpoint_dir: Folder, glob_pattern: str) -> list[str]:
     """Files that match, by their numbers. Raises FileNotFoundError where there are none."""
-    found = sorted(map(str, Path(checkpoint_dir).glob(glob_pattern)), key=_by_numbers)
+    # Rank 10 comes after rank 9.
+    found = sorted(
+        map(str, Path(checkpoint_dir).glob(glob_pattern)),
+        key=lambda path: ([int(digits) for digits in re.findall(r"\d+", os.path.basename(path))], path),
+    )
     if not found:
         raise FileNotFoundError(f"can't find {glob_pattern} files in directory '{checkpoint_dir}'")
     return found
@@ -107,12 +112,6 @@ def get_optim_files(checkpoint_dir: Folder) -> list[str]:
 
 def get_model_state_files(checkpoint_dir: Folder) -> list[str]:
     return get_checkpoint_files(checkpoint_dir, "*_model_states.pt")
-
-
-def _by_numbers(path: str) -> list[tuple[int, str]]:
-    name = os.path.basename(path)
-    digits = "".join(c if c.isdigit() else " " for c in name).split()
-    return [(int(d), "") for d in digits] + [(0, name)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -213,12 +213,13 @@ def test_the_interval_doubles_every_so_many_steps_up_to_the_clipper() -> None:
 
 @given(st.one_of(RULES, st.builds(Rules, st.integers(1, 50))).map(Phases), st.integers(0, 150))
 def test_a_plan_covers_each_step_once_and_prints(start: Phases, steps: int) -> None:
-    plan = stretches(start, steps)
-    assert [s.first for s in plan] == [1, *(s.last + 1 for s in plan)][: len(plan)]
-    assert (plan[-1].last if plan else 0) == steps
-    for stretch in plan:
-        assert sum(count for _, count in stretch.counts) == stretch.last - stretch.first + 1
-        assert str(stretch).startswith(f"{stretch.first}..{stretch.last}: {stretch.counts[0][1]} ")
+    cut = stretches(start, steps)
+    assert [first for first, _, _ in cut] == [1, *(last + 1 for _, last, _ in cut)][: len(cut)]
+    assert (cut[-1][1] if cut else 0) == steps
+    lines = str(plan("OnebitAdam", start, Job(10, steps, 2))).splitlines() if steps else []
+    for (first, last, counts), line in zip(cut, lines[1:], strict=False):
+        assert counts.total() == last - first + 1
+        assert line.startswith(f"  steps {first}..{last}: {next(iter(counts.values()))} ")
 
 
 @given(RULES, st.integers(0, 80), st.integers(1, 80))

@@ -39,7 +39,8 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
-        cast = copy.copy(value)  # keeps the class and whatever else the object carries
+        # A copy keeps the class and whatever else the object carries (a BatchEncoding, an OrderedDict).
+        cast = copy.copy(value)
         for key, item in value.items():
             cast[key] = cast_floating(item, dtype)
         return cast
@@ -70,6 +71,7 @@ def convert_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     for param in module.parameters(recurse=False):
         if param.is_floating_point():
+            # The gradient is off while the values change: torch refuses one of another dtype.
             grad = param.grad
             param.grad = None
             param.data = param.data.to(dtype)
@@ -85,6 +87,7 @@ def convert_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _keep_in_fp32(module: nn.Module, outside: torch.dtype) -> None:
     """fp32 inside, ``outside`` at both edges: most norm layers refuse an input of another dtype."""
     convert_module(module, torch.float32)
+    # Converted before, to another dtype perhaps: its casts go first.
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [k for k, hook in hooks.items() if isinstance(hook, _Cast)]:
             del hooks[key]
@@ -268,6 +271,7 @@ def clip_grad_norm_(
                 fix="skip this step (error_if_nonfinite=False leaves the gradients as they are)",
             )
         return norm.float()
+    # A factor of 1 would change no bit and cost a pass.
     factor = float(clip_coefficient(norm, max_norm))
     if factor < 1.0:
         for grad in grads:

@@ -64,6 +64,7 @@ class LossScalerBase:
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """``loss`` times the scale, in fp32 at least: an fp16 product would overflow by itself."""
+        # A loss of 1.0 times 2**32 is inf in fp16.
         wide = loss if loss.dtype == torch.float64 else loss.float()
         return wide * self.cur_scale
 
@@ -234,6 +235,7 @@ def get_loss_scaler(
     fp16: dynamic (with ``dynamic_loss_args``, the keywords of DynamicLossScaler) or static. Every other
     dtype has fp32's range and gets a static scale of 1, whatever else is asked.
     """
+    # The range of bf16 is that of fp32: small gradients are not lost, so nothing is to be scaled.
     if dtype != torch.float16:
         return LossScaler(1.0)
     if dynamic_scaling:

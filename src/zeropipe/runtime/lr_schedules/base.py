@@ -88,6 +88,7 @@ class Schedule(ABC):
                 fix="make the schedule after the last add_param_group()",
             )
         for group, lr in zip(groups, lrs, strict=True):
+            # Compiled code reads a tensor at its address.
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(lr)
             else:
@@ -127,6 +128,7 @@ class Schedule(ABC):
                 found=sorted(map(str, state)),
                 fix="use the scheduler that the checkpoint was saved with, or load_lr_scheduler_states=False",
             )
+        # -1 was saved before the first step: there are no values that a step wrote.
         self.last_batch_iteration = int(state["last_batch_iteration"])
         self._write()
         self._last_lr = self.get_lr() if self.last_batch_iteration >= 0 else None

@@ -111,6 +111,7 @@ class WarmupDecayLR(WarmupLR):
         )
 
     def _after(self, iteration: int) -> float:
+        # A warm-up as long as the run leaves nothing to fall in.
         falling = max(1, self.total_num_steps - self.warmup_num_steps)
         return max(0.0, (self.total_num_steps - iteration) / falling)
 
@@ -275,6 +276,7 @@ class OneCycle(Schedule):
         if not self.cycle_momentum:
             return
         for group, momentum in zip(self.optimizer.param_groups, self.get_mom(), strict=True):
+            # DeepSpeed sets the second beta to 0.99, and passes SGD over: neither is asked for.
             if "betas" in group:
                 group["betas"] = (momentum, *group["betas"][1:])
             elif group.get("momentum"):

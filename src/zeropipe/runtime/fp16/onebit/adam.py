@@ -60,7 +60,8 @@ def denominator(lane: Lane, variance: torch.Tensor, correction: float, inside: b
 
 
 def direction(lane: Lane, inside: bool) -> torch.Tensor:  # 1-D float32, lane.numel
-    """m / (sqrt(v) + eps), corrected. Where v is 0, so is m: see ``Lane.hiding``."""
+    """m / (sqrt(v) + eps), corrected."""
+    # Where v is 0, so is m (see ``Lane.hiding``): eps alone below would throw an element.
     first, second = corrections(lane)
     below = denominator(lane, lane.own["exp_avg_sq"], second, inside)
     return torch.div(lane.own["exp_avg"] / first, below, out=below)
@@ -69,6 +70,7 @@ def direction(lane: Lane, inside: bool) -> torch.Tensor:  # 1-D float32, lane.nu
 def adam_update(lane: Lane, inside: bool) -> None:
     """x = x - lr (m / (sqrt(v) + eps) + decay x)."""
     update, values = direction(lane, inside), lane.read()
+    # Decoupled: the decay is not divided by the root of the variance.
     if lane.options["weight_decay"]:
         update.add_(values * lane.options["weight_decay"])
     values.sub_(update.mul_(lane.options["lr"]))

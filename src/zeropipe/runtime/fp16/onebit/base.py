@@ -29,9 +29,10 @@ from zeropipe.comm import collectives
 from zeropipe.comm.group import Group, world
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError, describe
 from zeropipe.runtime.fp16.onebit.exchange import Exchange, Topology
-from zeropipe.runtime.fp16.onebit.lane import ERRORS, PHASE, Entry, Kept, Lane, View
+from zeropipe.runtime.fp16.onebit.lane import ERRORS, PHASE, Entry, Kept, Lane
 from zeropipe.runtime.fp16.onebit.plan import Phase, Phases, Rules
 from zeropipe.runtime.fp16.onebit.rank_state import RankState, groups_of, is_own, own_values, shared_values
+from zeropipe.runtime.optimizers.shard_view import ShardView
 
 
 class CompressedOptimizer(torch.optim.Optimizer, ABC):
@@ -67,7 +68,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         self._node_size: int = given["node_size"]
         self._topology: Topology | None = None
         self._engine_averages = False
-        self._views: dict[nn.Parameter, View] = {}
+        self._views: dict[nn.Parameter, ShardView] = {}
         self._local: dict[nn.Parameter, torch.Tensor] = {}
 
         of_a_group = ("lr", "bias_correction", "betas", "eps", "weight_decay", "max_grad_norm", *further)
@@ -129,7 +130,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         self._topology = Topology(group, self._node_size)
         self._engine_averages = True
 
-    def bind_shards(self, views: Mapping[nn.Parameter, View]) -> None:
+    def bind_shards(self, views: Mapping[nn.Parameter, ShardView]) -> None:
         """Step on 1-D masters, each one shard of a layout (one shard at stage 0). More may follow."""
         self._views.update(views)
 
@@ -156,6 +157,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if self._lanes and self._compressed():
+            # As if it had never been asked for.
             self.param_groups.pop()
             raise UsageError(
                 "a param group was added after compression began: it has no variance to divide by. "
@@ -179,9 +181,12 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
                 )
             for param, grad in zip(params, grads, strict=True):
                 param.grad = None if grad is None else grad.to(param.dtype)
+        # [1] What an engine put into ``state`` since the last step, and parameters that are new.
         self._refresh()
         topology, lanes = self._ready(), self._lanes
         phase, after = self._phases.next()
+
+        # [2] The gradients: averaged for a dense step, this rank's own for a compressed one.
         if phase.dense:
             # What no rank has used is skipped, as in plain PyTorch: an engine leaves such a master without gradient.
             lanes = [lane for lane in lanes if not lane.bound or lane.params[0].grad is not None]
@@ -199,6 +204,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
                 if limit:  # 0 is none
                     gradient.mul_((limit / (total + 1e-6)).clamp(max=1.0))
 
+        # [3] The step itself; the phase moves when all lanes are done.
         for lane, gradient in zip(lanes, gradients, strict=True):
             lane.count(phase.dense)
             if phase.dense:
@@ -231,7 +237,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         for index, options in enumerate(self.param_groups):
             new = [p for p in options["params"] if p not in known]
             plain = [p for p in new if p not in self._views and p.requires_grad]
-            runs: list[tuple[list[nn.Parameter], View | None]]
+            runs: list[tuple[list[nn.Parameter], ShardView | None]]
             runs = [([master], self._views[master]) for master in new if master in self._views]
             runs += [(plain, None)] if plain else []
             if runs and self._started and self._compressed():
@@ -248,6 +254,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
 
     def _refresh(self) -> None:
         """Take over what somebody else has put into ``state`` for a master: an engine that loads a checkpoint."""
+        # Lanes know the dict in which they showed themselves last: any other is somebody else's.
         held = {lane.params[0]: lane.shown for lane in self._lanes if lane.bound}
         if any(self.state[p] is not held.get(p) if p in self.state else held.get(p) for p in self._views):
             self._load_entries({param: dict(entry) for param, entry in self.state.items()}, None)
@@ -275,6 +282,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
 
         Raises CheckpointError when a tensor does not fit.
         """
+        # torch's load would put the saved groups in place of these, and a mask is not saved.
         masks = [options.get("exp_avg_mask") for options in self.param_groups]
         saved = dict(state_dict["state"])
         super().load_state_dict({**state_dict, "state": {}})
@@ -288,10 +296,8 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
                 entries[param] = saved.get(key, {})
         info = state_dict.get("onebit") or {}
         self._load_entries(entries, info.get("phases"))
-        state, topology = info.get("rank_state"), self._ready()
-        if state is not None and is_own(state, self._exchanges(), topology):
-            self.load_rank_states([state])
-        elif self._phases.owes and topology.group.size > 1:
+        lost = self.take_rank_states(info.get("rank_state"), tuple)
+        if lost and self.size > 1:
             warnings.warn(
                 "the loaded optimizer state holds no error feedback of this rank in a world of this size: it starts "
                 "from zero. Load all ranks' states with load_rank_states to keep it",
@@ -329,8 +335,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         self._refresh()
         if not self._phases.owes:
             return ""
-        topology = self._ready()
-        if own is not None and is_own(own, self._exchanges(), topology):
+        if own is not None and is_own(own, self._exchanges(), self._ready()):
             self.load_rank_states([own])
             return ""
         states = everyone()

@@ -186,7 +186,8 @@ class Exchange:
 
         # [2] A server averages what it got, compresses that and sends it to everybody.
         self._serve(received, server_error)
-        own = sent[0]  # sent already: its memory can carry the average
+        # What was sent is on its way: its memory can carry the average.
+        own = sent[0]
         self._compress(server_error, own, self.topology.shard)
         self._hide(server_error, self.server_range[0])
         collectives.all_gather(received.view(-1), own, across, label=f"{label}: signs to all")
@@ -239,6 +240,7 @@ class Exchange:
         """``server_error += average of the received parts``, summed in rank order."""
         runs = self._runs[self.topology.shard]
         total = torch.zeros_like(server_error)
+        # In rank order on every server, so the sums do not depend on who came first.
         for message in received.unbind():
             scales, signs = self._open(message)
             for run, scale in zip(runs, scales, strict=False):
@@ -283,6 +285,7 @@ def compress_(
     Elements outside of every run keep their value; they must be zero if they are padding.
     """
     pack_signs(values, out=signs)
+    # A shard may hold padding alone.
     if not runs:
         return
     norms = torch.stack([torch.linalg.vector_norm(values[run]) for run in runs])

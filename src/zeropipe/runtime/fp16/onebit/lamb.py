@@ -123,6 +123,7 @@ class OnebitLamb(CompressedOptimizer):
         if lane.options["weight_decay"]:
             update.add_(values * lane.options["weight_decay"])
         coeff, average = self._coefficients(lane, values, update), self._averages(lane)
+        # NaN: no checkpoint knew this tensor's; it takes this step's c for all of its steps so far.
         unknown = average.isnan()
         average.mul_(self.coeff_beta).add_(coeff, alpha=1 - self.coeff_beta)
         average[unknown] = coeff[unknown] * self._settled(lane)
@@ -132,27 +133,37 @@ class OnebitLamb(CompressedOptimizer):
         if not lane.late:
             self._freeze()
         beta1, beta2 = lane.options["betas"]
+
+        # [1] m', and what it says of the gradient: with that the fresh variance goes on.
         before = lane.own["exp_avg"].clone()
         lane.average_momentum(gradient, beta1)
         rebuilt = before.mul_(-beta1).add_(lane.own["exp_avg"]).div_(1 - beta1)
         follow(lane.own["exp_avg_sq_fresh"], rebuilt.square_(), beta2)
+
+        # [2] How much smaller steps would be with the fresh variance, which saw every step, than with the frozen one.
         second = corrections(lane)[1]
         inside = self.eps_mode == 0
         frozen = denominator(lane, lane.own["exp_avg_sq"], second, inside)
         third = 1 - beta2**lane.step if lane.options["bias_correction"] else 1.0
         moving = denominator(lane, lane.own["exp_avg_sq_fresh"], third, inside)
+
+        # [3] One pass over the buffer for all that is known per tensor: collective where it is sharded.
         adam = direction(lane, inside)
         values, decay = lane.read(), lane.options["weight_decay"]
         update = adam + values * decay if decay else adam
         (plain, updates), (factor,) = measure(lane, [adam, update], [frozen.div_(moving)])
         if decay:
+            # The decay's part of d does not depend on the variance.
             share = torch.where(updates > 0, plain / updates, 1.0).clamp(max=1.0)
             factor = factor * share + (1 - share)
+
+        # [4] r, bounded, and never far from the last one.
         factor = factor.clamp(self.factor_min, self.factor_max)
         last = lane.per_tensor["last_factor"]
         factor = factor.clamp(last * (1 - self.factor_threshold), last * (1 + self.factor_threshold))
         last.copy_(factor)
         average, settled = self._averages(lane), self._settled(lane)
+        # The same on every rank, for so is the checkpoint: all take part in the norms, or none.
         unknown = average.isnan()
         if unknown.any():
             average[unknown] = self._coefficients(lane, values, update)[unknown] * settled
@@ -168,6 +179,7 @@ class OnebitLamb(CompressedOptimizer):
 
     def _freeze(self) -> None:
         """Begin the compressed phase: the fresh variance starts from the frozen one."""
+        # All lanes at once: scaling_coeff compares the momenta of all tensors.
         sizes: list[torch.Tensor] = []
         lanes = [lane for lane in self._lanes if not lane.late]
         for lane in lanes:
@@ -190,10 +202,12 @@ class OnebitLamb(CompressedOptimizer):
         compressed = {name: lane.numbers(name, entries) for name in ("last_factor", "scaling_coeff")}
         begun = compressed["last_factor"].isnan().logical_not_()
         if not begun.any() or not self.lamb_freeze_key:
-            lane.end()  # the compressed phase begins anew
+            # A later freeze step, or moments of another optimizer: the compressed phase begins anew.
+            lane.end()
             return
         for tensor, start, stop in extents(lane):
-            if not begun[tensor]:  # it begins as in ``_freeze``
+            # A tensor that the saving run had not begun with begins as in ``_freeze``.
+            if not begun[tensor]:
                 lane.own["exp_avg_sq_fresh"][start:stop] = lane.own["exp_avg_sq"][start:stop]
         lane.per_tensor.update({name: value.nan_to_num(nan=1.0) for name, value in compressed.items()})
 

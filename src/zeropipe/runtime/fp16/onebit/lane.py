@@ -12,18 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from zeropipe.comm import collectives
-from zeropipe.comm.group import Group
 from zeropipe.errors import CheckpointError, UnsupportedOptimizerError, UsageError
-from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.layout.flat import flat_shards
 from zeropipe.layout.numbers import number_of
 from zeropipe.runtime.fp16.onebit.exchange import Exchange, Topology
 from zeropipe.runtime.fp16.onebit.plan import Phases
+from zeropipe.runtime.optimizers.shard_view import ShardView
 
 ERRORS = ("worker_error", "server_error")
 Entry = Mapping[str, Any]  # one parameter's (or master's) part of ``optimizer.state``
@@ -40,17 +40,6 @@ class Kept:
     sums: tuple[str, ...] = ()  # numbers that come and go with ``later``; they differ by rank too
 
 
-class View(Protocol):
-    """Which shard of which layout a 1-D master is, and who holds the others."""
-
-    @property
-    def layout(self) -> FlatShards: ...
-    @property
-    def shard(self) -> int: ...
-    @property
-    def group(self) -> Group: ...
-
-
 class Lane:
     """State and wire of one param group (or of one master of it)."""
 
@@ -59,7 +48,7 @@ class Lane:
         index: int,
         options: dict[str, Any],
         params: Sequence[nn.Parameter],
-        view: View | None,
+        view: ShardView | None,
         topology: Topology,
         kept: Kept,
     ) -> None:
@@ -69,7 +58,11 @@ class Lane:
         self.device = params[0].device
 
         # Which part of the buffer it covers: ``numel`` elements from ``start`` on, padding included.
-        self.layout = view.layout if view is not None else _layout_of(index, params)
+        named = (
+            (f"param_groups[{index}].{number}", tuple(p.shape), str(p.dtype).removeprefix("torch."))
+            for number, p in enumerate(params)
+        )
+        self.layout = view.layout if view is not None else flat_shards(named, 1)
         self.sharded = self.layout.num_shards > 1
         self.shard = view.shard if view is not None else 0
         self.shard_group = view.group if view is not None else None
@@ -296,7 +289,8 @@ class Lane:
                 known = zip(self._keys(name), values.tolist(), strict=True)
                 common |= {key: value for key, value in known if not math.isnan(value)}
             self.shown = state[self.params[0]]
-            self.shown.clear()  # what a checkpoint of a larger buffer held of other tensors
+            # A checkpoint of a larger buffer may have left keys of other tensors.
+            self.shown.clear()
             self.shown.update(common | self.own)
             return
         views: dict[str, Sequence[torch.Tensor]] = {k: self.split(value) for k, value in self.own.items()}
@@ -370,11 +364,3 @@ class Lane:
 
     def _keys(self, name: str) -> list[str]:
         return [number_of(name, spec.name) for spec in self.layout.tensors]
-
-
-def _layout_of(index: int, params: Sequence[nn.Parameter]) -> FlatShards:
-    specs = (
-        TensorSpec(f"param_groups[{index}].{number}", tuple(p.shape), str(p.dtype).removeprefix("torch."))
-        for number, p in enumerate(params)
-    )
-    return FlatShards(tuple(specs), 1)

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from itertools import groupby, pairwise
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Any
 
 from zeropipe.errors import ConfigError
 from zeropipe.layout.flat import FlatShards, TensorSpec
@@ -202,19 +202,6 @@ class Phases:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Steps ``first``..``last`` in which the same phases repeat: ``counts`` says how often each came."""
-
-    first: int
-    last: int
-    counts: tuple[tuple[Phase, int], ...]
-
-    def __str__(self) -> str:
-        inside = " + ".join(f"{count} {phase.value}" for phase, count in self.counts)
-        return f"{self.first}..{self.last}: {inside}"
-
-
 def walk(start: Phases, steps: int) -> Iterator[tuple[Phase, Phases]]:
     """The phases of the next ``steps`` steps, each with the state after it."""
     state = start
@@ -223,17 +210,17 @@ def walk(start: Phases, steps: int) -> Iterator[tuple[Phase, Phases]]:
         yield phase, state
 
 
-def stretches(start: Phases, steps: int) -> tuple[Stretch, ...]:
-    """The plan of the next ``steps`` steps, cut where the rhythm changes."""
+def stretches(start: Phases, steps: int) -> list[tuple[int, int, Counter[Phase]]]:
+    """The next ``steps`` steps, cut where the rhythm changes: (first, last, how often each phase comes)."""
     found, first, state, rhythms = [], start.step + 1, start, []
     for phase, after in walk(start, steps):
         rhythms.append(((state.frozen, state.interval), phase))
         state = after
     for _, run in groupby(rhythms, key=itemgetter(0)):
         counts = Counter(phase for _, phase in run)
-        found.append(Stretch(first, first + counts.total() - 1, tuple(counts.items())))
+        found.append((first, first + counts.total() - 1, counts))
         first += counts.total()
-    return tuple(found)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,13 +286,14 @@ class Plan:
     """A run's traffic; ``rows`` holds one row for each phase that comes."""
 
     name: str
-    stretches: tuple[Stretch, ...]
+    stretches: list[tuple[int, int, Counter[Phase]]]
     rows: tuple[Row, ...]
 
-    def sum(self, of: Literal["steps", "bytes", "rounds", "exchanges"]) -> int:
+    def sum(self, of: str) -> int:
+        """Of all rows: steps, bytes, rounds or exchanges."""
         return sum(getattr(row, of) for row in self.rows)
 
-    def saves(self, of: Literal["bytes", "rounds", "exchanges"], other: Plan) -> float:
+    def saves(self, of: str, other: Plan) -> float:
         """1 - own / other's: 0.87 is 87 % less."""
         return 1 - self.sum(of) / other.sum(of) if other.sum(of) else 0.0
 
@@ -313,18 +301,17 @@ class Plan:
         return other.sum("bytes") / self.sum("bytes") if self.sum("bytes") else float("inf")
 
     def __str__(self) -> str:
-        lines = [self.name, *(f"  steps {stretch}" for stretch in self.stretches)]
-        lines += [
-            f"  {'phase':<12}{'steps':>10}{'rounds':>10}{'exchanges':>11}{'sent per step':>16}{'sent in all':>14}"
-        ]
+        lines = [self.name]
+        for first, last, counts in self.stretches:
+            inside = " + ".join(f"{count} {phase.value}" for phase, count in counts.items())
+            lines.append(f"  steps {first}..{last}: {inside}")
+        kinds = ("steps", "rounds", "exchanges")
+        cells: list[tuple[object, ...]] = [("phase", *kinds, "sent per step", "sent in all")]
         for row in self.rows:
-            counts = f"{row.steps:>10}{row.rounds:>10}{row.exchanges:>11}"
-            lines.append(
-                f"  {row.phase.value:<12}{counts}{human(row.bytes / row.steps):>16}{human(row.bytes):>14}"
-            )
-        counts = f"{self.sum('steps'):>10}{self.sum('rounds'):>10}{self.sum('exchanges'):>11}"
-        lines.append(f"  {'all':<12}{counts}{'':>16}{human(self.sum('bytes')):>14}")
-        return "\n".join(lines)
+            numbers = (getattr(row, kind) for kind in kinds)
+            cells.append((row.phase.value, *numbers, human(row.bytes / row.steps), human(row.bytes)))
+        cells.append(("all", *map(self.sum, kinds), "", human(self.sum("bytes"))))
+        return "\n".join([*lines, *("  {:<12}{:>10}{:>10}{:>11}{:>16}{:>14}".format(*row) for row in cells)])
 
 
 def dense_bytes(job: Job) -> float:

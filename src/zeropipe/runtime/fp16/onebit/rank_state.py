@@ -76,6 +76,7 @@ def shared_values(groups: Sequence[Sequence[RankState]], lane: int, exchange: Ex
     whole = [lanes[lane] for lanes in joined if lane < len(lanes) and _named(lanes[lane][0]) == wanted]
     candidates = whole or [entry for lanes in joined for entry in lanes]
     parts = [_find(spec, candidates) for spec in layout.tensors]
+    # Put together by tensor, so that neither padding nor the order of the saving run shows.
     full: Values = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         found = [part[name] for part in parts if name in part]
@@ -87,6 +88,7 @@ def shared_values(groups: Sequence[Sequence[RankState]], lane: int, exchange: Ex
             if name in part:
                 start, stop = layout.tensor_range(index)
                 full[name][start:stop] = part[name]
+    # Of the whole, the elements that this rank is to deliver.
     for name, (start, stop) in zip(ERRORS, (exchange.worker_range, exchange.server_range), strict=True):
         if name in full:
             full[name] = full[name][start:stop]

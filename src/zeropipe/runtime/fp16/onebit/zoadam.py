@@ -30,8 +30,9 @@ from torch import nn
 from zeropipe.errors import UnsupportedOptimizerError, UsageError
 from zeropipe.runtime.fp16.onebit.adam import adam_update, corrections, denominator, follow, move_moments
 from zeropipe.runtime.fp16.onebit.base import CompressedOptimizer
-from zeropipe.runtime.fp16.onebit.lane import Entry, Kept, Lane, View
+from zeropipe.runtime.fp16.onebit.lane import Entry, Kept, Lane
 from zeropipe.runtime.fp16.onebit.plan import Phase, Rules
+from zeropipe.runtime.optimizers.shard_view import ShardView
 
 
 class ZeroOneAdam(CompressedOptimizer):
@@ -84,7 +85,7 @@ class ZeroOneAdam(CompressedOptimizer):
         """Whether the variance will not move any more."""
         return self._phases.frozen
 
-    def bind_shards(self, views: Mapping[nn.Parameter, View]) -> None:
+    def bind_shards(self, views: Mapping[nn.Parameter, ShardView]) -> None:
         """Raises UnsupportedOptimizerError for shards, unless ranks never step apart."""
         shards = max((view.layout.num_shards for view in views.values()), default=1)
         if shards > 1 and self.local_step_clipper > 1:
@@ -109,17 +110,20 @@ class ZeroOneAdam(CompressedOptimizer):
             adam_update(lane, self.eps_mode == 0)
             return
         rate = lane.options["lr"] / corrections(lane)[0]
-        if not lane.late:  # the first interval begins
+        if not lane.late:
+            # The first interval begins; from here on debts are of u, which is m times the rate.
             lane.begin()
             lane.own["last_synced"].copy_(lane.read())
             lane.exchange.scale_errors(rate)
         lane.hiding()
-        if lane.unused is not None:  # what no bit would tell the others of must not move here alone
+        if lane.unused is not None:
+            # What no bit would tell the others of must not move here alone.
             gradient = gradient.masked_fill(lane.unused, 0)
         follow(lane.own["exp_avg"][: gradient.numel()], gradient, lane.options["betas"][0])
         lane.own["momentum_accumulator"].add_(lane.own["exp_avg"] * rate)
         lane.scalars["lrs"] += lane.options["lr"]
         lane.scalars["corrected_lrs"] += rate
+        # Nothing to tell at a rate of 0, and nothing to divide by: u waits for the next exchange.
         if phase is Phase.SYNC and lane.scalars["corrected_lrs"] > 0:
             self._synchronise(lane)
         else:
