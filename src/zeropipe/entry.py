@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.comm.agree import agree
+from zeropipe.comm.agreement import agree
 from zeropipe.comm.group import Group, world
 from zeropipe.comm.startup import init_distributed
 from zeropipe.config.batch import solve_batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.pool import PerRank, Pools
-from zeropipe.comm.agree import agree, first_difference
+from zeropipe.comm.agreement import agree, first_difference
 from zeropipe.comm.group import new_groups, world
 from zeropipe.comm.record import record
 from zeropipe.errors import DesyncError

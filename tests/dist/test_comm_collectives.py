@@ -15,6 +15,7 @@ from tests.helpers.data import generator
 from tests.helpers.pool import Pools
 from tests.helpers.referee import assert_bitwise
 from zeropipe.comm import collectives as comm
+from zeropipe.comm.native import Native
 from zeropipe.comm.group import Group, new_group, new_groups, world
 from zeropipe.comm.record import Event, inject, record
 from zeropipe.errors import UsageError
@@ -127,6 +128,32 @@ def check_moves(rank: int, size: int, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gather_broadcast_exchange_and_send_move_bytes(pool: Pools, size: int, dtype: str) -> None:
     pool(size).run(check_moves, dtype)
+
+
+def check_natively(rank: int, size: int, dtype: str) -> None:
+    with comm.carried_by(Native()):
+        check_all_reduce(rank, size, dtype)
+        check_moves(rank, size, dtype)
+        for numel in SIZES:
+            inputs = [data(r, numel * size, dtype) for r in range(size)]
+            want = list(expected("sum", inputs).tensor_split(size))
+            output = torch.empty_like(want[rank])
+            comm.reduce_scatter(output, inputs[rank].clone(), world())
+            assert_bitwise(output, want[rank], f"reduce_scatter {numel}")
+            cuts = list(enumerate(inputs[rank].clone().tensor_split(size)))
+            comm.reduce_to_owners(cuts, [output.zero_()], world())
+            assert_bitwise(output, want[rank], f"reduce_to_owners {numel}")
+            places = [torch.zeros_like(part) for part in want]
+            places[rank].copy_(output)
+            comm.gather_from_owners(list(enumerate(places)), world())
+            assert_bitwise(places, want, f"gather_from_owners {numel}")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint8"])
+def test_the_backends_own_calls_give_the_same(pool: Pools, size: int, dtype: str) -> None:
+    """What runs on NCCL, here by gloo's own collectives: on integers, whose sums show no order."""
+    pool(size).run(check_natively, dtype)
 
 
 def check_same_bits(rank: int, size: int, dtype: str, numel: int) -> torch.Tensor:

@@ -22,6 +22,8 @@ from tests.helpers.referee import assert_bitwise
 from tests.helpers.train import config
 from tests.helpers.zero3 import Stack, engine_of, x_batch
 from zeropipe.comm import collectives
+from zeropipe.comm.native import Native
+from zeropipe.comm.point_to_point import PointToPoint
 from zeropipe.comm.record import Event, inject, record
 from zeropipe.errors import ConfigError, DesyncError
 
@@ -122,11 +124,9 @@ def _gather_by(rank: int, world: int, native: bool) -> bool:
     from zeropipe.config.schema_zero import ZeroOptimization
     from zeropipe.runtime.zero.replication import shard_group
 
-    with nodes_of(2), pytest.MonkeyPatch.context() as patch:
+    with nodes_of(2), collectives.carried_by(Native() if native else PointToPoint()):
         group = shard_group(all_ranks(), ZeroOptimization(stage=3, mics_hierarchical_params_gather=True))
         assert group.hops is not None
-        if native:
-            patch.setattr(collectives, "_point_to_point", lambda tensor, group: False)
         for numel in (1, 5, 4099):
             shard = torch.arange(numel, dtype=torch.float64) + 10_000 * rank
             whole = torch.empty(4 * numel, dtype=torch.float64)

@@ -47,6 +47,11 @@ class Group:
         names = {name for _, name in self.backends}
         return names.pop() if len(names) == 1 else ",".join(f"{d}:{n}" for d, n in self.backends)
 
+    @property
+    def speaks(self) -> bool:
+        """Whether members can tell each other words (``agreement.py``): it takes gloo, alone or beside NCCL."""
+        return dict(self.backends).get("cpu") == "gloo"
+
     def backend_for(self, tensor: torch.Tensor) -> str:
         """The backend that carries ``tensor``.
 

@@ -1,18 +1,19 @@
-"""The communication seam: every collective passes here, so that tests can count, delay or break it."""
+"""The communication seam: a call as it is handed down, its work in flight, and who listens, counts or breaks it."""
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from zeropipe.comm.poster import Poster
+import torch
 
-# Words in one order: ranks, channel, which process group of these ranks.
-Stream = tuple[tuple[int, ...], int, weakref.ref[Any] | None]
+from zeropipe.comm.group import Group
+from zeropipe.errors import CommunicationError, DesyncError, UsageError
+
+REDUCTIONS = ("sum", "avg", "max", "min")
+Cut = tuple[int, torch.Tensor]  # (owner: index in the group, view of the elements that it owns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,39 +28,147 @@ class Event:
     ranks: tuple[int, ...] = ()  # of the group, in its order, where the call moves tensors
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One collective as its caller asked for it: made at the seam, handed down to whatever carries it."""
+
+    op: str
+    group: Group
+    label: str = ""
+    async_op: bool = False
+    reduction: str = "sum"
+
+    # What runs beside other collectives (stage 3) says in which order it must stay, and whether ranks compare labels.
+    channel: int = 0
+    guarded: bool = False
+    note: int = 0
+
+    def __str__(self) -> str:
+        ranks = self.group.ranks
+        return f"[rank {ranks[self.group.rank]}] {self.op} {self.label!r} among ranks {list(ranks)}"
+
+    def check(self, tensor: torch.Tensor) -> Call:
+        """Raise UsageError where ``tensor`` cannot travel or be reduced so, before anything is sent."""
+        if self.reduction not in REDUCTIONS:
+            raise UsageError(f"{self.op}: op is one of {', '.join(REDUCTIONS)}; found {self.reduction!r}")
+        if self.reduction == "avg" and not tensor.dtype.is_floating_point:
+            raise UsageError(
+                f"{self.op}: an average of {tensor.dtype} tensors is not exact", fix="use op='sum' and divide"
+            )
+        if not tensor.is_contiguous():
+            raise UsageError(f"{self.op}: the tensor must be contiguous; found strides {tensor.stride()}")
+        return self
+
+    def enter(self, nbytes: int | None = None) -> Call:
+        """Pass through the seam; ``nbytes`` None: no tensor moves."""
+        if SEAM.listeners:
+            ranks = () if nbytes is None else self.group.ranks
+            event = Event(self.op, self.group.size, nbytes or 0, self.label, self.async_op, ranks)
+            for listener in tuple(SEAM.listeners):
+                listener(event)
+        return self
+
+
+class Words(Protocol):
+    """What the members tell each other before a collective (``agreement.py``)."""
+
+    def meet(self) -> int: ...
+
+
+class Work:
+    """A collective in flight. ``wait`` returns when its result may be read; it may be called again."""
+
+    def __init__(
+        self,
+        what: Call | str,
+        handles: Sequence[Any] = (),
+        finish: Callable[[], None] | None = None,
+        sends_late: bool = False,
+    ) -> None:
+        self._what = what
+
+        # In the order in which they are waited for: the peers' words, what is under way, what is left to do then.
+        self._words: Words | None = None
+        self._handles = list(handles)
+        self._steps = [] if finish is None else [finish]
+
+        self._sends_late = sends_late  # a step sends something
+        self.lowest_note: int | None = None  # of all members, once they have met
+
+    def wait(self) -> None:
+        """Raises CommunicationError when a peer is gone or the group's timeout has passed, DesyncError when a
+        peer is about to do another guarded collective than this one."""
+        try:
+            if self._words is not None:
+                # Given up before they are met: after an error there is nothing to meet a second time.
+                words, self._words = self._words, None
+                self.lowest_note = words.meet()
+            while self._handles:
+                self._handles[-1].wait()
+                self._handles.pop()
+        except DesyncError:
+            SEAM.keep(self)
+            raise
+        except CommunicationError:
+            raise  # of an earlier gather, which says so itself
+        except RuntimeError as error:
+            raise CommunicationError(
+                f"{self._what} did not complete: {str(error).splitlines()[0]}",
+                fix="another rank has most likely failed first; read its traceback",
+            ) from error
+        steps, self._steps = self._steps, []
+        for step in steps:
+            step()
+
+    def done(self) -> bool:
+        """Whether everything is known to have arrived, so that ``wait`` has only local work left.
+
+        False may be too modest: gloo tells of a message's arrival only to who waits for it.
+        """
+        return not self.peers_wait and all(handle.is_completed() for handle in self._handles)
+
+    @property
+    def peers_wait(self) -> bool:
+        """Whether peers may wait for something that this rank only sends when it waits itself."""
+        return self._sends_late and bool(self._steps)
+
+    def after(self, words: Words) -> Work:
+        """This work, which ranks wait for only where ``words`` are the same on all."""
+        self._words = words
+        return self
+
+    def then(self, step: Callable[[], None]) -> Work:
+        """This work, followed by ``step`` when it is waited for."""
+        self._steps.append(step)
+        return self
+
+    def under(self, call: Call) -> Work:
+        """As its caller wants it: over, unless ``call`` is asynchronous."""
+        if not call.async_op:
+            self.wait()
+        return self
+
+
 class Seam:
     """Who listens to this process's collectives. Process groups belong to the process, and so does this."""
 
     def __init__(self) -> None:
-        self.greetings: dict[Stream, deque[Any]] = {}  # what was said and not compared yet
-        self.partings: Counter[Stream] = Counter()  # how often words were found to differ
-        self.poster = Poster()
-        self._listeners: list[Callable[[Event], None]] = []
-        self.abandoned: list[
-            object
-        ] = []  # works given up on; they keep their buffers while the process lasts
+        self.listeners: list[Callable[[Event], None]] = []
+        # Buffers that somebody gave up on and the transport still writes into or sends from: freed, they would be
+        # other tensors' memory by then.
+        self._kept: list[object] = []
 
-    def pass_through(
-        self,
-        op: str,
-        group_size: int,
-        nbytes: int,
-        label: str,
-        async_op: bool,
-        ranks: tuple[int, ...] = (),
-    ) -> None:
-        if self._listeners:
-            event = Event(op, group_size, nbytes, label, async_op, ranks)
-            for listener in tuple(self._listeners):
-                listener(event)
+    def keep(self, *works: object) -> None:
+        """Let ``works``, which nobody will wait for, keep their buffers while the process lasts."""
+        self._kept += works
 
     @contextmanager
     def listening(self, listener: Callable[[Event], None]) -> Iterator[None]:
-        self._listeners.append(listener)
+        self.listeners.append(listener)
         try:
             yield
         finally:
-            self._listeners.remove(listener)
+            self.listeners.remove(listener)
 
 
 SEAM = Seam()

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from zeropipe.checkpoint.state import LoadedState
-from zeropipe.comm.agree import agree
+from zeropipe.comm.agreement import agree
 from zeropipe.comm.collectives import all_gather_object, barrier
 from zeropipe.errors import UsageError
 from zeropipe.runtime.engine.engine import DeepSpeedEngine, Parts

@@ -225,9 +225,9 @@ class Mailbox:
     def give_up(self) -> None:
         """What is still on its way will not be waited for, but the transport uses its buffers."""
         for outgoing in self._out.values():
-            SEAM.abandoned += outgoing.works
+            SEAM.keep(*outgoing.works)
         for queue in self._queues.values():
-            SEAM.abandoned += [incoming.work for incoming in queue.opened]
+            SEAM.keep(*(incoming.work for incoming in queue.opened))
 
     def _receive_next(self, queue: _Queue) -> None:
         """Take the next message of ``queue``, whichever it is."""

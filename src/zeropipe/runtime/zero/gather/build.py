@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from zeropipe.comm.collectives import announce, broadcast, meet
+from zeropipe.comm.agreement import leave, meet
+from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
-from zeropipe.comm.record import SEAM
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.fingerprint import Fingerprint, fingerprint
 from zeropipe.runtime.zero.gather.host_memory import FreedMemory
@@ -180,10 +180,7 @@ class Build:
             self._drop(frame)
         if not isinstance(error, DesyncError | CommunicationError):
             with suppress(Exception):
-                said = announce(
-                    f"{self.what} raised {type(error).__name__}: {error}", self.group, channel=GATHER
-                )
-                SEAM.abandoned.append(said)  # its buffers must outlive the sending
+                leave(f"{self.what} raised {type(error).__name__}: {error}", self.group, channel=GATHER)
 
     def convert(self, module: torch.nn.Module) -> None:
         """Shard a module that exists; what is on the meta device is made first, module by module."""

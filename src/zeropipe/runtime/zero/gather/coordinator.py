@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from zeropipe.comm.collectives import announce, greets, hand_on, meet
+from zeropipe.comm.agreement import leave, meet
 from zeropipe.comm.group import Group
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.gather.fetch_plan import Budget, Phase, Step, Visit, plan
@@ -195,7 +195,7 @@ class Coordinator:
     def _compare_reductions(self, unit: Unit, reductions: Reductions, heard: int | None) -> None:
         """Tell the reducer which reductions every rank has started: as ``heard`` in a gather, or asked now and then."""
         self._unmet = 0 if heard is not None else self._unmet + unit.numel
-        if self._unmet >= REDUCTIONS_COMPARED_EVERY and greets(self.group):
+        if self._unmet >= REDUCTIONS_COMPARED_EVERY and self.group.speaks:
             self._unmet = 0
             heard = meet("backward goes on", self.group, channel=GATHER, note=reductions.progress)
         if heard is not None:
@@ -239,8 +239,7 @@ class Coordinator:
         for circle in self._unaware(error):
             with suppress(RuntimeError):  # connections may be gone; the error itself says more
                 said = f"{type(error).__name__} raised in {where}"
-                self._told.append(announce(said, circle, channel=GATHER))
-                hand_on(circle, GATHER, PATIENCE)
+                self._told.append(leave(said, circle, channel=GATHER, patience=PATIENCE))
 
     def _unaware(self, error: BaseException) -> list[Group]:
         """The circles in which somebody waits for this rank and does not have ``error`` itself."""
@@ -334,7 +333,7 @@ class Coordinator:
 
     def _wrote(self, shards: Shards) -> None:
         everyone = self.circles[-1]
-        if everyone.size > 1 and not greets(everyone):
+        if everyone.size > 1 and not everyone.speaks:
             shards.writes.edits = None
             raise UsageError(
                 f"forward wrote into parameter '{shards.name}', and ranks have no gloo by which to tell each other. "

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from zeropipe.comm.collectives import announce, broadcast, meet
+from zeropipe.comm.agreement import leave, meet
+from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
-from zeropipe.comm.record import SEAM
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.fingerprint import Fingerprint, fingerprint
 from zeropipe.runtime.zero.gather.coordinator import in_backward
@@ -182,8 +182,7 @@ class GatheredParameters:
             return
         for group in _groups(held):
             with suppress(Exception):
-                said = announce(f"GatheredParameters raised {type(error).__name__}", group, channel=GATHER)
-                SEAM.abandoned.append(said)  # its buffers must outlive the sending
+                leave(f"GatheredParameters raised {type(error).__name__}", group, channel=GATHER)
 
     def _check(self, held: list[_Held]) -> None:
         edited = [one.shards for one in held if one.changed()]

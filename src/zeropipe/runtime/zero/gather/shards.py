@@ -152,7 +152,7 @@ class Shards:
         """Wait for the gather under way, if any; the parameter is then available.
 
         ``unless_alone``: only if peers may be waiting for what this rank hands on in it.
-        Returns the lowest of all ranks' notes; None where nothing was under way or ranks say nothing (see ``greets``).
+        Returns the lowest of all ranks' notes; None where nothing was under way, or ``Group.speaks`` is false.
         """
         if self._work is None or (unless_alone and not self._work.peers_wait):
             return None
@@ -167,7 +167,7 @@ class Shards:
         if self.writes.edits is not None:  # not joined yet: this rank goes on with what it wrote
             self.full[: self.numel].copy_(self.writes.edits.view(-1))
         mark_available(self.param, self.full[: self.numel].view(self.shape))
-        return work.heard
+        return work.lowest_note
 
     def gather(self) -> None:
         self.start_gather()

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from zeropipe.comm.collectives import announce, meet
+from zeropipe.comm.agreement import leave, meet
 from zeropipe.errors import CommunicationError, DesyncError
 from zeropipe.runtime.zero.gather.away_value import AwayValue
 from zeropipe.runtime.zero.gather.sharded_parameter import mark_available
@@ -221,7 +221,7 @@ class Fetching:
         parted = isinstance(error, DesyncError)
         what = f"state dict: {type(error).__name__} raised"
         left = [circle for circle in circles if not (parted and circle in gathered)]
-        for heard in [announce(what, circle, channel=GATHER) for circle in left]:
+        for heard in [leave(what, circle, channel=GATHER) for circle in left]:
             with suppress(DesyncError, CommunicationError):
                 heard()
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from zeropipe.comm.agree import agree
+from zeropipe.comm.agreement import agree
 from zeropipe.comm.group import SELF, Group
 from zeropipe.errors import UsageError
 from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer

@@ -56,9 +56,7 @@ class Update:
                 self._jobs.popleft()
                 self._jobs.extendleft(reversed(more or ()))
         except BaseException:
-            SEAM.abandoned += (
-                self._works
-            )  # the transport reads and writes the values, whatever becomes of this
+            SEAM.keep(*self._works)  # the transport reads and writes the values, whatever becomes of this
             raise
 
     def on_change(self) -> None:

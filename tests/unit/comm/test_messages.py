@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from zeropipe.comm.poster import Poster
+from zeropipe.comm.messages import Poster
 
 
 class Handle:

@@ -1,0 +1,261 @@
+"""How ranks learn that they are about to do the same thing, before a difference can hang them.
+
+A rank *says* a word (a label) to its peers before it does what needs them, without waiting. It *meets* them in the word
+when it needs them: it waits until all have said theirs, and compares. It *leaves* with a last word when an error takes
+it away. Guarded gathers say and meet on their own (``point_to_point.py``); callers only ``meet`` and ``leave``.
+
+    rank 0                                      rank 1
+    gather a, ahead:  shard of a, "a"  ------>
+                                       <------  gather a:  shard of a, "a"
+                                                use a:     hears "a" = "a", then waits for the shard
+    use a:  hears "a" = "a", then waits for the shard
+    gather b:         shard of b, "b"  ------>
+                                       <------  meet:      "step"
+    use b:  hears "step", not "b"               hears "b", not "step"
+            DesyncError                         DesyncError
+
+No rank waits for ever, whatever its control flow does. The words of a group on a channel are one sequence, and each
+rank compares in that sequence, from its first word not yet compared. Say that all words before number k were equal.
+
+1. A word is handed over when it is said and needs nobody's consent, so who waits for word k waits at most until every
+   peer says its k-th word: for its next gather, meeting or error.
+2. Where the words at k are equal, every member has started the same collective, and sent its shards right before the
+   word: what is waited for is under way.
+3. Where they differ, everybody who comes to k raises there, before it waits for a shard of k. Everybody counts that
+   parting, and what is said and gathered later carries tags that the leftovers do not meet.
+4. Who goes away with an error has its last word at k, which differs from any other.
+5. In two hops, the second is sent only when the first has arrived. A rank sends it as soon as it has met the others in
+   the gather's word, which anything later that it waits for on the channel makes it do, and leaving does.
+
+A word also carries a note, a number that need not be equal: the meeting gives the lowest. Stage 3 tells in it how many
+reductions each rank has started. Those that all have started may be waited for, even in the middle of backward; of a
+later one a peer might not have sent its part, because it waits for this rank in a gather.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from zeropipe.comm.group import Group
+from zeropipe.comm.messages import WORDS, peers, receive_from, send_to, start, tag_of
+from zeropipe.comm.native import all_gather_object
+from zeropipe.comm.record import SEAM, Call, Work
+from zeropipe.errors import DesyncError
+
+_NOTE_BYTES = 8
+_TEXT_BYTES = 192 - _NOTE_BYTES  # of a label its end, which tells layers apart
+
+
+def meet(
+    what: str, group: Group, *, channel: int = 0, note: int = 0, patience: timedelta | None = None
+) -> int:
+    """Return when every member says the same ``what`` on this channel, where guarded gathers speak too.
+
+    Returns the lowest of the members' notes. Raises DesyncError on every member when one is about to do something
+    else, CommunicationError when one says nothing for as long as ``patience`` (None: the group's timeout). Without
+    gloo it does nothing.
+    """
+    if group.size == 1 or not group.speaks:
+        return note
+    Call("meet", group, what).enter()
+    return _met(TALKS.of(group, channel).say(what, note, patience))
+
+
+def leave(
+    what: str, group: Group, *, channel: int = 0, patience: timedelta | None = None
+) -> Callable[[], int]:
+    """Before this rank goes away with an error: say so to members that wait for it in a meeting or a guarded gather.
+
+    With ``patience`` it also sends the second hops of the gathers that it has started, and waits so long for each word
+    of them. The result meets the others, if they leave alike; it raises as ``meet``.
+    """
+    if group.size == 1 or not group.speaks:
+        return lambda: 0
+    talk = TALKS.of(group, channel)
+    word = talk.say(what)
+    SEAM.keep(word)  # it must outlive its sending, and who says it may not
+    if patience is not None:
+        talk.hand_on(patience)
+    return partial(_met, word)
+
+
+def _met(word: Word) -> int:
+    group = word.talk.group
+    work = Work(f"[rank {group.ranks[group.rank]}] {word.text} (with ranks {list(group.ranks)})").after(word)
+    work.wait()
+    assert work.lowest_note is not None
+    return work.lowest_note
+
+
+class Relay(Protocol):
+    """What a member owes its peers once all have said the same word: the second hop of a gather."""
+
+    def begin(self) -> None: ...
+    def abort(self) -> None:
+        """Let the peers know that nothing will come."""
+
+
+class Talk:
+    """The words that the members of one group say on one channel, in one order."""
+
+    def __init__(self, group: Group, channel: int) -> None:
+        self.group = group
+        self.channel = channel
+        self._unmet: deque[Word] = deque()  # said here and not compared yet, oldest first
+        # How often words were found to differ. Members count alike, as all find a difference at the same word.
+        self.partings = 0
+
+    def say(
+        self, text: str, note: int = 0, patience: timedelta | None = None, relay: Relay | None = None
+    ) -> Word:
+        """Tell every member what is about to be done. ``relay`` begins when the words are found equal."""
+        word = Word(self, text, note, patience, relay)
+        self._unmet.append(word)
+        return word
+
+    def meet(self, word: Word) -> int:
+        """The lowest of the members' notes on ``word``, once it and all words before it are found equal."""
+        try:
+            while word.lowest_note is None:
+                if not self._unmet:
+                    raise DesyncError(f"'{word.text}' was given up: ranks had gone different ways before it")
+                self._unmet[0].compare()
+                self._unmet.popleft()
+        except BaseException as error:
+            SEAM.keep(*self._unmet)
+            if isinstance(error, DesyncError):
+                # Every member raises it at this word, so none waits for a relay.
+                self.partings += 1 if self._unmet else 0
+            else:
+                for one in self._unmet:
+                    if one.relay is not None:
+                        one.relay.abort()
+            self._unmet.clear()
+            raise
+        return word.lowest_note
+
+    def hand_on(self, patience: timedelta) -> None:
+        """What this rank owes in gathers that it has started, once every member has started them. Never raises."""
+        last = next((word for word in reversed(self._unmet) if word.relay is not None), None)
+        if last is None:
+            return
+        for word in self._unmet:
+            word.limit = (patience,)
+        SEAM.keep(*self._unmet)
+        with suppress(Exception):
+            self.meet(last)
+
+    def since_parting(self, label: str) -> str:
+        """``label``, such that nothing under it meets what was sent before the members last went different ways: of a
+        guarded gather that some did not take part in, messages stay on their way for ever."""
+        return f"{label} after {self.partings} partings" if self.partings else label
+
+
+class Word:
+    """One member's word, on its way to the others, and theirs, on their way here."""
+
+    def __init__(
+        self, talk: Talk, text: str, note: int, patience: timedelta | None, relay: Relay | None
+    ) -> None:
+        self.talk = talk
+        self.text = text
+        self.relay = relay
+        self.limit = () if patience is None else (patience,)
+        self.lowest_note: int | None = None  # once compared
+        self._note = note
+
+        self._bytes = text.encode()[-_TEXT_BYTES:].ljust(_TEXT_BYTES)
+        mine = torch.frombuffer(bytearray(self._bytes + note.to_bytes(_NOTE_BYTES)), dtype=torch.uint8)
+        group, tag = talk.group, tag_of(talk.channel, WORDS, talk.partings)
+        self._theirs = {peer: torch.empty_like(mine) for peer in peers(group)}
+        messages = [partial(send_to, mine, peer, group, tag) for peer in peers(group)]
+        messages += [partial(receive_from, buffer, peer, group, tag) for peer, buffer in self._theirs.items()]
+        self._mine = mine  # is being sent
+        self._handles = start(messages, soon=True)
+
+    def meet(self) -> int:
+        return self.talk.meet(self)
+
+    def compare(self) -> None:
+        """Wait for this word of every member. Raises DesyncError for a peer that says another."""
+        for handle in self._handles:
+            handle.wait(*self.limit)
+        notes = [self._note]
+        for peer, buffer in self._theirs.items():
+            said = bytes(buffer.tolist())
+            if said[:_TEXT_BYTES] != self._bytes:
+                self._refuse(peer, said[:_TEXT_BYTES].decode(errors="replace").strip())
+            notes.append(int.from_bytes(said[_TEXT_BYTES:]))
+        if self.relay is not None:
+            self.relay.begin()
+        self.lowest_note = min(notes)
+
+    def _refuse(self, peer: int, theirs: str) -> None:
+        group = self.talk.group
+        raise DesyncError(
+            f"ranks went different ways: this one is at '{self.text}', rank {group.ranks[peer]} is at '{theirs}'",
+            rank=group.ranks[group.rank],
+            expected="the same modules in the same order on every rank",
+            found=f"'{self.text}' here and '{theirs}' there",
+            fix="make control flow equal on all ranks, or mark the module around both with "
+            "set_z3_leaf_modules so that it is gathered whole",
+        )
+
+
+class Talks:
+    """The talks of this process. Process groups belong to the process, and so does this."""
+
+    def __init__(self) -> None:
+        # By ranks, channel, and which process group of these ranks.
+        self._talks: dict[tuple[tuple[int, ...], int, object], Talk] = {}
+
+    def of(self, group: Group, channel: int) -> Talk:
+        """The one talk of this process group on ``channel``, whoever asks."""
+        key = group.ranks, channel, group.started
+        if key not in self._talks:
+            self._talks[key] = Talk(group, channel)
+        return self._talks[key]
+
+
+TALKS = Talks()
+
+
+def agree(items: Mapping[str, str], group: Group) -> None:
+    """Return when ``items`` are equal on every member; one small collective, two when they differ.
+
+    Raises DesyncError, on every member alike, that names the odd ranks and the first item that differs.
+    """
+    if group.size == 1:
+        return
+    text = json.dumps(list(items.items()))
+    digests = all_gather_object(hashlib.sha256(text.encode()).hexdigest(), group, label="agree")
+    if len(set(digests)) > 1:
+        everyone: list[dict[str, str]] = all_gather_object(dict(items), group, label="agree")
+        raise DesyncError(first_difference(everyone, group.ranks))
+
+
+def first_difference(everyone: list[dict[str, str]], ranks: tuple[int, ...]) -> str:
+    """What the members disagree on first: pure, given every member's items."""
+    for key in dict.fromkeys(key for items in everyone for key in items):
+        values = [items.get(key, "(absent)") for items in everyone]
+        if len(set(values)) == 1:
+            continue
+        usual, count = Counter(values).most_common(1)[0]
+        odd = [(rank, value) for rank, value in zip(ranks, values, strict=True) if value != usual]
+        names = ", ".join(f"rank {rank} has {_short(value)}" for rank, value in odd)
+        agreed = f"{count} of {len(values)} ranks have {_short(usual)}"
+        return f"ranks disagree on {key}: {names}; {agreed}. Fix: give every rank the same model and config"
+    return "ranks disagree on the order of their items. Fix: build the model in the same order on every rank"
+
+
+def _short(value: str, limit: int = 200) -> str:
+    return repr(value if len(value) <= limit else value[:limit] + "...")

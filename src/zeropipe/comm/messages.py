@@ -1,0 +1,172 @@
+"""How one message reaches one peer on gloo: which tag it carries, and who hands it over.
+
+Messages between two ranks match in order per tag, so each purpose has tags of its own:
+
+    7919 + 4 * channel + 0      what a collective moves                (DATA)
+                       + 1      the second hop of a gather             (SECOND_HOP)
+                       + 2      words, + 65536 * partings              (WORDS)
+                       + 3      nothing, ever                          (NEVER)
+    2**30 + a label's crc       what a guarded gather moves
+
+A channel (0, 1, ...) is a stream of collectives that needs no order among those of other channels.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any
+from zlib import crc32
+
+import torch
+
+from zeropipe.comm.group import Group
+
+_FIRST = 7919  # keeps our exchanges apart from a user's own send and recv on the same group
+# A second hop is sent when the first is waited for, so it must not queue behind later first hops.
+DATA, SECOND_HOP, WORDS, NEVER = range(4)
+_PURPOSES = 4
+_EPOCH, _EPOCHS = 2**16, 2**13  # apart are the tags of words before and after a parting
+_LABELS = 2**30  # tags from here on belong to labels
+
+_PATIENCE = 5.0  # seconds at the end of the process for messages that are not handed over yet
+Message = Callable[[], Any]  # hands one message over; returns gloo's handle of it, None for an empty one
+
+
+class Posted:
+    """The handle of messages that are handed over soon."""
+
+    __slots__ = ("_error", "_gate", "_handles", "_messages")
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self._messages = messages
+        self._handles: deque[Any] = deque()
+        self._error: BaseException | None = None
+        self._gate = threading.Lock()  # closed until all are handed over
+        self._gate.acquire()
+
+    def hand_over(self) -> None:
+        try:
+            for message in self._messages:
+                handle = message()
+                if handle is not None:
+                    self._handles.append(handle)
+        except BaseException as error:  # the thread that waits raises it
+            self._error = error
+        # They hold the tensors that were sent, which may now be freed by whoever owns them.
+        self._messages = ()
+        self._gate.release()
+
+    def wait(self, *limit: Any) -> None:
+        """Until all have arrived. Raises what handing them over raised."""
+        with self._gate:
+            pass
+        if self._error is not None:
+            raise self._error
+        while self._handles:
+            self._handles[0].wait(*limit)
+            self._handles.popleft()
+
+    def is_completed(self) -> bool:
+        return not self._gate.locked() and all(handle.is_completed() for handle in self._handles)
+
+
+class Poster:
+    """Hands messages to gloo in a thread of its own, in the order in which they are posted. One per process."""
+
+    # Gloo's device thread holds the lock of a pair of ranks while it moves a large message in or out, and whoever
+    # hands over the next message waits for that lock: at stage 3, a tenth of a training step. The poster waits
+    # instead, and the thread that computes goes on. Its thread starts with the first message and ends before the
+    # interpreter does: one that came back from the transport later would end the process with an abort.
+
+    def __init__(self) -> None:
+        self._start_anew()
+        os.register_at_fork(
+            after_in_child=self._start_anew
+        )  # no thread there, and the messages are the parent's
+
+    def _start_anew(self) -> None:
+        self._lock = threading.Lock()
+        self._queue: SimpleQueue[Posted | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def post(self, messages: Sequence[Message]) -> Posted:
+        """Have ``messages`` handed over, after all that were posted before them."""
+        posted = Posted(messages)
+        with self._lock:
+            if self._thread is None:
+                # A daemon, so that one that the transport never lets go does not keep the process.
+                self._thread = threading.Thread(target=self._run, name="zeropipe poster", daemon=True)
+                self._thread.start()
+                atexit.register(self.close)
+            self._queue.put(posted)
+        return posted
+
+    def close(self) -> None:
+        """Hand over what is posted and end the thread, which takes ``_PATIENCE`` at most; a later message starts it
+        anew."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                self._queue.put(None)
+        if thread is not None:
+            thread.join(_PATIENCE)
+        atexit.unregister(self.close)
+
+    def _run(self) -> None:
+        while (posted := self._queue.get()) is not None:
+            posted.hand_over()
+            del posted
+
+
+POSTER = Poster()
+
+
+def tag_of(channel: int, purpose: int = DATA, epoch: int = 0) -> int:
+    return _FIRST + _PURPOSES * channel + purpose + _EPOCH * (epoch % _EPOCHS)
+
+
+def tag_of_label(label: str, numel: int) -> int:
+    """Only exchanges of one label and size meet under it: gloo ends the process where a message is larger than the
+    buffer that waits for it, so exchanges of different things must not."""
+    return _LABELS + crc32(f"{label} {numel}".encode()) % _LABELS
+
+
+def peers(group: Group) -> list[int]:
+    """The other members, starting after this one, so that no member is everybody's first."""
+    return [(group.rank + step) % group.size for step in range(1, group.size)]
+
+
+# The process group's own methods: dist.isend and irecv look up the rank that we come from, which costs as much as a
+# small message does.
+
+
+def send_to(tensor: torch.Tensor, dst: int, group: Group, tag: int = _FIRST) -> Any:
+    """Start to send to member ``dst``; None where there is nothing to send."""
+    assert group.pg is not None
+    return group.pg.send([_real(tensor)], dst, tag) if tensor.numel() else None
+
+
+def receive_from(tensor: torch.Tensor, src: int, group: Group, tag: int = _FIRST) -> Any:
+    """Start to receive from member ``src``; None where there is nothing to receive."""
+    assert group.pg is not None
+    return group.pg.recv([_real(tensor)], src, tag) if tensor.numel() else None
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def start(messages: Sequence[Message], soon: bool) -> list[Any]:
+    """Hand the messages over here and now or, ``soon``, by the poster.
+
+    Messages of one tag must all take the same way: either keeps their order. The poster is for streams that run beside
+    others (channels from 1 on) and for words, which meet large messages on their way in.
+    """
+    if soon:
+        return [POSTER.post(messages)]
+    return [handle for message in messages if (handle := message()) is not None]

@@ -1,0 +1,210 @@
+"""Collectives as messages between pairs of ranks: on gloo this beats the native algorithms several times over.
+
+Everybody sends the others what they own or need, and the owner of an element sums it in rank order, so that the result
+has the same bits on every rank and however the tensor was cut: all_reduce = reduce_scatter + all_gather =
+reduce_to_owners, bitwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+
+import torch
+
+from zeropipe.comm.agreement import TALKS
+from zeropipe.comm.group import Group
+from zeropipe.comm.messages import (
+    DATA,
+    NEVER,
+    SECOND_HOP,
+    peers,
+    receive_from,
+    send_to,
+    start,
+    tag_of,
+    tag_of_label,
+)
+from zeropipe.comm.native import enter_hop, put
+from zeropipe.comm.record import Call, Cut, Work
+from zeropipe.errors import CommunicationError
+
+_SMALL = 4096  # elements; below this one hop (everyone sends all to all) beats two
+_IN_CACHE = 2**16  # elements summed at a time on CPU: what the next operation needs is still in cache
+_AT_ONCE = timedelta(milliseconds=1)
+
+
+class PointToPoint:
+    def all_reduce(self, call: Call, tensor: torch.Tensor) -> Work:
+        group, flat = call.group, tensor.view(-1)
+        if flat.numel() <= _SMALL:
+            # The sum goes where others still read from, so what is sent is a copy.
+            mine = flat.clone()
+            return _reduce(call, [(peer, mine) for peer in peers(group)], [(mine, flat)])
+        cuts = list(enumerate(flat.tensor_split(group.size)))
+        reduced = self.reduce_to_owners(call, cuts, [cuts[group.rank][1]])
+
+        def spread() -> None:
+            reduced.wait()
+            _gather(call, group, cuts, SECOND_HOP).wait()
+
+        return Work(call, finish=spread, sends_late=True)
+
+    def reduce_scatter(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work:
+        return self.reduce_to_owners(
+            call, list(enumerate(input.view(-1).tensor_split(call.group.size))), [output]
+        )
+
+    def reduce_to_owners(self, call: Call, cuts: Sequence[Cut], outputs: Sequence[torch.Tensor]) -> Work:
+        rank = call.group.rank
+        own = [view for owner, view in cuts if owner == rank]
+        return _reduce(call, [cut for cut in cuts if cut[0] != rank], zip(own, outputs, strict=True))
+
+    def all_gather(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work:
+        group = call.group
+        cuts = list(enumerate(output.view(-1).tensor_split(group.size)))
+        put(cuts[group.rank][1], shard)
+        talk = TALKS.of(group, call.channel) if call.guarded else None
+        label = "" if talk is None else talk.since_parting(call.label)
+        relay = None
+        if group.hops is not None and output.numel():
+            relay = _Relay(call, output, label)
+            work = Work(call, finish=relay.finish, sends_late=True)
+        else:
+            work = _gather(call, group, cuts, label=label)
+        # After the shards, so that they are under way where the words have been found equal.
+        return work if talk is None else work.after(talk.say(call.label, call.note, relay=relay))
+
+    def gather_from_owners(self, call: Call, cuts: Sequence[Cut]) -> Work:
+        return _gather(call, call.group, cuts)
+
+    def all_to_all(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work:
+        group = call.group
+        sends, receives = (whole.view(-1).tensor_split(group.size) for whole in (input, output))
+        messages = [partial(send_to, sends[peer], peer, group) for peer in peers(group)]
+        messages += [partial(receive_from, receives[peer], peer, group) for peer in peers(group)]
+        work = Work(call, start(messages, soon=False))
+        receives[group.rank].copy_(sends[group.rank])
+        return work
+
+
+def _gather(call: Call, group: Group, cuts: Sequence[Cut], purpose: int = DATA, label: str = "") -> Work:
+    """Send the own cuts to all, receive every other cut into its place; with ``label``, only from who has the same."""
+    tag = tag_of(call.channel, purpose)
+    if label:
+        tag = tag_of_label(label, sum(view.numel() for _, view in cuts))
+    own = [view for owner, view in cuts if owner == group.rank]
+    messages = [partial(send_to, view, peer, group, tag) for peer in peers(group) for view in own]
+    messages += [
+        partial(receive_from, view, owner, group, tag) for owner, view in cuts if owner != group.rank
+    ]
+    return Work(call, start(messages, soon=bool(call.channel)))
+
+
+def _reduce(call: Call, sent: Sequence[Cut], own: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Work:
+    """Send to each owner; of ``own`` (this rank's values, where the result goes) reduce what everybody sends, in rank
+    order."""
+    group, tag = call.group, tag_of(call.channel)
+    messages = [partial(send_to, view, owner, group, tag) for owner, view in sent]
+    sums: list[tuple[list[torch.Tensor], torch.Tensor]] = []
+    for view, output in own:
+        # Of two members the other's values may arrive where the sum goes.
+        straight = group.size == 2 and output.data_ptr() != view.data_ptr() and output.dtype == view.dtype
+        parts = {peer: output if straight else torch.empty_like(view) for peer in peers(group)}
+        messages += [partial(receive_from, part, peer, group, tag) for peer, part in parts.items()]
+        parts[group.rank] = view
+        sums.append(([parts[member] for member in range(group.size)], output))
+
+    def reduce() -> None:
+        for parts, output in sums:
+            reduce_in_order(parts, output, call.reduction)
+
+    return Work(call, start(messages, soon=bool(call.channel)), reduce)
+
+
+class _Relay:
+    """A gather in two hops (``layout/two_hops.py``): what a rank received from other nodes it hands on inside its own.
+
+    The first hop is under way, the second begins when all are known to gather the same, or when it is waited for.
+    """
+
+    def __init__(self, call: Call, output: torch.Tensor, label: str) -> None:
+        assert call.group.hops is not None
+        self._call, self._label, self._output = call, label, output
+        self._hops = hops = call.group.hops
+        self._shards = output.tensor_split(call.group.size)
+        cuts = [(owner, self._shards[shard]) for owner, shard in hops.plan.first(hops.node.rank)]
+        enter_hop(call, hops.across, output)
+        self._first = _gather(call, hops.across, cuts, label=label)
+        self._second: Work | None = None
+
+    def begin(self) -> None:
+        """Wait for the first hop and start the second."""
+        node = self._hops.node
+        try:
+            self._first.wait()
+            enter_hop(self._call, node, self._output)
+            cuts = [(owner, self._shards[shard]) for owner, shard in self._hops.plan.second()]
+            self._second = _gather(self._call, node, cuts, SECOND_HOP, self._label)
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Close the connections inside the node, so that nobody there waits for what will not come."""
+        # A message that does not arrive in time makes gloo close them; its own abort leaves the peers waiting.
+        node = self._hops.node
+        with suppress(Exception):
+            wanted = torch.empty(1)
+            receive_from(wanted, peers(node)[0], node, tag_of(self._call.channel, NEVER)).wait(_AT_ONCE)
+
+    def finish(self) -> None:
+        if not self._call.guarded:  # there was no word at which it would have begun
+            self.begin()
+        if self._second is None:
+            raise CommunicationError(f"{self._call} was given up, because its first hop had failed")
+        self._second.wait()
+
+
+def reduce_in_order(parts: Sequence[torch.Tensor], output: torch.Tensor, op: str) -> None:
+    """Reduce ``parts`` (1-D) in member order into ``output``, which may be one of them.
+
+    16-bit sums run in fp32 and round once, so that neither the number of ranks nor the range of fp16 shows.
+    """
+    numel = output.numel()
+    if output.device.type != "cpu" or numel <= _IN_CACHE:
+        _reduce_run(parts, output, op)
+        return
+    for at in range(0, numel, _IN_CACHE):
+        run = slice(at, at + _IN_CACHE)
+        _reduce_run([part[run] for part in parts], output[run], op)
+
+
+def _reduce_run(parts: Sequence[torch.Tensor], output: torch.Tensor, op: str) -> None:
+    wide = torch.float32 if output.dtype in (torch.float16, torch.bfloat16) else output.dtype
+    if op in ("max", "min"):
+        reduce = torch.maximum if op == "max" else torch.minimum
+        total = reduce(parts[0], parts[1])
+        for part in parts[2:]:
+            reduce(total, part, out=total)
+    elif wide != output.dtype:
+        total = parts[0].to(wide)
+        for part in parts[1:]:
+            total += part
+    elif len(parts) == 2:
+        total = torch.add(parts[0], parts[1], out=output)
+    else:
+        # Rank order decides where the sum may grow: in the output unless a later part lies there, else in the first
+        # part, which is then a received buffer and ours to overwrite.
+        later = any(part.data_ptr() == output.data_ptr() for part in parts[1:])
+        total = parts[0]
+        if not later and total.data_ptr() != output.data_ptr():
+            total = output.copy_(total)
+        for part in parts[1:]:
+            total += part
+    if op == "avg":
+        total /= len(parts)
+    if total.data_ptr() != output.data_ptr():
+        output.copy_(total)
