@@ -26,7 +26,8 @@ from zeropipe.runtime.pipe.engine import PipelineEngine
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.gather.parameter_offload import ParameterOffload
 from zeropipe.runtime.zero.hold.offload import Offload
-from zeropipe.runtime.zero.hold.optimizer import StepOptions, ZeroOptimizer
+from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
+from zeropipe.runtime.zero.hold.policy import StepOptions
 
 _log = logging.getLogger("zeropipe")
 _OUTCOME = "the outcome of initialize"

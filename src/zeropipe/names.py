@@ -57,6 +57,11 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
         "zeropipe.ops": {},
         "zeropipe.runtime": {},
         "zeropipe.runtime.fp16": {"zeropipe.runtime.engine": ("DeepSpeedEngine",)},
+        "zeropipe.runtime.optimizers.registry": {
+            "zeropipe.runtime.fp16.onebit.adam": ("OnebitAdam",),
+            "zeropipe.runtime.fp16.onebit.lamb": ("OnebitLamb",),
+            "zeropipe.runtime.fp16.onebit.zoadam": ("ZeroOneAdam",),
+        },
         "zeropipe.runtime.pipe": {
             "zeropipe.runtime.pipe.instructions": ("Schedule", "Instruction"),
             "zeropipe.runtime.pipe.module": ("PipelineModule",),

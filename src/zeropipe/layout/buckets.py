@@ -6,6 +6,7 @@ the buffer. A bucket holds whole tensors; one larger than the limit is a bucket 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from zeropipe.layout.flat import FlatShards, Piece
@@ -66,3 +67,24 @@ def _span(layout: FlatShards, run: list[Piece], bucket_start: int) -> Span:
     first = run[0]
     start = layout.offsets[first.tensor] + first.start - bucket_start
     return Span(first.shard, first.offset, start, sum(piece.numel for piece in run), tuple(run))
+
+
+Key = tuple[int, int]  # (store, bucket of the store)
+
+
+def launch_order(
+    buckets: Sequence[int], late: Collection[Key] = (), learned: Sequence[Key] = ()
+) -> tuple[Key, ...]:
+    """The order in which a pass launches its buckets: the same on all ranks, and close to the order of backward.
+
+    A bucket that is complete early but launched late holds its gradients until then. Models register their modules in
+    the order of forward more often than not, so the first pass launches from the last parameter to the first, here of
+    stores with ``buckets[s]`` buckets each.
+
+    ``learned``: the buckets that a backward completed, in its order; they come first, the others as they were.
+    ``late``: buckets that many a backward does not complete (experts that got no token); they come last, so that
+    none of the others waits for them.
+    """
+    default = [(store, bucket) for store in reversed(range(len(buckets))) for bucket in range(buckets[store])]
+    place = {key: at for at, key in enumerate(learned)}
+    return tuple(sorted(default, key=lambda key: (key in late, place.get(key, len(place)))))

@@ -18,8 +18,8 @@ from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel, Sharding
 from zeropipe.runtime.zero.hold.offload import check_folders
-from zeropipe.runtime.zero.hold.own_gradients import Communicates
 from zeropipe.runtime.zero.hold.policy import AUTO_BUCKET_NUMEL, AUTO_SUB_GROUP_NUMEL, Place, Policy
+from zeropipe.runtime.zero.hold.survey import Communicates
 from zeropipe.runtime.zero.leaf import leaf_modules
 from zeropipe.runtime.zero.param import is_sharded, is_trained
 from zeropipe.runtime.zero.replication import Replication, replicated, shard_size, with_hops

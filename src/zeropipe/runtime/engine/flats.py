@@ -19,8 +19,8 @@ from zeropipe.runtime.optimizers.state_kinds import (
     split_state,
     state_keys,
 )
-from zeropipe.runtime.zero.hold.own_gradients import Communicates
 from zeropipe.runtime.zero.hold.partition import Partition
+from zeropipe.runtime.zero.hold.survey import Communicates
 
 if TYPE_CHECKING:
     from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer

@@ -26,7 +26,7 @@ from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.engine.flats import optimizer_flats
 from zeropipe.runtime.engine.module_state import capture, destination
 from zeropipe.runtime.zero.gather.shards import shards_of
-from zeropipe.runtime.zero.hold.own_gradients import Communicates
+from zeropipe.runtime.zero.hold.survey import Communicates
 from zeropipe.runtime.zero.param import is_sharded
 from zeropipe.runtime.zero.status import ZeroParamStatus
 

@@ -7,9 +7,9 @@ from zeropipe.runtime.optimizers.fused import (
     FusedAdam,
     FusedLamb,
     FusedLion,
+    Lion,
 )
 from zeropipe.runtime.optimizers.lamb import Lamb
-from zeropipe.runtime.optimizers.lion import Lion
 from zeropipe.runtime.optimizers.muon import Muon
 from zeropipe.runtime.optimizers.registry import build_optimizer, classify, require_shardable
 from zeropipe.runtime.optimizers.shard_view import ShardAware, ShardView

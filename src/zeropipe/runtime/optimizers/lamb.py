@@ -14,10 +14,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from zeropipe.comm import collectives
 from zeropipe.comm.group import Group
 from zeropipe.layout.flat import Piece
-from zeropipe.runtime.optimizers.checks import check_betas, check_not_negative
 from zeropipe.runtime.optimizers.shard_view import (
     ShardView,
+    check_betas,
     check_bound,
+    check_not_negative,
     flat,
     gradient,
     put_back,

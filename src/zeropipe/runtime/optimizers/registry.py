@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, describe
+from zeropipe.names import homes, lazy
 from zeropipe.runtime.optimizers.fused import (
     FUSED_DEVICES,
     DeepSpeedCPUAdagrad,
@@ -21,13 +21,12 @@ from zeropipe.runtime.optimizers.fused import (
     FusedAdam,
     FusedLamb,
     FusedLion,
+    Lion,
     can_fuse,
     held,
     refuse,
 )
-from zeropipe.runtime.optimizers.lion import Lion
-from zeropipe.runtime.optimizers.muon import Muon
-from zeropipe.runtime.optimizers.muon_groups import split_groups
+from zeropipe.runtime.optimizers.muon import Muon, split_groups
 from zeropipe.runtime.optimizers.shard_view import ShardAware
 
 Kind = Literal["elementwise", "shard_aware", "whole"]
@@ -56,13 +55,9 @@ NEEDS_WHOLE: Mapping[str, str] = MappingProxyType(
         "zeropipe.runtime.optimizers.Muon, does so on shards",
     }
 )
-_LAZY: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "onebitadam": ("zeropipe.runtime.fp16.onebit.adam", "OnebitAdam"),
-        "onebitlamb": ("zeropipe.runtime.fp16.onebit.lamb", "OnebitLamb"),
-        "zerooneadam": ("zeropipe.runtime.fp16.onebit.zoadam", "ZeroOneAdam"),
-    }
-)
+# Compressed optimizers are a subject of their own, beside this one in the layers: found when one is asked for.
+_find, _ = lazy(__name__)
+_COMPRESSED: Mapping[str, str] = MappingProxyType({name.lower(): name for name in homes(__name__)})
 _NOT_OF_THE_CLASS = ("self", "params", "model_params")
 
 
@@ -106,15 +101,21 @@ def build_optimizer(
     ``type``: any case. ``param_groups``: what torch optimizers take; group dicts are used in place, the very
     same objects. ``device``: where steps will run, if not where the parameters are now; it decides whether
     torch's fused kernels can be used. A value ``"auto"`` counts as absent. Muon's groups are split into
-    matrices and others (see muon_groups).
+    matrices and others (see ``split_groups``).
 
     Raises ConfigError for a name or hyperparameter that is not known, with the nearest one that is.
     """
     given = {key: value for key, value in (params or {}).items() if value != "auto"}
     request = Request(type, given, held(param_groups))
     name = type.lower().replace("_", "").replace("-", "")
-    if name in _LAZY:
-        return request.make(_load_lazy(type, *_LAZY[name]))
+    if name in _COMPRESSED:
+        try:
+            cls = _find(_COMPRESSED[name])
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"optimizer {type} is not part of this installation ({error})", fix="use type Adam"
+            ) from error
+        return request.make(cls)
     if name in _BUILDERS:
         return _BUILDERS[name](request, _device_types(request.groups, device))
     for candidate, cls in _torch_classes().items():
@@ -271,17 +272,6 @@ def _torch_classes() -> dict[str, type[torch.optim.Optimizer]]:
         and issubclass(cls, torch.optim.Optimizer)
         and cls is not torch.optim.Optimizer
     }
-
-
-def _load_lazy(name: str, module: str, attribute: str) -> Callable[..., torch.optim.Optimizer]:
-    # By path at run time: compressed optimizers are a subject of their own, beside this one in the layers.
-    try:
-        found: Callable[..., torch.optim.Optimizer] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"optimizer {name} is not part of this installation ({error})", fix="use type Adam"
-        ) from error
-    return found
 
 
 def _unknown(where: str, found: str, known: list[str], owner: str) -> str:

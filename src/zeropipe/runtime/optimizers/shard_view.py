@@ -1,8 +1,8 @@
-"""What an optimizer that needs whole tensors must know about the 1-D shard that it is given to step on."""
+"""What our optimizers share: the view of the 1-D shard that they are given to step on, and range checks of options."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -100,3 +100,14 @@ def put_back(param: torch.Tensor, run: torch.Tensor) -> None:
     """Write ``run``, made by ``flat``, back into ``param`` where it is a copy."""
     if not param.is_contiguous():
         param.detach().copy_(run.view(param.shape))
+
+
+def check_not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not float(value) >= 0.0:
+            raise ValueError(f"{name} must be at least 0, found {value}")
+
+
+def check_betas(betas: Sequence[float]) -> None:
+    if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), found {betas}")

@@ -12,8 +12,14 @@ from tests.unit.runtime.optimizers.shards import layout_of, like, nasty, run_sha
 from zeropipe.errors import UsageError
 from zeropipe.layout.flat import flat_shards
 from zeropipe.runtime.optimizers import Muon, muon
-from zeropipe.runtime.optimizers.muon_kernel import NS_COEFFICIENTS, NS_DTYPE, newton_schulz
-from zeropipe.runtime.optimizers.muon_plan import is_matrix, merged_runs, plan_rounds
+from zeropipe.runtime.optimizers.muon_rounds import (
+    NS_COEFFICIENTS,
+    NS_DTYPE,
+    is_matrix,
+    merged_runs,
+    newton_schulz,
+    plan_rounds,
+)
 
 BF16_STEPS = 0.03  # a handful of bf16 roundings (2**-8 each) on singular values near 1
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from zeropipe.runtime.optimizers.fused import Lion
 from zeropipe.runtime.optimizers.lamb import Lamb
-from zeropipe.runtime.optimizers.lion import Lion
 from zeropipe.runtime.optimizers.muon import Muon
 from zeropipe.runtime.optimizers.registry import ELEMENTWISE
 from zeropipe.runtime.optimizers.state_kinds import (

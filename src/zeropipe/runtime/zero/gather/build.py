@@ -26,7 +26,7 @@ from zeropipe.runtime.zero.gather.host_memory import FreedMemory
 from zeropipe.runtime.zero.gather.sharded_parameter import mark_available
 from zeropipe.runtime.zero.gather.shards import GATHER, Shards, shard_parameter, shards_of
 from zeropipe.runtime.zero.gather.state_dict import install_state_dict
-from zeropipe.runtime.zero.hold.offload_files import Arena
+from zeropipe.runtime.zero.hold.offload import Arena
 from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
 from zeropipe.tensor.model import overlapping, shared_memory, was_prepared, working_dtypes
 

@@ -1,4 +1,4 @@
-"""The two hooks on each trained parameter: before autograd adds a gradient to ``.grad``, and after.
+"""What happens as gradients arrive: the two hooks on each trained parameter, the end of a backward, and what is noted.
 
     gradient arrives          expect(): the pass is opened, room is made in ``.grad``, and it gets the factor it lacks
     autograd adds it up
@@ -6,18 +6,32 @@
 
 Most gradients need nothing of the kind: while a pass says so, one look into a set lets the first of each parameter
 through (``let_through``). Neither hook is seen by the garbage collector: it must not be what keeps an optimizer alive.
+
+A backward ends where the outermost one does, if a re-entrant checkpoint runs others inside of it:
+
+    loss.backward()                     autograd calls back at the end of the backward in which one asks:
+      CheckpointFunction.backward       a hook in here would be called at the end of
+        torch.autograd.backward         this one, once per checkpoint
+          hook of a parameter
+
+Nothing here decides what becomes of a gradient: that is the reducer's.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import _engine_run_backward, get_gradient_edge
 
+from zeropipe.comm.collectives import all_gather_object
+from zeropipe.comm.group import Group
 from zeropipe.runtime.zero.hold.grads import GradStore
+from zeropipe.tensor.norms import NonFinite, all_finite, earliest
 
 
 class Taker(Protocol):
@@ -106,3 +120,89 @@ def _will_be_added(param: torch.nn.Parameter) -> bool:
     except RuntimeError:  # how it says that this is torch.autograd.grad
         return False
     return will
+
+
+_RUN = _engine_run_backward.__code__
+_NODE = BackwardCFunction.apply.__code__
+
+
+class Ending:
+    """What is called. Autograd alone holds it, so that it is gone uncalled where the backward raises."""
+
+    __slots__ = ("__weakref__", "_then")
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then = then
+
+    def __call__(self) -> None:
+        self._then()
+
+
+def at_end_of_backward(then: Callable[[], None], gone: Callable[[], None]) -> weakref.ref[Ending]:
+    """Inside a backward: call ``then`` when it ends, and ``gone`` after that or when it raised.
+
+    Returns a reference that is dead from then on.
+    """
+    ending = Ending(then)
+    _queue(ending)
+    return weakref.ref(ending, lambda _: gone())
+
+
+def _queue(ending: Ending) -> None:
+    outer = _enclosing_node()
+    following = [] if outer is None else [node for node, _ in outer.next_functions if node is not None]
+    if not following:
+        torch.autograd.Variable._execution_engine.queue_callback(ending)
+        return
+
+    # What autograd runs after the node in which this backward was started, it runs in the backward around it.
+    def outside(_: Any) -> None:
+        handle.remove()
+        _queue(ending)
+
+    handle = following[0].register_prehook(outside)
+
+
+def _enclosing_node() -> Any:
+    """The node of a custom function in whose backward the present backward was started; None at the outermost."""
+    frame, inside = sys._getframe(), False
+    while frame is not None:
+        if frame.f_code is _RUN:
+            inside = True
+        elif inside and frame.f_code is _NODE:
+            return frame.f_locals["self"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+class Watch:
+    """Looks at each local gradient of a window before it is reduced, so that the rank is still known."""
+
+    def __init__(self, group: Group, micro_step: Callable[[], int]) -> None:
+        self._group = group
+        self._micro_step = micro_step
+        self._seen: list[
+            tuple[str, int, int, torch.Tensor]
+        ] = []  # name, numel, micro-step, (inf, NaN) counts
+
+    def look(self, name: str, grad: torch.Tensor) -> None:
+        if grad.is_sparse:
+            grad = grad.coalesce().values()  # of an embedding: repeated rows are added first
+        if grad.device.type == "cpu" and bool(all_finite(grad)):
+            return
+        counts = torch.stack([torch.isinf(grad).sum(), torch.isnan(grad).sum()])
+        self._seen.append((name, grad.numel(), self._micro_step(), counts))
+
+    def clear(self) -> None:
+        self._seen.clear()
+
+    def find(self) -> NonFinite | None:
+        """The earliest bad gradient of all ranks in this window; collective, the same on every rank."""
+        rank = self._group.ranks[self._group.rank]
+        mine = None
+        for name, numel, micro_step, counts in self._seen:
+            num_inf, num_nan = counts.tolist()
+            if num_inf or num_nan:
+                mine = NonFinite(name, num_inf, num_nan, numel, rank, micro_step)
+                break
+        return earliest(all_gather_object(mine, self._group, label="overflow"))

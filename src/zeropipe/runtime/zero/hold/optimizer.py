@@ -9,58 +9,33 @@ their ``params`` lists now hold the masters.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 
 from zeropipe.comm.agreement import agree
-from zeropipe.comm.group import SELF, Group
+from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
 from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
 from zeropipe.runtime.optimizers.registry import classify
 from zeropipe.runtime.optimizers.shard_view import ShardAware
 from zeropipe.runtime.zero.hold.access import Trained, trained_of
-from zeropipe.runtime.zero.hold.client_optimizer import install_zero_grad, remove_zero_grad
+from zeropipe.runtime.zero.hold.arrivals import Watch
 from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.offload import Offload
-from zeropipe.runtime.zero.hold.own_gradients import bind
 from zeropipe.runtime.zero.hold.partition import Partition, copy_of
-from zeropipe.runtime.zero.hold.policy import Policy
+from zeropipe.runtime.zero.hold.policy import Policy, Scaler, StepOptions
 from zeropipe.runtime.zero.hold.reducer import Reducer
 from zeropipe.runtime.zero.hold.shard_values import ShardValues
 from zeropipe.runtime.zero.hold.stepping import Stepping, Update
-from zeropipe.runtime.zero.hold.survey import Figures, refuse, survey, unused_everywhere
+from zeropipe.runtime.zero.hold.survey import Figures, bind, refuse, survey, unused_everywhere
 from zeropipe.runtime.zero.hold.values import FlatValues
-from zeropipe.runtime.zero.hold.watch import Watch
 from zeropipe.runtime.zero.param import ZeroParam, shards_at
 from zeropipe.tensor.norms import NonFinite, clip_coefficient
-
-
-class Scaler(Protocol):
-    """What a loss scaler must offer; the classes are in ``runtime/fp16``."""
-
-    @property
-    def loss_scale(self) -> float: ...
-    def update_scale(self, overflow: bool, diagnosis: object = None) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class StepOptions:
-    """How gradients become a step. ``clip``: largest global norm, 0 for none."""
-
-    clip: float = 0.0
-    scaler: Scaler | None = None
-    skip_nonfinite: bool = False  # without a scaler: a step with inf or NaN is skipped
-    refuse_unused: bool = False  # a parameter that no rank gave a gradient is an error
-    model_group: Group = (
-        SELF  # ranks that hold the other parts of this replica: norm and overflow are theirs too
-    )
-    counts: Callable[[torch.nn.Parameter], bool] | None = None  # whether this rank's copy enters the norm
-    replicas: Group = SELF  # stage 3: the ranks that hold the same shards as this one (MiCS)
 
 
 @dataclass(slots=True)
@@ -390,3 +365,34 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         for index, (name, param) in enumerate(zip(partition.names, partition.params, strict=True)):
             one = Trained(name, index, partition, store, self.reducer, lambda: self.loss_scale)
             param._zero = ZeroParam(name, one, shards_at(param))  # type: ignore[attr-defined]
+
+
+# ``zero_grad`` of the torch optimizer that the user still holds clears what the engine has taken over too: its param
+# groups hold the masters by now, whose gradients exist only in the middle of a step. The method is kept in the
+# optimizer's own ``__dict__``, so that its class stays as it is.
+_ZERO_GRAD = "zero_grad"
+
+
+def install_zero_grad(optimizer: torch.optim.Optimizer, reducer: Reducer) -> None:
+    """Let ``optimizer.zero_grad`` forget the window's gradients."""
+    if _ZERO_GRAD not in optimizer.__dict__:
+        # Users keep the optimizer longer than the engine.
+        optimizer.__dict__[_ZERO_GRAD] = partial(_zero_grad, weakref.ref(optimizer), weakref.ref(reducer))
+
+
+def remove_zero_grad(optimizer: torch.optim.Optimizer) -> None:
+    """Undo ``install_zero_grad``."""
+    if getattr(optimizer.__dict__.get(_ZERO_GRAD), "func", None) is _zero_grad:
+        del optimizer.__dict__[_ZERO_GRAD]
+
+
+def _zero_grad(
+    optimizer_of: weakref.ref[torch.optim.Optimizer],
+    reducer_of: weakref.ref[Reducer],
+    set_to_none: bool = True,
+) -> None:
+    optimizer, reducer = optimizer_of(), reducer_of()
+    if optimizer is not None:
+        type(optimizer).zero_grad(optimizer, set_to_none)
+    if reducer is not None:
+        reducer.clear()

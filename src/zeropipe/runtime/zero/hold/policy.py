@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, Protocol
 
 import torch
+
+from zeropipe.comm.group import SELF, Group
 
 # 8 MiB of fp32: past it no algorithm gains, scratch stays small, and latency is hidden.
 AUTO_BUCKET_NUMEL = 2**21
@@ -54,3 +58,28 @@ class Policy:
     @property
     def shards_parameters(self) -> bool:
         return self.stage >= 3
+
+
+class Scaler(Protocol):
+    """What a loss scaler must offer; the classes are in ``runtime/fp16``."""
+
+    @property
+    def loss_scale(self) -> float: ...
+    def update_scale(self, overflow: bool, diagnosis: object = None) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """How gradients become a step. ``clip``: largest global norm, 0 for none."""
+
+    clip: float = 0.0
+    scaler: Scaler | None = None
+    skip_nonfinite: bool = False  # without a scaler: a step with inf or NaN is skipped
+    refuse_unused: bool = False  # a parameter that no rank gave a gradient is an error
+    model_group: Group = (
+        SELF  # ranks that hold the other parts of this replica: norm and overflow are theirs too
+    )
+    counts: Callable[[torch.nn.Parameter], bool] | None = None  # whether this rank's copy enters the norm
+    replicas: Group = SELF  # stage 3: the ranks that hold the same shards as this one (MiCS)

@@ -23,14 +23,11 @@ import torch
 from zeropipe.comm.collectives import Work, all_reduce, broadcast
 from zeropipe.comm.group import SELF, Group
 from zeropipe.errors import UsageError
-from zeropipe.layout.buckets import Bucket
-from zeropipe.runtime.zero.hold.arrivals import Arrivals
-from zeropipe.runtime.zero.hold.backward_end import Ending, at_end_of_backward
+from zeropipe.layout.buckets import Bucket, Key, launch_order
+from zeropipe.runtime.zero.hold.arrivals import Arrivals, Ending, Watch, at_end_of_backward
 from zeropipe.runtime.zero.hold.grads import GradStore
-from zeropipe.runtime.zero.hold.launch_order import Key, launch_order
 from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.policy import Place, Policy
-from zeropipe.runtime.zero.hold.watch import Watch
 from zeropipe.runtime.zero.leaf import z3_leaf_parameter
 
 _BUCKETS_PER_PASS = 2**24  # more than there are

@@ -20,10 +20,10 @@ from zeropipe.comm.collectives import Work
 from zeropipe.comm.record import SEAM
 from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.hold.grads import GradStore
-from zeropipe.runtime.zero.hold.own_gradients import Communicates, hand_over
 from zeropipe.runtime.zero.hold.partition import Partition, copy_of
 from zeropipe.runtime.zero.hold.step_runs import Job, Range, Runs, alone, is_fused, told_of_return
 from zeropipe.runtime.zero.hold.step_whole import Undo, step_whole
+from zeropipe.runtime.zero.hold.survey import Communicates, hand_over
 
 # Elements that a call which does not happen in one kernel may change and still be undone; a copy of that much is cheap.
 UNDO_NUMEL = 2**20

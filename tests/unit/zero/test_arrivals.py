@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from zeropipe.runtime.zero.hold.backward_end import Ending, at_end_of_backward
+from zeropipe.runtime.zero.hold.arrivals import Ending, at_end_of_backward
 
 
 class Seen:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeropipe.runtime.zero.hold.launch_order import launch_order
+from zeropipe.layout.buckets import launch_order
 
 
 def test_at_first_the_last_store_and_each_stores_buckets_in_turn() -> None:
