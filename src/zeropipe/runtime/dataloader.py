@@ -209,7 +209,13 @@ class RepeatingLoader:
             for value in self._iterator:
                 return value
             self._iterator = iter(self.loader)
-        raise UsageError("a loader that is repeated yields nothing", fix="give it a dataset with samples")
+        raise UsageError(
+            "the training data gives no micro-batch",
+            expected="a loader that gives at least one each time it is gone through",
+            found=f"none from a {type(self.loader).__name__}",
+            fix="give more samples than one micro-batch takes on each rank, set dataloader_drop_last to false, "
+            "or, where the loader is an iterator, pass it to train_batch(data_iter)",
+        )
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self.loader.state_dict()

@@ -22,32 +22,6 @@ from zeropipe.runtime.pipe.wire import map_tensors
 LossFn = Callable[..., Any]
 
 
-class Repeat:
-    """Goes through ``loader`` again and again."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader, self._iterator = loader, iter(loader)
-
-    def __iter__(self) -> Repeat:
-        return self
-
-    def __next__(self) -> Any:
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            self._iterator = iter(self._loader)
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            raise UsageError(
-                "the training data gives no micro-batch",
-                expected="a loader that gives at least one each time it is gone through",
-                found=f"none from a {type(self._loader).__name__}",
-                fix="give more samples than one micro-batch takes on each rank, set dataloader_drop_last to false, "
-                "or, where the loader is an iterator, pass it to train_batch(data_iter)",
-            ) from None
-
-
 class Batch:
     """``count`` micro-batches of one run on this rank, and what the loss function returns for each.
 

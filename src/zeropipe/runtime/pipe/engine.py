@@ -16,9 +16,10 @@ from zeropipe.checkpoint.state import LoadedState
 from zeropipe.comm.agreement import agree
 from zeropipe.comm.collectives import all_gather_object, barrier
 from zeropipe.errors import UsageError
+from zeropipe.runtime.dataloader import RepeatingLoader
 from zeropipe.runtime.engine.engine import DeepSpeedEngine, Parts
 from zeropipe.runtime.engine.stages import stage_table
-from zeropipe.runtime.pipe.batch import Batch, Outcome, Repeat, Settlement
+from zeropipe.runtime.pipe.batch import Batch, Outcome, Settlement
 from zeropipe.runtime.pipe.executor import Executor, Stage
 from zeropipe.runtime.pipe.instructions import Schedule
 from zeropipe.runtime.pipe.lowering import Unshard, with_sharding, with_transfers
@@ -301,7 +302,7 @@ class PipelineEngine(DeepSpeedEngine):
                         fix="pass train_batch(data_iter), call engine.set_dataiterator, or give training_data "
                         "to initialize",
                     )
-                self._iterator = Repeat(self.training_dataloader)
+                self._iterator = RepeatingLoader(self.training_dataloader)
             iterator = self._iterator
         return iterator
 

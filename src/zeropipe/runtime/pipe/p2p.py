@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,19 +48,23 @@ class Links:
         self._tag: int = broadcast_object(secrets.choice(_TAGS), 0, pipe, label="pipeline tag")
 
     def send(self, tensor: torch.Tensor, target: int, tag: int, label: str) -> Work:
-        group = self._pairs.get((self.pipe.rank, target), self.pipe)
-        return send(
-            tensor, self._place(group, target), group, tag=self._tag + tag, label=label, async_op=True
-        )
+        return self._start(send, (self.pipe.rank, target), target, tensor, tag, label)
 
     def recv(self, tensor: torch.Tensor, source: int, tag: int, label: str) -> Work:
-        group = self._pairs.get((source, self.pipe.rank), self.pipe)
-        return recv(
-            tensor, self._place(group, source), group, tag=self._tag + tag, label=label, async_op=True
-        )
+        return self._start(recv, (source, self.pipe.rank), source, tensor, tag, label)
 
-    def _place(self, group: Group, rank: int) -> int:
-        return group.ranks.index(self.pipe.ranks[rank])
+    def _start(
+        self,
+        call: Callable[..., Work],
+        pair: tuple[int, int],
+        other: int,
+        tensor: torch.Tensor,
+        tag: int,
+        label: str,
+    ) -> Work:
+        group = self._pairs.get(pair, self.pipe)
+        place = group.ranks.index(self.pipe.ranks[other])
+        return call(tensor, place, group, tag=self._tag + tag, label=label, async_op=True)
 
 
 def edge_of(message: Message) -> Edge:
@@ -73,51 +77,39 @@ def label_of(message: Message) -> str:
 
 
 @dataclass(slots=True)
-class _Incoming:
-    """A message whose receive is open."""
-
-    message: Message
-    work: Work
-    buffer: torch.Tensor  # uint8, the message's bytes once the work is done
-
-
-@dataclass(slots=True)
 class _Queue:
-    """The messages from one other rank in one step, in the order in which they are sent."""
+    """The messages from one other rank in one step. Each goes from the first of these to the last, in this order::
+
+        expected  --[size known: receive opened]-->  opened  --[bytes are there]-->  arrived  --> taken
+            `--------[form and value received at once]--------------------------------^
+
+    A step may want a later message first; what came before it then waits in ``arrived``.
+    """
 
     source: int
     expected: deque[Message]
-    opened: deque[_Incoming] = field(default_factory=deque)
+    opened: deque[tuple[Message, Work, torch.Tensor]] = field(
+        default_factory=deque
+    )  # the bytes once work is done
     arrived: dict[Message, tuple[Form, torch.Tensor]] = field(default_factory=dict)
 
 
-_Part = tuple[Work, torch.Tensor]  # a transfer and the buffer that it must find unchanged
-
-
+@dataclass(slots=True)
 class _Outgoing:
-    """What was sent to one rank and may not have arrived; gloo tells only who waits, so waiting must be safe."""
+    """The messages to one other rank in one step: still owed, or sent and perhaps not there yet."""
 
-    def __init__(self) -> None:
-        self._messages: deque[list[_Part]] = deque()
-        self._forgotten = 0
-
-    @property
-    def begun(self) -> int:
-        return self._forgotten + len(self._messages)
-
-    @property
-    def works(self) -> list[Work]:
-        return [work for parts in self._messages for work, _ in parts]
-
-    def add(self, parts: list[_Part]) -> None:
-        self._messages.append(parts)
+    owed: deque[Message]
+    # Of each message its transfers, with the buffers that they must find unchanged. gloo tells only who waits for a
+    # transfer whether it is done, so waiting must be safe: it is done once the other side's receipt is known.
+    sent: deque[list[tuple[Work, torch.Tensor]]] = field(default_factory=deque)
+    forgotten: int = 0
 
     def forget(self, count: int) -> None:
         """The first ``count`` messages ever are known to have arrived: free their buffers."""
-        while self._forgotten < count:
-            for work, _ in self._messages.popleft():
+        while self.forgotten < count:
+            for work, _ in self.sent.popleft():
                 work.wait()
-            self._forgotten += 1
+            self.forgotten += 1
 
 
 class Mailbox:
@@ -126,10 +118,13 @@ class Mailbox:
     def __init__(self, links: Links, device: torch.device, dynamic: bool) -> None:
         self._links, self.device, self._dynamic = links, device, dynamic
         self._rank = links.pipe.rank
-        self._sent: dict[Edge, Form] = {}  # the form that the other side knows
+
+        # From step to step: the form of the latest message of each edge, told once while it does not change.
+        self._told: dict[Edge, Form] = {}
         self._known: dict[Edge, Form] = {}
-        self._queues: dict[int, _Queue] = {}
-        self._targets: dict[int, deque[Message]] = {}
+
+        # Of one step.
+        self._queues: dict[int, _Queue] = {}  # by source rank
         self._out: dict[int, _Outgoing] = {}  # by target rank
         self._taken: Mapping[Message, int] = {}
         self.heard_of_failure = False  # in this step: another rank failed first
@@ -139,26 +134,25 @@ class Mailbox:
     ) -> None:
         """Start a step in which the messages of ``queues`` travel; ``taken`` as `known_taken` gives it."""
         self._queues = {s: _Queue(s, deque(q)) for (s, t), q in queues.items() if t == self._rank}
-        self._targets = {t: deque(q) for (s, t), q in queues.items() if s == self._rank}
-        self._out = {target: _Outgoing() for target in self._targets}
+        self._out = {t: _Outgoing(deque(q)) for (s, t), q in queues.items() if s == self._rank}
         self._taken = taken
         self.heard_of_failure = False
 
     def finish(self) -> None:
         """Wait until everything that was sent has arrived."""
         for outgoing in self._out.values():
-            outgoing.forget(outgoing.begun)
+            outgoing.forget(outgoing.forgotten + len(outgoing.sent))
 
     def forget_forms(self) -> None:
         """Tell and be told all forms anew: the batches of a new kind of step have other shapes."""
-        self._sent.clear()
+        self._told.clear()
         self._known.clear()
 
     def send(self, message: Message, target: int, value: Value) -> None:
         """Start sending; the tensors are copied, so they may be freed or changed."""
         form = form_of(value)
         edge = edge_of(message)
-        told = self._sent.get(edge)
+        told = self._told.get(edge)
         if told != form and told is not None and not self._dynamic:
             raise UsageError(
                 f"stage {message.source} sends micro-batch {message.micro_batch} to stage {message.target} "
@@ -168,17 +162,17 @@ class Mailbox:
                 fix="build PipelineModule with dynamic_shape=True, or give equal micro-batches (drop_last=True)",
             )
         label = label_of(message)
-        parts: list[_Part] = []
+        parts: list[tuple[Work, torch.Tensor]] = []
         if told is None or self._dynamic:
             data = torch.frombuffer(bytearray(form.to_bytes()), dtype=torch.uint8).to(self.device)
             sizes = torch.tensor([data.numel(), form.nbytes], dtype=torch.int64, device=self.device)
             for part in (sizes, data):
                 parts.append((self._links.send(part, target, _FORM_TAG, f"form {label}"), part))
-            self._sent[edge] = form
+            self._told[edge] = form
         buffer = pack(form, value.tensors, self.device)
         parts.append((self._links.send(buffer, target, _VALUE_TAG, label), buffer))
-        self._out[target].add(parts)
-        expected = self._targets[target].popleft()
+        self._out[target].sent.append(parts)
+        expected = self._out[target].owed.popleft()
         assert expected == message, f"sent {message}, the schedule has {expected}"
 
     def open(self, message: Message, source: int) -> None:
@@ -195,7 +189,12 @@ class Mailbox:
                 self._receive_next(queue)
             except _Farewell:
                 self.heard_of_failure = True
-                raise self._peer_failed(source, message) from None
+                raise CommunicationError(
+                    f"pipeline rank {source} failed before it sent {message.send}",
+                    rank=self._rank,
+                    fix="read the traceback of the rank that failed first",
+                ) from None
+        # An acknowledgement that costs nothing: who sent this had taken so many of ours before.
         if source in self._out:
             self._out[source].forget(self._taken[message])
         form, buffer = queue.arrived.pop(message)
@@ -203,15 +202,16 @@ class Mailbox:
 
     def say_failed(self) -> None:
         """Answer every message that others still expect from here, so that they stop instead of waiting."""
-        for target, messages in self._targets.items():
-            while messages:
-                told = self._sent.get(edge_of(messages.popleft()))
+        for target, outgoing in self._out.items():
+            while outgoing.owed:
+                # In the form that the other side waits for: sizes first, or bytes of the size that it knows.
+                told = self._told.get(edge_of(outgoing.owed.popleft()))
                 if told is None or self._dynamic:
                     part, tag = torch.tensor([-1, self._rank], device=self.device), _FORM_TAG
                 else:
                     part, tag = farewell(told.nbytes, self.device), _VALUE_TAG
                 with contextlib.suppress(Exception):  # the peer may be gone already
-                    self._out[target].add([(self._links.send(part, target, tag, "failed"), part)])
+                    outgoing.sent.append([(self._links.send(part, target, tag, "failed"), part)])
 
     def clear(self) -> None:
         """After a failure: take all that is still sent to this rank; the next batch finds nothing on its way."""
@@ -225,18 +225,23 @@ class Mailbox:
     def give_up(self) -> None:
         """What is still on its way will not be waited for, but the transport uses its buffers."""
         for outgoing in self._out.values():
-            SEAM.keep(*outgoing.works)
+            SEAM.keep(*(work for parts in outgoing.sent for work, _ in parts))
         for queue in self._queues.values():
-            SEAM.keep(*(incoming.work for incoming in queue.opened))
+            SEAM.keep(*(work for _, work, _ in queue.opened))
 
     def _receive_next(self, queue: _Queue) -> None:
         """Take the next message of ``queue``, whichever it is."""
-        if not queue.opened and not self._open_next(queue):
-            self._receive_with_form(queue)
-            return
-        incoming = queue.opened.popleft()
-        incoming.work.wait()
-        self._accept(queue, incoming.message, self._known[edge_of(incoming.message)], incoming.buffer)
+        if queue.opened or self._open_next(queue):
+            message, work, buffer = queue.opened.popleft()
+            work.wait()
+            form = self._known[edge_of(message)]
+        else:
+            message = queue.expected.popleft()
+            form, buffer = self._receive_with_form(queue.source, message)
+        # On a GPU reading the first byte would stop the stream; there a failed peer shows as a dead process.
+        if buffer.device.type == "cpu" and int(buffer[0]) == FAILED:
+            raise _Farewell
+        queue.arrived[message] = form, buffer
 
     def _open_next(self, queue: _Queue) -> bool:
         """Open the receive of the next message; False where its form must come first."""
@@ -246,33 +251,18 @@ class Mailbox:
         message = queue.expected.popleft()
         buffer = torch.empty(form.nbytes, dtype=torch.uint8, device=self.device)
         work = self._links.recv(buffer, queue.source, _VALUE_TAG, label_of(message))
-        queue.opened.append(_Incoming(message, work, buffer))
+        queue.opened.append((message, work, buffer))
         return True
 
-    def _receive_with_form(self, queue: _Queue) -> None:
-        message = queue.expected.popleft()
+    def _receive_with_form(self, source: int, message: Message) -> tuple[Form, torch.Tensor]:
         sizes = torch.empty(_SIZES, dtype=torch.int64, device=self.device)
-        self._links.recv(sizes, queue.source, _FORM_TAG, "form").wait()
+        self._links.recv(sizes, source, _FORM_TAG, "form").wait()
         form_bytes, value_bytes = sizes.tolist()
         if form_bytes < 0:
             raise _Farewell
         data = torch.empty(form_bytes, dtype=torch.uint8, device=self.device)
-        self._links.recv(data, queue.source, _FORM_TAG, "form").wait()
-        form = Form.from_bytes(bytes(data.tolist()))
+        self._links.recv(data, source, _FORM_TAG, "form").wait()
+        form = self._known[edge_of(message)] = Form.from_bytes(bytes(data.tolist()))
         buffer = torch.empty(value_bytes, dtype=torch.uint8, device=self.device)
-        self._links.recv(buffer, queue.source, _VALUE_TAG, label_of(message)).wait()
-        self._known[edge_of(message)] = form
-        self._accept(queue, message, form, buffer)
-
-    def _accept(self, queue: _Queue, message: Message, form: Form, buffer: torch.Tensor) -> None:
-        # On a GPU reading the first byte would stop the stream; there a failed peer shows as a dead process.
-        if buffer.device.type == "cpu" and int(buffer[0]) == FAILED:
-            raise _Farewell
-        queue.arrived[message] = form, buffer
-
-    def _peer_failed(self, source: int, message: Message) -> CommunicationError:
-        return CommunicationError(
-            f"pipeline rank {source} failed before it sent {message.send}",
-            rank=self._rank,
-            fix="read the traceback of the rank that failed first",
-        )
+        self._links.recv(buffer, source, _VALUE_TAG, label_of(message)).wait()
+        return form, buffer

@@ -13,22 +13,14 @@ matrix product: one edge to its input, one through a transpose to its weight)::
 Nothing is computed twice: a node computes only the gradients that are asked of it. The second half ends in the
 parameters' own accumulation, so hooks on them run as ever, and sums are those of an undivided backward.
 
-A graph is divided only where that can be proved right; otherwise the first half is the whole, ordinary backward
-and the second does nothing. The proof:
-
-- Every node on a way to an input is one of torch's own, whose formula only reads what forward saved. A custom
-  function may change what it keeps, what it is given or what it has returned, when its backward runs: then running it
-  twice is wrong, and so is using later what it could have changed. It may also insist on an ordinary backward (a
-  reentrant checkpoint, a compiled function).
-- No fork saved its tensors through hooks: a checkpoint would recompute its part of the model once more.
-- Hooks run once, in the first half. What they made of a gradient has been noted, and the second half calls a fork's
-  formula alone. A hook that runs *behind* a fork could change a weight's gradient, so such a fork is not divided.
+A graph is divided only where that can be proved right (`_may_be_divided`); otherwise the first half is the whole,
+ordinary backward and the second does nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -84,16 +76,6 @@ class _Fork:
     versions: tuple[int, ...] = ()  # of their values, to see that they are still the same
 
 
-@dataclass(slots=True)
-class _Graph:
-    """What a walk over the graph finds."""
-
-    forks: list[_Fork] = field(default_factory=list)
-    to_input: set[Node] = field(
-        default_factory=set
-    )  # nodes on a way to an input, without the inputs themselves
-
-
 class SplitBackward:
     """The two halves of the backward of one stage and micro-batch.
 
@@ -114,18 +96,18 @@ class SplitBackward:
 
     def backward_input(self) -> list[torch.Tensor | None]:
         """The gradients of ``inputs``, None for one that no output depends on."""
-        graph = _walk(self._outputs, self._inputs)
         ends = [get_gradient_edge(tensor) for tensor in self._inputs]
-        reached = graph.to_input | {edge.node for edge in ends}
+        forks, to_input = _walk(self._outputs, {edge.node for edge in ends})
+        reached = to_input | {edge.node for edge in ends}
         if not any(edge.node in reached for edge in self._outputs):
             self._rest_is_whole = True
             return [None] * len(self._inputs)
         outputs, grads, inputs = self._outputs, self._grads, self._inputs
         self._outputs, self._grads, self._inputs = [], [], []
-        if not _may_be_divided(graph):
+        if not _may_be_divided(forks, to_input):
             torch.autograd.backward(outputs, grads)
             return [tensor.grad for tensor in inputs]
-        handles = [fork.node.register_prehook(self._note(fork)) for fork in graph.forks]
+        handles = [fork.node.register_prehook(self._note(fork)) for fork in forks]
         try:
             found = torch.autograd.grad(outputs, ends, grads, retain_graph=True, allow_unused=True)
         finally:
@@ -141,9 +123,8 @@ class SplitBackward:
             torch.autograd.backward(self._outputs, self._grads)
         if self._noted:
             anchor = torch.zeros((), requires_grad=True)
-            wanted = [
-                get_gradient_edge(anchor)
-            ]  # so that the root is run; the others are what its work may compute
+            # The anchor's edge, so that the root is run; the others are what its work may compute.
+            wanted = [get_gradient_edge(anchor)]
             wanted += [edge for fork in self._noted for edge in fork.edges]
             torch.autograd.grad([_Formulas.apply(anchor, self._run_forks)], wanted, allow_unused=True)
         pending, self._pending = self._pending, []
@@ -160,7 +141,7 @@ class SplitBackward:
         return hook
 
     def _apart(self, found: Grads) -> list[torch.Tensor | None]:
-        """``found`` in memory of its own: whoever gets it may write there, and noted gradients must not change."""
+        # In memory of its own: whoever gets it may write there, and noted gradients must not change.
         noted = {
             grad.untyped_storage()._cdata
             for grads in (*(fork.arrived for fork in self._noted), [grad for _, grad in self._pending])
@@ -199,19 +180,30 @@ def _fit(grad: torch.Tensor, edge: GradientEdge) -> torch.Tensor:
     return grad if grad.shape == shape else grad.sum_to_size(shape)
 
 
-def _may_be_divided(graph: _Graph) -> bool:
-    if not all(type(node) in _FORMULAS for node in graph.to_input):
+def _may_be_divided(forks: Sequence[_Fork], to_input: set[Node]) -> bool:
+    """Whether two halves are proved to give what one backward gives."""
+    # [1] Every node on a way to an input is one of torch's own, whose formula only reads what forward saved. A custom
+    # function may change what it keeps, what it is given or what it has returned, when its backward runs: then running
+    # it twice is wrong, and so is using later what it could have changed. It may also insist on an ordinary backward
+    # (a reentrant checkpoint, a compiled function).
+    if not all(type(node) in _FORMULAS for node in to_input):
         return False
-    return not any(_saved_through_hooks(fork.node) or _has_hooks_behind(fork.node) for fork in graph.forks)
-
-
-def _saved_through_hooks(node: Node) -> bool:
-    for name in _saved_names(type(node)):
-        saved = getattr(node, name)
-        for tensor in saved if isinstance(saved, (tuple, list)) else (saved,):
-            if tensor is not None and tensor.unpack_hook is not None:
-                return True
-    return False
+    for fork in forks:
+        # [2] No fork saved its tensors through hooks: a checkpoint would recompute its part of the model once more.
+        for name in _saved_names(type(fork.node)):
+            saved = getattr(fork.node, name)
+            for tensor in saved if isinstance(saved, (tuple, list)) else (saved,):
+                if tensor is not None and tensor.unpack_hook is not None:
+                    return False
+        # [3] Hooks run once, in the first half. What they made of a gradient has been noted, and the second half calls
+        # a fork's formula alone. A hook that runs *behind* a fork could change a weight's gradient. torch keeps a
+        # node's hooks in one dict and shows it to none but the handle of a hook, here one that is never run.
+        handle = fork.node.register_hook(lambda *_: None)
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks:
+            return False
+    return True
 
 
 @cache
@@ -219,24 +211,12 @@ def _saved_names(kind: type[Node]) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
 
-def _has_hooks_behind(node: Node) -> bool:
-    # torch keeps a node's hooks in one dict and shows it to none but the handle of a hook.
-    handle = node.register_hook(_see)
-    hooks = handle.hooks_dict_ref()
-    handle.remove()
-    return bool(hooks)
-
-
-def _see(*_: Any) -> None:
-    """A hook that is never run."""
-
-
-def _walk(outputs: Sequence[GradientEdge], inputs: Sequence[torch.Tensor]) -> _Graph:
-    """Find the forks between ``outputs`` and ``inputs``."""
-    ends = {get_gradient_edge(tensor).node for tensor in inputs}
+def _walk(outputs: Sequence[GradientEdge], ends: set[Node]) -> tuple[list[_Fork], set[Node]]:
+    """The forks between ``outputs`` and ``ends``, and every node on a way to these, without themselves."""
     order = _post_order([edge.node for edge in outputs], ends)
     to_input: set[Node] = set()
     to_weight: set[Node] = set()
+    # Children come first, so what is known of them is known when their parents are looked at.
     for node in order:
         children = [child for child, _ in node.next_functions if child is not None]
         if node in ends or any(child in to_input for child in children):
@@ -244,9 +224,9 @@ def _walk(outputs: Sequence[GradientEdge], inputs: Sequence[torch.Tensor]) -> _G
         is_parameter = not children and node not in ends
         if is_parameter or any(child in to_weight for child in children):
             to_weight.add(node)
-    graph = _Graph(to_input=to_input - ends)
+    forks = []
     for node in order:
-        if node not in graph.to_input:
+        if node not in to_input or node in ends:
             continue
         edges = dict.fromkeys(
             GradientEdge(child, nr)
@@ -254,8 +234,8 @@ def _walk(outputs: Sequence[GradientEdge], inputs: Sequence[torch.Tensor]) -> _G
             if child is not None and child in to_weight and child not in to_input
         )
         if edges:
-            graph.forks.append(_Fork(node, list(edges)))
-    return graph
+            forks.append(_Fork(node, list(edges)))
+    return forks, to_input - ends
 
 
 def _post_order(roots: Sequence[Node], ends: set[Node]) -> list[Node]:

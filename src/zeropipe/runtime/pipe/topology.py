@@ -157,26 +157,28 @@ class PipelineParallelGrid:
         self.pipe_group = self._along("pipe")
         self.data_group = self._along("data")
         self.slice_group = self._along("model")
-        replicas = [
-            sorted(self._topo.filter_match(**self._only("data", i))) for i in range(self.data_parallel_size)
-        ]
-        self.model_group = new_groups(replicas)
+        # Without a data axis the whole grid is one replica.
+        on_axis = "data" in self._topo.axes
+        self.model_group = new_groups(
+            [
+                self._topo.filter_match(**({"data": i} if on_axis else {}))
+                for i in range(self.data_parallel_size)
+            ]
+        )
         self.links = Links(self.pipe_group, self._pairs())
-
-    def _only(self, axis: str, index: int) -> dict[str, int]:
-        return {axis: index} if axis in self._topo.axes else {}
 
     def _along(self, axis: str) -> Group:
         lists = self._topo.get_axis_comm_lists(axis) or [[rank] for rank in range(self.world_size)]
         return new_groups(lists)
 
     def _pairs(self) -> dict[tuple[int, int], Group]:
-        """A group for each direction between two pipeline ranks, where the backend has no tags to tell them apart."""
+        # A group for each direction between two pipeline ranks, where the backend has no tags to tell them apart.
         if "nccl" not in self.pipe_group.backend:
             return {}
         found: dict[tuple[int, int], Group] = {}
         size = self.pipe_parallel_size
         for ranks in self._topo.get_axis_comm_lists("pipe"):
+            # Neighbours in either direction, the last and the first too: stages may go round in a loop.
             for a in range(size):
                 for b in {(a + 1) % size, (a - 1) % size} - {a}:
                     group = new_group([ranks[a], ranks[b]])
