@@ -41,6 +41,7 @@ class Batch:
         with_loss: bool = True,
         keep_outputs: bool = False,
     ) -> None:
+        # What goes in, and how.
         self.count, self.with_loss = count, with_loss
         self._source, self._device = source, device
         self._loss_fn, self._batch_fn = loss_fn, batch_fn
@@ -181,7 +182,7 @@ class Settlement:
         grid = self._grid
         speaks = failure is None and batch.with_loss and grid.stage_id == self._last
         mine = sorted(batch.terms) if speaks else self._names
-        # Every rank fills in its own places and leaves zeros elsewhere, so the sum brings each value to every rank
+        # [1] Every rank fills in its own places and leaves zeros elsewhere, so the sum brings each value to every rank
         # as it was, and all compute the same mean from them:
         #   failed, by pipeline rank | new names | for each slice and replica: fp64?, loss, terms, losses
         head = grid.pipe_parallel_size + 1
@@ -196,6 +197,7 @@ class Settlement:
         figures = figures.to(self._device)
         all_reduce(figures, world(), label="losses")
         *failed, news = figures[:head].tolist()
+        # [2] somebody failed: each rank raises what it knows
         if failure is not None:
             return failure
         if any(failed):
@@ -205,13 +207,16 @@ class Settlement:
                 rank=grid.global_rank,
                 fix="read the traceback of the rank that failed; no message was lost, so the next batch may follow",
             )
+        # [3] the terms changed: all ranks saw it in the sum, take over the new names, and sum again
         if news:
             return self._learn(mine if speaks else None) or self.settle(batch, how)
+        # [4] the mean of this slice's replicas
         rows = figures[head:].view(grid.model_parallel_size, grid.data_parallel_size, width)
         return self._average(rows[grid.slice_parallel_id], batch.count)
 
     def _average(self, rows: torch.Tensor, count: int) -> Outcome:
         """``rows``: [replicas, width]."""
+        # One after the other in fp32 (fp64 where a loss is that), in one order: the same bits on every rank.
         total = rows[0].to(torch.float64 if bool(rows[0, 0]) else torch.float32)
         for row in rows[1:]:
             total = total + row.to(total.dtype)

@@ -85,6 +85,7 @@ class Stage:
         """The whole backward; gradients of the inputs that wanted one (zeros where nothing depends on it)."""
         alive = self._checked(micro_batch, grads)
         del self._alive[micro_batch]
+        # No output wants a gradient where a stage trains nothing and nobody before it does.
         if alive.outputs:
             torch.autograd.backward(alive.outputs, list(grads))
         return [_or_zeros(leaf.grad, leaf) for leaf in alive.inputs]
@@ -192,6 +193,7 @@ class Executor:
                     failure = self._try(partial(effect, step))
                     if step.op in COMPUTE:
                         self.events.append(Event(self._rank, step, self._start, time.perf_counter()))
+            # Appointments kept, every message has been sent and taken; else those that are still owed here are.
             if failure is None:
                 self._mailbox.finish()
             else:
@@ -216,6 +218,7 @@ class Executor:
         return None
 
     def _fail(self) -> None:
+        # First the word to the others, who wait for it; then what this batch holds: its gradients are worth nothing.
         self._mailbox.say_failed()
         for stage in self._stages.values():
             stage.drop()

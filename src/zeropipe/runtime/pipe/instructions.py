@@ -91,6 +91,7 @@ class Schedule:
     micro_batches: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        # Which rank runs a stage is nowhere said: it follows from who names it, so nobody else may.
         owner: dict[int, int] = {}
         for rank, line in enumerate(self.ranks):
             for step in line:
@@ -214,6 +215,7 @@ def check(schedule: Schedule) -> Schedule:
     """Return ``schedule``, or raise `ScheduleError` that names the stage, the instruction and the rule."""
     trains = schedule.has_backward
     for rank, line in enumerate(schedule.ranks):
+        # A step of a micro-batch stands once; where it stands says what comes before it.
         seen = Counter(line)
         place = {step: i for i, step in reversed(list(enumerate(line)))}
         for step, times in seen.items():
@@ -233,6 +235,7 @@ def _check_micro_batch(rank: int, place: dict[Instruction, int], stage: int, m: 
         _refuse(rank, forward, "each stage runs each micro-batch forward", "nothing")
     if not trains:
         return
+    # Either one whole backward or both of its halves, and each after what it needs.
     split = {inputs in place, weights in place}
     if (full in place) == (True in split) or len(split) == 2:
         given = [str(s) for s in (full, inputs, weights) if s in place] or "nothing"

@@ -172,15 +172,12 @@ def _measure(layers: Sequence[Any], value: Any, rank: int) -> list[LayerFacts]:
 def _name(layer: Any) -> str:
     if isinstance(layer, LayerSpec):
         return layer.name
-    return (
-        type(layer).__name__
-        if isinstance(layer, nn.Module)
-        else getattr(layer, "__name__", type(layer).__name__)
-    )
+    kind = type(layer).__name__
+    return kind if isinstance(layer, nn.Module) else getattr(layer, "__name__", kind)
 
 
 def _count(layer: Any) -> int:
-    """Parameters of a layer, built without memory where its constructor allows that."""
+    # Without memory where the constructor allows that, and without touching the random numbers of the real build.
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
@@ -197,6 +194,7 @@ def _numel(module: nn.Module) -> int:
 
 def _run(call: Any, value: Any) -> tuple[int, Any, float]:
     """Bytes saved for backward, the output (detached), and the quickest forward in seconds."""
+    # By storage: two views that are saved take up their memory once.
     storages: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -216,6 +214,12 @@ def _run(call: Any, value: Any) -> tuple[int, Any, float]:
 
 
 # Cutting.
+
+_WEIGHTS: dict[str, Callable[[LayerFacts], int]] = {
+    "parameters": lambda facts: facts.parameters,
+    "memory": lambda facts: facts.memory,
+    "profile": lambda facts: facts.nanoseconds,
+}
 
 # stages + 1 ascending layer numbers: stage s has the layers [bounds[s], bounds[s + 1])
 Bounds = tuple[int, ...]
@@ -246,12 +250,8 @@ def partition(
         return cut_evenly(num_layers, stages)
     if name == "type":
         return cut_balanced(_matches(pattern, facts(), stages), stages)
-    if name == "parameters":
-        return cut_balanced([f.parameters for f in facts()], stages)
-    if name == "memory":
-        return cut_balanced([f.memory for f in facts()], stages)
-    if name == "profile":
-        return cut_balanced([f.nanoseconds for f in facts()], stages)
+    if name in _WEIGHTS:
+        return cut_balanced(list(map(_WEIGHTS[name], facts())), stages)
     raise ConfigError("unknown partition_method", expected=METHODS, found=repr(method))
 
 

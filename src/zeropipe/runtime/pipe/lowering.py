@@ -18,7 +18,7 @@ Both are added to any schedule, so that one need only say what is computed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from enum import Enum
 
 from zeropipe.runtime.pipe.instructions import (
@@ -33,36 +33,42 @@ from zeropipe.runtime.pipe.instructions import (
 )
 
 
+def _crossings(schedule: Schedule, rank: int) -> Iterator[tuple[Message | None, Message | None]]:
+    """Of each compute step of ``rank``: what it takes from another rank, and what it makes for one."""
+    here = schedule.stage_rank
+    for step in schedule.ranks[rank]:
+        if step.op in COMPUTE:
+            need, made = needed_by(step, schedule.num_stages), made_by(step, schedule.num_stages)
+            yield (
+                None if need is None or here[need.source] == rank else need,
+                None if made is None or here[made.target] == rank else made,
+            )
+
+
 def queues(schedule: Schedule) -> dict[tuple[int, int], tuple[Message, ...]]:
     """The messages from each rank to each other rank, in the order in which they are sent."""
-    found: dict[tuple[int, int], list[Message]] = {}
-    for rank, line in enumerate(schedule.ranks):
-        for step in line:
-            message = made_by(step, schedule.num_stages) if step.op in COMPUTE else None
-            if message is not None and schedule.stage_rank[message.target] != rank:
-                found.setdefault((rank, schedule.stage_rank[message.target]), []).append(message)
-    return {pair: tuple(messages) for pair, messages in found.items()}
+    found: dict[tuple[int, int], tuple[Message, ...]] = {}
+    for rank in range(schedule.num_ranks):
+        for _, made in _crossings(schedule, rank):
+            if made is not None:
+                pair = (rank, schedule.stage_rank[made.target])
+                found[pair] = (*found.get(pair, ()), made)
+    return found
 
 
 def known_taken(schedule: Schedule) -> dict[Message, int]:
-    """For each message: how many messages of the opposite queue its sender had taken before it made this one.
-
-    Whoever gets the message so learns, without an acknowledgement, which of its own messages have arrived.
-    """
-    sent = queues(schedule)
-    place = {message: at for queue in sent.values() for at, message in enumerate(queue)}
+    """For each message: how many messages of the opposite queue its sender had taken before it made this one."""
+    # Whoever gets the message so learns, without an acknowledgement, which of its own messages have arrived.
+    place = {message: at for queue in queues(schedule).values() for at, message in enumerate(queue)}
     found: dict[Message, int] = {}
-    for rank, line in enumerate(schedule.ranks):
+    for rank in range(schedule.num_ranks):
         taken: dict[int, int] = {}  # by the rank that they came from
-        for step in line:
-            if step.op not in COMPUTE:
-                continue  # a RECV opens a receive; the step that uses the value has taken it
-            need = needed_by(step, schedule.num_stages)
-            if need is not None and schedule.stage_rank[need.source] != rank:
+        for need, made in _crossings(schedule, rank):
+            if need is not None:
                 source = schedule.stage_rank[need.source]
+                # To take one message is to take all before it: they come in order.
                 taken[source] = max(taken.get(source, 0), place[need] + 1)
-            made = made_by(step, schedule.num_stages)
-            if made is not None and schedule.stage_rank[made.target] != rank:
+            if made is not None:
                 found[made] = taken.get(schedule.stage_rank[made.target], 0)
     return found
 
@@ -75,22 +81,21 @@ def with_transfers(schedule: Schedule, ahead: int = 1) -> Schedule:
     lines = []
     for rank, line in enumerate(schedule.ranks):
         plain = [step for step in line if step.op not in TRANSFER]
-        opens: list[list[Instruction]] = [[] for _ in plain]
-        compute_places = [i for i, step in enumerate(plain) if step.op in COMPUTE]
-        for turn, i in enumerate(compute_places):
-            message = needed_by(plain[i], schedule.num_stages)
-            if message is None or schedule.stage_rank[message.source] == rank:
+        places = [at for at, step in enumerate(plain) if step.op in COMPUTE]
+        first: dict[int, list[Instruction]] = {}
+        then: dict[int, list[Instruction]] = {}
+        for turn, (need, made) in enumerate(_crossings(schedule, rank)):
+            if made is not None:
+                then[places[turn]] = [made.send]
+            if need is None:
                 continue
-            queue = waiting.get((schedule.stage_rank[message.source], rank), deque())
-            while queue and message in queue:
-                opens[compute_places[max(0, turn - ahead)]].append(queue.popleft().receive)
+            # With the message come all before it in its queue that no earlier step has asked for.
+            queue = waiting[schedule.stage_rank[need.source], rank]
+            while queue and need in queue:
+                first.setdefault(places[max(0, turn - ahead)], []).append(queue.popleft().receive)
         steps: list[Instruction] = []
-        for step, first in zip(plain, opens, strict=True):
-            steps += first
-            steps.append(step)
-            made = made_by(step, schedule.num_stages)
-            if made is not None and schedule.stage_rank[made.target] != rank:
-                steps.append(made.send)
+        for at, step in enumerate(plain):
+            steps += [*first.get(at, ()), step, *then.get(at, ())]
         lines.append(tuple(steps))
     return Schedule(tuple(lines), schedule.name)
 
@@ -142,10 +147,8 @@ def with_sharding(
             # One for all ties of the rank, so that every rank can take them in one order; their stages come after.
             end.insert(0, Instruction(end[0].stage, Op.REDUCE_TIED))
         steps: list[Instruction] = []
-        for i, step in enumerate(line):
-            steps += before.get(i, ())
-            steps.append(step)
-            steps += after.get(i, ())
+        for at, step in enumerate(line):
+            steps += [*before.get(at, ()), step, *after.get(at, ())]
         lines.append(tuple(steps + end + release_last))
     return Schedule(tuple(lines), schedule.name)
 

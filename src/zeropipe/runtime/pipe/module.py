@@ -124,6 +124,7 @@ class PipelineModule(nn.Module):
 
     def _build(self, index: int) -> None:
         """Build layer ``index`` and register it: under its number, a tied one under that of its first use."""
+        # The seed goes by the first use too, so that a tied module has the same weights wherever it is built.
         layer, key, first = self._given[index], key_of(self._given[index]), index
         if key is not None and key in self.tied_modules:
             module: nn.Module | None = self.tied_modules[key]
@@ -252,6 +253,7 @@ class PipelineModule(nn.Module):
 
     def run_stage(self, stage: int, value: Any) -> Any:
         """Run the layers of ``stage``, which must be this rank's, on ``value``."""
+        # Layers are recomputed in runs of the interval, counted from the stage's own first layer.
         numbers = list(self.layers_of(stage))
         step = self.activation_checkpoint_interval or len(numbers)
         for first in range(0, len(numbers), step):
@@ -328,6 +330,8 @@ def _copy_of(layer: Any) -> nn.Module | None:
 
 def _fill(module: nn.Module, source: nn.Module | None, owner: int, group: Group, index: int) -> None:
     """Give ``module`` the values that the owner's ``source`` has, in the owner's dtype."""
+    # Names are alike on all ranks, because all have built the same module; dtype and shape are the owner's to say:
+    # the engine may have made them 16 bits wide, or cut them.
     names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
     forms = None
     if source is not None:

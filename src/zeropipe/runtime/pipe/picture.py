@@ -37,6 +37,7 @@ def text_grid(events: Sequence[Event], ranks: int, unit: float = 1.0, columns: i
     A step longer than one cell goes on as dashes; a later chunk of the rank is marked by an apostrophe for each
     chunk before it; dots are idle. A run that is wider than ``columns`` characters goes on below, like text.
     """
+    # Transfers and stage instructions have no cell: their time shows as idle.
     computed = [e for e in events if e.step.op in COMPUTE]
     begin = min((e.start for e in computed), default=0.0)
     cells: list[dict[int, str]] = [{} for _ in range(ranks)]
@@ -52,6 +53,7 @@ def text_grid(events: Sequence[Event], ranks: int, unit: float = 1.0, columns: i
         for at in range(first, last):
             cells[event.rank][at] = label if at == first else "--"
         length = max(length, last)
+    # All cells are as wide as the widest label, so that columns are moments.
     width = max((len(label) for line in cells for label in line.values()), default=1)
     head = len(str(ranks - 1))
     fit = max(length, 1) if columns is None else max(1, (columns - head - len(" | ") + 1) // (width + 1))
@@ -129,6 +131,8 @@ def draw(
             tint = tuple(a + (b - a) * place for a, b in zip(light, dark, strict=True))
             box = Rectangle((start, event.rank - 0.45), end - start, 0.9, fc=tint, ec="white", lw=0.6)
             axes.add_patch(box)
+            # A label that its cell cannot hold is left out; one of a step that goes on in the next row stands where
+            # the middle of the step is.
             label = str(event.step.micro_batch)
             middle = (start + end) / 2
             fits = (end - start) * inch >= _INCH_PER_LABEL * (0.4 + 0.6 * len(label))

@@ -51,10 +51,9 @@ KINDS: tuple[Kind, ...] = (
 )
 
 _ALIASES = {
-    "one_f_one_b": "1f1b",
+    "one-f-one-b": "1f1b",
     "interleaved-1f1b": "interleaved",
     "zbh1": "zb-h1",
-    "zb_h1": "zb-h1",
     "interleaved-zero-bubble": "interleaved-zb",
     "zb-v": "zbv",
     "dualpipe-v": "dualpipev",
@@ -64,7 +63,7 @@ _ALIASES = {
 def find_kind(name: str) -> Kind:
     """The schedule called ``name``; case and the choice of ``-`` or ``_`` do not matter."""
     plain = name.strip().lower().replace("_", "-")
-    plain = _ALIASES.get(plain, _ALIASES.get(name.strip().lower(), plain))
+    plain = _ALIASES.get(plain, plain)
     for kind in KINDS:
         if kind.name == plain:
             return kind
@@ -142,6 +141,7 @@ def choose(
         for v in counts:
             if not kind.trains or not kind.chunks[0] <= v <= kind.chunks[1]:
                 continue
+            # A chunk takes its part of a rank's times; a transfer costs what it did, however small the stage.
             share = (costs or UNIT).share(v)
             plan = simulate(make_schedule(kind.name, ranks, micro_batches, v, share), share)
             if plan.peak <= memory + 1e-9:

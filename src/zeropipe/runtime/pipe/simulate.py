@@ -86,17 +86,25 @@ class _Simulator:
 
     def __init__(self, schedule: Schedule, costs: Costs) -> None:
         self.schedule, self.costs = schedule, costs
+        self.chunks = [max(1, len(schedule.stages_of(r))) for r in range(schedule.num_ranks)]
+
+        # Where each rank stands, and when it is free again.
         self.free = [0.0] * schedule.num_ranks
         self.place = [0] * schedule.num_ranks
+
+        # What is under way between stages: made, sent, received.
         self.values: dict[Message, float] = {}  # when a value is at the stage that needs it
         self.wire: dict[tuple[int, int], deque[tuple[Message, float]]] = {}  # sent, not yet received
         self.opened: dict[tuple[int, int], deque[Message]] = {}  # receives that wait for their message
+
+        # What is found.
         self.events: list[Event] = []
         self.held = [0.0] * schedule.num_ranks
         self.peaks = [0.0] * schedule.num_ranks
-        self.chunks = [max(1, len(schedule.stages_of(r))) for r in range(schedule.num_ranks)]
 
     def run(self, asked: Schedule) -> Simulation:
+        # Each rank goes as far as it can, over and over, until none can take another step: what is left then waits for
+        # something that never comes. The order in which ranks are asked changes no time, only when it is known.
         moved = True
         while moved:
             moved = False
@@ -141,6 +149,7 @@ class _Simulator:
         else:
             opened.append(message)
         while wire and opened:
+            # As NCCL does: the first receive gets the first message, whatever either side meant by it.
             (sent, arrives), wanted = wire.popleft(), opened.popleft()
             if sent != wanted:
                 raise ScheduleError(
@@ -152,6 +161,7 @@ class _Simulator:
             self.values[sent] = arrives
 
     def _account(self, rank: int, step: Instruction) -> None:
+        # Held from the forward to the last of the backward; in evaluation only while the forward runs.
         size = self.costs.held(step.stage, self.chunks[rank])
         if step.op is Op.FORWARD and self.schedule.has_backward:
             self.held[rank] += size

@@ -158,6 +158,7 @@ def sum_gradients(
         if tie.group.size > 1 and tie.param.numel():
             by_group.setdefault(tie.group, []).append(tie)
     for group, shared in by_group.items():
+        # Whether anybody used it is agreed first: a sum in which one rank takes no part would hang the others.
         here = [has(tie.param) for tie in shared]
         used = torch.tensor(here, dtype=torch.int32, device=shared[0].param.device)
         all_reduce(used, group, op="max", label="tied weights in use")

@@ -80,12 +80,11 @@ class ProcessTopology:
         """The lists of ranks that differ only on ``axis``; none if there is no such axis."""
         if axis not in self.axes:
             return []
-        others = [a for a in self.axes if a != axis]
-        lists = []
-        for where in product(*(range(self.get_dim(a)) for a in others)):
-            fixed = dict(zip(others, where, strict=True))
-            lists.append([self.get_rank(**fixed, **{axis: i}) for i in range(self.get_dim(axis))])
-        return lists
+        lists: dict[tuple[int, ...], list[int]] = {}
+        for rank, where in enumerate(self._coords):
+            others = tuple(getattr(where, other) for other in self.axes if other != axis)
+            lists.setdefault(others, []).append(rank)
+        return list(lists.values())
 
     def filter_match(self, **coord: int) -> list[int]:
         """The ranks whose coordinates agree with those given, ascending."""
@@ -141,6 +140,8 @@ class PipelineParallelGrid:
                 found=self._topo.world_size(),
                 fix="make pipe x data x model equal the number of processes",
             )
+
+        # This rank's place, under the names that model code of DeepSpeed and Megatron reads.
         self.global_rank = everyone.rank
         self.world_size = everyone.size
         self.data_parallel_size = max(self._topo.get_dim("data"), 1)
@@ -154,6 +155,7 @@ class PipelineParallelGrid:
         self.is_first_stage = self.stage_id == 0
         self.is_last_stage = self.stage_id == self.pipe_parallel_size - 1
 
+        # Its groups. Every rank takes part in making all of them, in one order.
         self.pipe_group = self._along("pipe")
         self.data_group = self._along("data")
         self.slice_group = self._along("model")

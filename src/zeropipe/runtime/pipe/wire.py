@@ -26,7 +26,7 @@ from zeropipe.errors import UsageError
 
 ALIGN = 64  # bytes; enough for any vector load
 HEAD = 64  # bytes before the first tensor; the first byte says whether this is a value or a farewell
-VALUE, FAILED = 0, 1
+FAILED = 1  # in the first byte; 0 is a value
 
 _PLAIN = (bool, int, float, str)
 _CONTAINERS: dict[type, str] = {tuple: "tuple", list: "list"}
@@ -70,6 +70,7 @@ class _Parts:
     def take(self, node: Any) -> dict[str, Any]:
         """``node`` as one word for its kind, and its parts."""
         kind = type(node)
+        # Each tensor once: what is one tensor in two places is one behind the cut too, and its gradients add up.
         if isinstance(node, torch.Tensor):
             place = self._places.setdefault(id(node), len(self.tensors))
             if place == len(self.tensors):
@@ -81,6 +82,7 @@ class _Parts:
             return {
                 "value": [self._name(kind), next(base(node) for base in _PLAIN[1:] if isinstance(node, base))]
             }
+        # Containers are taken apart from here on; one inside of itself would never end.
         if id(node) in self._around:
             raise self._refusal(node, "no container that contains itself")
         self._around.append(id(node))
@@ -142,6 +144,7 @@ def _put_together(node: dict[str, Any], tensors: Sequence[Any], find: Callable[[
     if word == "dict":
         return {key: _put_together(child, tensors, find) for key, child in inner}
     if word == "object":
+        # The order of ``copy``: made, given its state, then its items.
         kind = find(inner[0])
         args, state, items, pairs = (_put_together(part, tensors, find) for part in inner[2:])
         made: Any = kind.__new__(kind, *args) if inner[1] else kind(*args)
@@ -169,6 +172,7 @@ def _set_state(made: Any, state: Any) -> None:
 
 
 def _name_of(kind: type, where: str) -> str:
+    # Found here by its name, it is found there too: all ranks run the same program.
     name = f"{kind.__module__}:{kind.__qualname__}"
     try:
         found: Any = _class_of(name)

@@ -19,6 +19,7 @@ class Placement(Enum):
     VEE = "vee"  # the odd passes run backwards, so the last rank also holds the next stage: no transfer there
 
     def rank(self, stage: int, ranks: int) -> int:
+        # A lap is one chunk of every rank; on odd laps a vee comes back.
         lap, place = divmod(stage, ranks)
         return ranks - 1 - place if self is Placement.VEE and lap % 2 else place
 
@@ -26,6 +27,10 @@ class Placement(Enum):
         """The stage that is chunk number ``chunk`` of ``rank``."""
         place = ranks - 1 - rank if self is Placement.VEE and chunk % 2 else rank
         return chunk * ranks + place
+
+
+_BY_STAGE = ("forward", "backward_input", "backward_weight", "activation")
+_SINGLE = ("transfer", "unshard", "reduce")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +62,15 @@ class Costs:
 
     def checked(self, stages: int | None = None) -> Costs:
         """These costs; raises ScheduleError for what no time can be, or for another number of ``stages``."""
-        times = {
-            "forward": self.forward,
-            "backward_input": self.backward_input,
-            "backward_weight": self.backward_weight,
-            "activation": self.activation or (1.0,),
-        }
-        single = [self.transfer, self.unshard, self.reduce]
-        for name, values in (*times.items(), ("transfer, unshard, reduce", single)):
+        # Infinity would never end, NaN and negative times order nothing.
+        given = {name: getattr(self, name) or (1.0,) for name in _BY_STAGE}
+        given[", ".join(_SINGLE)] = [getattr(self, name) for name in _SINGLE]
+        for name, values in given.items():
             if not all(0 <= value < inf for value in values):
                 raise ScheduleError(
                     f"cost {name}", expected="finite numbers, none negative", found=list(values)
                 )
-            if values is not single and len(values) not in (1, stages or len(values)):
+            if name in _BY_STAGE and len(values) not in (1, stages or len(values)):
                 raise ScheduleError(
                     f"cost {name}",
                     expected=f"one number, or one for each of {stages} stages",
@@ -96,8 +97,7 @@ class Costs:
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> Costs:
         """Read a measured profile: the fields of this class, each a number or one number for each stage."""
-        lists = {"forward", "backward_input", "backward_weight", "activation"}
-        known = lists | {"transfer", "unshard", "reduce"}
+        known = {*_BY_STAGE, *_SINGLE}
         wrong = sorted(set(data) - known)
         if wrong:
             raise ScheduleError(
@@ -105,14 +105,14 @@ class Costs:
             )
         values: dict[str, Any] = {}
         for key, value in data.items():
-            many = key in lists and isinstance(value, list) and value
+            many = key in _BY_STAGE and isinstance(value, list) and value
             try:
                 numbers = tuple(map(float, value if many else [value]))
             except (TypeError, ValueError) as error:
                 raise ScheduleError(
                     f"cost {key!r} of the profile", expected="numbers", found=repr(value)
                 ) from error
-            values[key] = numbers if key in lists else numbers[0]
+            values[key] = numbers if key in _BY_STAGE else numbers[0]
         return cls(**values).checked()
 
     def of(self, op: Op, stage: int = 0) -> float:

@@ -2,27 +2,22 @@
 
 With unit costs no schedule can end before ``p - 1 + 3 m v``: the last rank starts at ``p - 1`` and has that much
 to do. ZB-H1, interleaved zero-bubble and ZBV all reach it at the memory of 1F1B.
+
+Some are easy to describe (take an input gradient, a forward or a weight gradient, whichever is ready, in some order
+of preference) and hard to write down in closed form for every size. So they are played out: at each moment every free
+rank takes its preferred ready step. What was played out cannot deadlock.
 """
 
 from __future__ import annotations
 
+import heapq
+from dataclasses import dataclass, field
+
 from zeropipe.runtime.pipe.instructions import Op, Schedule
 from zeropipe.runtime.pipe.schedules.costs import UNIT, Costs, Placement
-from zeropipe.runtime.pipe.schedules.list_scheduler import Play, Preference, deep_first, packs, shallow_first
 
 F, B, INPUT, WEIGHT = Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT
-
-
-def _preferences(ranks: int, micro_batches: int) -> list[Preference]:
-    """What is tried. Packs come in two sizes: ``p``, and the even size where ``p`` would leave a small last pack."""
-    sizes = dict.fromkeys((ranks, -(-micro_batches // max(1, micro_batches // ranks))))
-    greedy = [
-        Preference(ops, forward, backward)
-        for ops in ((INPUT, F, WEIGHT), (F, INPUT, WEIGHT))
-        for forward in (*map(packs, sizes), deep_first)
-        for backward in (deep_first, shallow_first)
-    ]
-    return [*greedy, Preference((INPUT, F, WEIGHT), deep_first, deep_first, admit=True)]
+Step = tuple[int, Op, int]  # stage, op, micro-batch
 
 
 def zb_h1(ranks: int, micro_batches: int, chunks: int = 1) -> Schedule:
@@ -35,7 +30,7 @@ def zb_h1(ranks: int, micro_batches: int, chunks: int = 1) -> Schedule:
     for rank in range(ranks):
         forward = min(ranks - rank, micro_batches)
         line = [(rank, F, m) for m in range(forward)]
-        weight = 0
+        weight = 0  # the next weight gradient, r behind the input gradients
         for m in range(micro_batches):
             line.append((rank, INPUT, m))
             if m - weight >= rank:
@@ -47,32 +42,6 @@ def zb_h1(ranks: int, micro_batches: int, chunks: int = 1) -> Schedule:
         line += [(rank, WEIGHT, m) for m in range(weight, micro_batches)]
         lines.append(line)
     return Schedule.made(lines, "zb-h1")
-
-
-def interleaved_zb(ranks: int, micro_batches: int, chunks: int = 2, costs: Costs = UNIT) -> Schedule:
-    """Interleaved zero-bubble: ``chunks`` stages in a loop on each rank, at most ``p`` micro-batches' activations."""
-    if chunks == 1:
-        return Schedule(zb_h1(ranks, micro_batches).ranks, "interleaved-zb")
-    return _best("interleaved-zb", ranks, micro_batches, chunks, Placement.LOOP, costs)
-
-
-def zbv(ranks: int, micro_batches: int, chunks: int = 2, costs: Costs = UNIT) -> Schedule:
-    """ZBV (Qi et al., arXiv 2405.15362, V-ZB): two stages a rank, there and back, the memory of 1F1B."""
-    assert chunks == 2
-    return _best("zbv", ranks, micro_batches, chunks, Placement.VEE, costs)
-
-
-def _best(
-    name: str, ranks: int, micro_batches: int, chunks: int, placement: Placement, costs: Costs
-) -> Schedule:
-    """The quickest of all preferences, the first among equals."""
-    # No rank holds more than p micro-batches through all its chunks. Early forwards can use that room up and get
-    # stuck; the last preference cannot, because it lets a micro-batch in only when another is done.
-    limit = ranks * chunks
-    preferences = _preferences(ranks, micro_batches)
-    played = [Play(ranks, micro_batches, chunks, placement, limit, p, costs).run() for p in preferences]
-    best = min((one for one in played if one is not None), key=lambda one: one[0])
-    return Schedule(best[1].ranks, name)
 
 
 def dualpipe_v(ranks: int, micro_batches: int, chunks: int = 2) -> Schedule:
@@ -143,3 +112,157 @@ class _DualLine:
         if self.owed:
             stage, m = self.owed.pop(0)
             self.line.append((stage, WEIGHT, m))
+
+
+# Played out.
+
+# In which order a rank takes its ready forwards or input gradients: packs of so many micro-batches, each pack through
+# all chunks before the next; or all of the first chunk before the second; or the deepest chunk first.
+DEEP, SHALLOW = 0, 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Preference:
+    """Which ready step a rank takes first."""
+
+    ops: tuple[Op, ...]
+    forward: int  # size of packs, or DEEP
+    backward: int
+    # Limit the micro-batches under way instead of each rank's activations: never gets stuck.
+    admit: bool = False
+
+
+def interleaved_zb(ranks: int, micro_batches: int, chunks: int = 2, costs: Costs = UNIT) -> Schedule:
+    """Interleaved zero-bubble: ``chunks`` stages in a loop on each rank, at most ``p`` micro-batches' activations."""
+    if chunks == 1:
+        return Schedule(zb_h1(ranks, micro_batches).ranks, "interleaved-zb")
+    return _best("interleaved-zb", ranks, micro_batches, chunks, Placement.LOOP, costs)
+
+
+def zbv(ranks: int, micro_batches: int, chunks: int = 2, costs: Costs = UNIT) -> Schedule:
+    """ZBV (Qi et al., arXiv 2405.15362, V-ZB): two stages a rank, there and back, the memory of 1F1B."""
+    assert chunks == 2
+    return _best("zbv", ranks, micro_batches, chunks, Placement.VEE, costs)
+
+
+def _best(
+    name: str, ranks: int, micro_batches: int, chunks: int, placement: Placement, costs: Costs
+) -> Schedule:
+    """The quickest of all preferences, the first among equals."""
+    # No rank holds more than p micro-batches through all its chunks. Early forwards can use that room up and get
+    # stuck; the last preference cannot, because it lets a micro-batch in only when another is done.
+    limit = ranks * chunks
+    preferences = _preferences(ranks, micro_batches)
+    played = [_Play(ranks, micro_batches, chunks, placement, limit, p, costs).run() for p in preferences]
+    best = min((one for one in played if one is not None), key=lambda one: one[0])
+    return Schedule(best[1].ranks, name)
+
+
+def _preferences(ranks: int, micro_batches: int) -> list[_Preference]:
+    # Packs come in two sizes: p, and the even size where p would leave a small last pack.
+    sizes = dict.fromkeys((ranks, -(-micro_batches // max(1, micro_batches // ranks))))
+    greedy = [
+        _Preference(ops, forward, backward)
+        for ops in ((INPUT, F, WEIGHT), (F, INPUT, WEIGHT))
+        for forward in (*sizes, DEEP)
+        for backward in (DEEP, SHALLOW)
+    ]
+    return [*greedy, _Preference((INPUT, F, WEIGHT), DEEP, DEEP, admit=True)]
+
+
+@dataclass(slots=True)
+class _Play:
+    """One run of the scheduler: what is asked, and the state of every rank as time goes on."""
+
+    ranks: int
+    micro_batches: int
+    chunks: int
+    placement: Placement
+    limit: int  # activations that a rank may hold, counted in chunks, from a forward to its weight gradient
+    prefer: _Preference
+    costs: Costs = UNIT
+
+    arrives: dict[Step, float] = field(default_factory=dict)  # a result reaches the stage that needs it
+    next: dict[tuple[int, Op], int] = field(default_factory=dict)  # micro-batch of each (stage, op)
+    live: dict[int, int] = field(default_factory=dict)  # activations held by each rank, in chunks
+    lines: list[list[Step]] = field(default_factory=list)
+
+    @property
+    def num_stages(self) -> int:
+        return self.ranks * self.chunks
+
+    def run(self) -> tuple[float, Schedule] | None:
+        """The time taken and the schedule; None where the limit leaves nothing that can run."""
+        self.next = {(stage, op): 0 for stage in range(self.num_stages) for op in self.prefer.ops}
+        self.live = dict.fromkeys(range(self.ranks), 0)
+        self.lines = [[] for _ in range(self.ranks)]
+        left = 3 * self.micro_batches * self.num_stages
+        moments = [0.0]
+        free = [0.0] * self.ranks
+        end = 0.0
+        while left:
+            if not moments:
+                return None
+            # All that happens at one moment has happened before any rank chooses.
+            now = heapq.heappop(moments)
+            while moments and moments[0] == now:
+                heapq.heappop(moments)
+            chosen = [(rank, self._choose(rank, now)) for rank in range(self.ranks) if free[rank] <= now]
+            for rank, step in chosen:
+                if step is None:
+                    continue
+                free[rank] = self._take(rank, step, now)
+                end = max(end, free[rank])
+                left -= 1
+                heapq.heappush(moments, free[rank])
+                if self.costs.transfer:
+                    heapq.heappush(moments, free[rank] + self.costs.transfer)
+        return end, Schedule.made(self.lines)
+
+    def _choose(self, rank: int, now: float) -> Step | None:
+        best: tuple[tuple[int, ...], Step] | None = None
+        for chunk in range(self.chunks):
+            stage = self.placement.stage(rank, chunk, self.ranks)
+            for preference, op in enumerate(self.prefer.ops):
+                m = self.next[stage, op]
+                if m >= self.micro_batches or not self._ready(rank, stage, op, m, now):
+                    continue
+                if op is WEIGHT:
+                    key: tuple[int, ...] = (preference, m, -chunk)
+                else:
+                    pack = self.prefer.forward if op is F else self.prefer.backward
+                    order = (-chunk, m) if pack == DEEP else (m // pack, chunk, m)
+                    key = (preference, *order)
+                if best is None or key < best[0]:
+                    best = key, (stage, op, m)
+        return None if best is None else best[1]
+
+    def _ready(self, rank: int, stage: int, op: Op, m: int, now: float) -> bool:
+        if op is F:
+            if self.prefer.admit:
+                # p micro-batches under way hold at most p x chunks activations on any rank.
+                if stage == 0 and m >= self.ranks and not self._finished(m - self.ranks):
+                    return False
+            elif self.live[rank] >= self.limit:
+                return False
+            need: Step | None = (stage - 1, op, m) if stage else None
+        elif op is INPUT:
+            last = stage == self.num_stages - 1
+            need = (stage, F, m) if last else (stage + 1, op, m)
+        else:
+            return m < self.next[stage, INPUT]
+        return need is None or self.arrives.get(need, float("inf")) <= now
+
+    def _finished(self, m: int) -> bool:
+        return all(self.next[stage, WEIGHT] > m for stage in range(self.num_stages))
+
+    def _take(self, rank: int, step: Step, now: float) -> float:
+        stage, op, _ = step
+        done = now + self.costs.of(op)
+        onward = stage + 1 if op is F else stage - 1
+        stays = not 0 <= onward < self.num_stages or self.placement.rank(onward, self.ranks) == rank
+        self.arrives[step] = done if stays else done + self.costs.transfer
+        self.next[stage, op] += 1
+        self.live[rank] += {F: 1, WEIGHT: -1}.get(op, 0)
+        self.lines[rank].append(step)
+        return done
