@@ -273,6 +273,15 @@ def test_compression_that_never_starts_is_named() -> None:
     Phases(Rules(10**6, 16, 32678, 16)).check_run(1000, 100)
 
 
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, None, "3", float("nan")])
+def test_what_is_no_number_of_steps_is_named(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"params\.freeze_step is a number of steps.*at least 1"):
+        Rules(value)
+    with pytest.raises(ConfigError, match=r"params\.var_update_scaler is a number of steps.*at least 1"):
+        phases_of("ZeroOneAdam", {"var_update_scaler": value})
+    assert Rules(3.0).freeze_step == 3 and phases_of("ZeroOneAdam", {})[1].rules.option == "var_freeze_step"
+
+
 def test_a_warm_up_shorter_than_the_schedules_is_named() -> None:
     with pytest.raises(
         ConfigError, match=r"learning rate still warms up.*at least the schedule's 500.*found 100"

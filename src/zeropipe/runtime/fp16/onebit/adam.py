@@ -52,24 +52,24 @@ def corrections(lane: Lane) -> tuple[float, float]:
     return float(1 - beta1**lane.step), float(second)
 
 
-def denominator(lane: Lane, variance: torch.Tensor, correction: float, inside: bool) -> torch.Tensor:
-    """sqrt(v) + eps, or sqrt(v + eps) where eps is ``inside``; v is divided by ``correction`` first."""
+def denominator(lane: Lane, variance: torch.Tensor, correction: float) -> torch.Tensor:
+    """sqrt(v) + eps, or sqrt(v + eps) where eps is inside; v is divided by ``correction`` first."""
     eps = lane.options["eps"]
     corrected = variance / correction
-    return corrected.add_(eps).sqrt_() if inside else corrected.sqrt_().add_(eps)
+    return corrected.add_(eps).sqrt_() if lane.eps_inside else corrected.sqrt_().add_(eps)
 
 
-def direction(lane: Lane, inside: bool) -> torch.Tensor:  # 1-D float32, lane.numel
+def direction(lane: Lane) -> torch.Tensor:  # 1-D float32, lane.numel
     """m / (sqrt(v) + eps), corrected."""
     # Where v is 0, so is m (see ``Lane.hiding``): eps alone below would throw an element.
     first, second = corrections(lane)
-    below = denominator(lane, lane.own["exp_avg_sq"], second, inside)
+    below = denominator(lane, lane.own["exp_avg_sq"], second)
     return torch.div(lane.own["exp_avg"] / first, below, out=below)
 
 
-def adam_update(lane: Lane, inside: bool) -> None:
+def adam_update(lane: Lane) -> None:
     """x = x - lr (m / (sqrt(v) + eps) + decay x)."""
-    update, values = direction(lane, inside), lane.read()
+    update, values = direction(lane), lane.read()
     # Decoupled: the decay is not divided by the root of the variance.
     if lane.options["weight_decay"]:
         update.add_(values * lane.options["weight_decay"])
@@ -116,8 +116,8 @@ class OnebitAdam(CompressedOptimizer):
 
     def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
         move_moments(lane, gradient)
-        adam_update(lane, self.eps_mode == 0)
+        adam_update(lane)
 
     def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase) -> None:
         lane.average_momentum(gradient, lane.options["betas"][0])
-        adam_update(lane, self.eps_mode == 0)
+        adam_update(lane)

@@ -245,7 +245,9 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
                     f"parameters of param group {index} became trainable after compression began: they have no "
                     "variance to divide by. Fix: unfreeze them during the warm-up"
                 )
-            self._lanes += [Lane(index, options, *run, self._topology, self.kept) for run in runs]
+            self._lanes += [
+                Lane(index, options, *run, self._topology, self.kept, self.eps_mode == 0) for run in runs
+            ]
         self._started = self._phases.step > 0
         return self._topology
 

@@ -119,7 +119,7 @@ class OnebitLamb(CompressedOptimizer):
 
     def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
         move_moments(lane, gradient)
-        values, update = lane.read(), direction(lane, self.eps_mode == 0)
+        values, update = lane.read(), direction(lane)
         if lane.options["weight_decay"]:
             update.add_(values * lane.options["weight_decay"])
         coeff, average = self._coefficients(lane, values, update), self._averages(lane)
@@ -142,13 +142,12 @@ class OnebitLamb(CompressedOptimizer):
 
         # [2] How much smaller steps would be with the fresh variance, which saw every step, than with the frozen one.
         second = corrections(lane)[1]
-        inside = self.eps_mode == 0
-        frozen = denominator(lane, lane.own["exp_avg_sq"], second, inside)
+        frozen = denominator(lane, lane.own["exp_avg_sq"], second)
         third = 1 - beta2**lane.step if lane.options["bias_correction"] else 1.0
-        moving = denominator(lane, lane.own["exp_avg_sq_fresh"], third, inside)
+        moving = denominator(lane, lane.own["exp_avg_sq_fresh"], third)
 
         # [3] One pass over the buffer for all that is known per tensor: collective where it is sharded.
-        adam = direction(lane, inside)
+        adam = direction(lane)
         values, decay = lane.read(), lane.options["weight_decay"]
         update = adam + values * decay if decay else adam
         (plain, updates), (factor,) = measure(lane, [adam, update], [frozen.div_(moving)])

@@ -51,10 +51,12 @@ class Lane:
         view: ShardView | None,
         topology: Topology,
         kept: Kept,
+        eps_inside: bool,
     ) -> None:
         # Whose state this is. ``options`` is the param group itself, number ``index``: schedules write into it.
         self.index, self.options, self.params = index, options, list(params)
         self.bound = view is not None
+        self.eps_inside = eps_inside  # the root of the variance
         self.device = params[0].device
 
         # Which part of the buffer it covers: ``numel`` elements from ``start`` on, padding included.

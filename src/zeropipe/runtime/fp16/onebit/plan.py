@@ -17,9 +17,8 @@ stops growing at local_step_clipper (set T_u). 1-bit Adam is the same with gaps 
 Bytes are what one rank sends (it receives as many) under the engine, by the bandwidth-optimal algorithms that the
 groups use: an all-reduce of n bytes sends 2 n (W - 1) / W, a reduce-scatter, all-gather or all-to-all half of that.
 An exchange is a step in which gradients, momenta or updates travel; a round is a step in which ranks wait for each
-other at all, and those are all steps: in each the ranks agree on the norm of the gradients.
-Not counted is what depends on the model's use: one more small all-reduce in a dense step in which some rank leaves
-a parameter out.
+other at all, and those are all steps: in each the ranks agree on the norm of the gradients. Not counted is one more
+small all-reduce in a dense step in which some rank leaves a parameter out.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from itertools import groupby, pairwise
+from math import inf
 from operator import itemgetter
 from typing import Any
 
@@ -36,9 +36,8 @@ from zeropipe.errors import ConfigError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.fp16.onebit.exchange import ALIGN
 
-# Config type -> proper name.
+# Config type -> proper name; the options that say which step does what, with the optimizers' defaults.
 _NAMES = {"onebitadam": "OnebitAdam", "onebitlamb": "OnebitLamb", "zerooneadam": "ZeroOneAdam"}
-# The options that say which step does what, with the optimizers' defaults.
 _ONE_BIT = {"freeze_step": 100000}
 _ZERO_ONE = {
     "var_freeze_step": 100000,
@@ -70,17 +69,17 @@ class Rules:
     """Which step does what. Raises ConfigError for what is no number of steps."""
 
     freeze_step: int  # the option of this name, or var_freeze_step
-    var_update_scaler: int | None = None  # kappa; None: 1-bit Adam or LAMB
+    var_update_scaler: float = inf  # kappa; inf, for 1-bit Adam and LAMB: gaps never grow
     local_step_scaler: int = 1
     local_step_clipper: int = 1  # H; 1: ranks never step apart
 
     def __post_init__(self) -> None:
         # Every rule is at least 1: without one update there would be no variance to divide by.
         for name, value in asdict(self).items():
-            if name == "var_update_scaler" and value is None:
+            if name == "var_update_scaler" and value == inf:
                 continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or value != int(value) or value < 1:
+            if not number or value < 1 or value % 1:
                 raise ConfigError(
                     f"optimizer.params.{self.option if name == 'freeze_step' else name} is a number of steps",
                     expected="an integer of at least 1",
@@ -91,7 +90,7 @@ class Rules:
     @property
     def gapless(self) -> bool:
         """Whether the variance moves in every step until it is frozen: 1-bit Adam and LAMB."""
-        return self.var_update_scaler is None
+        return self.var_update_scaler == inf
 
     @property
     def option(self) -> str:
@@ -100,7 +99,7 @@ class Rules:
 
     def gap(self, updates: int) -> int:
         """Steps from variance update number ``updates`` (from 0) to the next."""
-        return 1 if self.var_update_scaler is None else 1 << (updates // self.var_update_scaler)
+        return 1 << int(updates // self.var_update_scaler)
 
     def interval(self, step: int) -> int:
         """Steps between exchanges after ``step`` steps."""
@@ -202,9 +201,8 @@ class Phases:
             )
 
 
-def walk(start: Phases, steps: int) -> Iterator[tuple[Phase, Phases]]:
+def walk(state: Phases, steps: int) -> Iterator[tuple[Phase, Phases]]:
     """The phases of the next ``steps`` steps, each with the state after it."""
-    state = start
     for _ in range(steps):
         phase, state = state.next()
         yield phase, state
@@ -397,8 +395,6 @@ def check(phases: Phases, name: str, job: Job, warmup_steps: int | None = None) 
 
 def human(count: float) -> str:
     """Bytes in units of 1024, three digits."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB" if count < 1000 else f"{count:.0f} TiB"
+    power = next((n for n in range(4) if count / 1024**n < 1000), 4)
+    value, unit = count / 1024**power, ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"

@@ -101,13 +101,13 @@ class ZeroOneAdam(CompressedOptimizer):
     def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
         self._rejoin(lane)
         move_moments(lane, gradient)
-        adam_update(lane, self.eps_mode == 0)
+        adam_update(lane)
 
     def _exchange_step(self, lane: Lane, gradient: torch.Tensor, phase: Phase) -> None:
         if phase is Phase.COMPRESSED:
             self._rejoin(lane)
             lane.average_momentum(gradient, lane.options["betas"][0])
-            adam_update(lane, self.eps_mode == 0)
+            adam_update(lane)
             return
         rate = lane.options["lr"] / corrections(lane)[0]
         if not lane.late:
@@ -144,7 +144,7 @@ class ZeroOneAdam(CompressedOptimizer):
 
     def _position(self, lane: Lane) -> torch.Tensor:  # 1-D float32, numel
         """y - u / (sqrt(v) + eps) - decay y sum(lr)."""
-        below = denominator(lane, lane.own["exp_avg_sq"], corrections(lane)[1], self.eps_mode == 0)
+        below = denominator(lane, lane.own["exp_avg_sq"], corrections(lane)[1])
         update = lane.own["momentum_accumulator"] / below
         update.add_(lane.own["last_synced"] * (lane.options["weight_decay"] * lane.scalars["lrs"]))
         return torch.sub(lane.own["last_synced"], update, out=update)
