@@ -1,4 +1,5 @@
-"""Makes ``import deepspeed`` and everything below it give zeropipe's own modules and objects, as the table says.
+"""Makes ``import deepspeed`` and everything below it give zeropipe's own modules and objects, as the table says, once
+per process and unless another deepspeed is in the way.
 
 A second import of the same files under another name would make second classes: ``isinstance`` would fail and a
 patch would not be seen. So a loader here returns the module that exists.
@@ -8,16 +9,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Iterable, Sequence
 from email.message import Message
 from importlib import metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 from zeropipe.compat.table import ABSENT, MODULES, NAMES, VERSION
-from zeropipe.errors import describe
+from zeropipe.errors import InstallationError, UsageError, describe
 
 ROOT = "deepspeed"
 
@@ -33,16 +36,6 @@ def absent(path: str) -> str:
 
 def _exists(path: str) -> bool:
     return path == "" or path in MODULES or path in NAMES
-
-
-def _resolve(target: str) -> Any:
-    module, _, name = target.partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, name) if name else found
-
-
-def _below(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 class _AliasLoader(Loader):
@@ -68,18 +61,19 @@ class _AliasLoader(Loader):
     def get_code(self, fullname: str) -> Any:
         """For ``python -m deepspeed.launcher.runner``: the code of the real module."""
         spec = importlib.util.find_spec(MODULES[self._path]) if self._path in MODULES else None
-        loader = None if spec is None else cast(Any, spec.loader)
+        loader: Any = None if spec is None else spec.loader
         return None if loader is None else loader.get_code(loader.name)
 
 
 def fill(module: ModuleType, path: str) -> None:
     """Make ``module`` answer for the names that the table has under ``path``."""
-    names = NAMES[path]
+    names, prefix = NAMES[path], path + "." if path else ""
 
     def lookup(name: str) -> Any:
-        below = _below(path, name)
+        below = prefix + name
         if name in names:
-            value = _resolve(names[name])
+            module_name, _, attribute = names[name].partition(":")
+            value = getattr(importlib.import_module(module_name), attribute)
         elif _exists(below):
             value = importlib.import_module(f"{ROOT}.{below}")
         elif name.startswith("__"):
@@ -89,7 +83,6 @@ def fill(module: ModuleType, path: str) -> None:
         setattr(module, name, value)
         return value
 
-    prefix = path + "." if path else ""
     children = {key[len(prefix) :] for key in (*MODULES, *NAMES) if key and key.startswith(prefix)}
     offered = sorted({*names, *(child for child in children if child and "." not in child)})
     module.__doc__ = f"zeropipe, under the name {module.__name__}."
@@ -143,3 +136,71 @@ class _Distribution(metadata.Distribution):
 
     def locate_file(self, path: Any) -> Any:
         raise FileNotFoundError(f"{path}: deepspeed is an alias in this process, not an installed package")
+
+
+# What the distribution compat/deepspeed puts into its folder.
+_OURS = frozenset({"__init__.py", "__pycache__"})
+_REPAIR = "run pip uninstall deepspeed, remove what is left there, then pip install ./compat/deepspeed"
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What lies in the alias's package ``folder`` and is not the alias's; folders of mere bytecode do not count."""
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name not in _OURS
+        and any(file.is_file() and file.suffix != ".pyc" for file in (entry, *entry.rglob("*")))
+    )
+
+
+def foreign_distribution(site: Path) -> str | None:
+    """The version of another distribution named deepspeed that would answer for the alias installed in ``site``."""
+    for order, found in enumerate(metadata.distributions(name=ROOT)):
+        beside = Path(str(found.locate_file(""))).resolve() == site.resolve()
+        if "+zeropipe" not in found.version and (beside or order == 0):
+            return found.version
+    return None
+
+
+def check_installation(file: str) -> None:
+    """Raise InstallationError when the package whose ``__init__.py`` is ``file`` is mixed with another deepspeed."""
+    folder = Path(file).parent
+    files = foreign_files(folder)
+    if files:
+        raise InstallationError(
+            f"{folder} also holds files of another deepspeed", found=", ".join(files), fix=_REPAIR
+        )
+    version = foreign_distribution(folder.parent)
+    if version is not None:
+        raise InstallationError(
+            f"deepspeed is zeropipe's alias in {folder}, but its metadata is another distribution's",
+            found=f"version {version}",
+            fix=_REPAIR,
+        )
+
+
+def install_as_deepspeed() -> ModuleType:
+    """Have this process import zeropipe under the name ``deepspeed``; may be repeated. Returns that module.
+
+    Call it before libraries are imported that look for deepspeed (transformers and accelerate keep the answer),
+    in every process. The distribution ``compat/deepspeed`` does it for every process of an environment.
+
+    Raises UsageError where the real package has been imported already, and InstallationError where the
+    distribution is mixed with files of the real one.
+    """
+    present = sys.modules.get(ROOT)
+    if present is not None and getattr(present, "__zeropipe__", False):
+        return present
+    if present is None:
+        sys.meta_path.insert(0, AliasFinder(with_metadata=True))
+        return importlib.import_module(ROOT)
+    if not getattr(present, "__zeropipe_shim__", False):
+        raise UsageError(
+            "install_as_deepspeed: the real deepspeed is imported already",
+            found=getattr(present, "__file__", None),
+            fix="call zeropipe.compat.install_as_deepspeed() before every other import",
+        )
+    check_installation(str(present.__file__))
+    sys.meta_path.insert(0, AliasFinder(with_metadata=False))
+    fill(present, "")
+    return present

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import zeropipe
-from zeropipe.compat.finder import ROOT
-from zeropipe.compat.install import install_as_deepspeed
+from zeropipe.compat.finder import ROOT, install_as_deepspeed
 from zeropipe.compat.table import ABSENT, VERSION
 from zeropipe.errors import ZeropipeError
 

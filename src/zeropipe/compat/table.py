@@ -11,21 +11,22 @@ from zeropipe.names import homes
 PEER_VERSION: Final = "0.19.8"  # whose interface this is; clients compare against it
 VERSION: Final = f"{PEER_VERSION}+zeropipe.{zeropipe.__version__}"
 
+# Modules that have the same path here as there.
+_SAME = """
+    accelerator checkpoint checkpoint.constants checkpoint.deepspeed_checkpoint checkpoint.reshape_3d_utils
+    checkpoint.reshape_meg_2d checkpoint.reshape_utils checkpoint.universal_checkpoint checkpoint.utils
+    checkpoint.zero_checkpoint checkpointing comm pipe runtime.base_optimizer runtime.dataloader runtime.engine
+    runtime.fp16 runtime.fp16.loss_scaler runtime.fp16.onebit runtime.fp16.onebit.adam runtime.fp16.onebit.lamb
+    runtime.fp16.onebit.zoadam runtime.lr_schedules runtime.pipe runtime.pipe.engine runtime.pipe.module
+    runtime.pipe.schedule runtime.pipe.topology runtime.utils runtime.zero runtime.zero.config runtime.zero.mics
+    runtime.zero.partition_parameters runtime.zero.tiling utils utils.groups utils.init_on_device utils.logging
+    utils.tensor_fragment utils.zero_to_fp32
+"""
+
 # Path below ``deepspeed`` -> the module that it is: the same object, so that patches and pickles agree.
 MODULES: Final = MappingProxyType(
-    {
-        "accelerator": "zeropipe.accelerator",
-        "checkpoint": "zeropipe.checkpoint",
-        "checkpoint.constants": "zeropipe.checkpoint.constants",
-        "checkpoint.deepspeed_checkpoint": "zeropipe.checkpoint.deepspeed_checkpoint",
-        "checkpoint.reshape_3d_utils": "zeropipe.checkpoint.reshape_3d_utils",
-        "checkpoint.reshape_meg_2d": "zeropipe.checkpoint.reshape_meg_2d",
-        "checkpoint.reshape_utils": "zeropipe.checkpoint.reshape_utils",
-        "checkpoint.universal_checkpoint": "zeropipe.checkpoint.universal_checkpoint",
-        "checkpoint.utils": "zeropipe.checkpoint.utils",
-        "checkpoint.zero_checkpoint": "zeropipe.checkpoint.zero_checkpoint",
-        "checkpointing": "zeropipe.checkpointing",
-        "comm": "zeropipe.comm",
+    {path: f"zeropipe.{path}" for path in _SAME.split()}
+    | {
         "comm.comm": "zeropipe.comm",
         "launcher.runner": "zeropipe.compat.runner",
         "ops.adagrad.cpu_adagrad": "zeropipe.ops.adagrad",
@@ -34,37 +35,9 @@ MODULES: Final = MappingProxyType(
         "ops.lamb.fused_lamb": "zeropipe.ops.lamb",
         "ops.lion.cpu_lion": "zeropipe.ops.lion",
         "ops.lion.fused_lion": "zeropipe.ops.lion",
-        "pipe": "zeropipe.pipe",
         "runtime.activation_checkpointing.checkpointing": "zeropipe.checkpointing",
-        "runtime.base_optimizer": "zeropipe.runtime.base_optimizer",
-        "runtime.dataloader": "zeropipe.runtime.dataloader",
-        "runtime.engine": "zeropipe.runtime.engine",
-        "runtime.fp16": "zeropipe.runtime.fp16",
-        "runtime.fp16.loss_scaler": "zeropipe.runtime.fp16.loss_scaler",
-        "runtime.fp16.onebit": "zeropipe.runtime.fp16.onebit",
-        "runtime.fp16.onebit.adam": "zeropipe.runtime.fp16.onebit.adam",
-        "runtime.fp16.onebit.lamb": "zeropipe.runtime.fp16.onebit.lamb",
-        "runtime.fp16.onebit.zoadam": "zeropipe.runtime.fp16.onebit.zoadam",
-        "runtime.lr_schedules": "zeropipe.runtime.lr_schedules",
-        "runtime.pipe": "zeropipe.runtime.pipe",
-        "runtime.pipe.engine": "zeropipe.runtime.pipe.engine",
-        "runtime.pipe.module": "zeropipe.runtime.pipe.module",
-        "runtime.pipe.schedule": "zeropipe.runtime.pipe.schedule",
-        "runtime.pipe.topology": "zeropipe.runtime.pipe.topology",
-        "runtime.utils": "zeropipe.runtime.utils",
-        "runtime.zero": "zeropipe.runtime.zero",
-        "runtime.zero.config": "zeropipe.runtime.zero.config",
-        "runtime.zero.mics": "zeropipe.runtime.zero.mics",
         "runtime.zero.offload_config": "zeropipe.runtime.zero.hold.offload_states",
         "runtime.zero.parameter_offload": "zeropipe.runtime.zero.gather.parameter_offload",
-        "runtime.zero.partition_parameters": "zeropipe.runtime.zero.partition_parameters",
-        "runtime.zero.tiling": "zeropipe.runtime.zero.tiling",
-        "utils": "zeropipe.utils",
-        "utils.groups": "zeropipe.utils.groups",
-        "utils.init_on_device": "zeropipe.utils.init_on_device",
-        "utils.logging": "zeropipe.utils.logging",
-        "utils.tensor_fragment": "zeropipe.utils.tensor_fragment",
-        "utils.zero_to_fp32": "zeropipe.utils.zero_to_fp32",
         "zero": "zeropipe.runtime.zero",
     }
 )
@@ -76,15 +49,9 @@ NAMES: Final = MappingProxyType(
         "launcher": {},
         "ops": {},
         "ops.adagrad": {"DeepSpeedCPUAdagrad": "zeropipe.ops.adagrad:DeepSpeedCPUAdagrad"},
-        "ops.adam": {
-            "DeepSpeedCPUAdam": "zeropipe.ops.adam:DeepSpeedCPUAdam",
-            "FusedAdam": "zeropipe.ops.adam:FusedAdam",
-        },
+        "ops.adam": {name: f"zeropipe.ops.adam:{name}" for name in ("DeepSpeedCPUAdam", "FusedAdam")},
         "ops.lamb": {"FusedLamb": "zeropipe.ops.lamb:FusedLamb"},
-        "ops.lion": {
-            "DeepSpeedCPULion": "zeropipe.ops.lion:DeepSpeedCPULion",
-            "FusedLion": "zeropipe.ops.lion:FusedLion",
-        },
+        "ops.lion": {name: f"zeropipe.ops.lion:{name}" for name in ("DeepSpeedCPULion", "FusedLion")},
         "runtime": {},
         "runtime.activation_checkpointing": {},
     }

@@ -8,8 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from zeropipe.compat.finder import ROOT, AliasFinder
-from zeropipe.compat.install import install_as_deepspeed
+from zeropipe.compat.finder import ROOT, AliasFinder, install_as_deepspeed
 
 
 def forget() -> None:
