@@ -24,6 +24,7 @@ from zeropipe.runtime.engine.engine import DeepSpeedEngine, Parts
 from zeropipe.runtime.engine.mixed_inputs import MixedInputs
 from zeropipe.runtime.pipe.engine import PipelineEngine
 from zeropipe.runtime.pipe.module import PipelineModule
+from zeropipe.runtime.utils import collecting_later
 from zeropipe.runtime.zero.gather.parameter_offload import ParameterOffload
 from zeropipe.runtime.zero.hold.offload import Offload
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
@@ -33,6 +34,7 @@ _log = logging.getLogger("zeropipe")
 _OUTCOME = "the outcome of initialize"
 
 
+@collecting_later()
 def initialize(
     args: Any = None,
     model: torch.nn.Module | None = None,

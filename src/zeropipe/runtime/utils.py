@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from zeropipe.comm.group import world
 from zeropipe.utils.logging import logger
+
+
+@contextmanager
+def collecting_later() -> Iterator[None]:
+    """Let Python look for garbage in cycles after the block, in which many objects are made that stay."""
+    # A full search visits every object of the process and comes each time their number has grown by a quarter: five
+    # times while 16,000 small tensors are cut, half of all the time. What a block frees goes with its last reference.
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def move_to_device(

@@ -24,6 +24,7 @@ from zeropipe.errors import CheckpointError, DesyncError, describe
 from zeropipe.runtime.engine import state as translate
 from zeropipe.runtime.engine.flats import adopt_flats
 from zeropipe.runtime.engine.module_state import Outcome, load_regions
+from zeropipe.runtime.utils import collecting_later
 
 if TYPE_CHECKING:
     from zeropipe.runtime.engine.engine import DeepSpeedEngine
@@ -74,6 +75,7 @@ class EngineCheckpoint:
         self._get_saver().save(save_dir, name, local, save_latest=save_latest, async_save=asynchronous)
         return True
 
+    @collecting_later()
     def load_checkpoint(
         self,
         load_dir: str | os.PathLike[str],
