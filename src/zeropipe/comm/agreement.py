@@ -15,21 +15,7 @@ it away. Guarded gathers say and meet on their own (``point_to_point.py``); call
             DesyncError                         DesyncError
 
 No rank waits for ever, whatever its control flow does. The words of a group on a channel are one sequence, and each
-rank compares in that sequence, from its first word not yet compared. Say that all words before number k were equal.
-
-1. A word is handed over when it is said and needs nobody's consent, so who waits for word k waits at most until every
-   peer says its k-th word: for its next gather, meeting or error.
-2. Where the words at k are equal, every member has started the same collective, and sent its shards right before the
-   word: what is waited for is under way.
-3. Where they differ, everybody who comes to k raises there, before it waits for a shard of k. Everybody counts that
-   parting, and what is said and gathered later carries tags that the leftovers do not meet.
-4. Who goes away with an error has its last word at k, which differs from any other.
-5. In two hops, the second is sent only when the first has arrived. A rank sends it as soon as it has met the others in
-   the gather's word, which anything later that it waits for on the channel makes it do, and leaving does.
-
-A word also carries a note, a number that need not be equal: the meeting gives the lowest. Stage 3 tells in it how many
-reductions each rank has started. Those that all have started may be waited for, even in the middle of backward; of a
-later one a peer might not have sent its part, because it waits for this rank in a gather.
+rank compares in that sequence, from its first word not yet compared. [1] to [6] below are the proof.
 """
 
 from __future__ import annotations
@@ -80,9 +66,11 @@ def leave(
     """
     if group.size == 1 or not group.speaks:
         return lambda: 0
+    # [4] Who goes away with an error has its last word in the sequence, which differs from any other: whoever comes to
+    # that place hears it instead of waiting. It must outlive its sending, and who says it may not.
     talk = TALKS.of(group, channel)
     word = talk.say(what)
-    SEAM.keep(word)  # it must outlive its sending, and who says it may not
+    SEAM.keep(word)
     if patience is not None:
         talk.hand_on(patience)
     return partial(_met, word)
@@ -110,9 +98,10 @@ class Talk:
     def __init__(self, group: Group, channel: int) -> None:
         self.group = group
         self.channel = channel
-        self._unmet: deque[Word] = deque()  # said here and not compared yet, oldest first
-        # How often words were found to differ. Members count alike, as all find a difference at the same word.
-        self.partings = 0
+        self.partings = 0  # how often words were found to differ
+
+        # Said here and not compared yet, oldest first: a gather may be ahead of its use, so that several are open.
+        self._unmet: deque[Word] = deque()
 
     def say(
         self, text: str, note: int = 0, patience: timedelta | None = None, relay: Relay | None = None
@@ -133,7 +122,9 @@ class Talk:
         except BaseException as error:
             SEAM.keep(*self._unmet)
             if isinstance(error, DesyncError):
-                # Every member raises it at this word, so none waits for a relay.
+                # [3] All words before this one were equal on every member. So everybody who comes here raises here,
+                # before it waits for what it gathers under it, and none waits for a relay. Everybody counts the
+                # parting: what is said and gathered from now on carries tags that the leftovers do not meet.
                 self.partings += 1 if self._unmet else 0
             else:
                 for one in self._unmet:
@@ -145,6 +136,8 @@ class Talk:
 
     def hand_on(self, patience: timedelta) -> None:
         """What this rank owes in gathers that it has started, once every member has started them. Never raises."""
+        # [5] A second hop is sent only when the first has arrived: by whatever this rank next waits for on the channel,
+        # which compares the gather's word on its way. A rank that will wait for nothing more does it here.
         last = next((word for word in reversed(self._unmet) if word.relay is not None), None)
         if last is None:
             return
@@ -179,6 +172,8 @@ class Word:
         self._theirs = {peer: torch.empty_like(mine) for peer in peers(group)}
         messages = [partial(send_to, mine, peer, group, tag) for peer in peers(group)]
         messages += [partial(receive_from, buffer, peer, group, tag) for peer, buffer in self._theirs.items()]
+        # [1] Handed over here and now, whether or not the peers are ready. Who waits for a word waits at most until its
+        # peers say theirs: for their next gather, meeting or error.
         self._mine = mine  # is being sent
         self._handles = start(messages, soon=True)
 
@@ -195,8 +190,13 @@ class Word:
             if said[:_TEXT_BYTES] != self._bytes:
                 self._refuse(peer, said[:_TEXT_BYTES].decode(errors="replace").strip())
             notes.append(int.from_bytes(said[_TEXT_BYTES:]))
+        # [2] Every member has started the same, and sent its shards right before its word: what is waited for from here
+        # on is under way.
         if self.relay is not None:
             self.relay.begin()
+        # [6] Stage 3 notes how many reductions it has started. Those below the lowest note all have started, so they
+        # may be waited for, even in the middle of backward. Of a later one a peer might not have sent its part,
+        # because it waits for this rank in a gather.
         self.lowest_note = min(notes)
 
     def _refuse(self, peer: int, theirs: str) -> None:

@@ -52,6 +52,7 @@ class Leases:
         self._forget_if_stale()
         mine = {name: (lease.group.ranks, bool(lease.users)) for name, lease in self._leases.items()}
         reports = all_gather_object(mine, everyone, label="groups in use")
+        # From here on all ranks see the same reports, so they decide alike without asking again.
         found: dict[Ranks, Group] = {}
         kept: set[str] = set()
         for ranks in wanted:
@@ -68,6 +69,7 @@ class Leases:
                 kept.add(name)
                 if everyone.rank in ranks:
                     found[ranks] = self._leases[name].group
+        # What no rank uses or takes over now is destroyed by all at once, in one order of names.
         used = {name for report in reports for name, (_, in_use) in report.items() if in_use}
         for name in sorted(self._leases.keys() - used - kept):
             self._leases.pop(name).destroy()

@@ -110,6 +110,7 @@ class Native:
         hops = call.group.hops
         assert hops is not None
         nodes = len(hops.plan.nodes)
+        # One call gathers end to end, but the shards of one place in all nodes do not lie so in the output.
         received = output.new_empty((nodes, shard.numel()))  # of this place, from every node
         enter_hop(call, hops.across, output)
         first = _all_gather(received.view(-1), shard, hops.across.pg, async_op=True)

@@ -43,6 +43,8 @@ class PointToPoint:
             # The sum goes where others still read from, so what is sent is a copy.
             mine = flat.clone()
             return _reduce(call, [(peer, mine) for peer in peers(group)], [(mine, flat)])
+        # Everybody reduces its part now, and sends it to all when the whole is waited for: a sum that has not arrived
+        # cannot be sent, and to wait for it here would not be asynchronous.
         cuts = list(enumerate(flat.tensor_split(group.size)))
         reduced = self.reduce_to_owners(call, cuts, [cuts[group.rank][1]])
 
@@ -115,6 +117,7 @@ def _reduce(call: Call, sent: Sequence[Cut], own: Iterable[tuple[torch.Tensor, t
         parts = {peer: output if straight else torch.empty_like(view) for peer in peers(group)}
         messages += [partial(receive_from, part, peer, group, tag) for peer, part in parts.items()]
         parts[group.rank] = view
+        # By rank, so that all ranks add in the same order, whatever arrives first.
         sums.append(([parts[member] for member in range(group.size)], output))
 
     def reduce() -> None:
