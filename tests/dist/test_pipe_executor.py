@@ -11,7 +11,7 @@ from tests.dist.pipe_models import BASE_SEED, batches, loss_of, plain, specs
 from zeropipe.comm.record import record
 from zeropipe.runtime.pipe.batch import Batch
 from zeropipe.runtime.pipe.executor import Executor, Stage
-from zeropipe.runtime.pipe.instructions import Op
+from zeropipe.runtime.pipe.instructions import Instruction, Op
 from zeropipe.runtime.pipe.lowering import queues, with_sharding, with_transfers
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.p2p import Mailbox
@@ -39,10 +39,16 @@ def execute(module: PipelineModule, name: str, data: list[Any]) -> Batch:
     schedule = with_transfers(with_sharding(schedule, tied_stages=tied))
     stages = {s: Stage(s, lambda v, s=s: module.run_stage(s, v)) for s in module.stages}
     mailbox = Mailbox(module.grid.links, torch.device("cpu"), module.dynamic_shape)
-    table = {Op.REDUCE_TIED: lambda step: module.allreduce_tied_weight_gradients()}
+    reduced: list[Instruction] = []
+    table = {
+        Op.REDUCE_TIED: lambda step: module.allreduce_tied_weight_gradients(),
+        Op.REDUCE_GRAD: reduced.append,
+    }
     batch = batch_of(data)
     Executor(schedule, module.grid.stage_id, stages, mailbox, table).run(batch)
     assert all(stage.alive == 0 for stage in stages.values())
+    # Once for all stages of the rank, when the last of them is complete; what the table lacks does nothing.
+    assert reduced == [s for s in schedule.ranks[module.grid.stage_id] if s.op is Op.REDUCE_GRAD][-1:]
     return batch
 
 

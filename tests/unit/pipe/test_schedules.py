@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zeropipe.errors import ScheduleError
-from zeropipe.runtime.pipe.instructions import Instruction, Op, Schedule
+from zeropipe.runtime.pipe.instructions import Instruction, Op, Schedule, made_by, needed_by
 from zeropipe.runtime.pipe.lowering import queues, with_transfers
 from zeropipe.runtime.pipe.schedule import KINDS, choose, find_kind, make_schedule
 from zeropipe.runtime.pipe.schedules.costs import Costs
@@ -38,6 +38,21 @@ def test_bubble_and_peak_meet_the_published_figures(name, chunks):
     assert round(at_p4.bubble, 4) <= small
     assert round(at_p8.bubble, 4) <= large
     assert at_p4.peak <= peak
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_step_makes_is_what_the_next_stage_needs(name):
+    """One rule says it of compute steps and of the transfers between them, in both directions."""
+    schedule = make_schedule(name, 3, 4)
+    count = schedule.num_stages
+    made = [made_by(step, count) for step in schedule.steps()]
+    needed = [needed_by(step, count) for step in schedule.steps()]
+    messages = {message for message in made if message is not None}
+    assert messages == {message for message in needed if message is not None}
+    assert len(messages) == sum(message is not None for message in made)  # nothing is made twice
+    for message in messages:
+        assert abs(message.target - message.source) == 1
+        assert made_by(message.send, count) == message == needed_by(message.receive, count)
 
 
 @pytest.mark.parametrize("name", NAMES)

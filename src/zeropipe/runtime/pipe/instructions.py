@@ -157,6 +157,7 @@ class Schedule:
     @classmethod
     def parse(cls, text: str) -> Schedule:
         """Read what ``str`` prints. The first remark is the name; an empty line is a rank that does nothing."""
+        # Only the end is stripped of line breaks: an empty line before it is a rank that does nothing.
         remarks = [line.lstrip("# ").strip() for line in text.splitlines() if line.lstrip().startswith("#")]
         lines = [line for line in text.rstrip("\n").split("\n") if not line.lstrip().startswith("#")]
         ranks = tuple(

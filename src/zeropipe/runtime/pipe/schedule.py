@@ -30,6 +30,8 @@ class Kind:
 
 
 ANY = 1 << 30
+# Peaks: GPipe keeps every micro-batch. Rank 0 of 1F1B runs p - 1 forwards ahead and holds one more with the next; of
+# interleaved 1F1B 2 (p - 1) + (v - 1) p ahead, each of one chunk, which is 1 / v of a micro-batch.
 KINDS: tuple[Kind, ...] = (
     Kind("gpipe", gpipe, (1, ANY), 1, Placement.LOOP, lambda p, m, v: m),
     Kind("1f1b", one_f_one_b, (1, 1), 1, Placement.LOOP, lambda p, m, v: min(p, m)),

@@ -128,6 +128,7 @@ def make_ties(
                     groups[plan.ranks] = group
         module = modules.get(index)
         if module is not None and plan.key not in found:
+            # Of the copies, that of the first rank counts in norms and is saved: one, or sums would have it twice.
             owner = grid.stage_id == plan.ranks[0]
             found[plan.key] = Tie(plan, module.get_parameter(path), groups[plan.ranks], owner)
     return list(found.values())

@@ -80,6 +80,7 @@ class ProcessTopology:
         """The lists of ranks that differ only on ``axis``; none if there is no such axis."""
         if axis not in self.axes:
             return []
+        # Ranks come in the order of the grid, so they fall into their lists in the order of the axis.
         lists: dict[tuple[int, ...], list[int]] = {}
         for rank, where in enumerate(self._coords):
             others = tuple(getattr(where, other) for other in self.axes if other != axis)
