@@ -17,9 +17,9 @@ from torch import nn
 import zeropipe
 from tests.helpers.pool import Pools
 from zeropipe.checkpoint.compare import compare
-from zeropipe.checkpoint.dcp import write_dcp
+from zeropipe.checkpoint.sources.dcp import write_dcp
 from zeropipe.checkpoint.loader import open_source
-from zeropipe.checkpoint.universal.write import write_universal
+from zeropipe.checkpoint.sources.universal import write_universal
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -16,10 +16,10 @@ import zeropipe
 from tests.helpers.models import build
 from tests.helpers.stateful import OLD_SPECTRAL, STATEFUL, WIDTH, Packed, model_of
 from zeropipe.checkpoint.convert import convert
-from zeropipe.checkpoint.dcp import write_dcp
+from zeropipe.checkpoint.sources.dcp import write_dcp
 from zeropipe.checkpoint.loader import open_source
-from zeropipe.checkpoint.universal.write import write_universal
-from zeropipe.checkpoint.weights import weights
+from zeropipe.checkpoint.sources.universal import write_universal
+from zeropipe.checkpoint.sources.parallel import weights
 from zeropipe.errors import CheckpointError
 from zeropipe.pipe import PipelineModule
 from zeropipe.utils import safe_get_full_fp32_param

@@ -19,9 +19,9 @@ from torch.optim import lr_scheduler as schedules
 import zeropipe
 from tests.helpers.models import build
 from zeropipe.checkpoint.convert import convert
-from zeropipe.checkpoint.dcp import write_dcp
+from zeropipe.checkpoint.sources.dcp import write_dcp
 from zeropipe.checkpoint.loader import open_source
-from zeropipe.checkpoint.universal.write import write_universal
+from zeropipe.checkpoint.sources.universal import write_universal
 from zeropipe.errors import CheckpointError
 
 STEPS = 4

@@ -8,12 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from zeropipe.checkpoint.manifest import FlatEntry
-from zeropipe.checkpoint.numbers import Numbers
-from zeropipe.checkpoint.parallel import joined
-from zeropipe.checkpoint.source import Source, read_full
-from zeropipe.checkpoint.state import FP32, PARAM
-from zeropipe.checkpoint.weights import weights
+from zeropipe.checkpoint.sources.data import Checkpoint, Flat
+from zeropipe.checkpoint.sources.parallel import joined, weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +23,7 @@ class Difference:
 
 
 def compare(
-    left: Source, right: Source, progress: Callable[[int], None] = lambda done: None
+    left: Checkpoint, right: Checkpoint, progress: Callable[[int], None] = lambda done: None
 ) -> Iterator[Difference]:
     """Every difference in weights, moments, scalars, counters and hyperparameters; nothing if they are equal."""
     left, right = joined(left), joined(right)
@@ -48,7 +44,7 @@ def compare(
     yield from _moments(left, right)
 
 
-def _settings(left: Source, right: Source) -> Iterator[Difference]:
+def _settings(left: Checkpoint, right: Checkpoint) -> Iterator[Difference]:
     """Hyperparameters of the param groups and the client's own state."""
     a, b = (_hyperparameters(source) for source in (left, right))
     if len(a) != len(b):
@@ -60,7 +56,7 @@ def _settings(left: Source, right: Source) -> Iterator[Difference]:
     )
 
 
-def _hyperparameters(source: Source) -> list[dict[str, object]]:
+def _hyperparameters(source: Checkpoint) -> list[dict[str, object]]:
     """Without the parameters' names and numbers, which are not hyperparameters."""
     return [
         {k: v for k, v in group.items() if k not in ("params", "param_names")}
@@ -76,34 +72,32 @@ def _entries(name: str, what: str, a: Mapping[str, object], b: Mapping[str, obje
             yield Difference(f"{name}: {key}", what, f"{_short(a[key])} | {_short(b[key])}")
 
 
-def _moments(left: Source, right: Source) -> Iterator[Difference]:
-    numbers = Numbers(left), Numbers(right)
-    mine, theirs = _index(left, numbers[0]), _index(right, numbers[1])
+def _moments(left: Checkpoint, right: Checkpoint) -> Iterator[Difference]:
+    mine, theirs = _stepped(left), _stepped(right)
     for name in dict.fromkeys((*mine, *theirs)):
         if name not in mine or name not in theirs:
             yield Difference(name, "optimizer state", "only left" if name in mine else "only right")
             continue
         a, b = mine[name], theirs[name]
-        for key in dict.fromkeys((*a.keys, *b.keys)):
-            if key in (FP32, PARAM):
-                continue
+        for key in dict.fromkeys((*a.moments, *b.moments)):
             if key not in a.keys or key not in b.keys:
                 yield Difference(name, key, "only left" if key in a.keys else "only right")
                 continue
-            yield from _values(name, key, read_full(left, a, name, key), read_full(right, b, name, key))
-        scalars_a, scalars_b = (n.shared(e) | n.own(e, name) for n, e in zip(numbers, (a, b), strict=True))
+            yield from _values(name, key, a.whole(name, key), b.whole(name, key))
+        scalars_a, scalars_b = (flat.shared | flat.own(name) for flat in (a, b))
         for key in dict.fromkeys((*scalars_a, *scalars_b)):
             if not same(scalars_a.get(key), scalars_b.get(key)):
                 yield Difference(name, key, f"{_short(scalars_a.get(key))} | {_short(scalars_b.get(key))}")
 
 
-def _index(source: Source, numbers: Numbers) -> dict[str, FlatEntry]:
+def _stepped(source: Checkpoint) -> dict[str, Flat]:
+    """Parameter -> the flat with its optimizer state."""
     return {
         spec.name: flat
         for flat in source.flats
-        if set(flat.keys) - {FP32, PARAM}
+        if flat.moments
         for spec in flat.layout.tensors
-        if numbers.of(flat, spec.name) is not None
+        if flat.numbers_of(spec.name) is not None
     }
 
 

@@ -17,22 +17,23 @@ import torch
 
 from zeropipe.checkpoint.commit import build_manifest, commit, prepare
 from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
-from zeropipe.checkpoint.manifest import FlatEntry, Part, TensorEntry
+from zeropipe.checkpoint.manifest import Part
 from zeropipe.checkpoint.ownership import cannot_write, discard
-from zeropipe.checkpoint.parallel import Place, seen_from
 from zeropipe.checkpoint.reader import Reader
-from zeropipe.checkpoint.source import Source, value_key
+from zeropipe.checkpoint.sources.data import Checkpoint, Flat, Value
+from zeropipe.checkpoint.sources.deepspeed import ALIGN
+from zeropipe.checkpoint.sources.parallel import Place, seen_from
 from zeropipe.checkpoint.state import COMPUTED, FP32, PARAM, FlatState, Grid, LocalState, ModelState
 from zeropipe.checkpoint.tags import check_tag
 from zeropipe.checkpoint.writer import collect, write
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
-PEER_ALIGN = 2  # elements: DeepSpeed's shards of stages 1 and 2
+Rows = tuple[tuple[int, str, str], ...]  # (layer, key in its file, name)
 
 
 def convert(
-    source: Source,
+    source: Checkpoint,
     output: str | os.PathLike[str],
     *,
     stage: int,
@@ -51,13 +52,12 @@ def convert(
     done. Raises CheckpointError for another ``pp``, and where the checkpoint does not say how its slices are cut.
     """
     name = check_tag(source.tag if tag is None else tag)
-    saved_pp = int(source.degrees.get("pp", 1))
-    tp = int(source.degrees.get("tp", 1)) if tp is None else tp
-    pp = saved_pp if pp is None else pp
-    if pp not in (1, saved_pp):
+    tp = source.tp if tp is None else tp
+    pp = source.pp if pp is None else pp
+    if pp not in (1, source.pp):
         raise CheckpointError(
             "pipeline stages of a converted checkpoint",
-            expected=" or ".join(map(str, sorted({1, saved_pp}))),
+            expected=" or ".join(map(str, sorted({1, source.pp}))),
             found=pp,
             fix="load it in a pipeline of the shape you want, and save it there",
         )
@@ -72,10 +72,10 @@ def convert(
         work, hold = prepare(root, name)
         with hold:
             for grid in grids:
-                view = views[grid.tp_rank]
+                view, rows = views[grid.tp_rank], None
                 if pp > 1:
-                    view = _Stage(view, grid.pp_rank, source)
-                local = _as_rank(view, grid, stage, tied_first)
+                    view, rows = _stage_of(view, grid.pp_rank, source)
+                local = _as_rank(view, rows, grid, stage, tied_first)
                 parts.append(write(work, collect(local, copy=False)))
                 progress(1)
             assert local is not None
@@ -96,64 +96,53 @@ def _grids(dp: int, tp: int, pp: int) -> Iterator[Grid]:
         yield Grid(rank, dp * tp * pp, dp_rank, dp, tp_rank, tp, pp_rank, pp)
 
 
-class _Stage:
-    """What one pipeline stage of a view holds."""
-
-    def __init__(self, view: Source, pp_rank: int, source: Source) -> None:
-        self._view = view
-        tp = int(source.degrees.get("tp", 1))
-        flat_names = {s.name for f in source.flats if f.mp_rank // tp == pp_rank for s in f.layout.tensors}
-        if any(entry.mp_rank >= tp for entry in source.module):
-            held = {e.name for e in source.module if e.mp_rank // tp == pp_rank}
-            self.layer_rows = _layer_rows(e for e in source.module if e.mp_rank // tp == pp_rank)
-        else:  # DeepSpeed's layer files do not say which stage wrote them, but its optimizer files do
-            layers = {name.split(".", 1)[0] for name in flat_names}
-            held = {e.name for e in source.module if e.name.split(".", 1)[0] in layers}
-            self.layer_rows = _layer_rows(e for e in source.module if e.name in held)
-        self.module = tuple(e for e in view.module if e.name in held | flat_names)
-        if view.degrees["tp"] == tp:
-            self.flats = tuple(f for f in view.flats if f.mp_rank // tp == pp_rank)
-        else:  # cut anew, tensor by tensor
-            self.flats = tuple(f for f in view.flats if f.name in flat_names)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._view, name)
+def _stage_of(view: Checkpoint, pp_rank: int, source: Checkpoint) -> tuple[Checkpoint, Rows]:
+    """What one pipeline stage of a view holds, and its rows of layer files."""
+    tp = source.tp
+    flat_names = {s.name for f in source.flats if f.mp_rank // tp == pp_rank for s in f.layout.tensors}
+    if any(value.mp_rank >= tp for value in source.module):
+        own = [value for value in source.module if value.mp_rank // tp == pp_rank]
+    else:  # DeepSpeed's layer files do not say which stage wrote them, but its optimizer files do
+        layers = {name.split(".", 1)[0] for name in flat_names}
+        own = [value for value in source.module if value.name.split(".", 1)[0] in layers]
+    names = {value.name for value in own} | flat_names
+    if view.tp == tp:
+        flats = tuple(f for f in view.flats if f.mp_rank // tp == pp_rank)
+    else:  # cut anew, tensor by tensor
+        flats = tuple(f for f in view.flats if f.name in flat_names)
+    module = tuple(value for value in view.module if value.name in names)
+    return replace(view, module=module, flats=flats), _layer_rows(own)
 
 
-def _layer_rows(entries: Iterable[TensorEntry]) -> tuple[tuple[int, str, str], ...]:
+def _layer_rows(entries: Iterable[Value]) -> Rows:
     """(layer, key in its file, name) of what pipeline layers keep in files of their own; a tied name comes often."""
     rows: dict[tuple[int, str, str], None] = {}
     for entry in entries:
-        if _in_layer_file(entry.file):
+        if entry.file.startswith(LAYER_FILE_PREFIX):
             number = entry.file.removeprefix(LAYER_FILE_PREFIX).split("-", 1)[0]
             rows[(int(number), entry.name.split(".", 1)[1], entry.name)] = None
     return tuple(rows)
 
 
-def _in_layer_file(file: str) -> bool:
-    return file.startswith(LAYER_FILE_PREFIX)
-
-
-def _tied_layers(source: Source) -> set[str]:
+def _tied_layers(source: Checkpoint) -> set[str]:
     """Parameters of pipelines that several layers share."""
-    if not any(_in_layer_file(entry.file) for entry in source.module):
+    if not any(entry.file.startswith(LAYER_FILE_PREFIX) for entry in source.module):
         return set()
-    holders: dict[str, set[int]] = {}
-    for flat in source.flats:
-        for spec in flat.layout.tensors:
-            holders.setdefault(spec.name, set()).add(flat.mp_rank // int(source.degrees.get("tp", 1)))
-    return set(source.tied.values()) | {name for name, stages in holders.items() if len(stages) > 1}
+    stages = {name: {flat.mp_rank // source.tp for flat in held} for name, held in source.holders.items()}
+    return set(source.tied.values()) | {name for name, found in stages.items() if len(found) > 1}
 
 
-def _as_rank(source: Source, grid: Grid, stage: int, tied_first: set[str]) -> LocalState:
+def _as_rank(
+    source: Checkpoint, rows: Rows | None, grid: Grid, stage: int, tied_first: set[str]
+) -> LocalState:
     shards = grid.dp_degree if stage else 1
     flats: list[FlatState] = []
-    by_group: dict[int, list[FlatEntry]] = {}
+    by_group: dict[int, list[Flat]] = {}
     sharded: set[str] = set()
     for entry in source.flats:
-        if value_key(entry) == FP32:
+        if entry.value_key == FP32:
             by_group.setdefault(entry.group_index, []).append(entry)
-        elif value_key(entry) == PARAM and stage >= 3:
+        elif entry.value_key == PARAM and stage >= 3:
             (spec,) = entry.layout.tensors  # frozen parameters are sharded one by one
             flats.append(_frozen_flat(entry.name, replace(spec, dtype=entry.keys[PARAM]), grid))
             sharded.add(spec.name)
@@ -173,11 +162,11 @@ def _as_rank(source: Source, grid: Grid, stage: int, tied_first: set[str]) -> Lo
         together = [(f"group{group}", specs)] if stage < 3 else [(s.name, [s]) for s in specs]
         sharded |= {s.name for s in specs} if stage >= 3 else set()
         for name, members in together:
-            layout = FlatShards(tuple(members), shards, PEER_ALIGN if 0 < stage < 3 else 1)
+            layout = FlatShards(tuple(members), shards, ALIGN if 0 < stage < 3 else 1)
             dtype = getattr(torch, entries[0].keys[FP32])
             tensors = {FP32: torch.zeros(layout.shard_numel, dtype=dtype)}
             flats.append(FlatState(name, layout, grid.dp_rank if stage else 0, tensors, {}, group, 0, 1))
-    model = _model(source, sharded, stage)
+    model = _model(source, rows, sharded, stage)
     into = LocalState(
         grid,
         stage,
@@ -194,9 +183,9 @@ def _as_rank(source: Source, grid: Grid, stage: int, tied_first: set[str]) -> Lo
     return replace(into, flats=done, train=source.train_state(grid.rank))
 
 
-def _groups(source: Source, flats: list[FlatState], grid: Grid) -> tuple[dict[str, Any], ...]:
+def _groups(source: Checkpoint, flats: list[FlatState], grid: Grid) -> tuple[dict[str, Any], ...]:
     """Hyperparameters; of a pipeline's, with the names that this stage has."""
-    if grid.pp_degree == source.degrees.get("pp", 1) == 1:
+    if grid.pp_degree == source.pp == 1:
         return source.param_groups
     return tuple(
         group | {"param_names": [s.name for f in flats if f.group_index == i for s in f.layout.tensors]}
@@ -210,7 +199,7 @@ def _frozen_flat(name: str, spec: TensorSpec, grid: Grid) -> FlatState:
     return FlatState(name, layout, grid.dp_rank, {PARAM: values})
 
 
-def _model(source: Source, sharded: set[str], stage: int) -> ModelState:
+def _model(source: Checkpoint, rows: Rows | None, sharded: set[str], stage: int) -> ModelState:
     """The module's values, still on the disk; below stage 3 those that only shards hold are put together."""
     tensors: dict[str, torch.Tensor] = {}
     buffers: list[str] = []
@@ -225,8 +214,8 @@ def _model(source: Source, sharded: set[str], stage: int) -> ModelState:
         if entry.kind == COMPUTED:
             computed.append(entry.name)
         if entry.name not in sharded:
-            tensors.setdefault(entry.name, source.module_tensor(entry))
-    specs: list[TensorSpec] = [s for e in source.flats if value_key(e) for s in e.layout.tensors]
+            tensors.setdefault(entry.name, entry.read())
+    specs: list[TensorSpec] = [s for e in source.flats if e.value_key for s in e.layout.tensors]
     without = rest.hidden | sharded
     lacking = {s.name: s for s in specs if s.name not in without and s.name not in tensors}
     if lacking:
@@ -234,10 +223,9 @@ def _model(source: Source, sharded: set[str], stage: int) -> ModelState:
         made = {name: torch.empty(spec.shape, dtype=dtype) for name, spec in lacking.items()}
         Reader(source, LocalState(Grid(), 0, source.dtype, ModelState(made))).fill(optimizer=False)
         tensors |= made
-    frozen += [s.name for e in source.flats if value_key(e) == PARAM for s in e.layout.tensors]
+    frozen += [s.name for e in source.flats if e.value_key == PARAM for s in e.layout.tensors]
     held = {*tensors, *sharded}
     tied = {other: name for other, name in source.tied.items() if name in held}
-    rows = getattr(source, "layer_rows", None)
     layers = list(_layer_rows(source.module) if rows is None else rows) if stage < 3 else []
     if layers and rows is None:
         layers += [

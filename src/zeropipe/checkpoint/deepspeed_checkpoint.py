@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +18,8 @@ from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.reshape_3d_utils import get_model_3d_descriptor, model_3d_desc
 from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map, reshape_meg_2d_parallel
-from zeropipe.checkpoint.reshape_ranks import LAYER_CONCAT_DIM as LAYER_CONCAT_DIM
-from zeropipe.checkpoint.reshape_ranks import SEQUENTIAL_LAYERS as SEQUENTIAL_LAYERS
-from zeropipe.checkpoint.reshape_ranks import slice_of, unite
+from zeropipe.checkpoint.reshape_utils import LAYER_CONCAT_DIM as LAYER_CONCAT_DIM
+from zeropipe.checkpoint.reshape_utils import SEQUENTIAL_LAYERS as SEQUENTIAL_LAYERS
 from zeropipe.checkpoint.reshape_utils import (
     basic_folder_validation,
     get_files,
@@ -29,9 +27,13 @@ from zeropipe.checkpoint.reshape_utils import (
     get_zero_files,
     merge_state,
     partition_data,
+    share,
+    slice_of,
+    unite,
     validate_files,
 )
-from zeropipe.checkpoint.universal.patterns import rules_in
+from zeropipe.checkpoint.sources.deepspeed import LAYER
+from zeropipe.checkpoint.sources.slices import rules_in
 from zeropipe.checkpoint.writer import OURS
 from zeropipe.checkpoint.zero_checkpoint import ZeROCheckpoint
 from zeropipe.errors import CheckpointError
@@ -42,7 +44,6 @@ EMBEDDING_LAYER_INDEX = 0
 ARGS_KEY = "args"
 ITERATION_KEY = "iteration"
 CHECKPOINT_INFO_KEY = "checkpoint_info"
-_LAYER_NAME = re.compile(r"^layer_(\d+)-(?:model_(\d+)[-_])?model_states\.pt$")
 
 
 class DeepSpeedCheckpoint:
@@ -64,7 +65,7 @@ class DeepSpeedCheckpoint:
         self.final_layer_norm_idx = final_layer_norm_idx
         self.file_list = get_files(dir)
         self.layer_files = sorted(
-            (f for f in self.file_list if _LAYER_NAME.match(os.path.basename(f))), key=_layer_numbers
+            (f for f in self.file_list if LAYER.match(os.path.basename(f))), key=_layer_numbers
         )
         self.mp_rank_files = get_files_with_prefix(self.file_list, k.MODEL_FILE_PREFIX)
         self.zero_files = get_zero_files(dir)
@@ -81,7 +82,9 @@ class DeepSpeedCheckpoint:
         fits, errors = self.src_3d.can_reshape(target)
         if not fits:
             raise CheckpointError(f"{dir}: " + "; ".join(errors))
-        self.zero_checkpoint = self._zero(target)
+        self.zero_checkpoint = ZeROCheckpoint(dir, self.src_3d) if self.zero_files else None
+        if self.zero_checkpoint is not None:
+            self.zero_checkpoint.reshape(target)
         self.old_2d_map = meg_2d_parallel_map(self.original_pp_degree, self.original_tp_degree)
         self.old_2d_map.simple_init()
         self.new_2d_map = reshape_meg_2d_parallel(
@@ -188,17 +191,14 @@ class DeepSpeedCheckpoint:
             for state in ranks[1:]:
                 merged = merge_state(merged, state)
             if self.tp_degree > self.original_tp_degree:
-                merged = merged | {"module": self._cut_module(stage, tp_index)}
+                # A larger degree's part of what the model files of a stage hold of the module.
+                first = stage * self.original_tp_degree
+                files = self.mp_rank_files[first : first + self.original_tp_degree]
+                modules = [self._read(file).get("module") for file in files]
+                merged |= {"module": None if modules[0] is None else self._parts(modules, tp_index)}
             united = merged if united is None else unite(united, merged)
         assert united is not None
         return united
-
-    def _cut_module(self, stage: int, tp_index: int) -> dict[str, Any] | None:
-        """A larger tensor-parallel degree's part of what the model files of a stage hold of the module."""
-        first = stage * self.original_tp_degree
-        files = self.mp_rank_files[first : first + self.original_tp_degree]
-        modules = [self._read(file).get("module") for file in files]
-        return None if modules[0] is None else self._parts(modules, tp_index)
 
     def get_iteration(self) -> int:
         """The trainer's iteration count, 0 where it left none."""
@@ -218,13 +218,6 @@ class DeepSpeedCheckpoint:
             )
         return self.global_state[key]
 
-    def _zero(self, target: model_3d_desc) -> ZeROCheckpoint | None:
-        if not self.zero_files:
-            return None
-        zero = ZeROCheckpoint(self.dir, self.src_3d)
-        zero.reshape(target)
-        return zero
-
     def _need_zero(self) -> ZeROCheckpoint:
         if self.zero_checkpoint is None:
             raise CheckpointError(f"{self.dir} has no ZeRO files", expected="*_optim_states.pt")
@@ -235,7 +228,7 @@ class DeepSpeedCheckpoint:
         if not self.layer_keys:
             return {}
         files = self._files_of(self.layer_keys[index])
-        return dict(enumerate(self._share(files)))
+        return dict(enumerate(share(files, self.tp_degree)))
 
     def _stages(self) -> dict[int, list[str]]:
         names = [f"{k.LAYER_FILE_PREFIX}{number:02d}" for number in self._transformer_layers()]
@@ -255,7 +248,7 @@ class DeepSpeedCheckpoint:
         layers = self._transformer_layers()
         per_stage = len(layers) // self.pp_degree
         for position, number in enumerate(layers):
-            for tp, files in enumerate(self._share(self._files_of(number))):
+            for tp, files in enumerate(share(self._files_of(number), self.tp_degree)):
                 found.setdefault((tp, position // per_stage), []).append(files)
         return found
 
@@ -265,12 +258,6 @@ class DeepSpeedCheckpoint:
 
     def _files_of(self, number: int) -> list[str]:
         return [f for f in self.layer_files if _layer_numbers(f)[0] == number]
-
-    def _share(self, files: Sequence[str]) -> list[list[str]]:
-        """A layer's files by new tensor rank; a file serves several ranks where there are more of them."""
-        if len(files) % self.tp_degree == 0:
-            return partition_data(files, self.tp_degree)
-        return [[files[tp * len(files) // self.tp_degree]] for tp in range(self.tp_degree)]
 
     def _layer_id(self, index: int) -> str:
         return f"{k.LAYER_FILE_PREFIX}{self.layer_keys[index]:02d}"
@@ -305,7 +292,7 @@ class DeepSpeedCheckpoint:
 
 
 def _layer_numbers(path: str) -> tuple[int, int]:
-    match = _LAYER_NAME.match(os.path.basename(path))
+    match = LAYER.match(os.path.basename(path))
     assert match is not None
     return int(match[1]), int(match[2] or 0)
 

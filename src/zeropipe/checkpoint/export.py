@@ -15,11 +15,10 @@ from typing import IO, Any, cast
 
 import torch
 
-from zeropipe.checkpoint import exported
-from zeropipe.checkpoint.files import Output, new_file, sync_folder
+from zeropipe.checkpoint.files import Output, load_torch, new_file, sync_folder
 from zeropipe.checkpoint.ownership import begin, cannot_write, clear, discard, leftovers, name_of
-from zeropipe.checkpoint.source import Source
-from zeropipe.checkpoint.weights import Weight, aliases, weights
+from zeropipe.checkpoint.sources.data import Checkpoint
+from zeropipe.checkpoint.sources.parallel import Weight, weights
 from zeropipe.errors import CheckpointError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +38,17 @@ _UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
+METADATA = {"format": "pt", "writer": "zeropipe"}
+# A reader such as transformers takes the first of these names that is there. So an older export under another of them
+# has to go, but only if it is ours: its header, its index or its state dict says so.
+_ENTRIES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_SHARD = re.compile(r"^(model-\d{5}-of-\d{5}\.safetensors|pytorch_model-\d{5}-of-\d{5}\.bin)$")
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _WORK = "export"  # what the work folders of exports are for, by their names
 Progress = Callable[[int], None]
 
@@ -66,7 +76,7 @@ def parse_size(text: str | int) -> int:
 
 
 def export(
-    source: Source,
+    source: Checkpoint,
     output: str | os.PathLike[str],
     *,
     dtype: str = "fp32",
@@ -87,7 +97,7 @@ def export(
     """
     if dtype not in DTYPES:
         raise CheckpointError("dtype of the export", expected=", ".join(DTYPES), found=dtype)
-    others = aliases(source)
+    others = source.aliases
     items: list[_Item] = []
     for weight in weights(source, exclude_frozen=exclude_frozen):
         out = DTYPES[dtype] if weight.dtype.is_floating_point else weight.dtype
@@ -107,7 +117,8 @@ def export(
         contents[name] = partial(fill, shard=shard, progress=progress)
         where |= {item.name: name for item in shard}
     if len(shards) > 1:
-        text = exported.index_text(where, sum(item.nbytes for item in items))
+        metadata = {"total_size": sum(item.nbytes for item in items), "writer": METADATA["writer"]}
+        text = json.dumps({"metadata": metadata, "weight_map": where}, indent=1)
         contents[f"{stem}.{suffix}.index.json"] = partial(_write_bytes, data=text.encode())
     return _put(folder, contents)
 
@@ -122,7 +133,7 @@ def _put(folder: Path, contents: dict[str, Callable[[Output], None]]) -> list[Pa
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        old = exported.in_the_way(folder, tuple(contents))
+        old = _in_the_way(folder, tuple(contents))
         for path in leftovers(folder):
             if name_of(path) == _WORK:  # of an export that was killed
                 with suppress(OSError, CheckpointError):
@@ -168,7 +179,7 @@ def _write_safetensors(
     output: Output, shard: Sequence[_Item], progress: Progress, dropped: dict[str, str]
 ) -> None:
     """Eight bytes of header size, the header as JSON, then the tensors end to end, little-endian."""
-    header: dict[str, Any] = {"__metadata__": exported.METADATA | dropped}
+    header: dict[str, Any] = {"__metadata__": METADATA | dropped}
     at = 0
     for item in shard:
         if item.dtype not in _NAMES:
@@ -196,10 +207,50 @@ def _write_bytes(output: Output, data: bytes) -> None:
 
 def _write_torch(output: Output, shard: Sequence[_Item], progress: Progress) -> None:
     values: dict[int, torch.Tensor] = {}
-    state = exported.marked(OrderedDict())
+    state: OrderedDict[str, torch.Tensor] = OrderedDict()
+    # It says who wrote it as an attribute: its keys are the module's alone.
+    state.writer = METADATA["writer"]  # type: ignore[attr-defined]
     for item in shard:
         if id(item.weight) not in values:
             values[id(item.weight)] = item.weight.read(item.dtype)
         state[item.name] = values[id(item.weight)]
         progress(item.nbytes)
     torch.save(state, cast("IO[bytes]", output))
+
+
+def _in_the_way(folder: Path, new: tuple[str, ...]) -> list[Path]:
+    """Our older exports in ``folder`` that files named ``new`` will not replace.
+
+    Raises CheckpointError where a file that is not ours has one of these names, or would be read before them.
+    """
+    first = min(_ENTRIES.index(name) for name in new if name in _ENTRIES)
+    old: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if path.name not in _ENTRIES and not _SHARD.match(path.name):
+            continue
+        if _is_ours(path):
+            if path.name not in new:
+                old.append(path)
+        elif path.name in (*new, *_ENTRIES[:first]) and os.path.lexists(path):  # a peer may have removed it
+            raise CheckpointError(
+                f"{path} stands in the way of the export",
+                expected="nothing, or an earlier export of zeropipe",
+                found="a file whose writer is not known, which would be lost or be read in place of the new one",
+                fix="give another folder, or remove it yourself",
+            )
+    return old
+
+
+def _is_ours(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    with suppress(OSError, ValueError, KeyError, TypeError, CheckpointError, AttributeError):
+        if path.name.endswith(".json"):
+            return json.loads(path.read_text(encoding="utf-8"))["metadata"]["writer"] == METADATA["writer"]
+        if path.name.endswith(".bin"):
+            return getattr(load_torch(path), "writer", None) == METADATA["writer"]
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size < min(_MAX_HEADER, os.fstat(file.fileno()).st_size):
+                return json.loads(file.read(size))["__metadata__"]["writer"] == METADATA["writer"]
+    return False

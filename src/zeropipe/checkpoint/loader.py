@@ -8,15 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from zeropipe.checkpoint import tags
-from zeropipe.checkpoint.dcp import DcpSource
 from zeropipe.checkpoint.files import THREADS, FileRecord, check_file
-from zeropipe.checkpoint.legacy import open_peer
 from zeropipe.checkpoint.manifest import Manifest, read_manifest
-from zeropipe.checkpoint.parallel import Place, seen_from
 from zeropipe.checkpoint.reader import Reader
-from zeropipe.checkpoint.source import OurSource, Source
+from zeropipe.checkpoint.sources.data import Checkpoint
+from zeropipe.checkpoint.sources.dcp import parse_dcp
+from zeropipe.checkpoint.sources.deepspeed import parse_deepspeed
+from zeropipe.checkpoint.sources.ours import parse_ours
+from zeropipe.checkpoint.sources.parallel import Place, seen_from
+from zeropipe.checkpoint.sources.universal import parse_universal
 from zeropipe.checkpoint.state import LoadedState, LocalState
-from zeropipe.checkpoint.universal.read import UniversalSource
 from zeropipe.comm.collectives import all_gather_object, broadcast_object
 from zeropipe.comm.dcp import INDEX_NAME
 from zeropipe.comm.group import SELF, Group
@@ -29,7 +30,7 @@ def open_source(
     *,
     trust: bool = False,
     order: Sequence[Sequence[str]] = (),
-) -> Source:
+) -> Checkpoint:
     """Open a checkpoint of ours, DeepSpeed's or torch's DCP for reading, in one process.
 
     ``folder`` may be a tag's folder itself. ``order``: names of the optimizer's parameters by group, which
@@ -55,16 +56,16 @@ def open_folder(
     trust: bool = False,
     order: Sequence[Sequence[str]] = (),
     unchecked: bool = False,
-) -> Source:
+) -> Checkpoint:
     """``unchecked``: read files of ours without their manifest."""
     manifest = read_manifest(path)
     if manifest is not None:
-        return OurSource(path, manifest, trust=trust)
+        return parse_ours(path, manifest, trust=trust)
     if (path / "zero").is_dir():
-        return UniversalSource(path, tag, trust=trust)
+        return parse_universal(path, tag, trust=trust)
     if (path / INDEX_NAME).exists():
-        return DcpSource(path, tag, trust=trust)
-    return open_peer(path, tag, trust=trust, order=order, unchecked=unchecked)
+        return parse_dcp(path, tag, trust=trust)
+    return parse_deepspeed(path, tag, trust=trust, order=order, unchecked=unchecked)
 
 
 def load(
@@ -77,7 +78,7 @@ def load(
     moments: bool = True,
     verify: bool = True,
     trust: bool = False,
-) -> tuple[LoadedState, Source] | None:
+) -> tuple[LoadedState, Checkpoint] | None:
     """Fill ``into`` in place from the checkpoint; None where there is none (the reason is logged by the caller).
 
     Collective. Without a tag a damaged or incomplete checkpoint is passed over for the next newest one, and
@@ -111,7 +112,7 @@ def nothing_there(folder: str | os.PathLike[str], tag: str | None) -> str:
 
 def _try(
     candidate: tags.Candidate, into: LocalState, group: Group, *, trust: bool, verify: bool
-) -> tuple[Source | None, Reader | None, str]:
+) -> tuple[Checkpoint | None, Reader | None, str]:
     """Open and check one candidate on this rank; the text of what is wrong with it, or ""."""
     rank = group.ranks[group.rank]
     try:
@@ -165,7 +166,7 @@ def _check_share(path: Path, manifest: Manifest, group: Group, verify: bool) -> 
 
 
 def _fill(
-    source: Source,
+    source: Checkpoint,
     reader: Reader,
     into: LocalState,
     group: Group,
@@ -187,7 +188,7 @@ def _fill(
     if errors:
         raise CheckpointError(errors[0])
     assert filled is not None
-    left_out = getattr(source, "left_out", "")
+    left_out = source.left_out()
     return LoadedState(
         path=str(source.folder),
         tag=source.tag,

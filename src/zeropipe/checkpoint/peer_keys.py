@@ -7,6 +7,7 @@ flat, in the order of the groups.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +16,19 @@ import torch
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.plain import lowered
 from zeropipe.checkpoint.stand_ins import FragmentAddress, LossScalerValues
-from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LocalState
+from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LocalState, TrainState
 from zeropipe.runtime.optimizers.state_kinds import Shared, numbers_by_tensor
 
 PEER_VERSION = (
     "0.19.8"  # the format that these keys follow; DeepSpeed's tools want to see one of its versions
 )
+# What a model file holds besides the client's own keys.
+KNOWN_KEYS = {
+    "module", "optimizer", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
+    "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config",
+    "shared_params", "num_experts", k.BUFFER_NAMES, k.PARAM_SHAPES, k.FROZEN_PARAM_SHAPES,
+    k.FROZEN_PARAM_FRAGMENTS, k.CHECKPOINT_PARALLEL_DIMS, k.DS_VERSION,
+}  # fmt: skip
 
 
 def model_keys(local: LocalState, module: Any, lr_scheduler: Any) -> dict[str, Any]:
@@ -32,15 +40,42 @@ def model_keys(local: LocalState, module: Any, lr_scheduler: Any) -> dict[str, A
     for flat in trained:
         for spec in flat.layout.tensors:
             shapes[flat.group_index][spec.name] = torch.Size(spec.shape)
-    frozen_shapes, frozen_parts = _frozen(local)
+    return model_file(
+        train,
+        module,
+        lr_scheduler=lr_scheduler,
+        buffers=model.buffers,
+        shapes=shapes if local.stage else None,
+        frozen=_frozen(local),
+        tied=model.tied,
+        degrees={"dp": grid.dp_degree, "tp": grid.tp_degree, "pp": grid.pp_degree},
+        info=model.universal_info,
+    )
+
+
+def model_file(
+    train: TrainState,
+    module: Any,
+    *,
+    lr_scheduler: Any,
+    buffers: Iterable[str],
+    shapes: Sequence[Mapping[str, torch.Size]] | None,
+    frozen: tuple[Any, Any],
+    tied: Mapping[str, str],
+    degrees: Mapping[str, int],
+    info: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The keys of every model file. ``frozen``: shapes and values of what is not trained, where they stand apart."""
+    tp, pp = degrees.get("tp", 1), degrees.get("pp", 1)
+    version = {k.UNIVERSAL_CHECKPOINT_VERSION_KEY: k.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
     return {
         "module": module,
-        k.BUFFER_NAMES: list(model.buffers),
+        k.BUFFER_NAMES: list(buffers),
         "optimizer": None,
-        k.PARAM_SHAPES: shapes if local.stage else None,
-        k.FROZEN_PARAM_SHAPES: frozen_shapes,
-        k.FROZEN_PARAM_FRAGMENTS: frozen_parts,
-        "shared_params": dict(model.tied),
+        k.PARAM_SHAPES: shapes,
+        k.FROZEN_PARAM_SHAPES: frozen[0],
+        k.FROZEN_PARAM_FRAGMENTS: frozen[1],
+        "shared_params": dict(tied),
         "lr_scheduler": lr_scheduler,
         "data_sampler": None,
         "random_ltd": None,
@@ -48,24 +83,13 @@ def model_keys(local: LocalState, module: Any, lr_scheduler: Any) -> dict[str, A
         "skipped_steps": train.skipped_steps,
         "global_steps": train.global_steps,
         "global_samples": train.global_samples,
-        "dp_world_size": grid.dp_degree,
-        "mp_world_size": grid.tp_degree * grid.pp_degree,
-        k.CHECKPOINT_PARALLEL_DIMS: {
-            k.CHECKPOINT_PP_DEGREE: grid.pp_degree,
-            k.CHECKPOINT_TP_DEGREE: grid.tp_degree,
-        },
+        "dp_world_size": degrees["dp"],
+        "mp_world_size": tp * pp,
+        k.CHECKPOINT_PARALLEL_DIMS: {k.CHECKPOINT_PP_DEGREE: pp, k.CHECKPOINT_TP_DEGREE: tp},
         "ds_config": train.ds_config,
         k.DS_VERSION: PEER_VERSION,
-        **(
-            {}
-            if model.universal_info is None
-            else {k.UNIVERSAL_CHECKPOINT_INFO: _versioned(model.universal_info)}
-        ),
+        **({} if info is None else {k.UNIVERSAL_CHECKPOINT_INFO: version | dict(info)}),
     }
-
-
-def _versioned(info: dict[str, Any]) -> dict[str, Any]:
-    return {k.UNIVERSAL_CHECKPOINT_VERSION_KEY: k.UNIVERSAL_CHECKPOINT_VERSION_VALUE} | info
 
 
 def _frozen(local: LocalState) -> tuple[Any, Any]:
@@ -93,7 +117,13 @@ def optimizer_keys(local: LocalState) -> dict[str, Any]:
     flats = sorted((f for f in local.flats if FP32 in f.tensors), key=lambda f: f.group_index)
     if local.stage >= 3:
         flats = _joined(flats)
-    base = {"state": {i: _state(f) for i, f in enumerate(flats)}, "param_groups": _groups(local, flats)}
+    base = {
+        "state": {i: dict(lowered(f.scalars)) | _moments(f) for i, f in enumerate(flats)},
+        "param_groups": [
+            _plain(group) | {"params": [i for i, f in enumerate(flats) if f.group_index == number]}
+            for number, group in enumerate(local.param_groups)
+        ],
+    }
     state: dict[str, Any] = {
         "overflow": False,
         k.ZERO_STAGE: local.stage,
@@ -114,9 +144,15 @@ def optimizer_keys(local: LocalState) -> dict[str, Any]:
             k.CLIP_GRAD: 0.0,
             k.BASE_OPTIMIZER_STATE: base,
             k.SINGLE_PARTITION_OF_FP32_GROUPS: [f.tensors[FP32] for f in flats],
-            k.GROUP_PADDINGS: [_padding(f) for f in flats],
+            k.GROUP_PADDINGS: [f.layout.shard_numel - f.layout.held(f.shard) for f in flats],
             k.PARTITION_COUNT: [f.layout.num_shards for f in flats],
-            k.PARAM_SLICE_MAPPINGS: [_fragments(f) for f in flats],
+            k.PARAM_SLICE_MAPPINGS: [
+                OrderedDict(
+                    (f.layout.tensors[piece.tensor].name, FragmentAddress(piece.numel, piece.offset))
+                    for piece in f.layout.pieces(f.shard)
+                )
+                for f in flats
+            ],
         }
     return {k.OPTIMIZER_STATE_DICT: state, "ds_config": local.train.ds_config, k.DS_VERSION: PEER_VERSION}
 
@@ -140,19 +176,17 @@ def whole_optimizer(local: LocalState) -> dict[str, Any]:
             own = _tensor_state(*by_name[name]) if name in by_name else {}
             if own:  # torch has no entry of a parameter that was never stepped
                 state[numbers[-1]] = own
-        groups.append(
-            {key: v for key, v in lowered(group).items() if key != "param_names"} | {"params": numbers}
-        )
+        groups.append(_plain(group) | {"params": numbers})
     return {"state": state, "param_groups": groups}
 
 
 def _tensor_state(flat: FlatState, index: int, scalars: Shared) -> dict[str, Any]:
-    start, stop = flat.layout.tensor_range(index)
-    shape = flat.layout.tensors[index].shape
-    views = {key: t[start:stop].view(shape) for key, t in flat.tensors.items() if key not in (FP32, PARAM)}
-    # Optimizers count in place: parameters that shared one step tensor would each advance it.
     if scalars is None:  # never stepped
         return {}
+    start, stop = flat.layout.tensor_range(index)
+    shape = flat.layout.tensors[index].shape
+    views = {key: t[start:stop].view(shape) for key, t in _moments(flat).items()}
+    # Optimizers count in place: parameters that shared one step tensor would each advance it.
     own = {key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in lowered(scalars).items()}
     return own | views
 
@@ -188,25 +222,9 @@ def _end_to_end(tensors: list[torch.Tensor]) -> torch.Tensor:
     return first.as_strided((at - first.storage_offset(),), (1,))
 
 
-def _state(flat: FlatState) -> dict[str, Any]:
-    moments = {key: t for key, t in flat.tensors.items() if key not in (FP32, PARAM)}
-    return dict(lowered(flat.scalars)) | moments
+def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in lowered(group).items() if key != "param_names"}
 
 
-def _groups(local: LocalState, flats: list[FlatState]) -> list[dict[str, Any]]:
-    return [
-        {key: v for key, v in lowered(group).items() if key != "param_names"}
-        | {"params": [i for i, f in enumerate(flats) if f.group_index == number]}
-        for number, group in enumerate(local.param_groups)
-    ]
-
-
-def _padding(flat: FlatState) -> int:
-    return flat.layout.shard_numel - flat.layout.held(flat.shard)
-
-
-def _fragments(flat: FlatState) -> OrderedDict[str, FragmentAddress]:
-    return OrderedDict(
-        (flat.layout.tensors[p.tensor].name, FragmentAddress(p.numel, p.offset))
-        for p in flat.layout.pieces(flat.shard)
-    )
+def _moments(flat: FlatState) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in flat.tensors.items() if key not in (FP32, PARAM)}

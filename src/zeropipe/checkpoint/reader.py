@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping, Set
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
-from zeropipe.checkpoint.numbers import Numbers
-from zeropipe.checkpoint.regions import Regions
-from zeropipe.checkpoint.source import Source, read_full, value_key
+from zeropipe.checkpoint.saved_module import Regions
+from zeropipe.checkpoint.sources.data import Checkpoint, Flat, Value
 from zeropipe.checkpoint.state import COMPUTED, FP32, PARAM, FlatState, LoadedFlat, LocalState
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.copy_plan import copies_of
@@ -35,27 +33,18 @@ class Filled:
 
 
 class Reader:
-    """Reads one source, as this rank sees it (``parallel.seen_from``), for one rank."""
+    """Reads one checkpoint, as this rank sees it (``parallel.seen_from``), for one rank."""
 
-    def __init__(self, source: Source, into: LocalState) -> None:
+    def __init__(self, source: Checkpoint, into: LocalState) -> None:
         self._source = source
         self._into = into
-        self._flats: dict[str, list[FlatEntry]] = {}
-        self._module: dict[str, list[TensorEntry]] = {}
-        for flat in source.flats:
-            for spec in flat.layout.tensors:
-                self._flats.setdefault(spec.name, []).append(flat)
-        for entry in source.module:
-            self._module.setdefault(entry.name, []).append(entry)
         # Name -> other names of the same tensor: the source's, then the destination's.
         self._aliases: dict[str, list[str]] = {}
         for names in (source.tied, into.model.tied, into.model.peer_names):
             for alias, first in names.items():
                 self._aliases.setdefault(first, []).append(alias)
-        self._numbers = Numbers(source)
         self._regions = Regions(into.model.regions)  # the values of those are loaded by the modules' own code
         self._report = _Report()
-        self._threads = int(getattr(source, "threads", 1))
 
     def fill(self, *, optimizer: bool, moments: bool = True) -> Filled:
         """Write into the destination's tensors in place.
@@ -65,7 +54,7 @@ class Reader:
         """
         self.check_shapes()
         wanted_flats = [f for f in self._into.flats if optimizer or PARAM in f.tensors]
-        with ThreadPoolExecutor(self._threads) as pool:
+        with ThreadPoolExecutor(self._source.threads) as pool:
             # Weights first: in fp32 the masters are views of them, and theirs is the last word.
             values = pool.map(lambda item: self._fill_tensor(*item), self._into.model.tensors.items())
             self._report.missing += [name for name in values if name]
@@ -73,7 +62,7 @@ class Reader:
         model = self._into.model
         wanted = {*model.tensors, *model.tied, *model.excluded, *model.peer_names}
         wanted |= {t.name for f in self._into.flats for t in f.layout.tensors}
-        there = {*self._flats, *self._module}
+        there = {*self._source.holders, *self._source.values}
         first_names = {self._source.tied.get(name, name) for name in wanted}
         others = there - wanted - first_names - set(self._source.tied)
         unexpected = tuple(sorted(name for name in others if self._regions.of(name) is None))
@@ -90,41 +79,37 @@ class Reader:
         The name where there is none, "" where there is.
         """
         entry = self._module_entry(name)
-        flat = self._value_flat(name)
+        there = self._first_name(name, self._source.holders)
+        flat = self._source.master(there)
         own = str(out.dtype).removeprefix("torch.")
         if entry is not None and (entry.dtype == own or flat is None or entry.kind == COMPUTED):
-            out.copy_(self._source.module_tensor(entry))
+            out.copy_(entry.read())
         elif flat is not None:
-            self._copy_value(flat, self._first_name(name, self._flats), out)
+            self._copy_value(flat, there, out)
         else:
             return name
         return ""
 
-    def _copy_value(self, flat: FlatEntry, name: str, out: torch.Tensor) -> None:
-        key = value_key(flat)
-        assert key is not None
-        index = flat.layout.index(name)
-        if out.is_contiguous() and out.device.type == "cpu":
+    def _copy_value(self, flat: Flat, name: str, out: torch.Tensor) -> None:
+        key = flat.value_key or ""
+        if out.is_contiguous() and out.device.type == "cpu":  # piece by piece: no second tensor of its size
             view = out.detach().view(-1)
-            for piece in flat.layout.tensor_pieces(index):
-                shard = self._source.flat_tensor(flat, piece.shard, key)
+            for piece in flat.layout.tensor_pieces(flat.layout.index(name)):
+                shard = flat.read(piece.shard, key)
                 view[piece.start : piece.start + piece.numel] = shard[
                     piece.offset : piece.offset + piece.numel
                 ]
         else:
-            out.copy_(read_full(self._source, flat, name, key))
+            out.copy_(flat.whole(name, key))
 
-    def _module_entry(self, name: str) -> TensorEntry | None:
-        entries = self._module.get(self._first_name(name, self._module), ())
-        return next((e for e in entries if self._held(e)), None)
+    def _module_entry(self, name: str) -> Value | None:
+        values = self._source.values
+        return next(iter(values.get(self._first_name(name, values), ())), None)
 
-    def _held(self, entry: TensorEntry) -> bool:
-        """Whether the file holds the value; stage 3 files of DeepSpeed name parameters without it."""
-        return entry.file != ""
-
-    def _value_flat(self, name: str) -> FlatEntry | None:
-        name = self._first_name(name, self._flats)
-        return next((e for e in self._flats.get(name, ()) if value_key(e) is not None), None)
+    def _held_by(self, name: str) -> tuple[str, list[Flat]]:
+        """A tensor's name in the source, and the flats that have something of it."""
+        there = self._first_name(name, self._source.holders)
+        return there, self._source.holders.get(there, [])
 
     def _first_name(self, name: str, index: Mapping[str, Any]) -> str:
         """The name under which the source keeps a tied tensor."""
@@ -143,9 +128,9 @@ class Reader:
         stepped = {name for name in names if shared[name] is not None}
         tensors = dict(flat.tensors)
         if moments:
-            for entry in self._sources_of(stepped):
-                for key, dtype in entry.keys.items():
-                    if key not in (FP32, PARAM) and key not in tensors:
+            for held in dict.fromkeys(held for name in stepped for held in self._held_by(name)[1]):
+                for key, dtype in held.moments.items():
+                    if key not in tensors:
                         tensors[key] = torch.zeros(flat.layout.shard_numel, dtype=getattr(torch, dtype))
         asked = {key: out for key, out in tensors.items() if moments or key in (FP32, PARAM)}
         found = pool.map(lambda item: self._fill_key(flat, item[0], item[1], stepped), asked.items())
@@ -165,13 +150,6 @@ class Reader:
             )
         return LoadedFlat(tensors, self._scalars(flat, shared) if moments else {})
 
-    def _sources_of(self, names: Iterable[str]) -> list[FlatEntry]:
-        found: dict[int, FlatEntry] = {}
-        for name in names:
-            for entry in self._flats.get(self._first_name(name, self._flats), ()):
-                found[id(entry)] = entry
-        return list(found.values())
-
     @torch.no_grad()
     def _fill_key(self, flat: FlatState, key: str, out: torch.Tensor, stepped: Set[str]) -> set[str]:
         """Copy one kind of tensor, moments only of what was ``stepped``; the names that it was found for."""
@@ -179,31 +157,30 @@ class Reader:
         if key not in (FP32, PARAM):
             found = {at: held for at, held in found.items() if layout.tensors[at].name in stepped}
         # By source, so that neighbours that lie together there too are one copy.
-        wanted: dict[int, tuple[FlatEntry, str, list[tuple[Piece, int]]]] = {}
+        wanted: dict[tuple[Flat, str], list[tuple[Piece, int]]] = {}
         for piece in layout.pieces(flat.shard):
             if piece.tensor in found:
-                entry, source_key, tensor = found[piece.tensor]
-                wanted.setdefault(id(entry), (entry, source_key, []))[2].append((piece, tensor))
-        for entry, source_key, pieces in wanted.values():
-            for copy in copies_of(pieces, entry.layout):
-                shard = self._source.flat_tensor(entry, copy.src_shard, source_key)
+                held, source_key, tensor = found[piece.tensor]
+                wanted.setdefault((held, source_key), []).append((piece, tensor))
+        for (held, source_key), pieces in wanted.items():
+            for copy in copies_of(pieces, held.layout):
+                shard = held.read(copy.src_shard, source_key)
                 out[copy.dst_offset : copy.dst_offset + copy.numel].copy_(
                     shard[copy.src_offset : copy.src_offset + copy.numel]
                 )
         return {layout.tensors[index].name for index in found}
 
-    def _holders(self, layout: FlatShards, key: str) -> dict[int, tuple[FlatEntry, str, int]]:
+    def _holders(self, layout: FlatShards, key: str) -> dict[int, tuple[Flat, str, int]]:
         """Tensor of ``layout`` -> (the first source that has ``key`` of it, its own word for it, index there)."""
-        found: dict[int, tuple[FlatEntry, str, int]] = {}
+        found: dict[int, tuple[Flat, str, int]] = {}
         for index, spec in enumerate(layout.tensors):
-            name = self._first_name(spec.name, self._flats)
-            for entry in self._flats.get(name, ()):
-                tensor = entry.layout.index(name)
-                if not _fits(entry.layout.tensors[tensor].shape, spec.shape):
+            name, holders = self._held_by(spec.name)
+            for held in holders:
+                if not _fits(held.shape_of(name), spec.shape):
                     continue  # in a region, where code may reshape; ``check_shapes`` has refused it elsewhere
-                source_key = value_key(entry) if key in (FP32, PARAM) else key
-                if source_key is not None and source_key in entry.keys:
-                    found[index] = (entry, source_key, tensor)
+                source_key = held.value_key if key in (FP32, PARAM) else key
+                if source_key is not None and source_key in held.keys:
+                    found[index] = (held, source_key, held.layout.index(name))
                     break
         return found
 
@@ -214,7 +191,7 @@ class Reader:
         for piece in flat.layout.pieces(flat.shard) if names else ():
             entry = entries.get(flat.layout.tensors[piece.tensor].name)
             if entry is not None:
-                values = self._source.module_tensor(entry).reshape(-1)
+                values = entry.read().reshape(-1)
                 out[piece.offset : piece.offset + piece.numel].copy_(
                     values[piece.start : piece.start + piece.numel]
                 )
@@ -222,8 +199,8 @@ class Reader:
 
     def _shared(self, name: str) -> Shared:
         """What the source has for the tensor that is no tensor itself; None where it was never stepped."""
-        own = self._first_name(name, self._flats)
-        found = (self._numbers.of(entry, own) for entry in self._flats.get(own, ()))
+        there, holders = self._held_by(name)
+        found = (held.numbers_of(there) for held in holders)
         return next((shared for shared in found if shared is not None), None)
 
     def _scalars(self, flat: FlatState, shared: Mapping[str, Shared]) -> dict[str, Any]:
@@ -231,10 +208,10 @@ class Reader:
         specs = flat.layout.tensors
         numbers = named_numbers(list(shared), list(shared.values()), [spec.numel for spec in specs])
         for spec in specs:
-            name = self._first_name(spec.name, self._flats)
-            for entry in self._flats.get(name, ()):
-                for key, value in self._numbers.further(entry, name, spec.name).items():
-                    numbers.setdefault(key, value)
+            name, holders = self._held_by(spec.name)
+            for held in holders:
+                further = held.further(name, spec.name)
+                numbers |= {key: value for key, value in further.items() if key not in numbers}
         return numbers
 
     def check_shapes(self) -> None:
@@ -253,8 +230,9 @@ class Reader:
                     )
 
     def _shapes_there(self, name: str) -> list[tuple[int, ...]]:
-        shapes = [e.shape for e in self._module.get(name, ())]
-        return shapes + [e.layout.tensors[e.layout.index(name)].shape for e in self._flats.get(name, ())]
+        source = self._source
+        shapes = [value.shape for value in source.values.get(name, ())]
+        return shapes + [flat.shape_of(name) for flat in source.holders.get(name, ())]
 
 
 def _fits(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:

@@ -5,17 +5,26 @@ Source ranks are numbered tensor-first, then pipeline, then data, as DeepSpeed's
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX, MODEL_FILE_PREFIX
+from zeropipe.checkpoint.constants import (
+    CHECKPOINT_PARALLEL_DIMS,
+    CHECKPOINT_PP_DEGREE,
+    CHECKPOINT_TP_DEGREE,
+    LAYER_FILE_PREFIX,
+    MODEL_FILE_PREFIX,
+)
+from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map, reshape_2d_map
 from zeropipe.checkpoint.reshape_utils import (
     basic_folder_validation,
     get_files,
     get_files_with_prefix,
     get_zero_files,
-    partition_data,
+    share,
 )
 from zeropipe.errors import CheckpointError
 
@@ -87,36 +96,18 @@ def get_model_3d_descriptor(dir: str) -> model_3d_desc:
     files = get_files(dir)
     zero_files = get_zero_files(dir)
     models = [f for f in files if f.endswith("model_states.pt")]
-    layers = {name.split("-")[0]: 0 for name in _names(get_files_with_prefix(models, LAYER_FILE_PREFIX))}
+    layers = [os.path.basename(f) for f in get_files_with_prefix(models, LAYER_FILE_PREFIX)]
     mp_files = get_files_with_prefix(models, MODEL_FILE_PREFIX)
     if not mp_files and not zero_files:
         raise CheckpointError(f"{dir} holds no checkpoint files", expected="mp_rank_XX_model_states.pt")
-    tp, pp = 1, max(1, len(mp_files))
     if layers:
-        first = next(iter(layers))
-        tp = len(get_files_with_prefix(models, f"{first}-model_"))
+        tp = len(get_files_with_prefix(models, f"{layers[0].split('-')[0]}-model_"))
         pp = max(1, len(mp_files) // tp)
-    else:
-        tp, pp = _degrees_inside(mp_files)
-    dp = max(1, len(zero_files) // (pp * tp))
-    return model_3d_desc(pp, tp, dp)
-
-
-def _degrees_inside(mp_files: list[str]) -> tuple[int, int]:
-    """(tp, pp) as the first model file states them; without pipeline layer files all ranks are tensor-parallel."""
-    if not mp_files:
-        return 1, 1
-    from pathlib import Path
-
-    from zeropipe.checkpoint.files import load_torch
-
-    dims: Any = load_torch(Path(mp_files[0])).get("checkpoint_parallel_dimensions") or {}
-    pp = int(dims.get("pp_degree", 1))
-    return int(dims.get("tp_degree", len(mp_files) // pp)), pp
-
-
-def _names(paths: list[str]) -> list[str]:
-    return [path.rsplit("/", 1)[-1] for path in paths]
+    else:  # as the first model file states them; else all ranks are tensor-parallel
+        dims: Any = load_torch(Path(mp_files[0])).get(CHECKPOINT_PARALLEL_DIMS) or {} if mp_files else {}
+        pp = int(dims.get(CHECKPOINT_PP_DEGREE, 1))
+        tp = int(dims.get(CHECKPOINT_TP_DEGREE, max(1, len(mp_files) // pp)))
+    return model_3d_desc(pp, tp, max(1, len(zero_files) // (pp * tp)))
 
 
 def flatten_dp_dimension(
@@ -136,18 +127,6 @@ def unflatten_dp_dimension(meg_2d_map: meg_2d_parallel_map, dp_degree: int) -> l
     maps = [meg_2d_parallel_map(meg_2d_map.pp_degree, meg_2d_map.tp_degree) for _ in range(dp_degree)]
     for pp in range(meg_2d_map.pp_degree):
         for tp in range(meg_2d_map.tp_degree):
-            ranks = meg_2d_map.get_data(pp, tp)
-            if len(ranks) % dp_degree == 0:
-                parts = partition_data(ranks, dp_degree)
-            else:
-                parts = [_overlap(ranks, i, dp_degree) for i in range(dp_degree)]
-            for target, part in zip(maps, parts, strict=True):
+            for target, part in zip(maps, share(meg_2d_map.get_data(pp, tp), dp_degree), strict=True):
                 target.add_data(pp, tp, part)
     return maps
-
-
-def _overlap(ranks: list[int], index: int, count: int) -> list[int]:
-    """The members whose share of the whole overlaps the ``index``-th of ``count`` shares."""
-    first = index * len(ranks) // count
-    last = -(-(index + 1) * len(ranks) // count)
-    return ranks[first:last]

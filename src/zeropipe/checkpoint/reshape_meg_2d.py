@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from zeropipe.checkpoint.reshape_utils import share
 from zeropipe.errors import CheckpointError
 
 _log = logging.getLogger("zeropipe")
@@ -106,10 +107,7 @@ def _regroup(lists: Sequence[list[Any]], count: int, what: str) -> list[list[Any
             expected=f"a divisor or a multiple of {old}",
             found=count,
         )
-    if old >= count:
-        size = old // count
-        return [[x for part in lists[i * size : (i + 1) * size] for x in part] for i in range(count)]
-    return [list(lists[i * old // count]) for i in range(count)]
+    return [[x for part in run for x in part] for run in share(lists, count)]
 
 
 def get_mpu_ranks(

@@ -1,4 +1,4 @@
-"""The state dict that a module gave when it was saved: put together from a source, tensors read when they are used.
+"""The state dict that a module gave when it was saved: put together from a checkpoint, tensors read when they are used.
 
 It is needed where loading is more than copying values to their names: a module with hooks, with state of its own, or
 that loads itself, gets what ``module.load_state_dict`` would give it.
@@ -6,20 +6,30 @@ that loads itself, gets what ``module.load_state_dict`` would give it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
-from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
-from zeropipe.checkpoint.regions import Regions
-from zeropipe.checkpoint.source import Source, value_key
+from zeropipe.checkpoint.sources.data import Checkpoint, Value
 from zeropipe.checkpoint.state import COMPUTED, ModelState, ModuleRest
-from zeropipe.checkpoint.stored import Read, stored
+
+Read = Callable[[int, int], torch.Tensor]  # [start, stop) of the flattened tensor: 1D, new memory
+
+_FACTS = frozenset(
+    [
+        "shape", "size", "dtype", "device", "layout", "numel", "nelement", "dim", "ndim", "ndimension", "__len__",
+        "is_meta", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_leaf", "requires_grad", "grad", "grad_fn",
+        "is_floating_point", "is_complex", "element_size", "itemsize", "nbytes", "get_device", "is_nested",
+        "__hash__", "__format__", "_is_param", "names", "has_names", "is_mps", "is_xpu", "is_mkldnn",
+    ]
+)  # fmt: skip
 
 
 def saved_module(
-    source: Source, model: ModelState, rest: ModuleRest, dtypes: Mapping[str, torch.dtype]
+    source: Checkpoint, model: ModelState, rest: ModuleRest, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Any]:
     """Key -> tensor or extra state, for the keys inside of the regions of ``model`` (see there).
 
@@ -27,50 +37,114 @@ def saved_module(
     read from its master.
     """
     inside = Regions(model.regions)
-    tensors: dict[str, Any] = {}
-    entries: dict[str, TensorEntry] = {}
-    flats: dict[str, FlatEntry] = {}
-    for entry in source.module:
-        if entry.file:
-            entries.setdefault(entry.name, entry)
-    for flat in source.flats:
-        if value_key(flat) is not None:
-            for spec in flat.layout.tensors:
-                flats.setdefault(spec.name, flat)
-    names = dict.fromkeys([*entries, *(n for n in flats if n not in rest.hidden)])
+    masters = {name: flat for name in source.holders if (flat := source.master(name)) is not None}
+    names = dict.fromkeys([*source.values, *(name for name in masters if name not in rest.hidden)])
     aliases = {name: name for name in names}
-    aliases |= {other: first for other, first in source.tied.items() if first in entries or first in flats}
+    aliases |= {o: first for o, first in source.tied.items() if first in source.values or first in masters}
     aliases |= {ours: peer for peer, ours in model.peer_names.items() if peer in names and ours not in names}
+    tensors: dict[str, Any] = {}
     for key, name in aliases.items():
         if inside.of(key) is None:
             continue
-        held, flat_of = entries.get(name), flats.get(name)
+        value, flat = next(iter(source.values.get(name, ())), None), masters.get(name)
         wanted = dtypes.get(key)
-        other = wanted is not None and held is not None and getattr(torch, held.dtype) != wanted
-        if held is not None and (flat_of is None or held.kind in ("buffer", COMPUTED) or not other):
-            tensors[key] = stored(held.shape, getattr(torch, held.dtype), _from_entry(source, held))
-        elif flat_of is not None:
-            tensors[key] = _from_flat(source, flat_of, name)
+        other = wanted is not None and value is not None and getattr(torch, value.dtype) != wanted
+        if value is not None and (flat is None or value.kind in ("buffer", COMPUTED) or not other):
+            tensors[key] = stored(value.shape, getattr(torch, value.dtype), partial(_run, value))
+        elif flat is not None:
+            held = flat.value_key or ""
+            read = partial(flat.run, name, held)
+            tensors[key] = stored(flat.shape_of(name), getattr(torch, flat.keys[held]), read)
     return tensors | {key: value for key, value in rest.extra.items() if inside.of(key) is not None}
 
 
-def _from_entry(source: Source, entry: TensorEntry) -> Read:
-    return lambda start, stop: source.module_tensor(entry).reshape(-1)[start:stop].clone()
+def _run(value: Value, start: int, stop: int) -> torch.Tensor:
+    return value.read().reshape(-1)[start:stop].clone()
 
 
-def _from_flat(source: Source, flat: FlatEntry, name: str) -> torch.Tensor:
-    index = flat.layout.index(name)
-    key = value_key(flat)
-    assert key is not None
-    first, dtype = flat.layout.offsets[index], getattr(torch, flat.keys[key])
+class Regions:
+    """Parts of a module tree by their prefixes, as in a state dict's keys: ``""`` is all, ``blocks.0.`` a block."""
 
-    def read(start: int, stop: int) -> torch.Tensor:
-        run = torch.empty(stop - start, dtype=dtype)
-        done = 0
-        for piece in flat.layout.cut(first + start, first + stop):
-            shard = source.flat_tensor(flat, piece.shard, key)
-            run[done : done + piece.numel] = shard[piece.offset : piece.offset + piece.numel]
-            done += piece.numel
-        return run
+    def __init__(self, prefixes: Iterable[str]) -> None:
+        self._prefixes = frozenset(prefixes)
 
-    return stored(flat.layout.tensors[index].shape, dtype, read)
+    def of(self, key: str) -> str | None:
+        if not self._prefixes:
+            return None
+        return next((prefix for prefix in _prefixes_of(key) if prefix in self._prefixes), None)
+
+
+def _prefixes_of(key: str) -> Iterator[str]:
+    yield ""
+    at = key.find(".")
+    while at >= 0:
+        yield key[: at + 1]
+        at = key.find(".", at + 1)
+
+
+class Stored(torch.Tensor):
+    """A tensor of a checkpoint that is read when it is used, so that a state dict of a whole model costs no memory.
+
+    ``shape``, ``dtype`` and ``device`` are known at once. Copying it into a parameter, or a run of its elements into a
+    shard, reads what is copied and keeps nothing. Any other use reads the whole and keeps it, as it may be written to.
+    """
+
+    _read: Read
+    _start: int  # of its elements in what ``_read`` counts
+    _value: torch.Tensor | None  # once it was used as a whole
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        kwargs = kwargs or {}
+        first = args[0] if args and isinstance(args[0], Stored) else None
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in _FACTS:
+                return func(*args, **kwargs)
+            if first is not None and first._value is None:
+                if name == "detach":
+                    return first
+                if name in ("reshape", "view", "flatten") and args[1:] in ((-1,), ((-1,),), ()):
+                    return _made((first.numel(),), first.dtype, first._read, first._start)
+                run = args[1] if name == "__getitem__" and first.dim() == 1 else None
+                if isinstance(run, slice) and run.step in (None, 1):
+                    start, stop, _ = run.indices(len(first))
+                    return first._read(first._start + start, first._start + max(start, stop))
+            copied = name == "copy_" and first is None
+            args, kwargs = tree_map_only(Stored, _once if copied else real, (args, kwargs))
+            return func(*args, **kwargs)
+
+
+def stored(shape: tuple[int, ...], dtype: torch.dtype, read: Read) -> Stored:
+    """A tensor of that shape whose elements ``read`` gives."""
+    return _made(shape, dtype, read, 0)
+
+
+def real(value: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, in memory; the same one each time. Any other tensor is given back."""
+    if not isinstance(value, Stored):
+        return value
+    if value._value is None:
+        value._value = _once(value)
+    return value._value
+
+
+def _made(shape: tuple[int, ...], dtype: torch.dtype, read: Read, start: int) -> Stored:
+    made = torch.empty((), dtype=dtype).expand(shape).as_subclass(Stored)
+    made._read, made._start, made._value = read, start, None
+    return made
+
+
+def _once(value: Stored) -> torch.Tensor:
+    if value._value is not None:
+        return value._value
+    shape = tuple(value.shape)
+    return value._read(value._start, value._start + torch.Size(shape).numel()).view(shape)

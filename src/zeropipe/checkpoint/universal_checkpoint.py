@@ -12,8 +12,8 @@ import torch
 
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.files import load_torch
-from zeropipe.checkpoint.universal.patterns import Joining, Rule, split
-from zeropipe.checkpoint.universal.patterns import SubparamShape as SubparamShape
+from zeropipe.checkpoint.sources.slices import Joining, Rule, split
+from zeropipe.checkpoint.sources.slices import SubparamShape as SubparamShape
 from zeropipe.errors import CheckpointError
 
 

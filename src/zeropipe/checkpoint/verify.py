@@ -8,9 +8,9 @@ from enum import Enum
 from pathlib import Path
 
 from zeropipe.checkpoint.files import check_file, load_torch
-from zeropipe.checkpoint.legacy import PeerSource
 from zeropipe.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from zeropipe.checkpoint.ownership import MARK
+from zeropipe.checkpoint.sources.deepspeed import lacks_manifest
 from zeropipe.comm.dcp import INDEX_NAME, read_chunk, read_index
 from zeropipe.errors import CheckpointError
 
@@ -46,7 +46,7 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
     except CheckpointError as error:
         return [Finding(MANIFEST_NAME, _size(folder / MANIFEST_NAME), FileState.DAMAGED, str(error))]
     if manifest is None:
-        lost = [Finding(MANIFEST_NAME, 0, FileState.MISSING)] if _without_manifest(folder) else []
+        lost = [Finding(MANIFEST_NAME, 0, FileState.MISSING)] if lacks_manifest(folder) else []
         chunks = _chunks(folder, progress) if (folder / INDEX_NAME).exists() else []
         return lost + chunks + [_open(path, progress) for path in sorted(folder.glob("**/*.pt"))]
     findings = [Finding(MANIFEST_NAME, _size(folder / MANIFEST_NAME), FileState.WHOLE)]
@@ -64,14 +64,6 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
         if path.name not in known:
             findings.append(Finding(path.name, _size(path), FileState.EXTRA))
     return findings
-
-
-def _without_manifest(folder: Path) -> bool:
-    """Whether these are files of ours whose manifest is gone."""
-    try:
-        return PeerSource(folder, folder.name).is_ours
-    except CheckpointError:  # other files, or damaged ones, which are found one by one
-        return False
 
 
 def _open(path: Path, progress: Callable[[int], None]) -> Finding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.reshape_3d_utils import get_model_3d_descriptor, model_3d_desc
 from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map
 from zeropipe.checkpoint.reshape_utils import basic_folder_validation, get_zero_files, merge_state
+from zeropipe.checkpoint.sources.data import Flat
+from zeropipe.checkpoint.sources.deepspeed import ALIGN
 from zeropipe.checkpoint.stand_ins import FragmentAddress
+from zeropipe.checkpoint.state import FP32
 from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError
-from zeropipe.layout.copy_plan import copy_plan
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
 _log = logging.getLogger("zeropipe")
-_ALIGN = 2  # elements: what each shard of stages 1 and 2 is a multiple of
 
 
 class ZeROCheckpoint:
@@ -128,7 +129,7 @@ class ZeROCheckpoint:
     def print_3d_file_map(self, tag: str | None = None) -> None:
         self._print(self._map, tag or "file map", lambda data: [self.file_list[i] for i in data])
 
-    def _print(self, maps: list[meg_2d_parallel_map], tag: str, show: Any) -> None:
+    def _print(self, maps: list[meg_2d_parallel_map], tag: str, show: Callable[[list[int]], object]) -> None:
         _log.info("3D %s", tag)
         for dp, grid in enumerate(maps):
             for (pp, tp), data in sorted(grid.map.items()):
@@ -154,22 +155,17 @@ class ZeROCheckpoint:
         moments = dict(base.get("state", {}))
         new_groups = []
         for group in range(len(groups)):
-            shards = [s[k.SINGLE_PARTITION_OF_FP32_GROUPS][group] for s in every]
-            paddings = [(s.get(k.GROUP_PADDINGS) or [0] * (group + 1))[group] for s in every]
-            tensors = [s[k.BASE_OPTIMIZER_STATE].get("state", {}).get(group, {}) for s in every]
-            full = [
-                _full_size(shard, t, pad) for shard, t, pad in zip(shards, tensors, paddings, strict=True)
-            ]
-            total = sum(size - pad for size, pad in zip(full, paddings, strict=True))
-            size = max(full)
-            new_groups.append(_cut(shards, size, total, dp_index, count, strip))
+            shards = [_flat_tensors(state, group) for state in every]
+            # DeepSpeed writes the masters without their padding, the moments with it.
+            full = [max(tensor.numel() for tensor in shard.values()) for shard in shards]
+            padding = sum((s.get(k.GROUP_PADDINGS) or [0] * len(groups))[group] for s in every)
+            spec = TensorSpec("flat", (sum(full) - padding,), "")
+            layout = FlatShards((spec,), len(shards), max(1, *full))
+            flat = Flat.of("flat", 0, group, layout, shards, {})
+            cut = {key: _cut(flat, key, dp_index, count, strip) for key in flat.keys}
+            new_groups.append(cut.pop(FP32))
             if group in moments:
-                moments[group] = {
-                    key: _cut([t[key] for t in tensors], size, total, dp_index, count, strip)
-                    if isinstance(value, torch.Tensor) and value.dim() == 1
-                    else value
-                    for key, value in moments[group].items()
-                }
+                moments[group] = moments[group] | cut
         inner[k.SINGLE_PARTITION_OF_FP32_GROUPS] = new_groups
         if base:
             inner[k.BASE_OPTIMIZER_STATE] = base | {"state": moments}
@@ -201,24 +197,16 @@ def _end_to_end(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _full_size(shard: torch.Tensor, tensors: dict[str, Any], padding: int) -> int:
-    """Elements of a shard with its padding; DeepSpeed writes the masters without, the moments with it."""
-    sizes = [t.numel() for t in tensors.values() if isinstance(t, torch.Tensor) and t.dim() == 1]
-    return max([shard.numel(), *sizes])
+def _flat_tensors(state: dict[str, Any], group: int) -> dict[str, torch.Tensor]:
+    """A rank's shards of a group: the master's and each moment's."""
+    moments = state[k.BASE_OPTIMIZER_STATE].get("state", {}).get(group, {})
+    flat = {key: t for key, t in moments.items() if isinstance(t, torch.Tensor) and t.dim() == 1}
+    return {FP32: state[k.SINGLE_PARTITION_OF_FP32_GROUPS][group]} | flat
 
 
-def _cut(
-    shards: Sequence[torch.Tensor], size: int, total: int, index: int, count: int, strip: bool
-) -> torch.Tensor:
-    """Shard ``index`` of ``count`` of what ``shards`` (``size`` elements each, the last padded) hold end to end."""
-    spec = (TensorSpec("flat", (total,), ""),)
-    source, target = FlatShards(spec, len(shards), max(size, 1)), FlatShards(spec, count, _ALIGN)
-    if count == len(shards):
-        target = source
-    out = torch.zeros(target.shard_numel, dtype=shards[0].dtype)
-    filled = 0
-    for copy in copy_plan(source, target, [index]).copies:
-        run = shards[copy.src_shard][copy.src_offset : copy.src_offset + copy.numel]
-        out[copy.dst_offset : copy.dst_offset + copy.numel] = run
-        filled = max(filled, copy.dst_offset + copy.numel)
-    return out[:filled].clone() if strip else out
+def _cut(flat: Flat, key: str, index: int, count: int, strip: bool) -> torch.Tensor:
+    """Shard ``index`` of ``count`` of what the flat's shards hold end to end."""
+    target = flat.layout if count == flat.layout.num_shards else flat.layout.reshard(count, ALIGN)
+    start, held = index * target.shard_numel, target.held(index)
+    run = flat.run("flat", key, start, start + held)
+    return run if strip else torch.cat([run, run.new_zeros(target.shard_numel - held)])

@@ -23,16 +23,16 @@ from rich.text import Text
 from zeropipe.checkpoint import ownership, tags
 from zeropipe.checkpoint.compare import compare
 from zeropipe.checkpoint.convert import convert as convert_checkpoint
-from zeropipe.checkpoint.dcp import write_dcp
 from zeropipe.checkpoint.export import export as export_weights
 from zeropipe.checkpoint.loader import open_source
 from zeropipe.checkpoint.manifest import read_manifest
-from zeropipe.checkpoint.source import Source
+from zeropipe.checkpoint.sources.data import Checkpoint
+from zeropipe.checkpoint.sources.dcp import write_dcp
+from zeropipe.checkpoint.sources.parallel import weights
+from zeropipe.checkpoint.sources.universal import write_universal
 from zeropipe.checkpoint.state import FP32, PARAM
-from zeropipe.checkpoint.universal.write import write_universal
 from zeropipe.checkpoint.verify import FileState
 from zeropipe.checkpoint.verify import verify as verify_folder
-from zeropipe.checkpoint.weights import weights
 from zeropipe.errors import CheckpointError
 
 app = typer.Typer(
@@ -75,7 +75,7 @@ def inspect(
         console.print(_tensors(source))
 
 
-def _summary(source: Source) -> Table:
+def _summary(source: Checkpoint) -> Table:
     table = Table("kind", "tensors", "elements", "bytes", "dtype")
     rows: dict[tuple[str, str], list[int]] = {}
     for entry in source.module:
@@ -98,7 +98,7 @@ def _shown(name: object) -> Text:
     return Text(text if text.isprintable() else repr(text))
 
 
-def _tensors(source: Source) -> Table:
+def _tensors(source: Checkpoint) -> Table:
     table = Table("name", "shape", "kind", "stored as")
     for weight in weights(source):
         where = (

@@ -13,7 +13,7 @@ import torch
 
 from zeropipe.checkpoint.export import export
 from zeropipe.checkpoint.loader import open_source
-from zeropipe.checkpoint.weights import Weight, aliases, weights
+from zeropipe.checkpoint.sources.parallel import Weight, weights
 from zeropipe.errors import CheckpointError
 
 Folder = str | os.PathLike[str]
@@ -30,7 +30,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
     ``lazy_mode``: values are objects whose ``contiguous()`` reads the tensor. Raises CheckpointError.
     """
     source = open_source(checkpoint_dir, tag)
-    others = aliases(source)
+    others = source.aliases
     state: dict[str, Any] = {}
     for weight in weights(source, exclude_frozen=exclude_frozen_parameters):
         value: torch.Tensor | Weight = weight if lazy_mode else weight.contiguous()

@@ -21,9 +21,9 @@ from tests.helpers.data import token_batch
 from tests.helpers.models import MLP, NastyModel, build
 from zeropipe.checkpoint.compare import compare
 from zeropipe.checkpoint.convert import convert
-from zeropipe.checkpoint.dcp import write_dcp
 from zeropipe.checkpoint.loader import open_source
 from zeropipe.checkpoint.saver import Saver
+from zeropipe.checkpoint.sources.dcp import write_dcp
 from zeropipe.checkpoint.state import FlatState, Grid, LocalState, ModelState
 from zeropipe.checkpoint.verify import FileState, verify
 from zeropipe.cli.ckpt import app
@@ -136,7 +136,7 @@ def test_weights_alone_and_without_a_first_word_load(tmp_path: Path) -> None:
         assert {e.name: tuple(e.shape) for e in found.module} == {
             n: tuple(t.shape) for n, t in source.items()
         }
-        assert all(torch.equal(found.module_tensor(e), source[e.name]) for e in found.module)
+        assert all(torch.equal(e.read(), source[e.name]) for e in found.module)
 
 
 class Evil:
@@ -168,7 +168,7 @@ def test_damage_is_named(tmp_path: Path, how: str) -> None:
 
     def read() -> None:
         source = open_source(tmp_path)
-        source.module_tensor(source.module[0])
+        source.module[0].read()
 
     with pytest.raises(CheckpointError, match=re.escape(name)):
         read()
@@ -186,8 +186,8 @@ def test_a_conversion_holds_one_tensor_in_memory(tmp_path: Path) -> None:
     Saver(SELF).save(tmp_path, "t", local)
     script = f"""
 from zeropipe.checkpoint.loader import open_source
-from zeropipe.checkpoint.dcp import write_dcp
-from zeropipe.checkpoint.weights import weights
+from zeropipe.checkpoint.sources.dcp import write_dcp
+from zeropipe.checkpoint.sources.parallel import weights
 def anonymous():
     line = next(l for l in open('/proc/self/status') if l.startswith('RssAnon'))
     return int(line.split()[1]) * 1024

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zeropipe.checkpoint.legacy_pipe import stage_orders
+from zeropipe.checkpoint.sources.deepspeed import stage_orders
 
 A, B, C = (11, 6), (6, 6), (6,)
 LAYERS = [("0.weight", A), ("1.w", B), ("1.b", C), ("2.w", B), ("2.b", C)]

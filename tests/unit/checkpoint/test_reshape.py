@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import zeropipe.checkpoint as ckpt
 from zeropipe.checkpoint.reshape_utils import get_files, partition_data
-from zeropipe.checkpoint.universal.patterns import Joining, Rule, SubparamShape, join, joining_of, split
+from zeropipe.checkpoint.sources.slices import Joining, Rule, SubparamShape, join, joining_of, split
 from zeropipe.errors import CheckpointError
 
 # What DeepSpeed 0.19.8 answers, by running it.

@@ -14,7 +14,7 @@ from zeropipe.checkpoint.loader import load, nothing_there
 from zeropipe.checkpoint.plain import Absent, settle
 from zeropipe.checkpoint.saved_module import saved_module
 from zeropipe.checkpoint.saver import Saver
-from zeropipe.checkpoint.source import Source, read_full, value_key
+from zeropipe.checkpoint.sources.data import Checkpoint
 from zeropipe.checkpoint.state import LoadedState, ModelState, look_through
 from zeropipe.checkpoint.tags import latest_universal
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
@@ -171,7 +171,12 @@ class EngineCheckpoint:
             self._saver.raise_pending()
 
     def _load_regions(
-        self, engine: DeepSpeedEngine, loaded: LoadedState, source: Source, model: ModelState, strict: bool
+        self,
+        engine: DeepSpeedEngine,
+        loaded: LoadedState,
+        source: Checkpoint,
+        model: ModelState,
+        strict: bool,
     ) -> LoadedState:
         """Let the modules that take part in loading do so; the masters follow what they make of the values."""
         partitions = engine.optimizer.partitions if engine.optimizer is not None else ()
@@ -326,17 +331,16 @@ def _listed(names: Any, limit: int = 5) -> str:
     return (", ".join(names[:limit]) + more) if names else "nothing"
 
 
-def _whole_module(source: Source) -> dict[str, Any]:
+def _whole_module(source: Checkpoint) -> dict[str, Any]:
     """The module's state dict, full tensors and extra state, as it was saved; tied names share a tensor."""
     rest = source.rest()
     state: OrderedDict[str, Any] = OrderedDict()
-    for entry in source.module:
-        state[entry.name] = source.module_tensor(entry).clone()
-    for flat in source.flats:
-        key = value_key(flat)
-        for spec in flat.layout.tensors if key is not None else ():
-            if spec.name not in state and spec.name not in rest.hidden:
-                state[spec.name] = read_full(source, flat, spec.name, key or "")
+    for value in source.module:
+        state[value.name] = value.read().clone()
+    for name in source.holders:
+        flat = source.master(name)
+        if flat is not None and name not in state and name not in rest.hidden:
+            state[name] = flat.whole(name, flat.value_key or "")
     for other, name in source.tied.items():
         if name in state:
             state[other] = state[name]

@@ -19,9 +19,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from zeropipe.checkpoint.regions import Regions
+from zeropipe.checkpoint.saved_module import Regions, Stored, real
 from zeropipe.checkpoint.state import ModelState
-from zeropipe.checkpoint.stored import Stored, real
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.gather.shards import shards_of
 from zeropipe.runtime.zero.gather.state_dict import Fetching, is_ours

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zeropipe.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
-from zeropipe.checkpoint.parallel import info_of, plain_info
+from zeropipe.checkpoint.sources.slices import info_of, plain_info
 from zeropipe.checkpoint.state import (
     PARAM,
     FlatState,

@@ -7,7 +7,7 @@ need not be equal, and for vocabulary padding, which is dropped and comes back a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -87,6 +87,51 @@ def rules_in(tree: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(found, Mapping) or not set(found) - {k.UNIVERSAL_CHECKPOINT_VERSION_KEY}:
         return None
     return dict(found)
+
+
+def info_of(module: torch.nn.Module) -> dict[str, Any] | None:
+    """What a module says of its slices: its ``universal_checkpoint_info``, else Megatron's marks on its parameters.
+
+    None where it says nothing. Parameters that Megatron does not mark as ``tensor_model_parallel`` are whole.
+    """
+    given = plain_info(getattr(module, "universal_checkpoint_info", None))
+    if given is not None:
+        return given
+    params = dict(module.named_parameters())
+    if not any(getattr(p, "tensor_model_parallel", False) for p in params.values()):
+        return None
+    patterns: dict[str, list[str]] = {}
+    for name, param in params.items():
+        sliced = bool(getattr(param, "tensor_model_parallel", False))
+        dim = int(getattr(param, "partition_dim", 0)) if sliced else -1
+        key = {0: "", 1: k.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS}.get(
+            dim, k.TP_REPLICATED_PARAMETER_PATTERNS
+        )
+        if sliced and int(getattr(param, "partition_stride", 1)) == 2 and dim == 0:
+            key = k.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0
+        if key:
+            patterns.setdefault(key, []).append(re.escape(name) + "$")
+    return patterns
+
+
+def plain_info(info: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None) -> dict[str, Any] | None:
+    """``universal_checkpoint_info`` as plain values, so that files that hold it load without running code."""
+    if info is None:
+        return None
+    given = info() if callable(info) else info
+    return {str(key): _plain(value) for key, value in given.items()}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "patterns") and hasattr(value, "partition_dim"):  # a SubparamShape, DeepSpeed's or ours
+        return {
+            "patterns": list(value.patterns),
+            "shape": tuple(value.shape),
+            "partition_dim": int(value.partition_dim),
+        }
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value
 
 
 def join(slices: Sequence[torch.Tensor], how: Joining) -> torch.Tensor:

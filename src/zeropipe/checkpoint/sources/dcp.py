@@ -1,4 +1,4 @@
-"""torch's distributed checkpoints (DCP), as FSDP and others save them: opened as a source, and written from one.
+"""torch's distributed checkpoints (DCP), as FSDP and others save them: read and written.
 
 The keys are those of ``{"model": get_model_state_dict(...), "optim": get_optimizer_state_dict(...)}``:
 
@@ -21,23 +21,19 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint.files import new_file
-from zeropipe.checkpoint.manifest import FlatEntry, TensorEntry
-from zeropipe.checkpoint.numbers import STEP, Numbers
 from zeropipe.checkpoint.ownership import replacing
-from zeropipe.checkpoint.parallel import joined
 from zeropipe.checkpoint.plain import lowered
-from zeropipe.checkpoint.source import Source, read_full
+from zeropipe.checkpoint.sources.data import STEP, Checkpoint, Flat, Last, Value
+from zeropipe.checkpoint.sources.parallel import joined, weights
 from zeropipe.checkpoint.state import (
     FP32,
     PARAM,
-    ModuleRest,
     TrainState,
     rest_back,
     rest_words,
     training_back,
     training_words,
 )
-from zeropipe.checkpoint.weights import aliases, weights
 from zeropipe.comm.dcp import Key, Lazy, Stored, flatten, read_chunk, read_index, read_tensor, write
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
@@ -49,19 +45,20 @@ _OPTIMIZERS = ("optim", "optimizer", "optimizers")
 _STATE, _GROUPS = "state", "param_groups"
 
 
-class DcpSource:
+def parse_dcp(folder: Path, tag: str, *, trust: bool = False) -> Checkpoint:
     """A folder with DCP's ``.metadata``. Raises CheckpointError when it cannot be read safely, or has no weights."""
+    return _Folder(folder, trust).checkpoint(tag)
 
-    universal_info: Mapping[str, Any] | None = None  # its tensors are whole
 
-    def __init__(self, folder: Path, tag: str, *, trust: bool = False) -> None:
-        self.folder = folder
-        self.tag = tag
+class _Folder:
+    """Weights, optimizer state and hyperparameters, told apart by their keys."""
+
+    def __init__(self, folder: Path, trust: bool) -> None:
+        self._folder = folder
         self._trust = trust
         self._values: dict[str, Stored] = {}  # parameter or buffer -> its value
         self._state: dict[str, dict[str, Stored]] = {}  # parameter -> "exp_avg", "step", ...
         self._groups: list[dict[str, Any]] = []
-        self._kept: tuple[tuple[str, str], torch.Tensor] | None = None  # the tensor read last
         index = read_index(folder)
         ours = next((s for s in index.values() if s.key == (OURS,)), None)
         self._ours: dict[str, Any] = {} if ours is None else self._value(ours)
@@ -73,62 +70,91 @@ class DcpSource:
                 found=", ".join(list(index)[:5]) or "no key",
                 fix='save {"model": get_model_state_dict(...), "optim": get_optimizer_state_dict(...)}',
             )
-        self.stage = int(self._ours.get("stage", 0))
-        self.degrees = dict(self._ours.get("degrees") or {"dp": 1, "tp": 1, "pp": 1})
-        self.world = len(self._ours.get("per_rank") or [None])
-        self.optimizer = str(self._ours.get("optimizer", ""))
-        self.tied: Mapping[str, str] = dict(self._ours.get("tied") or {})
-        group_of = {n: i for i, g in enumerate(self._groups) for n in g.get("params", ())}
-        self.flats = tuple(
-            self._flat(name, group_of.get(name, 0)) for name in self._values if name in self._state
-        )
-        kinds: Mapping[str, str] = self._ours.get("kinds") or {}
-        self.module = tuple(
-            TensorEntry(n, s.shape, s.dtype, kinds.get(n, self._kind(n, s)), s.chunks[0].file)
+
+    def checkpoint(self, tag: str) -> Checkpoint:
+        ours = self._ours
+        tied: Mapping[str, str] = dict(ours.get("tied") or {})
+        kinds: Mapping[str, str] = ours.get("kinds") or {}
+        module = tuple(
+            Value(
+                n,
+                s.shape,
+                s.dtype,
+                kinds.get(n, self._kind(n, s)),
+                "",
+                0,
+                partial(read_tensor, self._folder, s),
+            )
             for n, s in self._values.items()
-            if n not in self.tied
+            if n not in tied
         )
-        first = next((e.dtype for e in self.module if e.kind == "param"), "float32")
-        self.dtype = str(self._ours.get("dtype", first))
-
-    @property
-    def param_groups(self) -> tuple[dict[str, Any], ...]:
-        return tuple(
-            {k: v for k, v in g.items() if k != "params"} | {"param_names": list(g.get("params", ()))}
-            for g in self._groups
+        group_of = {n: i for i, g in enumerate(self._groups) for n in g.get("params", ())}
+        first = next((value.dtype for value in module if value.kind == "param"), "float32")
+        last = Last()
+        return Checkpoint(
+            self._folder,
+            tag,
+            int(ours.get("stage", 0)),
+            str(ours.get("dtype", first)),
+            str(ours.get("optimizer", "")),
+            len(ours.get("per_rank") or [None]),
+            dict(ours.get("degrees") or {"dp": 1, "tp": 1, "pp": 1}),
+            module,
+            tuple(
+                self._flat(name, group_of.get(name, 0), last) for name in self._values if name in self._state
+            ),
+            tied,
+            lambda: [g | {"param_names": list(g.get("params", ()))} for g in self._groups],
+            lambda: None,  # its tensors are whole
+            lambda tp_rank: rest_back(ours.get("module") or {}, {}),
+            self._train_state,
         )
 
-    def rest(self, tp_rank: int = 0) -> ModuleRest:
-        return rest_back(self._ours.get("module") or {}, {})
+    def _flat(self, name: str, group: int, last: Last) -> Flat:
+        value, state = self._values[name], self._state[name]
+        stored = {k: s for k, s in state.items() if s.dtype and k in self._per_element}
+        numbers = {k: s for k, s in state.items() if k not in stored}
+        if value.dtype == "float32":
+            stored[FP32] = value
 
-    def flat_tensor(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
-        if self._kept is None or self._kept[0] != (entry.name, key):
-            self._kept = None  # one tensor at a time
-            stored = self._values[entry.name] if key == FP32 else self._state[entry.name][key]
-            self._kept = ((entry.name, key), read_tensor(self.folder, stored).reshape(-1))
-        return self._kept[1]
+        def read(shard: int, key: str) -> torch.Tensor:
+            return last.get((name, key), lambda: read_tensor(self._folder, stored[key]).reshape(-1))
 
-    def flat_scalars(self, entry: FlatEntry) -> dict[str, Any]:
-        found = self._state[entry.name]
-        numbers = {
-            key: read_tensor(self.folder, s) if s.dtype else self._value(s)
-            for key, s in found.items()
-            if key not in entry.keys
-        }
-        if STEP in numbers:  # some write it with one dim
-            numbers[STEP] = torch.as_tensor(numbers[STEP]).view(())
-        return numbers
+        def read_numbers() -> dict[str, Any]:
+            found = {
+                key: read_tensor(self._folder, s) if s.dtype else self._value(s) for key, s in numbers.items()
+            }
+            if STEP in found:  # some write it with one dim
+                found[STEP] = torch.as_tensor(found[STEP]).view(())
+            return found
 
-    def module_tensor(self, entry: TensorEntry) -> torch.Tensor:
-        return read_tensor(self.folder, self._values[entry.name])
+        layout = FlatShards((TensorSpec(name, value.shape, value.dtype),), 1)
+        return Flat(name, 0, group, layout, {k: s.dtype for k, s in stored.items()}, read, read_numbers)
 
-    def train_state(self, rank: int) -> TrainState:
+    @cached_property
+    def _per_element(self) -> set[str]:
+        """The keys of optimizer state with one value per element."""
+        return per_element_keys(
+            None,
+            (
+                (self._values[name].shape, {key: s.shape if s.dtype else None for key, s in state.items()})
+                for name, state in self._state.items()
+                if name in self._values
+            ),
+        )
+
+    def _kind(self, name: str, stored: Stored) -> str:
+        if name in self._state or not self._state:
+            return "param"
+        return "param" if stored.dtype in ("float32", "bfloat16", "float16") else "buffer"
+
+    def _train_state(self, rank: int) -> TrainState:
         per_rank = self._ours.get("per_rank") or []
         train = dict(self._ours.get("train") or {}) | training_back(self._ours.get("words") or {}, {})
         return TrainState(**train, per_rank=per_rank[rank] if rank < len(per_rank) else {})
 
     def _value(self, stored: Stored) -> Any:
-        return read_chunk(self.folder, stored.chunks[0], trust=self._trust)
+        return read_chunk(self._folder, stored.chunks[0], trust=self._trust)
 
     def _sort(self, index: Mapping[str, Stored]) -> None:
         """Tell weights, optimizer state and hyperparameters apart by their keys."""
@@ -149,7 +175,7 @@ class DcpSource:
             if kind == _STATE and parts:
                 self._state.setdefault(str(owner), {})[".".join(map(str, parts))] = stored
             elif kind == _GROUPS and parts:
-                value = read_tensor(self.folder, stored) if stored.dtype else self._value(stored)
+                value = read_tensor(self._folder, stored) if stored.dtype else self._value(stored)
                 self._take_option(owner, parts, value, flat_groups)
         if not self._groups and flat_groups:
             self._groups = _same_hyperparameters(flat_groups)
@@ -177,31 +203,6 @@ class DcpSource:
             into = into.setdefault(str(word), {})
         into[str(words[-1])] = value
 
-    @cached_property
-    def _state_keys(self) -> set[str]:
-        """The keys of optimizer state with one value per element."""
-        return per_element_keys(
-            None,
-            (
-                (self._values[name].shape, {key: s.shape if s.dtype else None for key, s in state.items()})
-                for name, state in self._state.items()
-                if name in self._values
-            ),
-        )
-
-    def _flat(self, name: str, group: int) -> FlatEntry:
-        value = self._values[name]
-        tensors = {k: s.dtype for k, s in self._state[name].items() if s.dtype and k in self._state_keys}
-        if value.dtype == "float32":
-            tensors[FP32] = value.dtype
-        layout = FlatShards((TensorSpec(name, value.shape, value.dtype),), 1)
-        return FlatEntry(name, 0, group, layout, tensors, {}, (value.chunks[0].file,))
-
-    def _kind(self, name: str, stored: Stored) -> str:
-        if name in self._state or not self._state:
-            return "param"
-        return "param" if stored.dtype in ("float32", "bfloat16", "float16") else "buffer"
-
 
 def _same_hyperparameters(flat: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Param groups of the parameters whose hyperparameters are equal, in order of their first member."""
@@ -217,7 +218,7 @@ def _same_hyperparameters(flat: dict[str, dict[str, Any]]) -> list[dict[str, Any
 
 
 def write_dcp(
-    source: Source,
+    source: Checkpoint,
     output: str | os.PathLike[str],
     *,
     progress: Callable[[int], None] = lambda done: None,
@@ -234,9 +235,9 @@ def write_dcp(
     return Path(output)
 
 
-def _items(source: Source, progress: Callable[[int], None]) -> Iterator[tuple[Key, Any]]:
+def _items(source: Checkpoint, progress: Callable[[int], None]) -> Iterator[tuple[Key, Any]]:
     source = joined(source)
-    others = aliases(source)
+    others = source.aliases
     kinds: dict[str, str] = {}
     for weight in weights(source):
         kinds[weight.name] = weight.kind
@@ -244,23 +245,21 @@ def _items(source: Source, progress: Callable[[int], None]) -> Iterator[tuple[Ke
             yield ("model", name), Lazy(weight.shape, weight.dtype, weight.read)
         progress(1)
     names: dict[int, list[str]] = {}
-    numbers = Numbers(source)
     trained = [(f, spec) for f in source.flats if set(f.keys) - {PARAM} for spec in f.layout.tensors]
     # torch's loader wants state of every parameter: what was never stepped gets zeros, and a number that says so.
-    shared = (numbers.of(flat, spec.name) for flat, spec in trained)
+    shared = (flat.numbers_of(spec.name) for flat, spec in trained)
     like = next((own for own in shared if own is not None), {})
     blank = like | {key: 0 for key in like if key == STEP}
     for flat, spec in trained:
         names.setdefault(flat.group_index, []).append(spec.name)
-        never = numbers.of(flat, spec.name) is None
-        for key, dtype in flat.keys.items():
-            if key not in (FP32, PARAM):
-                kind = getattr(torch, dtype)
-                read = partial(read_full, source, flat, spec.name, key)
-                if never:
-                    read = partial(torch.zeros, spec.shape, dtype=kind)
-                yield ("optim", _STATE, spec.name, key), Lazy(spec.shape, kind, read)
-        for key, value in ((blank if never else {}) | numbers.all_of(flat, spec.name)).items():
+        never = flat.numbers_of(spec.name) is None
+        for key, dtype in flat.moments.items():
+            kind = getattr(torch, dtype)
+            read = partial(flat.whole, spec.name, key)
+            if never:
+                read = partial(torch.zeros, spec.shape, dtype=kind)
+            yield ("optim", _STATE, spec.name, key), Lazy(spec.shape, kind, read)
+        for key, value in ((blank if never else {}) | flat.all_numbers_of(spec.name)).items():
             counts = key == STEP and isinstance(value, (int, float))
             yield ("optim", _STATE, spec.name, key), torch.tensor(float(value)) if counts else value
     groups = [
@@ -272,7 +271,7 @@ def _items(source: Source, progress: Callable[[int], None]) -> Iterator[tuple[Ke
     yield (OURS,), _rest(source, kinds)
 
 
-def _rest(source: Source, kinds: dict[str, str]) -> dict[str, Any]:
+def _rest(source: Checkpoint, kinds: dict[str, str]) -> dict[str, Any]:
     train = source.train_state(0)
     words = training_words(train, {})
     counts = [f.name for f in fields(TrainState) if f.name not in (*words, "per_rank")]

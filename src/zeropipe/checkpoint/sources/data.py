@@ -1,0 +1,273 @@
+"""A checkpoint to read, as data: named entries with their layout, their dtype and a way to read them.
+
+    folder of ours      parse_ours       \\
+    DeepSpeed's files   parse_deepspeed   \\  Checkpoint ---seen_from---> Checkpoint ---> load, export, compare, convert
+    universal format    parse_universal   /             (as one rank of another shape sees it: other entries,
+    torch's DCP         parse_dcp        /               nothing else)
+
+A parser looks at names and layouts alone; bytes are read when an entry's ``read`` is called. Nothing behind this file
+knows who wrote the files.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeropipe.checkpoint.files import load_torch
+from zeropipe.checkpoint.state import FP32, PARAM, ModuleRest, TrainState
+from zeropipe.errors import CheckpointError
+from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.layout.numbers import NEVER_STEPPED, number_of, split_numbers
+from zeropipe.runtime.optimizers.state_kinds import Shared, of_one
+
+STEP = "step"  # the one number that other formats have a place for
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """One tensor of the module, as one model-parallel rank holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str  # "param", "frozen", "buffer" or "computed" (by a hook)
+    file: str
+    mp_rank: int
+    read: Callable[[], torch.Tensor]  # may be mapped from the file: to copy from, not to keep
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor, kind: str, file: str, mp_rank: int = 0) -> Value:
+        """Of a tensor in an opened file."""
+        return cls(name, tuple(tensor.shape), dtype_name(tensor), kind, file, mp_rank, lambda: tensor)
+
+
+# Entries are themselves, whatever they are called: two flats of one name may lie on different pipeline stages.
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """One flat layout: what is stored for its tensors, and where the shards are."""
+
+    name: str
+    mp_rank: int
+    group_index: int
+    layout: FlatShards
+    keys: Mapping[str, str]  # "fp32", "exp_avg", ... -> dtype
+    read: Callable[
+        [int, str], torch.Tensor
+    ]  # (shard, key): 1D, the shard's pieces; its padding may be absent
+    read_numbers: Callable[[], Mapping[str, Any]]  # optimizer state with one value per flat
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        mp_rank: int,
+        group: int,
+        layout: FlatShards,
+        shards: Sequence[Mapping[str, torch.Tensor]],
+        numbers: Mapping[str, Any],
+    ) -> Flat:
+        """Of tensors in opened files, by shard."""
+        keys = {key: dtype_name(tensor) for key, tensor in shards[-1].items()}
+        return cls(name, mp_rank, group, layout, keys, lambda shard, key: shards[shard][key], lambda: numbers)
+
+    @classmethod
+    def frozen(
+        cls, name: str, shape: tuple[int, ...], parts: Sequence[torch.Tensor], mp_rank: int = 0
+    ) -> Flat:
+        """A frozen parameter of stage 3: a fragment of it is in each data-parallel rank's model file."""
+        layout = FlatShards((TensorSpec(name, shape, dtype_name(parts[-1])),), len(parts))
+        return cls.of(name, mp_rank, 0, layout, [{PARAM: part.reshape(-1)} for part in parts], {})
+
+    @property
+    def value_key(self) -> str | None:
+        """The key of the parameters' values, None where only moments are kept."""
+        return next((key for key in (FP32, PARAM) if key in self.keys), None)
+
+    @property
+    def moments(self) -> dict[str, str]:
+        """The optimizer's state with one value per element: key -> dtype."""
+        return {key: dtype for key, dtype in self.keys.items() if key not in (FP32, PARAM)}
+
+    def shape_of(self, tensor: str) -> tuple[int, ...]:
+        return self.layout.tensors[self.layout.index(tensor)].shape
+
+    def whole(self, tensor: str, key: str) -> torch.Tensor:
+        """One tensor put together from its shards; a new tensor of the tensor's shape."""
+        shape = self.shape_of(tensor)
+        return self.run(tensor, key, 0, torch.Size(shape).numel()).view(shape)
+
+    def run(self, tensor: str, key: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of one flattened tensor; new memory."""
+        run, done = torch.empty(stop - start, dtype=getattr(torch, self.keys[key])), 0
+        first = self.layout.offsets[self.layout.index(tensor)]
+        for piece in self.layout.cut(first + start, first + stop):
+            shard = self.read(piece.shard, key)
+            run[done : done + piece.numel] = shard[piece.offset : piece.offset + piece.numel]
+            done += piece.numel
+        return run
+
+    # State beside tensors. ``layout.numbers`` says which numbers belong to one tensor; each flat is read once.
+
+    @cached_property
+    def _numbers(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        return split_numbers(self.read_numbers(), (spec.name for spec in self.layout.tensors))
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The numbers that hold for all tensors of the flat."""
+        return self._numbers[0]
+
+    def own(self, tensor: str) -> dict[str, Any]:
+        """Those of one tensor alone, by their keys."""
+        return self._numbers[1].get(tensor, {})
+
+    def numbers_of(self, tensor: str) -> Shared:
+        """What the tensor has of the numbers that all share; None where it was never stepped."""
+        return of_one(self.shared, self.own(tensor)) if self.shared or self.moments else None
+
+    def all_numbers_of(self, tensor: str) -> dict[str, Any]:
+        """Everything that is known of one tensor, named as in a flat that holds only it."""
+        shared = self.numbers_of(tensor)
+        known = {number_of(NEVER_STEPPED, tensor): True} if shared is None else shared
+        return known | self.further(tensor, tensor)
+
+    def further(self, tensor: str, name: str) -> dict[str, Any]:
+        """Those that only this tensor has, by their names in a flat where it is called ``name``."""
+        return {
+            number_of(key, name): value
+            for key, value in self.own(tensor).items()
+            if key not in self.shared and key != NEVER_STEPPED
+        }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What any checkpoint can tell. A view of it is ``dataclasses.replace``."""
+
+    folder: Path
+    tag: str
+    stage: int
+    dtype: str  # working precision
+    optimizer: str
+    world: int
+    degrees: Mapping[str, int]  # sizes of the axes: {"dp": 2, "tp": 1, "pp": 1}
+    module: tuple[Value, ...]
+    flats: tuple[Flat, ...]
+    tied: Mapping[str, str]  # other name -> the name that the tensor is kept under
+
+    # What stands beside the tensors, read when it is asked for as they are: a look at layouts opens no file for it.
+    read_groups: Callable[[], Sequence[Mapping[str, Any]]]
+    read_rules: Callable[[], Mapping[str, Any] | None]
+    rest_of: Callable[
+        [int], ModuleRest
+    ]  # of the state dict, on all pipeline stages of one tensor-parallel rank
+    train_state: Callable[[int], TrainState]  # by rank; ``per_rank`` is {} where there was no such rank
+
+    tp_rank: int = 0  # whose view this is
+    left_out: Callable[[], str] = (
+        str  # why parts of the client state are not read; "" where each says so itself
+    )
+    threads: int = 1  # how many entries may be read at once
+
+    @property
+    def tp(self) -> int:
+        return int(self.degrees.get("tp", 1))
+
+    @property
+    def pp(self) -> int:
+        return int(self.degrees.get("pp", 1))
+
+    @cached_property
+    def param_groups(self) -> tuple[dict[str, Any], ...]:
+        """Hyperparameters of each param group."""
+        return tuple({key: v for key, v in group.items() if key != "params"} for group in self.read_groups())
+
+    @cached_property
+    def universal_info(self) -> Mapping[str, Any] | None:
+        """How slices of tensor-parallel ranks make a whole; None where the checkpoint does not say."""
+        return self.read_rules()
+
+    def rest(self) -> ModuleRest:
+        """What the state dict held beside its tensors."""
+        return self.rest_of(self.tp_rank)
+
+    @cached_property
+    def values(self) -> dict[str, list[Value]]:
+        """By name; several where several model-parallel ranks have it, the rank's own first."""
+        found: dict[str, list[Value]] = {}
+        for value in self.module:
+            found.setdefault(value.name, []).append(value)
+        return found
+
+    @cached_property
+    def holders(self) -> dict[str, list[Flat]]:
+        """Tensor -> the flats that have something of it."""
+        found: dict[str, list[Flat]] = {}
+        for flat in self.flats:
+            for spec in flat.layout.tensors:
+                found.setdefault(spec.name, []).append(flat)
+        return found
+
+    def master(self, name: str) -> Flat | None:
+        """The flat that has the values of a tensor."""
+        return next((flat for flat in self.holders.get(name, ()) if flat.value_key), None)
+
+    @cached_property
+    def aliases(self) -> dict[str, list[str]]:
+        """First name of a tied tensor -> its other names."""
+        found: dict[str, list[str]] = {}
+        for other, name in self.tied.items():
+            found.setdefault(name, []).append(other)
+        return found
+
+
+# What parsers make entries with.
+
+
+class Files:
+    """Opened files of one folder; tensors in them are mapped, not read."""
+
+    def __init__(self, folder: Path, trust: bool = False) -> None:
+        self.folder = folder
+        self.trust = trust
+        self._open: dict[str, Any] = {}
+        self._opening = threading.Lock()
+
+    def __getitem__(self, name: str) -> Any:
+        with self._opening:
+            if name not in self._open:
+                self._open[name] = load_torch(self.folder / name, trust=self.trust)
+            return self._open[name]
+
+
+class Last:
+    """The tensor that was read last, as its pieces are asked for one after the other; there are never two of them."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[object, torch.Tensor] | None = None
+
+    def get(self, key: object, read: Callable[[], torch.Tensor]) -> torch.Tensor:
+        kept = self._kept
+        if kept is None or kept[0] != key:
+            self._kept = None
+            # Of two threads that read at once the later one's is kept; each gets its own.
+            kept = self._kept = (key, read())
+        return kept[1]
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def lost_file(folder: Path, what: str, expected: str, found: int) -> CheckpointError:
+    """What a rank wrote is not there."""
+    return CheckpointError(
+        f"{folder} lacks {what}", expected=expected, found=found, fix="copy all ranks' files into one folder"
+    )

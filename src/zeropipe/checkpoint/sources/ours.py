@@ -1,0 +1,149 @@
+"""A folder of ours, as its manifest describes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
+from zeropipe.checkpoint.files import THREADS
+from zeropipe.checkpoint.manifest import FlatEntry, Manifest, TensorEntry
+from zeropipe.checkpoint.plain import decode, settle
+from zeropipe.checkpoint.sources.data import Checkpoint, Files, Flat, Value
+from zeropipe.checkpoint.sources.slices import rules_in
+from zeropipe.checkpoint.state import CLIENT, ModuleRest, TrainState, rest_back, training_back
+from zeropipe.checkpoint.writer import CODE_FILE, OURS, code_file
+from zeropipe.errors import CheckpointError
+
+_MODEL_FILE = re.compile(r"^(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt$")
+
+
+def parse_ours(folder: Path, manifest: Manifest, *, trust: bool = False) -> Checkpoint:
+    """No file is opened before something is read from it."""
+    there = _Folder(Files(folder, trust), manifest)
+    return Checkpoint(
+        folder,
+        manifest.tag,
+        manifest.stage,
+        manifest.dtype,
+        manifest.optimizer,
+        manifest.world,
+        manifest.degrees,
+        tuple(
+            Value(e.name, e.shape, e.dtype, e.kind, e.file, e.mp_rank, partial(there.value, e))
+            for e in manifest.module
+        ),
+        tuple(
+            Flat(
+                e.name, e.mp_rank, e.group_index, e.layout, e.keys, partial(there.shard, e), partial(there.numbers, e)
+            )
+            for e in manifest.flats
+        ),
+        manifest.tied,
+        there.groups,
+        lambda: rules_in(there.lead),
+        there.rest,
+        there.train_state,
+        left_out=there.left_out,
+        threads=THREADS,  # tensors are mapped, so several may be copied at once
+    )  # fmt: skip
+
+
+class _Folder:
+    """Where things lie in the files."""
+
+    def __init__(self, files: Files, manifest: Manifest) -> None:
+        self._files = files
+        self._manifest = manifest
+        self._names = {record.name for record in manifest.files}
+        # Model-parallel rank -> the model file of its first data-parallel rank.
+        found = {int(match[1]): match[0] for match in map(_MODEL_FILE.match, self._names) if match}
+        self._models: dict[int, str] = dict(sorted(found.items()))
+
+    @property
+    def lead(self) -> Any:
+        """The model file of model-parallel rank 0, as its first data-parallel rank wrote it."""
+        return self._files[self._models[0]]
+
+    def groups(self) -> Any:
+        return decode(self.lead[OURS].get("param_groups") or [], "param_groups", self._code())
+
+    def value(self, entry: TensorEntry) -> torch.Tensor:
+        tree = self._files[entry.file]
+        if entry.file.startswith(LAYER_FILE_PREFIX):  # a layer's state dict, without the layer's number
+            return tree[entry.name.split(".", 1)[1]]
+        return tree["module"][entry.name]
+
+    def shard(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._flat(entry, shard)["tensors"][key]
+        if tensor.numel() < entry.layout.held(shard):
+            raise CheckpointError(
+                f"{self._files.folder / entry.files[shard]}: {key} of {entry.name} is too short for its layout",
+                expected=entry.layout.shard_numel,
+                found=tensor.numel(),
+            )
+        return tensor
+
+    def numbers(self, entry: FlatEntry) -> dict[str, Any]:
+        value, _ = settle(decode(self._flat(entry, 0)["scalars"]))
+        return dict(value)
+
+    def rest(self, tp_rank: int) -> ModuleRest:
+        tp = int(self._manifest.degrees.get("tp", 1))
+        extra: dict[str, Any] = {}
+        versions: dict[str, Any] | None = None
+        hidden: set[str] = set()
+        for mp_rank, name in self._models.items():
+            if mp_rank % tp != tp_rank % tp:
+                continue
+            tree = self._files[name]
+            plain = {k: v for k, v in (tree["module"] or {}).items() if not isinstance(v, torch.Tensor)}
+            found = rest_back(tree[OURS], plain, self._code(mp_rank))
+            extra |= found.extra
+            hidden |= found.hidden
+            if found.versions is not None:
+                versions = (versions or {}) | dict(found.versions)
+        return ModuleRest(extra, versions, frozenset(hidden))
+
+    def train_state(self, rank: int) -> TrainState:
+        lead, files, ranks = self.lead, self._files, self._manifest.rank_files
+        ours = lead[OURS]
+        if "lr_scheduler" in ours:
+            rest = training_back(ours, self._code())
+        else:  # as saved when a part that needed code went to a file of its own whole
+            code = files[CODE_FILE] if CODE_FILE in self._names and files.trust else {}
+            rest = {
+                "lr_scheduler": code.get("lr_scheduler", lead["lr_scheduler"]),
+                "loss_scaler": ours.get("loss_scaler"),
+                "common": ours.get("common") or {},
+                CLIENT: ours[CLIENT] | code.get(CLIENT, {}),
+            }
+        return TrainState(
+            global_steps=lead["global_steps"],
+            global_samples=lead["global_samples"],
+            skipped_steps=lead["skipped_steps"],
+            micro_steps=ours["micro_steps"],
+            per_rank=files[ranks[rank]][OURS]["per_rank"] if rank < len(ranks) else {},
+            ds_config=lead["ds_config"],
+            **rest,
+        )
+
+    def left_out(self) -> str:
+        if CODE_FILE not in self._names or self._files.trust or "lr_scheduler" in self.lead[OURS]:
+            return ""
+        return f"{CODE_FILE} holds objects that only running their code can restore; it was not opened"
+
+    def _code(self, mp_rank: int = 0) -> Mapping[str, Any]:
+        """The objects that need code, by path; none unless the caller trusts the file."""
+        name = code_file(mp_rank)
+        if name not in self._names or not self._files.trust:
+            return {}
+        return dict(self._files[name].get(OURS) or {})
+
+    def _flat(self, entry: FlatEntry, shard: int) -> Any:
+        return self._files[entry.files[shard]][OURS]["flats"][entry.name]

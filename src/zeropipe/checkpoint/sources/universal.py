@@ -1,0 +1,328 @@
+"""The universal format: one folder per parameter with its whole fp32 value and moments; DeepSpeed's or ours.
+
+    zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt    zero/optimizer_state.pt    mp_rank_00_model_states.pt
+    zeropipe_state.pt                              what DeepSpeed's form has no place for
+
+Every parameter is a flat of one shard. Read and written with one parameter in memory at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeropipe.checkpoint import constants as k
+from zeropipe.checkpoint.files import load_torch, replace_text, write_torch
+from zeropipe.checkpoint.ownership import replacing
+from zeropipe.checkpoint.peer_keys import KNOWN_KEYS, PEER_VERSION, model_file
+from zeropipe.checkpoint.plain import decode, encode, is_plain, lowered
+from zeropipe.checkpoint.sources.data import STEP, Checkpoint, Flat, Value, dtype_name
+from zeropipe.checkpoint.sources.parallel import Weight, joined, weights
+from zeropipe.checkpoint.sources.slices import Joining, Rule, joining_of, rules_in
+from zeropipe.checkpoint.state import (
+    CLIENT,
+    FP32,
+    ModuleRest,
+    TrainState,
+    rest_back,
+    rest_words,
+    training_back,
+    training_words,
+)
+from zeropipe.checkpoint.tags import LATEST_UNIVERSAL
+from zeropipe.checkpoint.writer import OURS
+from zeropipe.errors import CheckpointError
+from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.paths import inside
+
+_OUR_FILE = "zeropipe_state.pt"
+
+
+def parse_universal(folder: Path, tag: str, *, trust: bool = False) -> Checkpoint:
+    """A folder with ``zero/NAME/*.pt``. Raises CheckpointError when it has no model file beside them."""
+    return _Folder(folder, trust).checkpoint(tag)
+
+
+class _Folder:
+    """Where things lie in the files."""
+
+    def __init__(self, folder: Path, trust: bool) -> None:
+        self._folder = folder
+        self._trust = trust
+        self._models = sorted(folder.glob("*mp_rank_*_model_states.pt"))
+        if not self._models:
+            raise CheckpointError(
+                f"{folder} has a folder `zero` but no model file", expected="mp_rank_00_model_states.pt"
+            )
+        self._model: Any = load_torch(self._models[0], trust=trust)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._group: dict[str, int] = {}
+        for path in self._models:  # each pipeline stage's file names its own parameters
+            groups = load_torch(path, trust=trust).get(k.PARAM_SHAPES) or []
+            self._group |= {name: index for index, names in enumerate(groups) for name in names}
+            self._shapes |= {name: tuple(shape) for names in groups for name, shape in names.items()}
+
+    def checkpoint(self, tag: str) -> Checkpoint:
+        model, file = self._model, self._models[0].name
+        tied: dict[str, str] = dict(model.get("shared_params") or {})
+        buffers = set(model.get(k.BUFFER_NAMES) or ())
+        module = {n: t for n, t in (model.get("module") or {}).items() if isinstance(t, torch.Tensor)}
+        fragments = self._frozen_fragments()
+        # Asked for by name, not listed: a name with a slash is a folder in a folder.
+        names = sorted({*self._group, *module, *fragments})
+        places = {name: inside(self._folder / "zero", name, "a tensor's name") for name in names}
+        folders = {name: path for name, path in places.items() if path.is_dir()}
+        shapes = model.get(k.FROZEN_PARAM_SHAPES) or {}
+        flats = [self._flat(n, p) for n, p in folders.items() if n in self._group]
+        flats += [Flat.frozen(n, tuple(shapes[n]), p) for n, p in fragments.items() if n not in folders]
+        kinds = dict.fromkeys(self._group, "param") | dict.fromkeys(buffers, "buffer")
+        values = tuple(
+            Value.of(n, t, kinds.get(n, "frozen"), file)
+            for n, t in module.items()
+            if n not in tied and n not in fragments and (t.numel() or n in buffers or n not in folders)
+        )
+        return Checkpoint(
+            self._folder,
+            tag,
+            0,
+            next((e.dtype for e in values if e.kind == "param"), "float32"),
+            str((model.get("ds_config") or {}).get("optimizer", {}).get("type", "")),
+            len(self._ours.get("per_rank") or [None]),
+            {"dp": int(model.get("dp_world_size", 1)), "tp": 1, "pp": 1},
+            values,
+            tuple(flats),
+            tied,
+            lambda: self._common.get(k.PARAM_GROUPS) or (),
+            partial(self._rules, flats),
+            self._rest,
+            self._train_state,
+        )
+
+    # What stands beside the tensors.
+
+    def _rules(self, flats: list[Flat]) -> Mapping[str, Any] | None:
+        """The model file's rules, else those that the parameters' own files give: DeepSpeed writes only these."""
+        given = rules_in(self._model)
+        if given is not None:
+            return given
+        rules: dict[str, Any] = {}
+        for flat in flats:
+            held = load_torch(self._folder / "zero" / flat.name / f"{FP32}.pt", trust=self._trust)
+            held = held if isinstance(held, dict) else {}
+            key = ""
+            if held.get(k.CAT_DIM) is None:
+                key = k.TP_REPLICATED_PARAMETER_PATTERNS
+            elif held.get(k.PARAM_N_SUB_PARAMS) == 2:
+                key = k.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0
+            elif held[k.CAT_DIM] == 1:
+                key = k.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS
+            elif held.get(k.VOCAB_TENSOR):
+                key = k.VOCABULARY_PARAMETER_PATTERNS
+                rules[k.ORIGINAL_VOCAB_SIZE] = flat.layout.tensors[0].shape[0]
+            if key:
+                rules.setdefault(key, []).append(re.escape(flat.name) + "$")
+        return rules or None
+
+    def _rest(self, tp_rank: int) -> ModuleRest:
+        module, ours = self._model.get("module") or {}, self._model.get(OURS) or {}
+        return rest_back(ours, {key: v for key, v in module.items() if not isinstance(v, torch.Tensor)})
+
+    def _train_state(self, rank: int) -> TrainState:
+        model, per_rank = self._model, self._ours.get("per_rank") or []
+        known = KNOWN_KEYS | {k.UNIVERSAL_CHECKPOINT_INFO, OURS}
+        rest = {
+            "lr_scheduler": model.get("lr_scheduler"),
+            CLIENT: {key: value for key, value in model.items() if key not in known},
+        } | training_back(model.get(OURS) or {}, {})
+        return TrainState(
+            global_steps=int(model.get("global_steps", 0)),
+            global_samples=int(model.get("global_samples", 0)),
+            skipped_steps=int(model.get("skipped_steps", 0)),
+            micro_steps=int(self._ours.get("micro_steps") or 0),
+            per_rank=per_rank[rank] if rank < len(per_rank) else {},
+            ds_config=model.get("ds_config") or {},
+            **rest,
+        )
+
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        return self._load_if_there(self._folder / "zero" / "optimizer_state.pt")
+
+    @cached_property
+    def _ours(self) -> Mapping[str, Any]:
+        """{} where DeepSpeed wrote the folder."""
+        return self._load_if_there(self._folder / _OUR_FILE)
+
+    @cached_property
+    def _numbers(self) -> Mapping[str, dict[str, Any]]:
+        return decode(self._ours.get("numbers") or {}, "numbers", {})
+
+    def _load_if_there(self, path: Path) -> dict[str, Any]:
+        return load_torch(path, trust=self._trust) if path.exists() else {}
+
+    # Parameters.
+
+    def _flat(self, name: str, folder: Path) -> Flat:
+        keys = [path.stem for path in sorted(folder.glob("*.pt")) if path.stem != STEP]
+        if FP32 not in keys:
+            raise CheckpointError(f"{folder} has no fp32.pt", fix="convert the checkpoint again")
+        tensors = {key: self._read(folder, key) for key in keys}
+        shape = tuple(tensors[FP32].shape)
+        given = self._shapes.get(name, shape)
+        if torch.Size(given).numel() == tensors[FP32].numel():
+            shape = given  # DeepSpeed writes the parameters of stage 3 as 1D
+        layout = FlatShards((TensorSpec(name, shape, "float32"),), 1)
+        dtypes = {key: dtype_name(t) for key, t in tensors.items()}
+
+        # Read anew each time: what is opened here for its shape is not kept.
+        def read(shard: int, key: str) -> torch.Tensor:
+            return self._read(folder, key).reshape(-1)
+
+        return Flat(name, 0, self._group[name], layout, dtypes, read, partial(self._numbers_of, name, folder))
+
+    def _numbers_of(self, name: str, folder: Path) -> dict[str, Any]:
+        further = self._numbers.get(name) or {}
+        path = folder / f"{STEP}.pt"
+        if path.exists():
+            return {STEP: load_torch(path, trust=self._trust)} | further
+        # At stage 3 DeepSpeed keeps one step count for all, beside the hyperparameters.
+        tree = self._common
+        states: dict[Any, Any] = (tree.get(k.OPTIMIZER_STATE_DICT) or tree).get("state") or {}
+        found: dict[str, Any] = next((state for state in states.values() if STEP in state), {})
+        return {key: value for key, value in found.items() if key == STEP} | further
+
+    def _frozen_fragments(self) -> dict[str, list[torch.Tensor]]:
+        """Frozen parameters of stage 3: the converter leaves them in shards, in every rank's model file."""
+        if not all(path.name.startswith(k.ZERO_FILE_PREFIX) for path in self._models):
+            return {}
+        found: dict[str, list[torch.Tensor]] = {}
+        for path in sorted(self._models, key=lambda path: int(path.name.split("_")[3])):
+            parts = load_torch(path, trust=self._trust).get(k.FROZEN_PARAM_FRAGMENTS) or {}
+            for name, part in parts.items():
+                found.setdefault(name, []).append(part)
+        return found
+
+    def _read(self, folder: Path, key: str) -> torch.Tensor:
+        held = load_torch(folder / f"{key}.pt", trust=self._trust)
+        return held[k.PARAM] if isinstance(held, dict) else held
+
+
+def write_universal(
+    source: Checkpoint,
+    output: str | os.PathLike[str],
+    *,
+    workers: int = 2,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Path:
+    """Write the folder ``output`` and name it in ``latest_universal`` beside it.
+
+    No temporary copy of the data is made; at most ``workers`` parameters are in memory. ``progress`` gets 1 per
+    parameter. Returns ``output``. What an earlier call wrote there is replaced once the new one is whole; anything
+    else that is there is a CheckpointError, before a byte is written.
+    """
+    source = joined(source)
+    rules = source.universal_info or {}
+    final = Path(output)
+    everything = list(weights(source))
+    folders = {w.name: inside(Path("zero"), w.name, "a tensor's name") for w in everything}
+
+    def one(weight: Weight, folder: Path) -> None:
+        cut = joining_of(weight.name, rules)
+        if cut.dim >= len(weight.shape):
+            cut = Joining(Rule.REPLICATED)
+        _parameter(weight, _holder(source, weight.name), folder, _slicing(cut))
+        progress(1)
+
+    with replacing(final, "universal", source.folder) as work:
+        (work / "zero").mkdir()
+        with ThreadPoolExecutor(workers) as threads:
+            list(threads.map(lambda weight: one(weight, work / folders[weight.name]), everything))
+        write_torch(work / "zero" / "optimizer_state.pt", _common(source))
+        write_torch(work / _OUR_FILE, _ours(source))
+        write_torch(work / "mp_rank_00_model_states.pt", _model(source, everything))
+    replace_text(final.parent / LATEST_UNIVERSAL, final.name)
+    return final
+
+
+def _slicing(how: Joining) -> dict[str, Any]:
+    """What a parameter's file tells DeepSpeed of how tensor-parallel ranks slice it."""
+    if how.rule in (Rule.REPLICATED, Rule.AVERAGE):
+        return {}
+    if how.rule is Rule.SUB_PARAMS and how.sub_count:
+        return {k.CAT_DIM: how.dim, k.PARAM_N_SUB_PARAMS: how.sub_count}
+    return {k.CAT_DIM: how.dim} | ({k.VOCAB_TENSOR: True} if how.vocabulary is not None else {})
+
+
+def _holder(source: Checkpoint, name: str) -> Flat | None:
+    """The flat with the optimizer's state of a parameter."""
+    return next((flat for flat in reversed(source.holders.get(name, ())) if FP32 in flat.keys), None)
+
+
+def _parameter(weight: Weight, flat: Flat | None, folder: Path, slicing: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)  # a name may have a slash in it
+    write_torch(folder / "fp32.pt", {k.PARAM: weight.contiguous()} | slicing)
+    shared = None if flat is None else flat.numbers_of(weight.name)
+    if flat is None or shared is None:  # never stepped
+        return
+    for key in flat.moments:
+        file = inside(folder, f"{key}.pt", "a key of the optimizer's state")
+        write_torch(file, {k.PARAM: flat.whole(weight.name, key)} | slicing)
+    step = shared.get(STEP)
+    if step is not None:
+        write_torch(folder / f"{STEP}.pt", torch.as_tensor(step, dtype=torch.float32))
+
+
+def _common(source: Checkpoint) -> dict[str, Any]:
+    groups = [
+        {key: v for key, v in lowered(group).items() if key != "param_names"} | {"params": [index]}
+        for index, group in enumerate(source.param_groups)
+    ]
+    return {k.PARAM_GROUPS: groups, k.ZERO_STAGE: source.stage, k.DS_VERSION: PEER_VERSION}
+
+
+def _ours(source: Checkpoint) -> dict[str, Any]:
+    """What DeepSpeed's form has no place for: numbers of a parameter other than ``step`` (any other file in its folder
+    is a tensor to DeepSpeed), and what each rank keeps for itself."""
+    held = {name: _holder(source, name) for name in source.holders}
+    of_each = {name: flat.all_numbers_of(name) for name, flat in held.items() if flat is not None}
+    further = {n: {key: v for key, v in found.items() if key != STEP} for n, found in of_each.items()}
+    return {
+        "numbers": encode(further, "numbers", {}),
+        "micro_steps": source.train_state(0).micro_steps,
+        "per_rank": [source.train_state(rank).per_rank for rank in range(source.world)],
+    }
+
+
+def _model(source: Checkpoint, everything: list[Weight]) -> dict[str, Any]:
+    """A model file: buffers and counters; parameters are in their folders."""
+    train, rest = source.train_state(0), source.rest()
+    shapes: dict[int, dict[str, torch.Size]] = {}
+    for flat in source.flats:
+        if FP32 in flat.keys:
+            for spec in flat.layout.tensors:
+                shapes.setdefault(flat.group_index, {})[spec.name] = torch.Size(spec.shape)
+    dtype = getattr(torch, source.dtype)
+    module = {w.name: w.read(dtype if w.kind != "buffer" else None) for w in everything}
+    module |= {other: module[name] for other, name in source.tied.items() if name in module}
+    module |= {key: value for key, value in rest.extra.items() if is_plain(value)}
+    return model_file(
+        train,
+        module,
+        lr_scheduler=lowered(train.lr_scheduler),
+        buffers=[w.name for w in everything if w.kind == "buffer"],
+        shapes=[shapes[group] for group in sorted(shapes)],
+        frozen=({w.name: torch.Size(w.shape) for w in everything if w.kind == "frozen"}, None),
+        tied=source.tied,
+        degrees={"dp": source.degrees.get("dp", 1)},
+        info=source.universal_info or {},
+    ) | {
+        OURS: training_words(train, {}) | rest_words(rest),
+        **{key: v for key, v in lowered(train.client_state).items() if key != k.UNIVERSAL_CHECKPOINT_INFO},
+    }
