@@ -20,8 +20,8 @@ import torch
 from zeropipe.checkpoint import ownership, tags
 from zeropipe.checkpoint.files import FileRecord, Hold, replace_text, sync_folder, write_text
 from zeropipe.checkpoint.manifest import MANIFEST_NAME, Manifest, Part, join_flats
-from zeropipe.checkpoint.script import SCRIPT, SCRIPT_NAME
 from zeropipe.checkpoint.state import LocalState
+from zeropipe.checkpoint.utils import SCRIPT, SCRIPT_NAME
 from zeropipe.errors import CheckpointError
 
 _log = logging.getLogger("zeropipe")

@@ -84,23 +84,13 @@ class Reader:
         own = str(out.dtype).removeprefix("torch.")
         if entry is not None and (entry.dtype == own or flat is None or entry.kind == COMPUTED):
             out.copy_(entry.read())
-        elif flat is not None:
-            self._copy_value(flat, there, out)
-        else:
+        elif flat is None:
             return name
-        return ""
-
-    def _copy_value(self, flat: Flat, name: str, out: torch.Tensor) -> None:
-        key = flat.value_key or ""
-        if out.is_contiguous() and out.device.type == "cpu":  # piece by piece: no second tensor of its size
-            view = out.detach().view(-1)
-            for piece in flat.layout.tensor_pieces(flat.layout.index(name)):
-                shard = flat.read(piece.shard, key)
-                view[piece.start : piece.start + piece.numel] = shard[
-                    piece.offset : piece.offset + piece.numel
-                ]
+        elif out.is_contiguous() and out.device.type == "cpu":  # no second tensor of its size
+            flat.run(there, flat.value_key or "", 0, out.numel(), out.detach().view(-1))
         else:
-            out.copy_(flat.whole(name, key))
+            out.copy_(flat.whole(there, flat.value_key or ""))
+        return ""
 
     def _module_entry(self, name: str) -> Value | None:
         values = self._source.values

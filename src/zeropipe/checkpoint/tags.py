@@ -10,7 +10,7 @@ from pathlib import Path
 
 from zeropipe.checkpoint import ownership
 from zeropipe.checkpoint.manifest import MANIFEST_NAME, read_manifest
-from zeropipe.checkpoint.script import SCRIPT_NAME
+from zeropipe.checkpoint.utils import SCRIPT_NAME
 from zeropipe.comm.dcp import INDEX_NAME
 from zeropipe.errors import CheckpointError
 from zeropipe.paths import is_plain_word

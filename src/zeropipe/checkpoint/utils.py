@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -16,6 +16,21 @@ from zeropipe.checkpoint.constants import (
     OPTIM_FILE_SUFFIX,
     ZERO_FILE_PREFIX,
 )
+
+# The small script that stands beside every checkpoint, where users look for it.
+SCRIPT_NAME: Final = "zero_to_fp32.py"
+SCRIPT: Final = '''\
+#!/usr/bin/env python
+"""Write the fp32 weights of a checkpoint in this folder as ordinary files.
+
+    python zero_to_fp32.py . OUTPUT_FOLDER [--tag TAG] [--safe_serialization] [--max_shard_size 5GB]
+"""
+
+from zeropipe.utils.zero_to_fp32 import main
+
+if __name__ == "__main__":
+    main()
+'''
 
 
 def get_model_ckpt_name_for_rank(base_folder: str, mp_rank_str: str) -> str:

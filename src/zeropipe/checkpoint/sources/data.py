@@ -12,7 +12,7 @@ knows who wrote the files.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,10 +103,12 @@ class Flat:
         shape = self.shape_of(tensor)
         return self.run(tensor, key, 0, torch.Size(shape).numel()).view(shape)
 
-    def run(self, tensor: str, key: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of one flattened tensor; new memory."""
-        run, done = torch.empty(stop - start, dtype=getattr(torch, self.keys[key])), 0
-        first = self.layout.offsets[self.layout.index(tensor)]
+    def run(
+        self, tensor: str, key: str, start: int, stop: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Elements [start, stop) of one flattened tensor: in ``out``, which is 1D, else in new memory."""
+        run = torch.empty(stop - start, dtype=getattr(torch, self.keys[key])) if out is None else out
+        first, done = self.layout.offsets[self.layout.index(tensor)], 0
         for piece in self.layout.cut(first + start, first + stop):
             shard = self.read(piece.shard, key)
             run[done : done + piece.numel] = shard[piece.offset : piece.offset + piece.numel]
@@ -256,7 +258,7 @@ class Last:
     def get(self, key: object, read: Callable[[], torch.Tensor]) -> torch.Tensor:
         kept = self._kept
         if kept is None or kept[0] != key:
-            self._kept = None
+            kept = self._kept = None  # nobody holds the old one while the new one is read
             # Of two threads that read at once the later one's is kept; each gets its own.
             kept = self._kept = (key, read())
         return kept[1]
@@ -264,6 +266,30 @@ class Last:
 
 def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def united(rests: Iterable[ModuleRest]) -> ModuleRest:
+    """What several files say of one state dict."""
+    extra: dict[str, Any] = {}
+    versions: dict[str, Any] | None = None
+    hidden: set[str] = set()
+    for rest in rests:
+        extra |= rest.extra
+        hidden |= rest.hidden
+        if rest.versions is not None:
+            versions = (versions or {}) | dict(rest.versions)
+    return ModuleRest(extra, versions, frozenset(hidden))
+
+
+def plain_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What a state dict holds beside its tensors."""
+    return {prefix + key: v for key, v in tree.items() if not isinstance(v, torch.Tensor)}
+
+
+def counts_of(lead: Mapping[str, Any]) -> dict[str, Any]:
+    """What every model file says of the run, as fields of a TrainState."""
+    counts = {key: int(lead.get(key) or 0) for key in ("global_steps", "global_samples", "skipped_steps")}
+    return counts | {"lr_scheduler": lead.get("lr_scheduler"), "ds_config": lead.get("ds_config") or {}}
 
 
 def lost_file(folder: Path, what: str, expected: str, found: int) -> CheckpointError:

@@ -18,7 +18,16 @@ from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.files import THREADS
 from zeropipe.checkpoint.manifest import MANIFEST_NAME
 from zeropipe.checkpoint.peer_keys import KNOWN_KEYS
-from zeropipe.checkpoint.sources.data import Checkpoint, Files, Flat, Value, lost_file
+from zeropipe.checkpoint.sources.data import (
+    Checkpoint,
+    Files,
+    Flat,
+    Value,
+    counts_of,
+    lost_file,
+    plain_of,
+    united,
+)
 from zeropipe.checkpoint.sources.slices import rules_in
 from zeropipe.checkpoint.stand_ins import LossScalerValues
 from zeropipe.checkpoint.state import FP32, ModuleRest, TrainState
@@ -134,17 +143,15 @@ class _Folder:
     # What stands beside the tensors.
 
     def _rest(self, tp_rank: int) -> ModuleRest:
-        extra: dict[str, Any] = {}
-        versions: dict[str, Any] | None = None
         trees = [(file, "") for (_, mp_rank), file in self._models.items() if mp_rank % self._tp == tp_rank]
         trees += [(e.file, e.name.split(".", 1)[0] + ".") for e in self._layers.values()]
-        for file, prefix in dict(trees).items():
-            tree = self._module_in(file)
-            extra |= {prefix + key: v for key, v in tree.items() if not isinstance(v, torch.Tensor)}
-            found = getattr(tree, "_metadata", None)
-            if found is not None:
-                versions = (versions or {}) | {(prefix + key).rstrip("."): v for key, v in found.items()}
-        return ModuleRest(extra, versions)
+        return united(self._rest_in(file, prefix) for file, prefix in dict(trees).items())
+
+    def _rest_in(self, file: str, prefix: str) -> ModuleRest:
+        tree = self._module_in(file)
+        found = getattr(tree, "_metadata", None)
+        versions = None if found is None else {(prefix + key).rstrip("."): v for key, v in found.items()}
+        return ModuleRest(plain_of(tree, prefix), versions)
 
     def _train_state(self, rank: int) -> TrainState:
         lead = self._lead()
@@ -153,15 +160,8 @@ class _Folder:
             found = self._optimizer(next(iter(self._optims.values()))).get(k.LOSS_SCALER)
             if isinstance(found, LossScalerValues) and found.values().get("dynamic"):
                 scaler = found.values()
-        return TrainState(
-            global_steps=int(lead.get("global_steps", 0)),
-            global_samples=int(lead.get("global_samples", 0)),
-            skipped_steps=int(lead.get("skipped_steps", 0)),
-            lr_scheduler=lead.get("lr_scheduler"),
-            loss_scaler=scaler,
-            client_state={key: v for key, v in lead.items() if key not in KNOWN_KEYS},
-            ds_config=lead.get("ds_config") or {},
-        )
+        client = {key: v for key, v in lead.items() if key not in KNOWN_KEYS}
+        return TrainState(loss_scaler=scaler, client_state=client, **counts_of(lead))
 
     # Files.
 

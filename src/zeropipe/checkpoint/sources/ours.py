@@ -14,7 +14,7 @@ from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
 from zeropipe.checkpoint.files import THREADS
 from zeropipe.checkpoint.manifest import FlatEntry, Manifest, TensorEntry
 from zeropipe.checkpoint.plain import decode, settle
-from zeropipe.checkpoint.sources.data import Checkpoint, Files, Flat, Value
+from zeropipe.checkpoint.sources.data import Checkpoint, Files, Flat, Value, counts_of, plain_of, united
 from zeropipe.checkpoint.sources.slices import rules_in
 from zeropipe.checkpoint.state import CLIENT, ModuleRest, TrainState, rest_back, training_back
 from zeropipe.checkpoint.writer import CODE_FILE, OURS, code_file
@@ -95,20 +95,11 @@ class _Folder:
 
     def rest(self, tp_rank: int) -> ModuleRest:
         tp = int(self._manifest.degrees.get("tp", 1))
-        extra: dict[str, Any] = {}
-        versions: dict[str, Any] | None = None
-        hidden: set[str] = set()
-        for mp_rank, name in self._models.items():
-            if mp_rank % tp != tp_rank % tp:
-                continue
-            tree = self._files[name]
-            plain = {k: v for k, v in (tree["module"] or {}).items() if not isinstance(v, torch.Tensor)}
-            found = rest_back(tree[OURS], plain, self._code(mp_rank))
-            extra |= found.extra
-            hidden |= found.hidden
-            if found.versions is not None:
-                versions = (versions or {}) | dict(found.versions)
-        return ModuleRest(extra, versions, frozenset(hidden))
+        trees = {mp: self._files[name] for mp, name in self._models.items() if mp % tp == tp_rank % tp}
+        return united(
+            rest_back(tree[OURS], plain_of(tree["module"] or {}), self._code(mp))
+            for mp, tree in trees.items()
+        )
 
     def train_state(self, rank: int) -> TrainState:
         lead, files, ranks = self.lead, self._files, self._manifest.rank_files
@@ -123,15 +114,9 @@ class _Folder:
                 "common": ours.get("common") or {},
                 CLIENT: ours[CLIENT] | code.get(CLIENT, {}),
             }
-        return TrainState(
-            global_steps=lead["global_steps"],
-            global_samples=lead["global_samples"],
-            skipped_steps=lead["skipped_steps"],
-            micro_steps=ours["micro_steps"],
-            per_rank=files[ranks[rank]][OURS]["per_rank"] if rank < len(ranks) else {},
-            ds_config=lead["ds_config"],
-            **rest,
-        )
+        per_rank = files[ranks[rank]][OURS]["per_rank"] if rank < len(ranks) else {}
+        counts = counts_of(lead) | {"micro_steps": ours["micro_steps"], "per_rank": per_rank}
+        return TrainState(**(counts | rest))
 
     def left_out(self) -> str:
         if CODE_FILE not in self._names or self._files.trust or "lr_scheduler" in self.lead[OURS]:

@@ -23,7 +23,7 @@ from zeropipe.checkpoint.files import load_torch, replace_text, write_torch
 from zeropipe.checkpoint.ownership import replacing
 from zeropipe.checkpoint.peer_keys import KNOWN_KEYS, PEER_VERSION, model_file
 from zeropipe.checkpoint.plain import decode, encode, is_plain, lowered
-from zeropipe.checkpoint.sources.data import STEP, Checkpoint, Flat, Value, dtype_name
+from zeropipe.checkpoint.sources.data import STEP, Checkpoint, Flat, Value, counts_of, dtype_name, plain_of
 from zeropipe.checkpoint.sources.parallel import Weight, joined, weights
 from zeropipe.checkpoint.sources.slices import Joining, Rule, joining_of, rules_in
 from zeropipe.checkpoint.state import (
@@ -131,25 +131,17 @@ class _Folder:
         return rules or None
 
     def _rest(self, tp_rank: int) -> ModuleRest:
-        module, ours = self._model.get("module") or {}, self._model.get(OURS) or {}
-        return rest_back(ours, {key: v for key, v in module.items() if not isinstance(v, torch.Tensor)})
+        return rest_back(self._model.get(OURS) or {}, plain_of(self._model.get("module") or {}))
 
     def _train_state(self, rank: int) -> TrainState:
-        model, per_rank = self._model, self._ours.get("per_rank") or []
+        model, ours, per_rank = self._model, self._ours, self._ours.get("per_rank") or []
         known = KNOWN_KEYS | {k.UNIVERSAL_CHECKPOINT_INFO, OURS}
         rest = {
-            "lr_scheduler": model.get("lr_scheduler"),
             CLIENT: {key: value for key, value in model.items() if key not in known},
-        } | training_back(model.get(OURS) or {}, {})
-        return TrainState(
-            global_steps=int(model.get("global_steps", 0)),
-            global_samples=int(model.get("global_samples", 0)),
-            skipped_steps=int(model.get("skipped_steps", 0)),
-            micro_steps=int(self._ours.get("micro_steps") or 0),
-            per_rank=per_rank[rank] if rank < len(per_rank) else {},
-            ds_config=model.get("ds_config") or {},
-            **rest,
-        )
+            "micro_steps": int(ours.get("micro_steps") or 0),
+            "per_rank": per_rank[rank] if rank < len(per_rank) else {},
+        }
+        return TrainState(**(counts_of(model) | rest | training_back(model.get(OURS) or {}, {})))
 
     @cached_property
     def _common(self) -> dict[str, Any]:
