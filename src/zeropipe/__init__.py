@@ -10,7 +10,7 @@ from zeropipe.names import lazy
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from zeropipe.comm.startup import init_distributed
+    from zeropipe.comm.group import init_distributed
     from zeropipe.entry import add_config_arguments, initialize
     from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
     from zeropipe.runtime.engine import DeepSpeedEngine

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from zeropipe.comm.agreement import agree
-from zeropipe.comm.group import Group, world
-from zeropipe.comm.startup import init_distributed
+from zeropipe.comm.group import Group, init_distributed, world
 from zeropipe.config.batch import solve_batch
 from zeropipe.config.checks import check_world
 from zeropipe.config.parse import parse_config

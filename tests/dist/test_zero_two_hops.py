@@ -238,7 +238,7 @@ def test_a_wrong_number_of_ranks_per_node_is_an_error(pool: Pools) -> None:
 
 
 def _wrong_node(rank: int, world: int) -> str:
-    from zeropipe.comm.startup import node_size
+    from zeropipe.comm.group import node_size
 
     with nodes_of("two"), pytest.raises(ConfigError) as caught:
         node_size()

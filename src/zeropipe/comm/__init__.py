@@ -7,9 +7,8 @@ from typing import Any
 
 import torch.distributed as _dist
 
-from zeropipe.comm.group import Group
+from zeropipe.comm.group import Group, init_distributed
 from zeropipe.comm.record import Event, record
-from zeropipe.comm.startup import init_distributed
 from zeropipe.names import lazy
 
 __all__ = ["Event", "Group", "init_distributed", "record"]

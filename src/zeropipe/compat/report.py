@@ -61,7 +61,7 @@ def software() -> Iterator[Row]:
 def machine() -> Iterator[Row]:
     import torch
 
-    from zeropipe.comm.startup import backends
+    from zeropipe.comm.group import backends
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     yield "GPUs", ", ".join(torch.cuda.get_device_name(i) for i in range(gpus)) or "none: computes on the CPU"

@@ -13,8 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from zeropipe.comm.collectives import broadcast, broadcast_object
-from zeropipe.comm.group import Group, world
-from zeropipe.comm.startup import init_distributed
+from zeropipe.comm.group import Group, init_distributed, world
 from zeropipe.config.schema import Pipeline
 from zeropipe.errors import ConfigError, UsageError
 from zeropipe.runtime.pipe.layers import Bounds, Function, bind, build, key_of, partition, weigh

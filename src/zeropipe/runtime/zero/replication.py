@@ -16,9 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from zeropipe.comm.collectives import all_gather_object
-from zeropipe.comm.group import SELF, Group, Hops, world
+from zeropipe.comm.group import SELF, Group, Hops, node_size, world
 from zeropipe.comm.leases import LEASES
-from zeropipe.comm.startup import node_size
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
 from zeropipe.layout.two_hops import TwoHops, two_hops

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from zeropipe.comm.group import Group, from_process_group, world
+from zeropipe.comm.group import Group, from_process_group, init_distributed, world
 from zeropipe.comm.leases import LEASES
-from zeropipe.comm.startup import init_distributed
 from zeropipe.config.parse import parse_config
 from zeropipe.errors import ConfigError
 from zeropipe.runtime.zero.gather.apply import install_apply

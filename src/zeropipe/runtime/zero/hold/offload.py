@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zeropipe.comm.startup import node_size
+from zeropipe.comm.group import node_size
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError, OffloadError
 from zeropipe.runtime.zero.hold.policy import Place, Policy
