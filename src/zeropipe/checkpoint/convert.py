@@ -62,6 +62,7 @@ def convert(
             fix="load it in a pipeline of the shape you want, and save it there",
         )
     root = Path(output)
+    # A view for each tensor-parallel rank; the data-parallel ranks and stages of one share it, and what it has read.
     views = {t: seen_from(source, Place(t, tp)) for t in range(tp)}
     grids = list(_grids(dp, tp, pp))
     tied_first = _tied_layers(source)
@@ -218,6 +219,7 @@ def _model(source: Checkpoint, rows: Rows | None, sharded: set[str], stage: int)
     specs: list[TensorSpec] = [s for e in source.flats if e.value_key for s in e.layout.tensors]
     without = rest.hidden | sharded
     lacking = {s.name: s for s in specs if s.name not in without and s.name not in tensors}
+    # What only shards hold (stage 3), put together once for a model file of a lower stage.
     if lacking:
         dtype = getattr(torch, source.dtype)
         made = {name: torch.empty(spec.shape, dtype=dtype) for name, spec in lacking.items()}

@@ -90,6 +90,7 @@ def load(
     choice = broadcast_object(tags.choose(root, tag) if group.rank == 0 else None, 0, group, label="tag")
     notices = list(choice.notices)
     for candidate in choice.candidates:
+        # [1] Each rank opens it alone and raises nothing, or the others would wait in the gather.
         source, reader, error = _try(candidate, into, group, trust=trust, verify=verify)
         errors = [e for e in all_gather_object(error, group, label="checkpoint checked") if e]
         if errors:
@@ -97,6 +98,7 @@ def load(
                 raise CheckpointError(errors[0])
             notices.append(f"skipped {candidate.path}: {errors[0]}")
             continue
+        # [2] All ranks can read it: from here on the engine's tensors are written.
         assert source is not None
         assert reader is not None
         return _fill(source, reader, into, group, notices, optimizer, moments), source

@@ -52,13 +52,16 @@ class Reader:
         ``optimizer``: fill the flats at all; ``moments=False`` fills only the masters. Shapes are checked
         before the first byte is written. Raises CheckpointError for a tensor of another shape.
         """
+        # [1] Nothing is written before every shape is known to fit: a refused load leaves the engine as it was.
         self.check_shapes()
         wanted_flats = [f for f in self._into.flats if optimizer or PARAM in f.tensors]
         with ThreadPoolExecutor(self._source.threads) as pool:
-            # Weights first: in fp32 the masters are views of them, and theirs is the last word.
+            # [2] Weights first: in fp32 the masters are views of them, and theirs is the last word.
             values = pool.map(lambda item: self._fill_tensor(*item), self._into.model.tensors.items())
             self._report.missing += [name for name in values if name]
             flats = {flat.name: self._fill_flat(flat, moments, pool) for flat in wanted_flats}
+        # [3] What the checkpoint has and nobody asked for. A tied tensor is asked for by any of its names, and what
+        # lies in a region is the business of its modules' code.
         model = self._into.model
         wanted = {*model.tensors, *model.tied, *model.excluded, *model.peer_names}
         wanted |= {t.name for f in self._into.flats for t in f.layout.tensors}
@@ -113,10 +116,12 @@ class Reader:
     # Flats.
 
     def _fill_flat(self, flat: FlatState, moments: bool, pool: Executor) -> LoadedFlat:
+        # A tensor that was never stepped has zeros for moments in a flat that others of were: they mean nothing.
         names = [spec.name for spec in flat.layout.tensors]
         shared = {name: self._shared(name) if moments else None for name in names}
         stepped = {name for name in names if shared[name] is not None}
         tensors = dict(flat.tensors)
+        # Moments that the destination has no memory for: its optimizer makes them at the first step, too late to fill.
         if moments:
             for held in dict.fromkeys(held for name in stepped for held in self._held_by(name)[1]):
                 for key, dtype in held.moments.items():

@@ -95,10 +95,12 @@ class ZeROCheckpoint:
         indices = self.get_file_indices_for_rank(pp_index, tp_index, dp_index)
         per_mp = self.src_3d.pp_degree * self.src_3d.tp_degree
         source = (self.src_3d.pp_degree, self.src_3d.tp_degree)
+        # [1] Other data ranks: all peers of one model-parallel rank hold one buffer, cut anew to the element.
         if source == (self.target_3d.pp_degree, self.target_3d.tp_degree):
             member = indices[0] % per_mp
             peers = [self._load(member + dp * per_mp, keys_to_ignore) for dp in range(self.src_3d.dp_degree)]
             return self._recut(peers, dp_index, self.target_3d.dp_degree, strip_tensor_paddings)
+        # [2] Fewer model-parallel ranks: theirs are other buffers, which lie end to end from now on.
         joined: dict[str, Any] | None = None
         for index in indices:
             # As one of one shards, so that only its padding changes.

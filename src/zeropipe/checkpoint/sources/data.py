@@ -117,6 +117,7 @@ class Flat:
 
     # State beside tensors. ``layout.numbers`` says which numbers belong to one tensor; each flat is read once.
 
+    # Kept: each tensor of a flat asks, and a flat may hold thousands.
     @cached_property
     def _numbers(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         return split_numbers(self.read_numbers(), (spec.name for spec in self.layout.tensors))
@@ -200,6 +201,8 @@ class Checkpoint:
         """What the state dict held beside its tensors."""
         return self.rest_of(self.tp_rank)
 
+    # By name, made when first asked for: looks at layouts alone need none of it.
+
     @cached_property
     def values(self) -> dict[str, list[Value]]:
         """By name; several where several model-parallel ranks have it, the rank's own first."""
@@ -243,6 +246,7 @@ class Files:
         self._opening = threading.Lock()
 
     def __getitem__(self, name: str) -> Any:
+        # Readers run on several threads; a file that two opened would be mapped twice.
         with self._opening:
             if name not in self._open:
                 self._open[name] = load_torch(self.folder / name, trust=self.trust)

@@ -88,6 +88,7 @@ class _Folder:
             for n, s in self._values.items()
             if n not in tied
         )
+        # A parameter that no group names (weights alone were saved) counts to the first.
         group_of = {n: i for i, g in enumerate(self._groups) for n in g.get("params", ())}
         first = next((value.dtype for value in module if value.kind == "param"), "float32")
         last = Last()

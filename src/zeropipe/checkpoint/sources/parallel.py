@@ -47,10 +47,12 @@ def seen_from(source: Checkpoint, place: Place, info: Mapping[str, Any] | None =
     """
     if source.tp == place.tp_degree == source.pp == 1:
         return source
+    # [1] As it was saved: entries are chosen, none is made.
     degrees = dict(source.degrees) | {"tp": place.tp_degree}
     if source.tp == place.tp_degree:
         module, flats = _mine(source.module, place), _mine(source.flats, place)
         return replace(source, tp_rank=place.tp_rank, module=module, flats=flats)
+    # [2] Cut anew. What the module says now comes before what it said when it was saved.
     rules = info if info is not None else source.universal_info
     if rules is None:
         raise CheckpointError(
@@ -117,6 +119,7 @@ class _Cut:
             parts = [partial(flat.whole, name, key) for flat in held]
             return last.get((name, key), lambda: self._block(name, parts).reshape(-1))
 
+        # Numbers belong to whole parameters: the first slice's are every slice's.
         numbers = partial(first.all_numbers_of, name)
         return Flat(name, self.place.tp_rank, first.group_index, layout, first.keys, read, numbers)
 
@@ -136,6 +139,7 @@ class _Cut:
         place = self.place
         if place.tp_degree == 1 and how.vocabulary is None:
             return whole
+        # A vocabulary is padded to what this run holds, not to what the saved one did.
         rows = None
         if place.shapes is not None and name in place.shapes and how.vocabulary is not None:
             rows = place.shapes[name][0] * place.tp_degree
@@ -146,6 +150,7 @@ class _Cut:
         how = self._how(name, shapes)
         if how.rule in (Rule.REPLICATED, Rule.AVERAGE):
             return shapes[0]
+        # On the meta device, so that shapes follow the one rule that values do.
         whole = join([torch.empty(shape, device="meta") for shape in shapes], how)
         return tuple(self._own_part(name, whole, how).shape)
 

@@ -60,10 +60,12 @@ def joining_of(name: str, info: Mapping[str, Any], shapes: Sequence[tuple[int, .
     def listed(key: str) -> bool:
         return any(re.match(pattern, name) for pattern in info.get(key) or ())
 
+    # [1] Not cut at all.
     if listed(k.TP_REPLICATED_PARAMETER_PATTERNS):
         return Joining(Rule.REPLICATED)
     if listed(k.PARAMETER_TO_AVERAGE_PATTERNS):
         return Joining(Rule.AVERAGE)
+    # [2] Fused: each of the parameters in it is cut by itself.
     if listed(k.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0):
         return Joining(Rule.SUB_PARAMS, 0, sub_count=2)
     for entry in info.get(k.PARAMETER_WITH_SUB_PARAMS) or ():
@@ -74,6 +76,7 @@ def joining_of(name: str, info: Mapping[str, Any], shapes: Sequence[tuple[int, .
             sizes = fused.shape[fused.partition_dim]
             sub_sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
             return Joining(Rule.SUB_PARAMS, fused.partition_dim, sub_sizes, widths=widths)
+    # [3] All others lie end to end; a vocabulary without the rows that pad it.
     dim = 1 if listed(k.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS) else 0
     rows = info.get(k.ORIGINAL_VOCAB_SIZE) if listed(k.VOCABULARY_PARAMETER_PATTERNS) else None
     if len(shapes) > 1 and len({len(s) for s in shapes}) == 1 and len(shapes[0]) == 1 and dim == 1:
@@ -170,6 +173,7 @@ def split(
         total = whole.shape[how.dim]
         sizes = how.sub_sizes or (total // how.sub_count,) * how.sub_count
         subs = whole.split(list(sizes), how.dim)
+        # Uneven widths hold for the number of ranks that they were saved at; others share as evenly as can be.
         if how.widths and len(how.widths[0]) == count:
             cuts = zip(subs, how.widths, strict=True)
             return torch.cat([sub.split(list(width), how.dim)[rank] for sub, width in cuts], how.dim)

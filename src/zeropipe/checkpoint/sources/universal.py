@@ -135,6 +135,7 @@ class _Folder:
 
     def _train_state(self, rank: int) -> TrainState:
         model, ours, per_rank = self._model, self._ours, self._ours.get("per_rank") or []
+        # What is left of the model file's keys is the client's own state: DeepSpeed keeps both at one level.
         known = KNOWN_KEYS | {k.UNIVERSAL_CHECKPOINT_INFO, OURS}
         rest = {
             CLIENT: {key: value for key, value in model.items() if key not in known},
@@ -166,6 +167,7 @@ class _Folder:
         if FP32 not in keys:
             raise CheckpointError(f"{folder} has no fp32.pt", fix="convert the checkpoint again")
         tensors = {key: self._read(folder, key) for key in keys}
+        # Opened for shapes and dtypes alone; the values stay in the files.
         shape = tuple(tensors[FP32].shape)
         given = self._shapes.get(name, shape)
         if torch.Size(given).numel() == tensors[FP32].numel():
