@@ -80,6 +80,8 @@ def fill(module: ModuleType, path: str) -> None:
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
         else:
             raise AttributeError(absent(below))
+        # Kept here, in the module that only the alias has: the next look-up costs nothing, and a name that a client
+        # exchanges in it stays exchanged.
         setattr(module, name, value)
         return value
 
@@ -155,6 +157,7 @@ def foreign_files(folder: Path) -> list[str]:
 
 def foreign_distribution(site: Path) -> str | None:
     """The version of another distribution named deepspeed that would answer for the alias installed in ``site``."""
+    # The first that is found answers for the name, wherever it lies; one beside the alias shares its folder.
     for order, found in enumerate(metadata.distributions(name=ROOT)):
         beside = Path(str(found.locate_file(""))).resolve() == site.resolve()
         if "+zeropipe" not in found.version and (beside or order == 0):

@@ -79,6 +79,7 @@ def choose(
                 found=shown,
                 fix="name hosts and slots that exist",
             )
+    # --include keeps what it names, --exclude what it does not; a host without slots means all of its slots.
     left: Slots = {}
     for host, there in hosts.items():
         listed = named.get(host, ())

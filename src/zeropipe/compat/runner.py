@@ -117,8 +117,10 @@ def plan(options: argparse.Namespace, hosts: Slots | None, devices: int, cores: 
         arguments += [f"--log-dir={options.enable_each_rank_log}", "--redirects=3"]
     arguments += _kind_of_script(options)
     environment = {"LOCAL_SIZE": str(len(slots)), "CROSS_RANK": str(rank), "CROSS_SIZE": str(len(names))}
+    # All of them need no choice, and one that was made outside stays.
     if devices and slots != tuple(range(devices)):
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
+    # torchrun binds GPU ranks to the cores beside their GPU; CPU ranks only get as many threads as is their share.
     wanted = parse_cores(options.bind_core_list)
     if options.bind_cores_to_rank or wanted:
         environment["OMP_NUM_THREADS"] = str(max(1, len(wanted or cores) // len(slots)))
@@ -226,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         environment.update(read_environment_file([Path.cwd(), Path.home()]))
     if launch.cores:
         os.sched_setaffinity(0, launch.cores)
+    # In place of this process, so that signals and the exit code of torchrun are those of the command.
     os.execve(sys.executable, [sys.executable, "-m", "torch.distributed.run", *launch.arguments], environment)
 
 

@@ -28,6 +28,7 @@ def cut_balanced(weights: Sequence[int], parts: int) -> tuple[int, ...]:
     for k in range(1, parts + 1):
         for i in range(k, count - (parts - k) + 1):
             for j in range(i - 1, k - 2, -1):
+                # The further a part reaches back the heavier it is: before the first that is too heavy, none fits.
                 weight = sums[i] - sums[j]
                 if weight > limit:
                     break

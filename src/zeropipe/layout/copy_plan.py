@@ -82,6 +82,10 @@ def _index(layout: FlatShards, role: str) -> dict[str, int]:
     return index
 
 
+# A piece of the destination may come from several shards of the source, and pieces that lie end to end on both sides
+# are one copy: most tensors of a checkpoint that is cut anew stay together, and many small copies cost more than bytes.
+
+
 def _fill(piece: Piece, src: FlatShards, tensor: int) -> Iterator[Copy]:
     """The runs of ``src`` that hold the elements of one destination piece."""
     first = src.offsets[tensor] + piece.start

@@ -63,6 +63,7 @@ class FlatShards:
             raise ValueError(
                 f"num_shards and align must be at least 1, found {self.num_shards} and {self.align}"
             )
+        # Frozen, so that a layout may be shared, hashed and compared; these follow from the other fields.
         sizes = accumulate((t.numel for t in self.tensors), initial=0)
         object.__setattr__(self, "offsets", tuple(sizes))
         shard_numel = in_lines(self.numel, self.num_shards * self.align) // self.num_shards
@@ -116,10 +117,12 @@ class FlatShards:
         stop = min(stop, self.numel)
         if start >= stop:
             return
+        # A search for the first tensor only: the others follow it, and a layout may hold tens of thousands.
         size = self.shard_numel
         tensor = bisect_right(self.offsets, start) - 1
         at = start
         while at < stop:
+            # Empty tensors have no element at which a piece could begin.
             while self.offsets[tensor + 1] <= at:
                 tensor += 1
             shard = at // size

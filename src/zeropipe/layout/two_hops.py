@@ -43,6 +43,7 @@ class TwoHops:
 
     def second(self) -> tuple[tuple[int, int], ...]:
         """What everybody has after the second hop: (index in its node of the rank that hands it on, shard)."""
+        # Whoever received a shard across nodes hands it on: in each node that is the rank at the shard's own place.
         width = len(self.nodes[0])
         starts = range(0, len(self.nodes) * width, width)
         return tuple((place, start + place) for start in starts for place in range(width))
@@ -68,6 +69,7 @@ def two_hops(ranks: Sequence[int], node_size: int) -> TwoHops | None:
     One hop is right where the group lies in one node, where no node holds two of its ranks, and where it is not
     aligned with the nodes: they hold different numbers of its ranks, or its ranks are not in ascending order.
     """
+    # Nodes are consecutive ranks, so a node's members of the group are a run with one quotient.
     runs = [tuple(run) for _, run in groupby(ranks, key=lambda rank: rank // max(node_size, 1))]
     aligned = list(ranks) == sorted(set(ranks)) and len({len(run) for run in runs}) == 1
     return TwoHops(tuple(runs)) if aligned and len(runs) > 1 and len(runs[0]) > 1 else None
