@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.checkpointing import make_engine, train
-from zeropipe.checkpoint import commit as publishing
 from zeropipe.checkpoint import ownership, saver
+from zeropipe.checkpoint import tags as publishing
 from zeropipe.checkpoint.loader import open_source
 from zeropipe.checkpoint.tags import choose
 from zeropipe.checkpoint.verify import verify
@@ -199,7 +199,7 @@ def ends_after_a_failure(rank: int, world: int, folder: str) -> str:
     try:
         engine.save_checkpoint(folder, tag="b", async_save=True)
         if rank == 1:
-            engine._saver._thread.join()
+            engine._saver._join()
         train(engine, 1, rank)
     except CheckpointError as error:
         text = str(error)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.helpers.checkpointing import make_engine, train
-from zeropipe.checkpoint import commit as publishing
 from zeropipe.checkpoint import files, saver
+from zeropipe.checkpoint import tags as publishing
 from zeropipe.checkpoint.loader import open_source
 from zeropipe.checkpoint.tags import choose
 from zeropipe.checkpoint.verify import FileState, verify
@@ -209,7 +209,7 @@ def failing_write(rank: int, world: int, folder: str, where: str, asynchronous: 
     train(engine, 1, rank)
     publish = publishing.commit
     if rank == 0 and where == "commit":
-        saver.publishing.commit = full
+        saver.tags.commit = full
     try:
         engine.save_checkpoint(folder, async_save=asynchronous)
         if asynchronous:
@@ -218,7 +218,7 @@ def failing_write(rank: int, world: int, folder: str, where: str, asynchronous: 
     except CheckpointError as error:
         texts.append(str(error))
     files.torch.save = original
-    saver.publishing.commit = publish
+    saver.tags.commit = publish
     engine.save_checkpoint(folder, tag="after")
     return texts
 
@@ -250,7 +250,7 @@ def raise_at_step(rank: int, world: int, folder: str) -> list[str]:
 
     files.torch.save = full
     engine.save_checkpoint(folder, async_save=True)
-    engine._saver._thread.join()
+    engine._saver._join()
     files.torch.save = original
     texts = []
     for _ in range(2):

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from zeropipe.checkpoint.commit import build_manifest, commit, prepare
 from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
 from zeropipe.checkpoint.manifest import Part
 from zeropipe.checkpoint.ownership import cannot_write, discard
@@ -24,7 +23,7 @@ from zeropipe.checkpoint.sources.data import Checkpoint, Flat, Value
 from zeropipe.checkpoint.sources.deepspeed import ALIGN
 from zeropipe.checkpoint.sources.parallel import Place, seen_from
 from zeropipe.checkpoint.state import COMPUTED, FP32, PARAM, FlatState, Grid, LocalState, ModelState
-from zeropipe.checkpoint.tags import check_tag
+from zeropipe.checkpoint.tags import build_manifest, check_tag, commit, prepare
 from zeropipe.checkpoint.writer import collect, write
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec

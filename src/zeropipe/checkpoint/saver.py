@@ -19,41 +19,60 @@ import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 
-from zeropipe.checkpoint import commit as publishing
 from zeropipe.checkpoint import ownership, tags
 from zeropipe.checkpoint.files import Hold, is_abandoned, replace_text
 from zeropipe.checkpoint.manifest import Part
-from zeropipe.checkpoint.snapshot import HostBuffers
 from zeropipe.checkpoint.state import LocalState
-from zeropipe.checkpoint.writer import Outgoing, collect, write
+from zeropipe.checkpoint.writer import HostBuffers, Outgoing, collect, write
 from zeropipe.comm.collectives import all_gather_object, broadcast_object
 from zeropipe.comm.group import Group
 from zeropipe.errors import CheckpointError, DesyncError, describe
 from zeropipe.frozen import from_json, to_json
 
-_PART = "part_"
-_CLAIM = "claimed"
-_NOTE = "failed.json"
+# What ranks leave for each other in the work folder of an asynchronous save.
+_PART = "part_"  # a rank's files are written
+_CLAIM = "claimed"  # all parts are there, and who renamed the first one publishes
+_NOTE = "failed.json"  # a rank has failed, so that no other part is of use
 
 
 @dataclass(frozen=True, slots=True)
-class _Last:
-    """The asynchronous save of which not every rank knows yet how it ended; every rank has one, or none has."""
+class _Save:
+    """What one rank saves, and under which name."""
 
-    work: Path
-    final: Path
+    root: Path
+    tag: str
+    save_latest: bool
+    local: LocalState
+    rank: int  # in the world, as messages name it
 
+    @property
+    def final(self) -> Path:
+        return self.root / self.tag
 
-@dataclass(frozen=True, slots=True)
-class _Said:
-    """How the last asynchronous save looks from one rank."""
+    def publish(self, work: Path, parts: Sequence[Part]) -> str:
+        """Commit; "" or the text of what went wrong."""
+        try:
+            manifest = tags.build_manifest(self.tag, self.local, parts)
+            tags.commit(self.root, self.tag, work, manifest, self.save_latest)
+        except Exception as reason:
+            return self.failure(f"cannot complete the checkpoint {self.final}", reason)
+        return ""
 
-    busy: bool = False  # its writer is at work
-    failure: str = ""
-    told: bool = False  # the program on this rank has had the failure raised
-    published: bool = False  # it was this rank that published it
+    def failure(self, what: str, reason: BaseException) -> str:
+        """The message of ``reason``, which has met this rank; errors of ours have one already."""
+        if isinstance(reason, CheckpointError):
+            return str(reason)
+        detail = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
+        if isinstance(reason, OSError) and reason.strerror:
+            detail = f"{reason.strerror} ({reason.filename})" if reason.filename else reason.strerror
+        return describe(
+            f"{what}: {detail}",
+            rank=self.rank,
+            fix="free space or make the folder writable and save again; earlier checkpoints are intact",
+        )
 
 
 class Saver:
@@ -61,11 +80,9 @@ class Saver:
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._thread: threading.Thread | None = None
-        self._last: _Last | None = None
-        self._failure = ""  # of this rank's part in it
-        self._told = False  # ... and raised here
-        self._published = False  # by this rank
+        # The asynchronous save of which not every rank knows yet how it ended; every rank has one, or none has.
+        self._last: _Background | None = None
+        # Kept from one asynchronous save to the next.
         self._buffers = HostBuffers()
 
     def save(
@@ -83,44 +100,38 @@ class Saver:
         asynchronous save failed and not every rank has raised that (this one is not begun then), and DesyncError
         when ranks give different tags. The checkpoints that were there stay as they are.
         """
-        root = Path(folder)
-        work, hold = self._open(root, tag, save_latest)
+        group = self._group
+        save = _Save(Path(folder), tag, save_latest, local, group.ranks[group.rank])
+        work, hold = self._begin(save)
         if async_save:
-            self._start(root, tag, work, hold, local, save_latest)
-            return root / tag
+            self._last = _Background(save, work, hold)
+            self._last.start(self._buffers)
+            return save.final
         with hold:
             part: Part | None = None
             error = ""
             try:
                 part = write(work, collect(local, copy=False))
             except Exception as reason:
-                error = _text(self._group, f"cannot write the checkpoint {root / tag}", reason)
-            parts = self._agree(part, error, work)
-            outcome = ""
-            if self._group.rank == 0:
-                outcome = _publish(self._group, root, tag, work, local, parts, save_latest)
-                if outcome:
-                    _discard(work)
-            outcome = broadcast_object(outcome, 0, self._group, label="checkpoint published")
+                error = save.failure(f"cannot write the checkpoint {save.final}", reason)
+            # One rank's error is all ranks': from here on they go the same way.
+            written = all_gather_object((part, error), group, label="checkpoint written")
+            outcome = next((text for _, text in written if text), "")
+            if not outcome:
+                if group.rank == 0:
+                    outcome = save.publish(work, [part for part, _ in written])
+                outcome = broadcast_object(outcome, 0, group, label="checkpoint published")
+            if outcome and group.rank == 0:
+                _discard(work)
         if outcome:
             raise CheckpointError(outcome)
-        return root / tag
+        return save.final
 
     def wait(self) -> None:
         """Return when this rank's background writer is done. Raises CheckpointError where the save has failed."""
         self._join()
-        if self._last is None:
-            return
-        if self._told:
-            self._remove_failed()  # the last rank to end removes it
-            return
-        if not self._failure:
-            with suppress(OSError, ValueError):  # of a peer; there is none where all went well
-                self._failure = str(json.loads((self._last.work / _NOTE).read_text(encoding="utf-8")))
-        if self._failure:
-            self._told = True
-            self._remove_failed()
-            raise CheckpointError(self._failure)
+        if self._last is not None:
+            self._last.raise_here()
 
     def raise_pending(self, *, join: bool = False) -> None:
         """Raise on every rank alike what a background writer of any rank has failed with, unless all have raised it.
@@ -131,65 +142,46 @@ class Saver:
             return
         if join:
             self._join()
-        everyone = all_gather_object(self._said(), self._group, label="save under way")
-        text = _failure_of(everyone, self._last.final)
-        if any(said.busy for said in everyone):
-            if text:
-                self._told = True
-        else:
+        everyone = all_gather_object(self._last.said(), self._group, label="save under way")
+        text = self._last.failure_of(everyone)
+        if not any(said.state is _State.WRITING for said in everyone):
             self._forget()
+        elif text:
+            self._last.tell()
         if text:
             raise CheckpointError(text)
 
-    def _said(self) -> _Said:
-        busy = self._thread is not None and self._thread.is_alive()
-        return _Said(busy, "" if busy else self._failure, self._told, self._published)
-
-    def _forget(self) -> None:
-        """All ranks know how the last save ended, and none writes any more."""
-        self._join()
-        if self._group.rank == 0:
-            self._remove_failed()
-        self._last, self._failure, self._told, self._published = None, "", False, False
-
-    def _remove_failed(self) -> None:
-        """Remove what a save that failed has left; nothing where it was published or a rank still writes."""
-        if self._last is not None and is_abandoned(self._last.work / ownership.MARK):
-            _discard(self._last.work)
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            self._buffers.give_back()
-
-    def _open(self, root: Path, tag: str, save_latest: bool) -> tuple[Path, Hold]:
+    def _begin(self, save: _Save) -> tuple[Path, Hold]:
         """Wait for the last save, agree that all is well and on what to save; the new work folder, held by all."""
         self._join()
         refusal = ""
         try:
-            tags.check_tag(tag)
+            tags.check_tag(save.tag)
         except CheckpointError as reason:
             refusal = str(reason)
-        said = self._said()
-        everyone = all_gather_object((str(root), tag, refusal, said), self._group, label="save begins")
+        said = None if self._last is None else self._last.said()
+        mine = (str(save.root), save.tag, refusal, said)
+        everyone = all_gather_object(mine, self._group, label="save begins")
         # All ranks have joined their writers, so nobody is in the last work folder any more.
         text = next((r for _, _, r, _ in everyone if r), "")
         if not text and self._last is not None:
-            text = _failure_of([s for _, _, _, s in everyone], self._last.final)
+            text = self._last.failure_of([said for *_, said in everyone])
         self._forget()
-        differ = len({(r, t) for r, t, _, _ in everyone}) > 1
+        differ = len({(root, tag) for root, tag, _, _ in everyone}) > 1
         work: Path | None = None
         hold: Hold | None = None
         if self._group.rank == 0 and not text and not differ:
-            work, hold, text = self._prepare(root, tag, save_latest)
+            try:
+                work, hold = tags.prepare(save.root, save.tag, save.save_latest)
+            except Exception as reason:
+                text = save.failure(f"cannot make the checkpoint folder {save.final}", reason)
         work, text = broadcast_object((work, text), 0, self._group, label="save prepared")
         if text:
             raise CheckpointError(text)
         if differ:
             listed = "; ".join(
-                f"rank {rank}: {Path(r) / t}"
-                for rank, (r, t, _, _) in zip(self._group.ranks, everyone, strict=True)
+                f"rank {rank}: {Path(root) / tag}"
+                for rank, (root, tag, _, _) in zip(self._group.ranks, everyone, strict=True)
             )
             raise DesyncError(f"ranks save different checkpoints: {listed}. Fix: give all the same tag")
         assert work is not None
@@ -197,118 +189,180 @@ class Saver:
             try:
                 hold = ownership.writing(work)
             except OSError as reason:
-                what = (
-                    f"cannot see the folder {work}, which rank {self._group.ranks[0]} made for the checkpoint"
-                )
-                text = _text(self._group, what, reason)
+                maker = self._group.ranks[0]
+                what = f"cannot see the folder {work}, which rank {maker} made for the checkpoint"
+                text = save.failure(what, reason)
         # Before any rank may be done: a folder that nobody holds for a moment would be taken for left.
-        texts = [t for t in all_gather_object(text, self._group, label="save held") if t]
-        if texts:
+        text = next(filter(None, all_gather_object(text, self._group, label="save held")), "")
+        if hold is None or text:
             if hold is not None:
                 hold.release()
             if self._group.rank == 0:
                 _discard(work)
-            raise CheckpointError(texts[0])
-        assert hold is not None
+            raise CheckpointError(text)
         return work, hold
 
-    def _prepare(self, root: Path, tag: str, save_latest: bool) -> tuple[Path | None, Hold | None, str]:
+    def _forget(self) -> None:
+        """All ranks know how the last save ended, and none writes any more."""
+        self._join()
+        if self._group.rank == 0 and self._last is not None:
+            self._last.remove_failed()
+        self._last = None
+
+    def _join(self) -> None:
+        if self._last is not None and self._last.join():
+            self._buffers.give_back()
+
+
+class _State(Enum):
+    """How an asynchronous save stands on one rank. Only WRITING is left, and each other state is the last."""
+
+    WRITING = auto()  # its thread is at work
+    WRITTEN = (
+        auto()
+    )  # its part is in the work folder, and another rank publishes; or a peer's failure made it useless
+    PUBLISHED = auto()  # it had the last part to be written, and the checkpoint has its name
+    FAILED = auto()  # it could not write or publish; the note in the work folder says why
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """How the asynchronous save looks from one rank."""
+
+    state: _State
+    failure: str  # of this rank
+    told: bool  # the program on this rank has had the failure raised
+
+
+class _Background:
+    """An asynchronous save on one rank: its thread, and how its part ended. It never communicates."""
+
+    def __init__(self, save: _Save, work: Path, hold: Hold) -> None:
+        # Fixed: what is saved, and where until it has its name.
+        self._save = save
+        self._work = work
+        self._hold = hold  # until the thread has ended
+        # Written by the thread, and read once it has ended.
+        self._state = _State.WRITING
+        self._failure = ""
+        # The program's side.
+        self._thread: threading.Thread | None = None
+        self._told = False
+
+    def start(self, buffers: HostBuffers) -> None:
+        """Copy the state, so that training may go on, and write it behind. A failure is said later."""
         try:
-            return *publishing.prepare(root, tag, save_latest), ""
-        except CheckpointError as reason:
-            return None, None, str(reason)
-        except Exception as reason:
-            what = f"cannot make the checkpoint folder {root / tag}"
-            return None, None, _text(self._group, what, reason)
-
-    def _agree(self, part: Part | None, error: str, work: Path) -> list[Part]:
-        """Every rank's part, or the first rank's error on all of them."""
-        replies = all_gather_object((part, error), self._group, label="checkpoint written")
-        errors = [text for _, text in replies if text]
-        if errors:
-            if self._group.rank == 0:
-                _discard(work)
-            raise CheckpointError(errors[0])
-        return [p for p, _ in replies]
-
-    # In the background.
-
-    def _start(
-        self, root: Path, tag: str, work: Path, hold: Hold, local: LocalState, save_latest: bool
-    ) -> None:
-        self._last = _Last(work, root / tag)
-        try:
-            outgoing = collect(local, copy=True, buffers=self._buffers)
+            outgoing = collect(self._save.local, copy=True, buffers=buffers)
         except BaseException as reason:
-            hold.release()
-            self._fail(root / tag, work, (), reason)
+            self._hold.release()
+            self._fail((), reason)
             if not isinstance(reason, Exception):
                 raise
             return
         # Not a daemon: the interpreter waits for it at exit.
-        arguments = (root, tag, work, hold, local, outgoing, save_latest)
-        self._thread = threading.Thread(target=self._background, args=arguments, name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(outgoing,), name="checkpoint")
         self._thread.start()
 
-    def _background(
-        self,
-        root: Path,
-        tag: str,
-        work: Path,
-        hold: Hold,
-        local: LocalState,
-        outgoing: Outgoing,
-        save_latest: bool,
-    ) -> None:
-        with hold:
+    def join(self) -> bool:
+        """Wait for the thread; whether there was one that nobody had waited for."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        return thread is not None
+
+    def said(self) -> _Said:
+        """What this rank tells the others."""
+        if self._thread is not None and self._thread.is_alive():
+            return _Said(_State.WRITING, "", self._told)
+        # A thread that something else than an error has ended has said nothing: then nobody publishes, and
+        # ``failure_of`` finds that on all ranks.
+        state = _State.WRITTEN if self._state is _State.WRITING else self._state
+        return _Said(state, self._failure, self._told)
+
+    def failure_of(self, everyone: Sequence[_Said]) -> str:
+        """What to raise on every rank, "" where all is well or all have raised it."""
+        failures = [said.failure for said in everyone if said.failure]
+        if failures:
+            return "" if all(said.told for said in everyone) else failures[0]
+        if any(said.state in (_State.WRITING, _State.PUBLISHED) for said in everyone):
+            return ""
+        # All writers are done, so the last one has published; unless a rank died or saved less often.
+        return describe(
+            f"the asynchronous checkpoint {self._save.final} was never completed",
+            fix="make sure that every rank calls save_checkpoint, and that all see the same folder",
+        )
+
+    def tell(self) -> None:
+        """The program on this rank is about to have the failure raised."""
+        self._told = True
+
+    def raise_here(self) -> None:
+        """Raise a failure of this rank, or of one that left a note, unless the program has had it."""
+        if not self._told and not self._failure:
+            with suppress(OSError, ValueError):  # there is no note where all went well
+                self._failure = str(json.loads((self._work / _NOTE).read_text(encoding="utf-8")))
+        if self._told or self._failure:
+            self.remove_failed()  # the last rank to end removes it
+        if self._failure and not self._told:
+            self.tell()
+            raise CheckpointError(self._failure)
+
+    def remove_failed(self) -> None:
+        """Remove what a save that failed has left; nothing where it was published or a rank still writes."""
+        if is_abandoned(self._work / ownership.MARK):
+            _discard(self._work)
+
+    # In the thread.
+
+    def _run(self, outgoing: Outgoing) -> None:
+        with self._hold:
             try:
-                part = write(work, outgoing)
-                replace_text(work / f"{_PART}{part.rank:05d}.json", json.dumps(to_json(part)))
-                if (work / _NOTE).exists():
-                    _remove_own(work, outgoing.trees)
-                    return
-                parts = sorted(work.glob(f"{_PART}*.json"))
-                if len(parts) < local.grid.world or not _claim(work, parts[0]):
-                    return
-                parts[0] = work / _CLAIM
-                joined = [from_json(Part, json.loads(path.read_text())) for path in parts]
-                for path in parts:
-                    path.unlink()
-                outcome = _publish(self._group, root, tag, work, local, joined, save_latest)
-                if outcome:
-                    self._give_up(work, [r.name for p in joined for r in p.files], outcome)
-                self._published = not outcome
+                self._write(outgoing)
             except Exception as reason:
-                self._fail(root / tag, work, outgoing.trees, reason)
+                self._fail(outgoing.trees, reason)
 
-    def _fail(self, final: Path, work: Path, names: Iterable[str], reason: BaseException) -> None:
-        what = f"cannot write the checkpoint {final} in the background"
-        self._give_up(work, names, _text(self._group, what, reason))
+    def _write(self, outgoing: Outgoing) -> None:
+        work = self._work
+        part = write(work, outgoing)
+        replace_text(work / f"{_PART}{part.rank:05d}.json", json.dumps(to_json(part)))
+        if (
+            work / _NOTE
+        ).exists():  # the rank that failed may have looked for parts before this one was there
+            _remove_own(work, outgoing.trees)
+            self._end(_State.WRITTEN)
+            return
+        found = sorted(work.glob(f"{_PART}*.json"))
+        if len(found) < self._save.local.grid.world or not _claim(work, found[0]):
+            self._end(_State.WRITTEN)
+            return
+        found[0] = work / _CLAIM
+        parts = [from_json(Part, json.loads(path.read_text())) for path in found]
+        for path in found:
+            path.unlink()
+        outcome = self._save.publish(work, parts)
+        if outcome:
+            self._give_up([record.name for part in parts for record in part.files], outcome)
+        else:
+            self._end(_State.PUBLISHED)
 
-    def _give_up(self, work: Path, names: Iterable[str], text: str) -> None:
+    def _fail(self, names: Iterable[str], reason: BaseException) -> None:
+        what = f"cannot write the checkpoint {self._save.final} in the background"
+        self._give_up(names, self._save.failure(what, reason))
+
+    def _give_up(self, names: Iterable[str], text: str) -> None:
         """Give the disk back what was taken, here and by peers that are done: without this part it is nothing."""
-        self._failure = text
-        _remove_own(work, names)
+        self._end(_State.FAILED, text)
+        _remove_own(self._work, names)
         with suppress(OSError):
-            replace_text(work / _NOTE, json.dumps(text))
-        for path in work.glob(f"{_PART}*.json"):
+            replace_text(self._work / _NOTE, json.dumps(text))
+        for path in self._work.glob(f"{_PART}*.json"):
             with suppress(OSError, ValueError, KeyError):
                 done = from_json(Part, json.loads(path.read_text()))
-                _remove_own(work, [record.name for record in done.files])
+                _remove_own(self._work, [record.name for record in done.files])
 
-
-def _failure_of(everyone: Sequence[_Said], final: Path) -> str:
-    """What to raise on every rank about the last save, "" where all is well or all have raised it."""
-    failures = [said.failure for said in everyone if said.failure]
-    if failures:
-        return "" if all(said.told for said in everyone) else failures[0]
-    if any(said.busy or said.published for said in everyone):
-        return ""
-    # All writers are done, so the last one has published; unless a rank died or saved less often.
-    return describe(
-        f"the asynchronous checkpoint {final} was never completed",
-        fix="make sure that every rank calls save_checkpoint, and that all see the same folder",
-    )
+    def _end(self, state: _State, failure: str = "") -> None:
+        assert self._state is _State.WRITING, f"{self._state} -> {state}"
+        self._state, self._failure = state, failure
 
 
 def _claim(work: Path, part: Path) -> bool:
@@ -334,27 +388,3 @@ def _remove_own(work: Path, names: Iterable[str]) -> None:
 def _discard(work: Path) -> None:
     with suppress(OSError, CheckpointError):  # it does no harm but to take room
         ownership.discard(work)
-
-
-def _publish(
-    group: Group, root: Path, tag: str, work: Path, local: LocalState, parts: list[Part], save_latest: bool
-) -> str:
-    """Commit; "" or the text of what went wrong."""
-    try:
-        publishing.commit(root, tag, work, publishing.build_manifest(tag, local, parts), save_latest)
-    except Exception as reason:
-        if isinstance(reason, CheckpointError):
-            return str(reason)
-        return _text(group, f"cannot complete the checkpoint {root / tag}", reason)
-    return ""
-
-
-def _text(group: Group, what: str, reason: BaseException) -> str:
-    detail = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
-    if isinstance(reason, OSError) and reason.strerror:
-        detail = f"{reason.strerror} ({reason.filename})" if reason.filename else reason.strerror
-    return describe(
-        f"{what}: {detail}",
-        rank=group.ranks[group.rank],
-        fix="free space or make the folder writable and save again; earlier checkpoints are intact",
-    )

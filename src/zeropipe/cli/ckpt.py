@@ -245,7 +245,7 @@ def prune(
     kept = [c for number, c in enumerate(found) if number < keep or c.path.resolve() in held]
     gone = [c.path for c in found if c not in kept]
     failed: list[str] = []
-    for path in (*gone, *tags.leftovers(folder)):
+    for path in (*gone, *ownership.leftovers(folder)):
         if dry_run:
             say(f"would remove {path}")
             continue

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from zeropipe.checkpoint.files import FileRecord, check_file, load_torch, replace_text, write_torch
 from zeropipe.checkpoint.plain import is_plain
-from zeropipe.checkpoint.snapshot import HostBuffers, snapshot
 from zeropipe.checkpoint.stand_ins import FragmentAddress, LossScalerValues
+from zeropipe.checkpoint.writer import HostBuffers, snapshot
 from zeropipe.errors import CheckpointError
 
 
