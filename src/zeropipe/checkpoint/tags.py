@@ -160,7 +160,7 @@ def choose(folder: Path, tag: str | None) -> Choice:
         first = _locate(folder, named)
         if first is None:
             notices.append(f"{folder / LATEST} names {named!r}, which is not there")
-    rest = [c for c in newest_first(folder, notices) if first is None or c.path != first.path]
+    rest = [c for c, _ in newest_first(folder, notices) if first is None or c.path != first.path]
     if named is None and rest:
         notices.append(f"{folder} has no file {LATEST!r}")
     elif named is None:
@@ -168,21 +168,21 @@ def choose(folder: Path, tag: str | None) -> Choice:
     return Choice((first, *rest) if first else tuple(rest), tuple(notices), False)
 
 
-def newest_first(folder: Path, notices: list[str] | None = None) -> list[Candidate]:
+def newest_first(folder: Path, notices: list[str]) -> Iterator[tuple[Candidate, Manifest | None]]:
     """Every checkpoint in ``folder``, by its step and then by its time; damaged manifests are passed over.
 
     So are folders that this process may not read: they are no reason not to take the others.
     """
-    found: list[tuple[int, float, Candidate]] = []
+    found: list[tuple[int, float, Candidate, Manifest | None]] = []
     for candidate in _all(folder):
         try:
             manifest = read_manifest(candidate.path)
             step = -1 if manifest is None else manifest.global_steps
-            found.append((step, candidate.path.stat().st_mtime, candidate))
+            found.append((step, candidate.path.stat().st_mtime, candidate, manifest))
         except (CheckpointError, OSError) as error:
-            if notices is not None:
-                notices.append(f"skipped {candidate.path}: {error}")
-    return [c for _, _, c in sorted(found, key=lambda item: item[:2], reverse=True)]
+            notices.append(f"skipped {candidate.path}: {error}")
+    for _, _, candidate, manifest in sorted(found, key=lambda item: item[:2], reverse=True):
+        yield candidate, manifest
 
 
 def ours(folder: Path) -> list[Candidate]:
@@ -190,13 +190,11 @@ def ours(folder: Path) -> list[Candidate]:
 
     Not those of other programs, not links, and not copies or renamed ones: somebody wanted to keep these.
     """
-    found: list[tuple[int, float, Candidate]] = []
-    for candidate in _all(folder):
-        with suppress(CheckpointError, OSError):
-            manifest = None if candidate.path.is_symlink() else read_manifest(candidate.path)
-            if manifest is not None and manifest.tag == candidate.path.name:
-                found.append((manifest.global_steps, candidate.path.stat().st_mtime, candidate))
-    return [c for _, _, c in sorted(found, key=lambda item: item[:2], reverse=True)]
+    return [
+        candidate
+        for candidate, manifest in newest_first(folder, [])
+        if manifest is not None and manifest.tag == candidate.path.name and not candidate.path.is_symlink()
+    ]
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import sys
 from typing import Any, Final
@@ -15,26 +14,25 @@ from typer.main import get_command
 
 from zeropipe.errors import ZeropipeError
 
-# Name of the subcommand -> the module that holds its ``app``.
-SUBCOMMANDS: Final = {
-    "ckpt": "zeropipe.cli.ckpt",
-    "config": "zeropipe.cli.config",
-    "onebit": "zeropipe.cli.onebit",
-    "pipe": "zeropipe.cli.pipe",
-}
+SUBCOMMANDS: Final = ("ckpt", "config", "onebit", "pipe")
 
 
 class LazyGroup(TyperGroup):
     """Imports a subcommand when it is asked for, so that checking a config never waits for torch."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(SUBCOMMANDS)
+        return list(SUBCOMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        module = SUBCOMMANDS.get(cmd_name)
-        if module is None:
+        if cmd_name not in SUBCOMMANDS:
             return None
-        command = get_command(importlib.import_module(module).app)
+        if cmd_name == "ckpt":
+            from zeropipe.cli.ckpt import app as found
+        else:
+            from zeropipe.cli import plan
+
+            found = getattr(plan, cmd_name)
+        command = get_command(found)
         command.name = cmd_name  # a Typer app has no name of its own until a parent gives it one
         return command
 

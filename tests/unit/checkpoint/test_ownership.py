@@ -164,7 +164,7 @@ def test_only_what_nobody_writes_any_more_is_left_over(tmp_path: Path) -> None:
     assert ownership.leftovers(tmp_path) == []  # another rank still writes
     other.release()
     assert ownership.leftovers(tmp_path) == [work]
-    assert tags.tag_of(work) == "a"
+    assert ownership.name_of(work) == "a"
     ownership.clear(work)
     assert list(tmp_path.iterdir()) == []
 

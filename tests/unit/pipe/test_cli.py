@@ -5,11 +5,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from zeropipe.cli.pipe import app
+from zeropipe.cli.main import app
 
 
 def _plan(*words):
-    return CliRunner().invoke(app, ["plan", *words])
+    return CliRunner().invoke(app, ["pipe", "plan", *words])
 
 
 def test_a_plan_prints_grid_bubble_and_peaks():
@@ -111,7 +111,7 @@ def test_no_argument_ends_in_a_traceback(words, tmp_path, monkeypatch):
         (tmp_path / f"profile{i}.json").write_bytes(text.encode(errors="surrogateescape"))
     result = _plan(*words)
     assert result.exit_code == 1
-    assert result.output.startswith("zeropipe: ") or "\nzeropipe: " in result.output
+    assert result.output.startswith("error: ") or "\nerror: " in result.output
     assert isinstance(result.exception, SystemExit)
 
 
