@@ -24,7 +24,7 @@ from zeropipe.runtime.engine.mixed_inputs import MixedInputs
 from zeropipe.runtime.pipe.engine import PipelineEngine
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.utils import collecting_later
-from zeropipe.runtime.zero.gather.parameter_offload import ParameterOffload
+from zeropipe.runtime.zero.gather.hooks import ParameterOffload
 from zeropipe.runtime.zero.hold.offload import Offload
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.hold.policy import StepOptions

@@ -37,7 +37,7 @@ MODULES: Final = MappingProxyType(
         "ops.lion.fused_lion": "zeropipe.ops.lion",
         "runtime.activation_checkpointing.checkpointing": "zeropipe.checkpointing",
         "runtime.zero.offload_config": "zeropipe.runtime.zero.hold.offload_states",
-        "runtime.zero.parameter_offload": "zeropipe.runtime.zero.gather.parameter_offload",
+        "runtime.zero.parameter_offload": "zeropipe.runtime.zero.gather.hooks",
         "zero": "zeropipe.runtime.zero",
     }
 )

@@ -45,7 +45,7 @@ PACKAGE = (
     Name("utils.logging.logger", "lightning", "setLevel", f"{_MEANING}::test_there_is_one_logger", "zeropipe.utils.logging:logger"),
     Name("accelerator.get_accelerator", "transformers", "current_device_name()", f"{_MEANING}::test_the_accelerator_names_a_device_that_torch_takes", "zeropipe.accelerator:get_accelerator"),
     Name("zero.Init", "transformers, lightning", "construction in shards; auto values; enabled=False", f"{_INIT}::test_16_bits_from_a_config_with_auto_values", "zeropipe.runtime.zero.gather.init:Init"),
-    Name("zero.GatheredParameters", "all", "one, many, generators, None, plain ones; modifier_rank", f"{_GATHER}::test_any_form_of_parameters", "zeropipe.runtime.zero.gather.gather:GatheredParameters"),
+    Name("zero.GatheredParameters", "all", "one, many, generators, None, plain ones; modifier_rank", f"{_GATHER}::test_any_form_of_parameters", "zeropipe.runtime.zero.gather.whole:GatheredParameters"),
     Name("zero.register_external_parameter", "transformers", "a parameter of another module", f"{_GATHER}::test_external_parameters", "zeropipe.runtime.zero.gather.external:register_external_parameter"),
     Name("runtime.zero.partition_parameters.zero_wrapper_for_fp_tensor_constructor", "transformers", "exchanged, and looked up at each entry", f"{_INIT}::test_the_constructor_wrapper_is_looked_up_at_entry", "zeropipe.runtime.zero.partition_parameters:zero_wrapper_for_fp_tensor_constructor"),
     Name("runtime.zero.partition_parameters._orig_torch_arange", "transformers", "compared with the constructor that is wrapped", f"{_INIT}::test_the_constructor_wrapper_is_looked_up_at_entry", "zeropipe.runtime.zero.partition_parameters:_orig_torch_arange"),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zeropipe.runtime.zero.fingerprint import SMALL, fingerprint
+from zeropipe.runtime.zero.gather.edits import SMALL, fingerprint
 
 LARGE = SMALL  # elements of at least one byte: past the size that is copied
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64]

@@ -37,7 +37,7 @@ def test_names_of_the_package(name):
 
 def test_modules_of_the_package_do_not_hide_its_names():
     import zeropipe.runtime.zero.description
-    import zeropipe.runtime.zero.gather.unsharding  # noqa: F401
+    import zeropipe.runtime.zero.gather.sharded_model  # noqa: F401
 
     assert callable(zero.describe) and callable(zero.unshard)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -34,7 +34,7 @@ from zeropipe.runtime.engine.scaling import Scaling
 from zeropipe.runtime.engine.weights import EngineWeights
 from zeropipe.runtime.lr_schedules.base import step_schedule
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
-from zeropipe.runtime.zero.gather.whole_edits import forget_whole, know_whole
+from zeropipe.runtime.zero.gather.whole import forget_whole, know_whole
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.hold.row_norms import RowNorms
 

@@ -10,35 +10,35 @@ from zeropipe.runtime.pipe.executor import Effect
 from zeropipe.runtime.pipe.instructions import Instruction, Op
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.tied import sum_gradients
-from zeropipe.runtime.zero.gather.shards import Shards, shards_of
+from zeropipe.runtime.zero.gather.shards import Hold, Shards, shards_of
 from zeropipe.runtime.zero.hold.access import trained_of
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 
 
 def stage_table(module: PipelineModule, optimizer: ZeroOptimizer) -> dict[Op, Effect]:
     """The effects that an executor of ``module`` cannot know by itself."""
+    held: dict[int, list[Hold]] = {}  # by stage
     return {
-        Op.UNSHARD: partial(_unshard, module),
-        Op.RESHARD: partial(_reshard, module),
+        Op.UNSHARD: partial(_unshard, module, held),
+        Op.RESHARD: partial(_reshard, held),
         Op.REDUCE_TIED: lambda step: sum_gradients(module.ties, _has_gradient, _gradient),
         Op.REDUCE_GRAD: lambda step: optimizer.reducer.finish_window(),
     }
 
 
-def _unshard(module: PipelineModule, step: Instruction) -> None:
+def _unshard(module: PipelineModule, held: dict[int, list[Hold]], step: Instruction) -> None:
     # All parameters of the stage at once: their gathers travel together.
     found = _shards(module, step.stage)
+    held.setdefault(step.stage, []).extend(shards.hold() for shards in found)
     for shards in found:
-        shards.holds += 1
         shards.start_gather()
     for shards in found:
         shards.finish_gather()
 
 
-def _reshard(module: PipelineModule, step: Instruction) -> None:
-    for shards in _shards(module, step.stage):
-        shards.holds -= 1
-        shards.release_if_idle()
+def _reshard(held: dict[int, list[Hold]], step: Instruction) -> None:
+    for hold in held.pop(step.stage, ()):
+        hold.release()
 
 
 def _shards(module: PipelineModule, stage: int) -> list[Shards]:

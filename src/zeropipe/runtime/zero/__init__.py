@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from zeropipe.runtime.zero.gather.external import (
         unregister_external_parameter as unregister_external_parameter,
     )
-    from zeropipe.runtime.zero.gather.gather import GatheredParameters as GatheredParameters
     from zeropipe.runtime.zero.gather.init import Init as Init
-    from zeropipe.runtime.zero.gather.unsharding import reshard as reshard
-    from zeropipe.runtime.zero.gather.unsharding import unshard as unshard
-    from zeropipe.runtime.zero.gather.unsharding import unshard_module as unshard_module
-    from zeropipe.runtime.zero.gather.unsharding import unsharded as unsharded
+    from zeropipe.runtime.zero.gather.sharded_model import reshard as reshard
+    from zeropipe.runtime.zero.gather.sharded_model import unshard as unshard
+    from zeropipe.runtime.zero.gather.sharded_model import unshard_module as unshard_module
+    from zeropipe.runtime.zero.gather.sharded_model import unsharded as unsharded
+    from zeropipe.runtime.zero.gather.whole import GatheredParameters as GatheredParameters
     from zeropipe.runtime.zero.status import ZeroParamStatus as ZeroParamStatus
     from zeropipe.runtime.zero.status import ZeroParamType as ZeroParamType
 

@@ -33,18 +33,27 @@ class Trainer(Protocol):
 class Cut(Protocol):
     """A parameter that is shards, as its partition sees it (``gather/shards.py``)."""
 
-    name: str
-    shape: torch.Size
-    group: Group
-    layout: FlatShards
     ident: int
+    group: Group
+    shape: torch.Size
     numel: int
     shard_numel: int
-    source: torch.Tensor  # 1D, shard_numel: what gathers read
-    renewals: int  # how often the shards changed under a gathered value
-    contexts: int  # who is writing to the whole value and brings it back
-    status: ZeroParamStatus
     full: torch.Tensor  # 1D, padded: the whole value while it is gathered
+    renewals: int  # how often the shards changed under it
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def layout(self) -> FlatShards: ...
+    @property
+    def source(self) -> torch.Tensor:  # 1D, shard_numel: what gathers read
+        ...
+
+    @property
+    def status(self) -> ZeroParamStatus: ...
+    @property
+    def contexts(self) -> int:
+        """Who is writing to the whole value and brings it back."""
 
     @property
     def own_elements(self) -> torch.Tensor:

@@ -23,16 +23,43 @@ class ZeroParamStatus(Enum):
     INFLIGHT = 3  # a gather is under way: P + P/N elements, not to be read
 
 
-_ALLOWED = {
-    (ZeroParamStatus.NOT_AVAILABLE, ZeroParamStatus.INFLIGHT),
-    (ZeroParamStatus.INFLIGHT, ZeroParamStatus.AVAILABLE),
-    (ZeroParamStatus.AVAILABLE, ZeroParamStatus.NOT_AVAILABLE),
-    (ZeroParamStatus.INFLIGHT, ZeroParamStatus.NOT_AVAILABLE),  # a gather that failed
+class State(Enum):
+    """As ``ZeroParamStatus``, with what a parameter that is away shows instead of its value.
+
+                start_gather          finish_gather
+        AWAY ----------------> INFLIGHT ------------> WHOLE
+        ^ ^ |                     |                     |
+        | | |     it failed       |                     |
+        | +-|---------------------+---- release, leave -+
+        |   v
+        SHAPED, LOADING    which a gather may also begin from
+
+    What ``status`` says to users is the value.
+    """
+
+    AWAY = 1  # shape [0]
+    SHAPED = 2  # the whole shape without memory, for autograd, when a gradient arrives that was made without the value
+    LOADING = 3  # the same, for load_state_dict; what is then copied in is cut into shards
+    INFLIGHT = 4
+    WHOLE = 5
+
+    @property
+    def status(self) -> ZeroParamStatus:
+        return _STATUS.get(self, ZeroParamStatus.NOT_AVAILABLE)
+
+
+_STATUS = {State.INFLIGHT: ZeroParamStatus.INFLIGHT, State.WHOLE: ZeroParamStatus.AVAILABLE}
+_NEXT = {
+    State.AWAY: (State.SHAPED, State.LOADING, State.INFLIGHT),
+    State.SHAPED: (State.AWAY, State.LOADING, State.INFLIGHT),
+    State.LOADING: (State.AWAY, State.INFLIGHT),
+    State.INFLIGHT: (State.WHOLE, State.AWAY),
+    State.WHOLE: (State.AWAY,),
 }
 
 
-def check_transition(name: str, before: ZeroParamStatus, after: ZeroParamStatus) -> ZeroParamStatus:
+def check_transition(name: str, before: State, after: State) -> State:
     """``after``, if it may follow ``before``; raises UsageError naming the parameter otherwise."""
-    if (before, after) not in _ALLOWED:
+    if after not in _NEXT[before]:
         raise UsageError(f"parameter '{name}' cannot go from {before.name} to {after.name}")
     return after

@@ -8,6 +8,7 @@ the end              shards are rounded to the run's 16 bits. Not before: half o
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,17 +22,18 @@ from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
-from zeropipe.runtime.zero.fingerprint import Fingerprint, fingerprint
-from zeropipe.runtime.zero.gather.host_memory import FreedMemory
-from zeropipe.runtime.zero.gather.sharded_parameter import mark_available
-from zeropipe.runtime.zero.gather.shards import GATHER, Shards, shard_parameter, shards_of
+from zeropipe.runtime.zero.gather.edits import Fingerprint, fingerprint, is_moved, take_moved
+from zeropipe.runtime.zero.gather.parameter import shard_parameter
+from zeropipe.runtime.zero.gather.shards import Hold, Shards, shards_of
 from zeropipe.runtime.zero.gather.state_dict import install_state_dict
 from zeropipe.runtime.zero.hold.offload import Arena
-from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
+from zeropipe.runtime.zero.param import GATHER
 from zeropipe.tensor.model import overlapping, shared_memory, was_prepared, working_dtypes
 
+_OWN_REFERENCES = 2  # to a storage: the tensor, and the Python object of the storage itself
 # Elements that stay gathered after a use; older ones are put back while the constructor runs on.
 WINDOW = 2**22
+_FREED_AT_ONCE = 32 * 2**20  # bytes freed before it is worth the walk through the heap
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +41,7 @@ class _Fetched:
     """A parameter that a constructor used. ``watched``: a view of it outlived the fetch, and what it showed."""
 
     param: torch.nn.Parameter
-    shards: Shards
+    hold: Hold
     before: Fingerprint
     watched: tuple[torch.Tensor, Fingerprint] | None = None
 
@@ -48,33 +50,13 @@ class _Fetched:
         """Whether nobody holds the view any more."""
         return self.watched is None or not _shared(self.watched[0])
 
-    @property
-    def moved(self) -> bool:
-        """Whether the parameter was given other memory: ``.data = ...``, or ``set_`` as parametrizations do."""
-        here = self.param.detach()
-        same = (here.shape, here.dtype, here.data_ptr()) == (
-            self.shards.shape,
-            self.shards.dtype,
-            self.shards.full.data_ptr(),
-        )
-        return not same and self.shards.status is ZeroParamStatus.AVAILABLE
-
-    def take_moved(self) -> bool:
-        """Take the value over from the other memory; False where it does not fit the shards."""
-        here, full = self.param.detach(), self.shards.full
-        if (here.shape, here.dtype) != (self.shards.shape, self.shards.dtype):
-            return False
-        full[: self.shards.numel].copy_(here.reshape(-1))
-        mark_available(self.param, full[: self.shards.numel].view(self.shards.shape))
-        return True
-
     def check(self) -> None:
         """Raise UsageError if the view was written to since the value was put back."""
         assert self.watched is not None
         value, shown = self.watched
         if not shown.matches(value):
             raise UsageError(
-                f"parameter '{self.shards.name}' was written through a tensor kept from before other "
+                f"parameter '{self.hold.shards.name}' was written through a tensor kept from before other "
                 "parameters were used, and had been put back by then. Fix: take param.data anew before writing"
             )
 
@@ -131,7 +113,9 @@ class Build:
         for name, param in module.named_parameters():
             shards = shards_of(param)
             if shards is not None and shards.builder is self:
-                shards.name = f"{type(module).__name__}.{name}#{shards.ident}"  # unlike any other's
+                shards.own.lay_out(
+                    f"{type(module).__name__}.{name}#{shards.ident}", shards.group
+                )  # unlike any other's
 
     def abort(self, module: torch.nn.Module) -> None:
         self._close(complete=False)
@@ -151,16 +135,12 @@ class Build:
         frame = self._frames[-1]
         param = shards.param
         shards.gather()
-        shards.holds += 1
-        frame.fetched[id(shards)] = _Fetched(param, shards, fingerprint(shards.full))
-        param.__class__ = (
-            torch.nn.Parameter
-        )  # from which another parameter may be made: torch asks for its very class
-        while len(frame.fetched) > 1 and sum(f.shards.numel for f in frame.fetched.values()) > max(
-            WINDOW, shards.numel
-        ):
-            oldest = next(iter(frame.fetched))
-            self._put_back(frame, frame.fetched.pop(oldest))
+        frame.fetched[id(shards)] = _Fetched(param, shards.hold(), fingerprint(shards.full))
+        # From which another parameter may be made: torch asks for its very class.
+        param.__class__ = torch.nn.Parameter
+        most = max(WINDOW, shards.numel)
+        while len(frame.fetched) > 1 and sum(f.hold.shards.numel for f in frame.fetched.values()) > most:
+            self._put_back(frame, frame.fetched.pop(next(iter(frame.fetched))))
 
     # The end.
 
@@ -193,7 +173,7 @@ class Build:
         for name, param in module.named_parameters():
             shards = shards_of(param)
             if shards is not None and shards.builder is self:
-                shards.name = name
+                shards.own.lay_out(name, shards.group)
         self._round(list(module.modules()))
         self.active = False
 
@@ -221,11 +201,15 @@ class Build:
         for earlier in [one for one in frame.put_back if one.forgotten]:
             earlier.check()
             frame.put_back.remove(earlier)
-        shards = fetched.shards
-        shards.holds -= 1
-        if fetched.moved and not fetched.take_moved():
-            self._give_up(fetched)
-            return
+        shards = fetched.hold.shards
+        fetched.hold.release(free=False)
+        # It was given other memory: by ``.data = ...``, or by ``set_`` as parametrizations do.
+        if shards.gathered and is_moved(shards):
+            fits = fetched.param.dtype == shards.dtype and take_moved(shards)
+            if not fits:  # another shape: it is whole now, and will be cut anew with those of its module
+                LEASES.drop(shards)
+                del fetched.param._zero  # type: ignore[attr-defined]
+                return
         if not fetched.before.matches(shards.full):
             meet(f"{self.what}: {shards.name} was written", shards.group, channel=GATHER)
             broadcast(shards.full, 0, shards.everyone, label=shards.name)
@@ -233,23 +217,19 @@ class Build:
         if shards.holds or shards.persist:
             return
         kept = shards.full
-        shards.leave()
+        shards.release(leave=True)
         self._freed.add(kept.nbytes)
         if _shared(kept):
             fetched.watched = (kept, fingerprint(kept))
             frame.put_back.append(fetched)
 
-    def _give_up(self, fetched: _Fetched) -> None:
-        """The parameter has another shape now: it is whole, and will be cut anew with those of its module."""
-        LEASES.drop(fetched.shards)
-        del fetched.param._zero  # type: ignore[attr-defined]
-
     def _drop(self, frame: _Frame) -> None:
         """After an exception: free what was gathered, unwritten."""
         for fetched in frame.fetched.values():
-            fetched.shards.holds -= 1
-            if not fetched.shards.holds and not fetched.shards.persist:
-                fetched.shards.leave()
+            shards = fetched.hold.shards
+            fetched.hold.release(free=False)
+            if not shards.holds and not shards.persist:
+                shards.release(leave=True)
         frame.fetched.clear()
         frame.put_back.clear()
 
@@ -279,15 +259,12 @@ class Build:
         broadcast(value, 0, self.group, label=name)
         param.data = value
         ident = next(self._ids)
-        shards = shard_parameter(param, f"{name}#{ident}", ident, self.within)
-        shards.everyone = self.group
-        shards.builder = self
-        self._freed.add(2 * value.nbytes)  # the value and its padded copy
+        shards = shard_parameter(param, f"{name}#{ident}", ident, self.within, self.group, self)
+        self._freed.add(value.nbytes)
         if self.remote is not None:
-            shards.kind = ZeroParamType.REMOTE
-            shards.source = shards.source.cpu()  # offload moves it on, to pinned memory
+            shards.live_at(shards.source.cpu(), None, remote=True)  # offload moves it on, to pinned memory
         if self.arena is not None:
-            shards.source, shards.let_go = self.arena.keep(shards.source), self.arena.files.let_go
+            shards.live_at(self.arena.keep(shards.source), None, self.arena.files.let_go)
 
     def _round(self, modules: list[torch.nn.Module]) -> None:
         """Cast the shards of ``modules`` to what they work in, but for those that an engine has taken over by now, or
@@ -297,15 +274,15 @@ class Build:
         params = (param for module in modules for param in module._parameters.values() if param is not None)
         for param, dtype in working_dtypes(modules, self.dtype, was_prepared(params)).items():
             shards = shards_of(param)
-            if shards is None or shards.dtype == dtype or shards.holds or shards.fetch_for_use is not None:
+            if shards is None or shards.dtype == dtype or shards.holds or shards.conductor is not None:
                 continue
             place = shards.source
             shards.cast(dtype, shards.full.device)
             self._freed.add(place.nbytes)
             if self.arena is not None and dtype.itemsize <= place.dtype.itemsize:
-                shards.source = place.view(dtype)[: shards.shard_numel].copy_(shards.source)
+                shards.live_at(place.view(dtype)[: shards.shard_numel].copy_(shards.source), None)
             elif self.arena is not None:
-                shards.source = self.arena.keep(shards.source)
+                shards.live_at(self.arena.keep(shards.source), None)
 
 
 def _alive(refs: list[weakref.ref[torch.nn.Module]]) -> list[torch.nn.Module]:
@@ -339,4 +316,33 @@ def _shared(value: torch.Tensor) -> bool:
     return count is not None and count(storage._cdata) > _OWN_REFERENCES
 
 
-_OWN_REFERENCES = 2  # the tensor and the Python object of its storage
+class FreedMemory:
+    """Counts what a caller frees in pieces between which it allocates what stays.
+
+    glibc fills the holes of freed blocks only with what fits, and gives back no hole below a block in use: a model cut
+    into shards one parameter at a time could so take as much memory as the whole. Other C libraries are left alone.
+    """
+
+    def __init__(self) -> None:
+        self._trim = _trim_of_glibc()
+        self._freed = 0
+
+    def add(self, nbytes: int) -> None:
+        """``nbytes`` of host memory were freed; now and then all holes go back to the system."""
+        self._freed += nbytes
+        if self._freed >= _FREED_AT_ONCE:
+            self.give_back()
+
+    def give_back(self) -> None:
+        self._freed = 0
+        if self._trim is not None:
+            self._trim(0)
+
+
+def _trim_of_glibc() -> Callable[[int], int] | None:
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # another C library
+        return None
+    trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
+    return trim  # type: ignore[no-any-return]

@@ -12,25 +12,58 @@ comes after such a meeting, so that every peer is on its way to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from zeropipe.comm.agreement import leave, meet
 from zeropipe.comm.group import Group
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
-from zeropipe.runtime.zero.gather.fetch_plan import Budget, Phase, Step, Visit, plan
-from zeropipe.runtime.zero.gather.shards import GATHER, Shards
-from zeropipe.runtime.zero.gather.unit import Unit, Use, gradient_sinks
-from zeropipe.runtime.zero.gather.writes import join
+from zeropipe.runtime.zero.gather.edits import join
+from zeropipe.runtime.zero.gather.fetch_plan import Budget, Phase, Recorder, Step, Visit
+from zeropipe.runtime.zero.gather.shards import Hold, Need, Shards
+from zeropipe.runtime.zero.param import GATHER
 
 # For peers to come to where this rank raised an error, so that it can hand on what they will then wait for.
 PATIENCE = timedelta(seconds=30)
 # Elements that backward used without a gather in which ranks hear of each other.
 REDUCTIONS_COMPARED_EVERY = 2**21
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """A module whose sharded parameters are gathered together."""
+
+    index: int
+    name: str
+    shards: list[Shards]  # own ones, and external ones that it was seen to use
+    known: set[Shards] = field(default_factory=set)  # the same
+
+    @property
+    def numel(self) -> int:
+        return sum(s.numel for s in self.shards if not s.persist)
+
+    def add(self, shards: Shards) -> None:
+        if shards not in self.known:
+            self.known.add(shards)
+            self.shards.append(shards)
+
+
+@dataclass(slots=True, eq=False)
+class Use:
+    """One run of a unit, forward or backward: what it holds until it ends."""
+
+    unit: Unit
+    held: list[Hold] = field(default_factory=list)
+    keep: bool = False
+
+    def hold(self, shards: Shards) -> None:
+        self.held.append(shards.hold(Need.USE))
 
 
 class Reductions(Protocol):
@@ -42,6 +75,54 @@ class Reductions(Protocol):
     def reached_by_all(self, progress: int) -> None: ...
 
 
+class Peers:
+    """The ranks that run the same model, and what this one has told them."""
+
+    def __init__(self, group: Group, everyone: Group) -> None:
+        self.group = group
+        self.circles = [group] if everyone == group else [group, everyone]
+        self.silent = 0  # contexts in which they need not agree on what they run
+        self._told: list[Callable[[], int]] = []  # an error told to the peers: whether they have the same
+        self._parted = False  # the last meeting ended in an error, of which everyone knows
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        self.silent += 1
+        try:
+            yield
+        finally:
+            self.silent -= 1
+
+    def meet(self, what: str, note: int) -> int:
+        """Go on when every rank is about to do ``what``; returns the lowest note. DesyncError when one is not."""
+        told, self._told, self._parted = self._told, [], False
+        for same in told:
+            same()
+        for circle in self.circles:
+            try:
+                note = min(note, meet(what, circle, channel=GATHER, note=note))
+            except DesyncError:
+                self._parted = circle is self.circles[-1]
+                raise
+        return note
+
+    def tell(self, error: BaseException, where: str) -> None:
+        """Tell the peers, who would wait for this rank, that it has raised; they may have, too."""
+        if self._told or self.silent:
+            return
+        circles = self.circles
+        # Not those in which everybody has the error: a DesyncError heard in a gather is known among those who share
+        # the shards, a broken gather as well (in two hops, only on one node).
+        if isinstance(error, DesyncError):
+            circles = [] if self._parted else circles[1:]
+        elif isinstance(error, CommunicationError) and self.group.hops is None:
+            circles = circles[1:]
+        for circle in circles:
+            with suppress(RuntimeError):  # connections may be gone; the error itself says more
+                said = f"{type(error).__name__} raised in {where}"
+                self._told.append(leave(said, circle, channel=GATHER, patience=PATIENCE))
+
+
 class Coordinator:
     """Owns the units of one model, the plan, and who is running. All calls come from hooks, in program order.
 
@@ -50,41 +131,45 @@ class Coordinator:
 
     def __init__(self, group: Group, budget: Budget, everyone: Group | None = None) -> None:
         self.group = group
-        self.circles = [group] if everyone is None or everyone == group else [group, everyone]
+        self.everyone = group if everyone is None else everyone
         self.budget = budget
+        self.units: list[Unit] = []
+        self._recorder = Recorder()
+
+        # What ranks have to agree on: where they are, which reductions they have started, what forwards wrote.
+        self.peers = Peers(group, self.everyone)
         self.reductions: Reductions | None = None
         self._unmet = 0  # elements used in backward since the ranks last compared their reductions
-        self.units: list[Unit] = []
+        self._written: set[Shards] = set()  # on this rank, not joined with the others yet
+
+        # Who holds what. A use ends by a hook or, after an error, when the micro-step settles.
         self.running: list[Use] = []  # forwards in progress, innermost last
-        self._plans: dict[bool, tuple[Step, ...]] = {}  # with gradients or without -> the plan
-        self._grad = False
-        self._visits: list[Visit] = []  # of the pass in progress
-        self._replaying = False
         self._backward: list[Use] = []  # backward uses that have not ended
-        self._loose: list[Use] = []  # hold what a root returned of its parameters
+        self._loose: list[Use] = []  # hold what a root returned of its parameters, or what awaits a gradient
         # What graphs read that were made outside of any module, and whether they still may.
-        self._kept: list[tuple[Shards, Callable[[], bool]]] = []
-        self._silent = 0  # contexts in which every parameter is held whole
-        self._sinks: list[object] = []  # see ``gradient_sinks``
+        self._kept: list[tuple[Hold, Callable[[], bool]]] = []
+
+        # What autograd holds for one pass.
+        self._sinks: list[object] = []  # see ``_gradient_sink``
         self.until_settled: list[RemovableHandle] = []  # hooks on tensors that outlive their pass
-        self._told: list[Callable[[], int]] = []  # an error told to the peers: whether they have the same
-        self._parted = False  # the last meeting ended in an error, of which everyone knows
-        self._written: set[Shards] = (
-            set()
-        )  # what forwards wrote to on this rank, not joined with the others yet
 
     def add_unit(self, name: str, shards: Iterable[Shards]) -> Unit:
         unit = Unit(len(self.units), name, [])
         for one in shards:
             unit.add(one)
-            one.fetch_for_use, one.keep_for_graph = self.fetch_for_use, self.keep_for_graph
+            one.conduct(self)
         self.units.append(unit)
         return unit
+
+    def tell(self, error: BaseException, where: str) -> None:
+        self.peers.tell(error, where)
 
     @property
     def fetch_plan(self) -> tuple[Step, ...]:
         """The plan of a training step; empty before the first one is over."""
-        return self._plans.get(True, ())
+        return self._recorder.plans.get(True, ())
+
+    # ---- a pass, and where ranks meet in it ----
 
     def begin_pass(self, root: str) -> None:
         """The root module is about to run forward; nothing to do where that is inside a pass (recursion, or a
@@ -97,48 +182,33 @@ class Coordinator:
         except BaseException as error:
             self.tell(error, root)
             raise
-        self._close_trace()
-        self._grad = torch.is_grad_enabled()
-        self._replaying = self._grad in self._plans and not self._silent
-        if self._grad and self._grad not in self._plans:
-            self._sinks = gradient_sinks(self.units)
-
-    def meet(self, what: str) -> None:
-        """Go on when every rank is about to do ``what``; DesyncError when one is not."""
-        if self._silent:
-            return
-        told, self._told, self._parted = self._told, [], False
-        for same in told:
-            same()
-        wrote = not self._written
-        for circle in self.circles:
-            try:
-                wrote = min(wrote, bool(meet(what, circle, channel=GATHER, note=int(not self._written))))
-            except DesyncError:
-                self._parted = circle is self.circles[-1]
-                raise
-        if not wrote:
-            self._join()
-
-    def _join(self) -> None:
-        """Somebody's forward wrote to parameters: give every rank what was written."""
-        written, self._written = self._written, set()
-        known = {shards.ident: shards for unit in self.units for shards in unit.shards}
-        join(written, [known[ident] for ident in sorted(known)], self.circles[-1])
+        grad = torch.is_grad_enabled()
+        numel = [unit.numel for unit in self.units]
+        self._recorder.begin(grad, not self.peers.silent, numel, self.budget)
+        if grad and not self.fetch_plan:
+            # Needed in the first pass only: later ones gather such a parameter before its user runs.
+            trained = [s for unit in self.units for s in unit.shards if s.param.requires_grad]
+            self._sinks = [_gradient_sink(shards) for shards in trained]
 
     def end_pass(self, root: str) -> None:
         """The root module has run forward. Without gradients no meeting follows in which ranks join what it wrote."""
-        if not self._grad and not self.running and not in_backward():
+        if not self._recorder.grad and not self.running and not in_backward():
             self.meet(f"end of {root}")
 
-    @contextmanager
-    def silent(self) -> Iterator[None]:
+    def meet(self, what: str) -> None:
+        """Go on when every rank is about to do ``what``; DesyncError when one is not."""
+        if self.peers.silent or self.peers.meet(what, note=int(not self._written)):
+            return
+        # Somebody's forward wrote to parameters: give every rank what was written.
+        written, self._written = self._written, set()
+        known = {shards.ident: shards for unit in self.units for shards in unit.shards}
+        join(written, [known[ident] for ident in sorted(known)], self.everyone)
+
+    def silent(self) -> AbstractContextManager[None]:
         """While every parameter is held whole, ranks need not agree on what they run."""
-        self._silent += 1
-        try:
-            yield
-        finally:
-            self._silent -= 1
+        return self.peers.silence()
+
+    # ---- a use of a unit ----
 
     def start(self, unit: Unit, phase: Phase) -> Use:
         """Make the unit's parameters available; they stay so until the use ends."""
@@ -162,35 +232,27 @@ class Coordinator:
     def _fetch(self, use: Use, phase: Phase) -> None:
         """Gather for ``use``, and ahead of those that follow it."""
         unit = use.unit
-        step = self._advance(Visit(phase, unit.index))
+        # In silence ranks may differ in what they run here, and must not in their plans.
+        step = None if self.peers.silent else self._recorder.visit(Visit(phase, unit.index))
         use.keep = step is not None and step.keep
+        ahead = () if step is None else step.fetch
         note = 0 if self.reductions is None else self.reductions.progress
         for shards in unit.shards:
             shards.start_gather(note)
-        for other in () if step is None else step.fetch:
+        for other in ahead:
             for shards in self.units[other].shards:
                 shards.start_gather(note)
-        if step is not None:
-            self._read_ahead()
+        # Shards that live in files: let those that the next visit gathers be read while this unit runs.
+        for index in () if step is None else self._recorder.next_fetched():
+            for shards in self.units[index].shards:
+                shards.own.read_ahead(shards.source)
         heard: int | None = None
         for shards in unit.shards:
             found = shards.finish_gather()
             heard = heard if found is None else found
-            shards.hold()
-            use.held.append(shards)
+            use.hold(shards)
         if phase is Phase.BACKWARD and self.reductions is not None:
             self._compare_reductions(unit, self.reductions, heard)
-
-    def _read_ahead(self) -> None:
-        """Shards that live in files: let those that the next visit gathers be read while this unit runs."""
-        steps, at = self._plans[self._grad], len(self._visits)
-        if at < len(steps):
-            for index in (steps[at].visit.unit, *steps[at].fetch):
-                for shards in self.units[index].shards:
-                    shards.read_ahead(shards.source)
-
-    def is_open(self, use: Use) -> bool:
-        return use in self.running or use in self._backward
 
     def _compare_reductions(self, unit: Unit, reductions: Reductions, heard: int | None) -> None:
         """Tell the reducer which reductions every rank has started: as ``heard`` in a gather, or asked now and then."""
@@ -201,6 +263,9 @@ class Coordinator:
         if heard is not None:
             reductions.reached_by_all(heard)
 
+    def is_open(self, use: Use) -> bool:
+        return use in self.running or use in self._backward
+
     def end(self, use: Use, returned: Iterable[Shards] = ()) -> None:
         """The use is over; frees what nobody holds, unless the plan keeps it or backward will soon read it.
 
@@ -210,12 +275,16 @@ class Coordinator:
             return
         forward = use in self.running
         (self.running if forward else self._backward).remove(use)
-        for shards in returned:
-            self._hand_up(shards)
+        for shards in returned:  # by the caller's module, which so uses them, or by whoever called the root
+            outer = self.running[-1] if self.running else Use(Unit(-1, "", []))
+            outer.unit.add(shards)
+            outer.hold(shards)
+            if not self.running:
+                self._loose.append(outer)
         if not forward and torch.is_grad_enabled():
             # The gradients have a graph of their own (a penalty on them follows), which reads the values again.
-            for shards in use.held:
-                self.keep_for_graph(shards, lambda: False)
+            for hold in use.held:
+                self.keep_for_graph(hold.shards, lambda: False)
         recomputed = forward and in_backward()  # its backward comes next
         self._let_go(use, free=not use.keep and not recomputed)
 
@@ -232,41 +301,23 @@ class Coordinator:
         if not self.running and not in_backward():
             self.tell(error, where)
 
-    def tell(self, error: BaseException, where: str) -> None:
-        """Tell the peers, who would wait for this rank, that it has raised; they may have, too."""
-        if self._told or self._silent:
-            return
-        for circle in self._unaware(error):
-            with suppress(RuntimeError):  # connections may be gone; the error itself says more
-                said = f"{type(error).__name__} raised in {where}"
-                self._told.append(leave(said, circle, channel=GATHER, patience=PATIENCE))
+    # ---- uses that no hook foresees ----
 
-    def _unaware(self, error: BaseException) -> list[Group]:
-        """The circles in which somebody waits for this rank and does not have ``error`` itself."""
-        if isinstance(error, DesyncError):
-            return (
-                [] if self._parted else self.circles[1:]
-            )  # heard in a gather, among those who share the shards
-        if isinstance(error, CommunicationError) and self.group.hops is None:
-            return self.circles[1:]  # every rank of the gather has it; in two hops only those of one node may
-        return self.circles
-
-    def fetch_for_use(self, shards: Shards, ask: bool = False) -> bool:
+    def fetch_for_use(self, shards: Shards) -> bool:
         """A function met ``shards`` while they are away: gather them if a module is running forward, and remember
-        that it uses them. False outside of any forward. ``ask``: only say so."""
-        if not self.running or ask:
-            return bool(self.running)
+        that it uses them. False outside of any forward."""
+        if not self.running:
+            return False
         use = self.running[-1]
         use.unit.add(shards)
         shards.gather()
-        shards.hold()
-        use.held.append(shards)
+        use.hold(shards)
         return True
 
     def expect_gradient(self, shards: Shards) -> None:
         """Backward is about to make the gradient of ``shards`` without its value."""
-        use = Use(Unit(-1, "", []), [shards])
-        shards.hold()
+        use = Use(Unit(-1, "", []))
+        use.hold(shards)
         shards.show_shape()
         self._loose.append(use)
 
@@ -284,17 +335,16 @@ class Coordinator:
         if self.running:
             self.running[-1].unit.add(shards)
             return
-        shards.holds += 1
-        self._kept.append((shards, needed))
+        self._kept.append((shards.hold(), needed))
 
     def end_backward(self, step: bool = False) -> None:
         """A whole backward is over, or the micro-step is (``step``): as ``settle``, also for what graphs needed."""
         kept, self._kept = self._kept, []
-        for shards, needed in kept:
+        for hold, needed in kept:
             if not step and needed():
-                self._kept.append((shards, needed))
+                self._kept.append((hold, needed))
             else:
-                shards.holds -= 1
+                hold.release(free=False)
         self.settle()
 
     def settle(self) -> None:
@@ -310,31 +360,16 @@ class Coordinator:
             self.until_settled.pop().remove()
         self._sinks.clear()
 
-    def _hand_up(self, shards: Shards) -> None:
-        """Let the caller of a module hold what that module returned of a parameter."""
-        if self.running:
-            use = self.running[-1]
-            use.unit.add(shards)
-        else:
-            use = Use(Unit(-1, "", []))
-            self._loose.append(use)
-        shards.hold()
-        use.held.append(shards)
-
     def _let_go(self, use: Use, free: bool) -> None:
-        for shards in use.held:
-            if shards.writes.end(shards):
-                self._wrote(shards)
-            shards.holds -= 1
-            shards.uses -= 1
-            if free:
-                shards.release_if_idle()
+        for hold in use.held:
+            if hold.shards.own_writes.end(hold.shards):
+                self._wrote(hold.shards)
+            hold.release(free)
         use.held.clear()
 
     def _wrote(self, shards: Shards) -> None:
-        everyone = self.circles[-1]
-        if everyone.size > 1 and not everyone.speaks:
-            shards.writes.edits = None
+        if self.everyone.size > 1 and not self.everyone.speaks:
+            shards.own_writes.drop()
             raise UsageError(
                 f"forward wrote into parameter '{shards.name}', and ranks have no gloo by which to tell each other. "
                 "Fix: start with the backend 'cpu:gloo,cuda:nccl', keep the value in a buffer, or write between steps "
@@ -342,27 +377,20 @@ class Coordinator:
             )
         self._written.add(shards)
 
-    def _advance(self, visit: Visit) -> Step | None:
-        """Note the visit; the plan's step for it, or None where there is no plan (any more)."""
-        if self._silent:  # ranks may differ in what they run here, and must not in their plans
-            return None
-        at = len(self._visits)
-        self._visits.append(visit)
-        if not self._replaying:
-            return None
-        steps = self._plans[self._grad]
-        if at < len(steps) and steps[at].visit == visit:
-            return steps[at]
-        self._replaying = False
-        return None
 
-    def _close_trace(self) -> None:
-        """Make the plan for the next pass of this kind from the one that is over."""
-        visits, self._visits = self._visits, []
-        known = self._plans.get(self._grad)
-        if not visits or (known is not None and [step.visit for step in known] == visits):
-            return
-        self._plans[self._grad] = plan(visits, [unit.numel for unit in self.units], self.budget)
+def _gradient_sink(shards: Shards) -> object:
+    """Autograd's node for a parameter's gradient, made while it shows its whole shape.
+
+    A custom function is bound to the node of a parameter before its forward asks for the value, and autograd checks
+    the gradient against the shape that the node was made with. As long as somebody keeps a node it is the one that
+    is used.
+    """
+    shards.show_shape()
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            return get_gradient_edge(shards.param).node
+    finally:
+        shards.release_if_idle()
 
 
 def in_backward() -> bool:

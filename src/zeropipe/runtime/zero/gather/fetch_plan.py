@@ -1,5 +1,8 @@
 """Decides what to gather when and what to keep: pure, from the recorded visits of a step and the budgets.
 
+    first pass of a kind    every visit is recorded                       the plan is made when the next pass begins
+    later ones              every visit is recorded, and the plan's step followed until the pass visits something else
+
 A *visit* is a unit (a module whose parameters are gathered together) about to run forward or backward. A plan
 has one step per visit and prints as one line each:
 
@@ -8,7 +11,7 @@ has one step per visit and prints as one line each:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from heapq import heapify, heappop, heappush
@@ -149,9 +152,8 @@ def _numel_between(
 ) -> list[int]:
     """For each visit, the elements of the units visited between it and the next one of its unit, each counted once."""
     found = [0] * len(visits)
-    sums = [0] * (
-        len(visits) + 1
-    )  # a Fenwick tree over visits: the first one of each unit from here on counts
+    # A Fenwick tree over visits, in which the first one of each unit from here on counts: O(log n) to move one.
+    sums = [0] * (len(visits) + 1)
 
     def add(place: int, value: int) -> None:
         place += 1
@@ -173,3 +175,38 @@ def _numel_between(
             add(again, -size)
         add(at, size)
     return found
+
+
+class Recorder:
+    """The plans of one model, with gradients and without, and the pass that is recorded."""
+
+    def __init__(self) -> None:
+        self.plans: dict[bool, tuple[Step, ...]] = {}  # with gradients or without -> the plan
+        self.grad = False  # of the pass in progress
+        self._visits: list[Visit] = []
+        self._replaying = False
+
+    def begin(self, grad: bool, replay: bool, numel: Sequence[int], budget: Budget) -> None:
+        """A pass begins, and so the one before is over: that makes the plan for the next of its kind."""
+        visits, self._visits = self._visits, []
+        known = self.plans.get(self.grad)
+        if visits and (known is None or [step.visit for step in known] != visits):
+            self.plans[self.grad] = plan(visits, numel, budget)
+        self.grad = grad
+        self._replaying = replay and grad in self.plans
+
+    def visit(self, visit: Visit) -> Step | None:
+        """Note the visit; the plan's step for it, or None where there is no plan (any more)."""
+        at = len(self._visits)
+        self._visits.append(visit)
+        if self._replaying:
+            steps = self.plans[self.grad]
+            if at < len(steps) and steps[at].visit == visit:
+                return steps[at]
+            self._replaying = False
+        return None
+
+    def next_fetched(self) -> Iterator[int]:
+        """The units that the plan gathers at the visit after this one."""
+        for step in self.plans[self.grad][len(self._visits) :][:1]:
+            yield from (step.visit.unit, *step.fetch)

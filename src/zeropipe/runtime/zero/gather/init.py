@@ -5,12 +5,15 @@
 
 When a module's outermost constructor returns, the module's parameters are cut and freed. Whatever the outer
 constructors then do with them (their own initialization, tying, ``apply``) gathers them again for as long as the
-constructor runs, and what was written is cut anew; so the weights are those of a plain construction.
+constructor runs, and what was written is cut anew; so the weights are those of a plain construction. Later
+``module.apply(fn)`` of such a model lets ``fn`` find and edit whole parameters in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -20,9 +23,11 @@ from zeropipe.comm.group import Group, from_process_group, init_distributed, wor
 from zeropipe.comm.leases import LEASES
 from zeropipe.config.parse import parse_config
 from zeropipe.errors import ConfigError
-from zeropipe.runtime.zero.gather.apply import install_apply
 from zeropipe.runtime.zero.gather.build import Build
-from zeropipe.runtime.zero.gather.module_patch import ModulePatch
+from zeropipe.runtime.zero.gather.module_patch import Framed, ModulePatch
+from zeropipe.runtime.zero.gather.shards import Shards, shards_in
+from zeropipe.runtime.zero.gather.state_dict import built_by
+from zeropipe.runtime.zero.gather.whole import GatheredParameters
 from zeropipe.runtime.zero.hold.offload import arena_of
 from zeropipe.runtime.zero.replication import shard_group
 
@@ -171,3 +176,57 @@ def _dtype(given: torch.dtype | None, source: Any) -> torch.dtype | None:
         return given
     precision = "fp32" if source is None else parse_config(source).precision
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+
+
+# In each module's own ``__dict__``, so that ``nn.Module`` stays as it is.
+_APPLY = "apply"
+
+
+def install_apply(module: torch.nn.Module) -> None:
+    """Let ``module.apply`` see whole parameters. May be repeated."""
+    module.__dict__.setdefault(_APPLY, partial(apply, module))
+
+
+def remove_apply(module: torch.nn.Module) -> None:
+    """Undo ``install_apply``."""
+    if getattr(module.__dict__.get(_APPLY), "func", None) is apply:
+        del module.__dict__[_APPLY]
+
+
+def apply(module: torch.nn.Module, fn: Callable[[torch.nn.Module], Any]) -> torch.nn.Module:
+    """``nn.Module.apply``: ``fn`` on every module below ``module``, children first; returns ``module``.
+
+    What ``fn`` uses of a parameter that is away is gathered until ``fn`` returns, and what it wrote is cut into
+    shards again: rank 0's values, on every rank. Collective where ``fn`` uses such a parameter, else free of
+    communication but for parameters that are whole at rest. After an exception no parameter that was away is written.
+
+    Raises:
+        DesyncError: ranks used or wrote different parameters.
+    """
+    whole = type(module).apply
+    shards = shards_in(module)
+    if isinstance(fn, Framed) or not shards or any(one.building for one in shards):
+        return whole(module, fn)
+    with _edited(shards) as build:
+        return whole(module, Framed(fn, build))
+
+
+@contextmanager
+def _edited(shards: list[Shards]) -> Iterator[Build]:
+    """Have a use of any of ``shards`` fetch it, and edits of those that are whole already reach every rank."""
+    first = shards[0]
+    build = Build(first.everyone, first.group, first.full.device, None, None, None, what="Module.apply")
+    here = [one for one in shards if one.gathered]
+    with ExitStack() as stack:
+        for group in dict.fromkeys(one.everyone for one in here):
+            members = [one.param for one in here if one.everyone == group]
+            stack.enter_context(GatheredParameters(members, modifier_rank=group.ranks[0]))
+        stack.enter_context(built_by(build, shards))
+        try:
+            yield build
+        except BaseException as error:
+            if not here:  # else the context of those tells the peers
+                build.abandon(error)
+            raise
+        finally:
+            build.active = False

@@ -1,8 +1,10 @@
-"""Turns a model into one of stage 3: every parameter a shard, hooks that gather units as they run."""
+"""Turns a model into one of stage 3 (every parameter a shard, hooks that gather units as they run), and makes it whole
+again: for a while, ahead of time, or for ever."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,17 +14,19 @@ from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
 from zeropipe.errors import UsageError
 from zeropipe.layout.flat import flat_shards
-from zeropipe.runtime.zero.gather.apply import install_apply, remove_apply
 from zeropipe.runtime.zero.gather.coordinator import Coordinator
+from zeropipe.runtime.zero.gather.external import hide_external_parameters
 from zeropipe.runtime.zero.gather.fetch_plan import Budget
 from zeropipe.runtime.zero.gather.hooks import ModelHooks
-from zeropipe.runtime.zero.gather.shards import Shards, shard_parameter, shards_of
-from zeropipe.runtime.zero.gather.state_dict import install_state_dict
+from zeropipe.runtime.zero.gather.init import install_apply, remove_apply
+from zeropipe.runtime.zero.gather.parameter import shard_parameter
+from zeropipe.runtime.zero.gather.shards import Need, Shards, shards_in, shards_of
+from zeropipe.runtime.zero.gather.state_dict import install_state_dict, remove_state_dict
+from zeropipe.runtime.zero.gather.whole import GatheredParameters
 from zeropipe.runtime.zero.hold.offload import Offload
 from zeropipe.runtime.zero.hold.reducer import Reducer
 from zeropipe.runtime.zero.param import is_trained
 from zeropipe.runtime.zero.replication import Replication
-from zeropipe.runtime.zero.status import ZeroParamType
 
 # Elements at least (24 MiB of fp32): with less in flight a rank often waits for a peer.
 AUTO_PREFETCH_NUMEL = 3 * 2**21
@@ -103,7 +107,7 @@ class ShardedModel:
         self.hooks.remove()
         self.coordinator.end_backward(step=True)
         for shards in self.persistent:
-            shards.persist = False
+            shards.stay(False)
             shards.release_if_idle()
         if self._offload is not None:
             self._offload.close()
@@ -115,7 +119,7 @@ class ShardedModel:
         rest = [
             s
             for s in self.shards
-            if s.master is None and not is_trained(s.param) and offload.is_remote(s.full.device)
+            if s.own.master is None and not is_trained(s.param) and offload.is_remote(s.full.device)
         ]
         for dtype in {shards.dtype for shards in rest}:
             members = [shards for shards in rest if shards.dtype == dtype]
@@ -124,8 +128,7 @@ class ShardedModel:
             for index, shards in enumerate(members):
                 piece = flat[slice(*layout.tensor_range(index))]
                 offload.copy(piece, shards.source)
-                shards.source, shards.kind = piece, ZeroParamType.REMOTE
-                shards.let_go, shards.read_ahead = offload.let_go, offload.read_ahead
+                shards.live_at(piece, None, offload.let_go, offload.read_ahead, remote=True)
 
     def _persist(self, sharding: Sharding) -> list[Shards]:
         """Gather the small parameters once and for all, as far as the model's threshold allows."""
@@ -136,7 +139,7 @@ class ShardedModel:
                 total += shards.numel
                 chosen.append(shards)
         for shards in chosen:
-            shards.persist = True
+            shards.stay(True)
             shards.start_gather()
         for shards in chosen:
             shards.finish_gather()
@@ -174,10 +177,95 @@ def shard_module(
                 fix="give zero.Init (or MiCS_Init) the configuration that initialize gets, and around a "
                 "PipelineModule also mpu=PipelineParallelGrid(topology)",
             )
-        shards.name, shards.ident, shards.group, shards.everyone = name, ident, within, group
-        LEASES.hold(within, shards)
+        shards.adopt(name, ident, within, group)
         shards.cast(dtypes.get(param, shards.dtype), device)
         made.append(shards)
     for child in module.modules():
         install_state_dict(child)
     return made
+
+
+@contextmanager
+def unsharded(
+    model: torch.nn.Module, modifier_rank: int | None = None, enabled: bool = True
+) -> Iterator[torch.nn.Module]:
+    """``model`` with every parameter whole on every rank: gathered once, freed on exit. Collective, at both ends.
+
+    Inside, its forward communicates nothing, so ranks may run it a different number of times (generation).
+    Memory: the whole model in its working precision. Edits: as in ``GatheredParameters``.
+    """
+    gathered = GatheredParameters(model, modifier_rank, enabled=enabled)
+    with ExitStack() as stack:
+        stack.enter_context(gathered)
+        every = (shards_of(param) for param in gathered.params)
+        for conductor in dict.fromkeys(shards.conductor for shards in every if shards is not None):
+            if conductor is not None:
+                stack.enter_context(conductor.silent())
+        yield model
+
+
+class Unsharding:
+    """Gathers under way. ``wait`` returns when the parameters may be read."""
+
+    def __init__(self, module: torch.nn.Module, shards: list[Shards]) -> None:
+        self.module = module
+        self._shards = shards
+
+    def wait(self) -> torch.nn.Module:
+        for shards in self._shards:
+            shards.finish_gather()
+        return self.module
+
+
+def unshard(module: torch.nn.Module) -> Unsharding:
+    """Start to gather every parameter of ``module`` and keep them until ``reshard``. Collective; does not wait.
+
+        ahead = zero.unshard(block)     # beside other work
+        ...
+        ahead.wait()
+
+    Repeating it changes nothing. Edits are dropped by ``reshard``: edit inside ``GatheredParameters``.
+    On gloo a gather in two hops is waited for: what this rank does next may be to wait for a rank that needs it.
+    """
+    found = shards_in(module)
+    for shards in found:
+        shards.start_gather()
+        shards.pin(True)
+    for shards in found:
+        shards.finish_gather(unless_alone=True)
+    return Unsharding(module, found)
+
+
+def reshard(module: torch.nn.Module) -> None:
+    """Free what ``unshard`` gathered, unless something else is using it; not collective."""
+    for shards in shards_in(module):
+        if shards.needs[Need.PIN]:
+            shards.pin(False)
+            shards.release_if_idle()
+
+
+def unshard_module(module: torch.nn.Module) -> torch.nn.Module:
+    """Make every parameter of ``module`` an ordinary ``nn.Parameter`` with its whole value, for ever. Collective.
+
+    Returns ``module``. Raises UsageError while an engine trains or gathers it: call ``engine.destroy()`` first.
+    """
+    found = shards_in(module)
+    for shards in found:
+        if is_trained(shards.param) or shards.conductor is not None:
+            raise UsageError(
+                f"unshard_module: an engine uses parameter '{shards.name}'. Fix: call engine.destroy() first, or use "
+                "'with zero.unsharded(model):'"
+            )
+    for shards in found:
+        param = shards.param
+        whole = shards.whole()
+        shards.release()
+        LEASES.drop(shards)
+        param.__class__ = torch.nn.Parameter
+        param.data = whole
+        del param._zero  # type: ignore[attr-defined]
+    for child in module.modules():
+        remove_state_dict(child)
+        remove_apply(child)
+        hide_external_parameters(child)
+    return module

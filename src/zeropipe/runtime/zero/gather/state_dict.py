@@ -9,10 +9,9 @@ on the one rank that writes, for the names alone (peft's ``modules_to_save``).
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, cast
 
@@ -20,10 +19,11 @@ import torch
 
 from zeropipe.comm.agreement import leave, meet
 from zeropipe.errors import CommunicationError, DesyncError
-from zeropipe.runtime.zero.gather.away_value import AwayValue
-from zeropipe.runtime.zero.gather.sharded_parameter import mark_available
-from zeropipe.runtime.zero.gather.shards import GATHER, Shards, shards_of
-from zeropipe.runtime.zero.status import ZeroParamStatus
+from zeropipe.runtime.zero.gather.edits import is_moved, take_moved
+from zeropipe.runtime.zero.gather.parameter import AwayValue
+from zeropipe.runtime.zero.gather.shards import Builder, Hold, Shards, shards_in, shards_of
+from zeropipe.runtime.zero.param import GATHER
+from zeropipe.runtime.zero.status import State
 
 # Ranks may come to a state dict at different times, rank 0 after an evaluation.
 PATIENCE = timedelta(minutes=5)
@@ -67,7 +67,7 @@ def _let_use(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
     own = [(name, shards) for name, _, shards in _own(module)]
     if not own or any(shards.building or _at_a_part(shards, prefix + name) for name, shards in own):
         return
-    away = [shards for _, shards in own if shards.status is not ZeroParamStatus.AVAILABLE]
+    away = [shards for _, shards in own if not shards.gathered]
     if away:
         _meet(away[0])
     Fetching(module, recurse=False).__enter__()
@@ -78,7 +78,7 @@ _SAVING = ("_save_to_state_dict", "get_extra_state")
 
 def _at_a_part(shards: Shards, key: str) -> bool:
     """Whether the call of ``state_dict`` began at a part of the model, by the key that it gives the parameter."""
-    return shards.status is not ZeroParamStatus.AVAILABLE and shards.name.endswith(f".{key}")
+    return not shards.gathered and shards.name.endswith(f".{key}")
 
 
 def _gather_whole(module: torch.nn.Module, state: Any, prefix: str, metadata: Any) -> None:
@@ -95,11 +95,11 @@ def _gather_whole(module: torch.nn.Module, state: Any, prefix: str, metadata: An
             state[key] = param
         elif isinstance(value, AwayValue) or (value is not param and _shows(shards, value)):
             wanted[key] = shards
-    away = [shards for shards in wanted.values() if shards.status is not ZeroParamStatus.AVAILABLE]
+    away = [shards for shards in wanted.values() if not shards.gathered]
     if away:  # keep_vars gives the parameters themselves
         _meet(away[0])
     for key, shards in wanted.items():
-        state[key] = _once(state, shards)
+        state[key] = shards.whole(asked=state)
     if using is not None:
         using.keep_copies(state)
         using.__exit__(None, None, None)
@@ -119,18 +119,6 @@ def _meet(shards: Shards) -> None:
         ) from error
 
 
-def _once(state: Any, shards: Shards) -> torch.Tensor:
-    """The whole value; the same tensor for every name that the parameter has in one state dict."""
-    if shards.shown is not None:
-        asked, value = shards.shown[0](), shards.shown[1]()
-        if asked is state and value is not None:
-            return value
-    whole = shards.whole()
-    with suppress(TypeError):  # a plain dict cannot be told apart from a later one
-        shards.shown = (weakref.ref(state), weakref.ref(whole))
-    return whole
-
-
 def _cut_shards(
     module: torch.nn.Module,
     state: Any,
@@ -145,7 +133,7 @@ def _cut_shards(
     messages are the usual ones; what it then copies is cut into shards (``loading``)."""
     metadata["assign_to_params_buffers"] = False  # a shard cannot be replaced by the tensor that is loaded
     for name, _, shards in _own(module):
-        if shards.status is not ZeroParamStatus.NOT_AVAILABLE:
+        if shards.state in (State.WHOLE, State.INFLIGHT):
             value = state.get(prefix + name)
             if not isinstance(value, torch.Tensor):
                 continue
@@ -158,8 +146,7 @@ def _cut_shards(
 
 def _hide_shapes(module: torch.nn.Module, incompatible: Any) -> None:
     for _, _, shards in _own(module):
-        if shards.loading:  # a shape that did not fit, or a load that raised
-            shards.end_loading()
+        shards.end_loading()  # a shape that did not fit, or a load that raised
 
 
 def _own(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter, Shards]]:
@@ -172,6 +159,19 @@ def _own(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter, Sha
 _OURS = (_let_use, _gather_whole, _cut_shards, _hide_shapes)
 
 
+@contextmanager
+def built_by(builder: Builder, every: Iterable[Shards]) -> Iterator[None]:
+    """Let ``builder`` fetch all of them, instead of who does outside."""
+    before = [(shards, shards.builder) for shards in every]
+    for shards, _ in before:
+        shards.builder = builder
+    try:
+        yield
+    finally:
+        for shards, builder_before in before:
+            shards.builder = builder_before
+
+
 class Fetching:
     """While entered, any use of a sharded parameter of ``module`` gathers it, until ``let_go``; what was written to it
     is cut into shards again. Every rank must do the same; where one raises, the others are told.
@@ -180,25 +180,21 @@ class Fetching:
     def __init__(self, module: torch.nn.Module, recurse: bool = True) -> None:
         self.of = module
         self._recurse = recurse
-        found = (shards_of(param) for param in module.parameters(recurse))
-        self._shards = [shards for shards in found if shards is not None]
-        self._before: list[Any] = []
-        self._held: list[Shards] = []
+        self._shards = shards_in(module, recurse)
+        self._instead = ExitStack()  # of whoever fetches the parameters outside
+        self._held: list[Hold] = []
         self.active = False
 
     def __enter__(self) -> Fetching:
-        self._before = [shards.builder for shards in self._shards]
-        for shards in self._shards:
-            shards.builder = self
+        self._instead.enter_context(built_by(self, self._shards))
         self.active = True
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.active = False
-        for shards, builder in zip(self._shards, self._before, strict=True):
-            shards.builder = builder
-            if shards.loading:
-                shards.end_loading()
+        self._instead.close()
+        for shards in self._shards:
+            shards.end_loading()
         self.let_go(keep=error is None)
         if error is None:
             for shards in self._shards:  # those that were whole before: persistent, or held by somebody else
@@ -227,15 +223,13 @@ class Fetching:
 
     def fetch(self, shards: Shards) -> None:
         """A use of a parameter that is away."""
-        if shards.loading:
-            shards.end_loading()
+        shards.end_loading()
         shards.gather()
-        shards.holds += 1
-        self._held.append(shards)
+        self._held.append(shards.hold())
 
     def keep_copies(self, state: Any) -> None:
         """Replace tensors in ``state`` that lie in gathered values by copies, before those are freed."""
-        homes = {shards.full.untyped_storage().data_ptr(): shards for shards in self._held}
+        homes = {hold.shards.full.untyped_storage().data_ptr(): hold.shards for hold in self._held}
         for key, value in state.items() if homes else ():
             if not isinstance(value, torch.Tensor) or shards_of(value) is not None:
                 continue
@@ -247,22 +241,17 @@ class Fetching:
     def let_go(self, keep: bool = True) -> None:
         """Free what was gathered since the last time; ``keep`` what was written to it."""
         held, self._held = self._held, []
-        for shards in held:
+        for hold in held:
             if keep:
-                _take_writes(shards)
-            shards.holds -= 1
-            shards.release_if_idle()
+                _take_writes(hold.shards)
+            hold.release()
 
 
 def _take_writes(shards: Shards) -> None:
     """Cut a gathered value that was written to, or replaced through ``.data``, into shards again."""
-    if shards.status is not ZeroParamStatus.AVAILABLE:
-        return
-    here = shards.param.data
-    if here.shape == shards.shape and here.data_ptr() != shards.full.data_ptr():
-        shards.full[: shards.numel].copy_(here.reshape(-1))
-        mark_available(shards.param, shards.full[: shards.numel].view(shards.shape))
-    if shards.differs():
+    if shards.gathered and is_moved(shards):
+        take_moved(shards)
+    if shards.gathered and shards.differs():
         shards.write_back()
 
 
@@ -270,7 +259,7 @@ def _shows(shards: Shards, value: Any) -> bool:
     """Whether ``value`` is the gathered value itself: all of it, in its memory."""
     return (
         isinstance(value, torch.Tensor)
-        and shards.status is ZeroParamStatus.AVAILABLE
+        and shards.gathered
         and value.shape == shards.shape
         and value.data_ptr() == shards.full.data_ptr()
         and value.is_contiguous()

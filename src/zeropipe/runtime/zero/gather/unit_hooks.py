@@ -18,11 +18,10 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zeropipe.errors import UsageError
-from zeropipe.runtime.zero.gather.coordinator import Coordinator
+from zeropipe.runtime.zero.gather.coordinator import Coordinator, Unit, Use
 from zeropipe.runtime.zero.gather.external import external_shards
 from zeropipe.runtime.zero.gather.fetch_plan import Phase
 from zeropipe.runtime.zero.gather.shards import Shards
-from zeropipe.runtime.zero.gather.unit import Unit, Use
 
 
 class _Call:
@@ -239,7 +238,8 @@ def _is_torchs(module: torch.nn.Module) -> bool:
 
 def _returned(use: Use, tensors: Iterable[torch.Tensor]) -> list[Shards]:
     """The parameters of ``use`` of which ``tensors`` holds views; their storage must outlive the use."""
-    away = {s.full.untyped_storage()._cdata: s for s in use.held if not s.persist}
+    held = (hold.shards for hold in use.held)
+    away = {s.full.untyped_storage()._cdata: s for s in held if not s.persist}
     found = (away.get(t.untyped_storage()._cdata) for t in tensors if away and t.layout is torch.strided)
     return [shards for shards in found if shards is not None]
 

@@ -1,0 +1,396 @@
+"""The whole value of sharded parameters, for a while: to look at or to edit.
+
+    enter   gather all, start first and wait last
+    exit    modifier_rank=None   nothing may have been edited; an edit is an error, and the shards keep their value
+            modifier_rank=r      what rank r edited reaches every rank and is cut into shards again
+
+Both ends are collective. What every rank holds whole (at stages 0 to 2, and what is not trained) needs no
+gather, but a script that is written for stage 3 lets one rank edit, so its values reach the others here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+
+from zeropipe.comm.agreement import leave, meet
+from zeropipe.comm.collectives import broadcast
+from zeropipe.comm.group import Group
+from zeropipe.errors import CommunicationError, DesyncError, UsageError
+from zeropipe.runtime.zero.gather.coordinator import in_backward
+from zeropipe.runtime.zero.gather.edits import Fingerprint, fingerprint, is_moved, take_moved
+from zeropipe.runtime.zero.gather.external import register_external_parameter
+from zeropipe.runtime.zero.gather.shards import Hold, Need, Shards, shards_of
+from zeropipe.runtime.zero.param import GATHER, ZeroParam, zero_param
+
+Params = torch.nn.Parameter | torch.nn.Module | Iterable[torch.nn.Parameter | None] | None
+
+
+class _Verdict(IntEnum):
+    """What the modifier rank says of each parameter, as a byte on the wire."""
+
+    SAME = 0
+    EDITED = 1
+    MISSHAPEN = 2
+
+
+@dataclass(slots=True, eq=False)
+class _Sharded:
+    """One parameter of one entry that is shards."""
+
+    param: torch.nn.Parameter  # keeps it alive
+    shards: Shards
+    hold: Hold
+
+    # To see edits, and to undo them. ``before``: None where an outer context answers for them; ``kept``: the value,
+    # where it stays gathered after the exit.
+    before: Fingerprint | None
+    renewals: int
+    kept: torch.Tensor | None
+
+    # To see a graph that was made since the entry: by which edge graphs reach the parameter (they need no value for
+    # that), and how often torch held it, for graphs that saved it or a view of it.
+    edge: Any
+    references: int
+
+    @classmethod
+    def enter(cls, param: torch.nn.Parameter, shards: Shards, edits: bool) -> _Sharded:
+        answers = edits or shards.contexts == 0
+        kept = shards.full.clone() if answers and (shards.persist or shards.holds > 0) else None
+        edge = get_gradient_edge(param) if param.requires_grad and not in_backward() else None
+        before = fingerprint(shards.full) if answers else None
+        references = _references(param)
+        return cls(param, shards, shards.hold(Need.CONTEXT), before, shards.renewals, kept, edge, references)
+
+    @property
+    def name(self) -> str:
+        return self.shards.name
+
+    @property
+    def group(self) -> Group:
+        return self.shards.everyone
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.shards.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.shards.full.device
+
+    def verdict(self) -> _Verdict:
+        if not self.shards.gathered or self.before is None:
+            return _Verdict.SAME
+        if is_moved(self.shards):
+            fits = self.param.data.shape == self.shape
+            return _Verdict.EDITED if fits else _Verdict.MISSHAPEN
+        return _Verdict.SAME if self.before.matches(self.shards.full) else _Verdict.EDITED
+
+    def changed(self) -> bool:
+        """Whether somebody wrote to the value since the entry, other than through the shards."""
+        # An inner context or a step wrote: what is here is compared with the shards, not with the entry.
+        renewed = self.shards.renewals != self.renewals
+        if renewed and self.before is not None and self.shards.gathered and not is_moved(self.shards):
+            return self.shards.numel > 0 and self.shards.differs()
+        return self.shards.numel > 0 and self.verdict() is not _Verdict.SAME
+
+    def restore(self) -> None:
+        """The value at the entry, for those that stay gathered; the others are freed."""
+        if not self.shards.gathered or self.before is None:
+            return
+        if self.kept is not None and self.shards.renewals == self.renewals:
+            self.shards.full.copy_(self.kept)
+        self.shards.present()
+
+    def take(self, verdict: int, source: int) -> None:
+        """The value that member ``source`` has, and has given ``verdict`` on."""
+        if not self.shards.gathered:
+            return
+        if verdict == _Verdict.EDITED or (verdict == _Verdict.SAME and self.kept is not None):
+            if is_moved(self.shards):
+                take_moved(self.shards)
+            broadcast(self.shards.full, source, self.group, label=self.name)
+            self.shards.write_back()
+        self.shards.present()
+
+    def in_graph(self) -> bool:
+        """Whether a graph of autograd, made since the entry, seems to hold the value."""
+        return _in_graph(self.param, self.edge, self.references)
+
+
+@dataclass(slots=True, eq=False)
+class _Whole:
+    """One parameter of one entry that every rank holds whole."""
+
+    param: torch.nn.Parameter
+    name: str
+    group: Group
+    place: torch.Tensor  # what ``.data`` was at the entry: a view of the partition's buffer
+    before: torch.Tensor  # its value then
+
+    @classmethod
+    def enter(cls, param: torch.nn.Parameter, group: Group) -> _Whole:
+        known = zero_param(param)
+        name = "" if known is None else known.name
+        return cls(param, name, group, param.data, param.detach().clone())
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.place.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.place.device
+
+    def verdict(self) -> _Verdict:
+        here = self.param.data
+        if here.shape != self.shape:
+            return _Verdict.MISSHAPEN
+        moved = here.data_ptr() != self.place.data_ptr()
+        return _Verdict.EDITED if moved or not torch.equal(here, self.before) else _Verdict.SAME
+
+    def restore(self) -> None:
+        """The value at the entry."""
+        if self.verdict() is not _Verdict.SAME:
+            self._write(self.before)
+
+    def take(self, verdict: int, source: int) -> None:
+        if verdict != _Verdict.EDITED:
+            self.restore()
+            return
+        value = self.param.data.clone() if self.group.rank == source else torch.empty_like(self.before)
+        broadcast(value, source, self.group, label=self.name)
+        self._write(value)
+
+    def _write(self, value: torch.Tensor) -> None:
+        # Through autograd's eyes, so that the masters learn of it as of any edit in place.
+        self.param.data = self.place
+        self.param.detach().copy_(value)
+
+
+class GatheredParameters:
+    """A context in which the given parameters are whole on every rank. Collective, at both ends.
+
+    Args:
+        params: a parameter, a module, or any iterable; None entries, plain parameters and repetitions are fine,
+            and so is nothing at all.
+        modifier_rank: the global rank whose edits count. Its values reach all ranks on exit; edits of other
+            ranks are dropped. None: nobody edits.
+        fwd_module: a module whose forward will use the parameters although they are not its own.
+        enabled: False makes it do nothing.
+
+    The fp32 master of an element that was not edited keeps its bits. After an exception in the body nothing is
+    written. Where every rank holds a parameter of an engine whole (stages 0 to 2, frozen ones) nothing is gathered,
+    but the modifier's values reach all ranks and the masters as well. Contexts nest; of the same parameter the
+    outermost one frees it.
+
+    Raises:
+        UsageError: on exit, naming the parameter: it was edited without a modifier rank (the other ranks raise
+            DesyncError), or its ``.data`` has another shape.
+        DesyncError: ranks came here with different parameters.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        modifier_rank: int | None = None,
+        fwd_module: torch.nn.Module | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.enabled = enabled
+        self.modifier_rank = modifier_rank
+        given = _given(params) if enabled else []
+        self.params = [param for param in given if shards_of(param) is not None]
+        self._whole = [param for param in given if modifier_rank is not None and holders(param) is not None]
+        self._entered: list[tuple[list[_Sharded], list[_Whole]]] = []
+        if fwd_module is not None:
+            own = {id(param) for param in fwd_module.parameters()}
+            for param in self.params:
+                if id(param) not in own:
+                    register_external_parameter(fwd_module, param)
+
+    def __enter__(self) -> GatheredParameters:
+        found = [
+            (param, shards) for param in self.params for shards in [shards_of(param)] if shards is not None
+        ]
+        whole = [(param, group) for param in self._whole for group in [holders(param)] if group is not None]
+        for group in [shards.everyone for _, shards in found] + [group for _, group in whole]:
+            self._source(group)  # refuses a rank that does not hold it
+        for _, shards in found:
+            shards.start_gather()
+        for _, shards in found:
+            shards.finish_gather()
+        edits = self.modifier_rank is not None
+        held = [_Sharded.enter(param, shards, edits) for param, shards in found]
+        self._entered.append((held, [_Whole.enter(param, group) for param, group in whole]))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        held, whole = self._entered.pop()
+        for one in held:
+            one.hold.release(free=False)
+            # What was written in here is this context's affair, not one of a forward around it.
+            one.shards.own_writes.look(one.shards)
+        try:
+            if error is not None:
+                for here in whole:
+                    here.restore()
+                for one in held:
+                    one.restore()
+                self._tell(held, error)
+            elif self.modifier_rank is None:
+                self._check(held)
+            else:
+                for group in _groups(held):
+                    self._leave(f"leave GatheredParameters of rank {self.modifier_rank}", group, held)
+                self._spread(held)
+                self._spread(whole)
+        finally:
+            for one in held:
+                if one.param.requires_grad and in_backward():
+                    _keep_for_gradient(one.shards)
+                one.shards.release_if_idle()
+
+    def _tell(self, held: list[_Sharded], error: BaseException) -> None:
+        """The body raised: let peers know that this rank ended otherwise."""
+        for group in () if isinstance(error, DesyncError | CommunicationError) else _groups(held):
+            with suppress(Exception):
+                leave(f"GatheredParameters raised {type(error).__name__}", group, channel=GATHER)
+
+    def _check(self, held: list[_Sharded]) -> None:
+        edited = [one for one in held if one.changed()]
+        for one in edited:
+            one.restore()
+        if not edited:
+            for group in _groups(held):
+                self._leave("leave GatheredParameters unedited", group, held)
+            return
+        names = ", ".join(f"'{one.name}'" for one in edited)
+        for group in _groups(held):
+            with suppress(DesyncError):
+                meet(f"edited without modifier_rank: {names}", group, channel=GATHER)
+        group = edited[0].group
+        raise UsageError(
+            f"{names} edited inside GatheredParameters without a modifier rank; the edit is dropped",
+            rank=group.ranks[group.rank],
+            fix="say whose edit counts: GatheredParameters(params, modifier_rank=0)",
+        )
+
+    def _leave(self, what: str, group: Group, held: list[_Sharded]) -> None:
+        """Go on when every rank leaves; where graphs on all of them read the values later, they stay as long."""
+        members = [one for one in held if one.group == group]
+        graph = torch.is_grad_enabled() and any(one.in_graph() for one in members)
+        if meet(what, group, channel=GATHER, note=int(graph)):
+            for one in members:
+                if one.shards.conductor is not None:
+                    # Not the entry itself, which would keep the copies of the value alive.
+                    needed = partial(_in_graph, one.param, one.edge, one.references)
+                    one.shards.conductor.keep_for_graph(one.shards, needed)
+
+    def _spread(self, held: Sequence[_Sharded | _Whole]) -> None:
+        """Give every rank the modifier's values; edits of other ranks are dropped. Collective."""
+        for group in _groups(held):
+            source = self._source(group)
+            assert source is not None
+            members = [one for one in held if one.group == group]
+            verdicts = torch.tensor([int(one.verdict()) for one in members], dtype=torch.uint8)
+            verdicts = verdicts.to(members[0].device)
+            broadcast(verdicts, source, group, label="edited parameters")
+            for one, verdict in zip(members, verdicts.tolist(), strict=True):
+                one.take(verdict, source)
+            for one, verdict in zip(members, verdicts.tolist(), strict=True):
+                if verdict == _Verdict.MISSHAPEN:
+                    raise UsageError(
+                        f"parameter '{one.name}': its .data on rank {self.modifier_rank}",
+                        expected=f"shape {tuple(one.shape)}",
+                        found="another one",
+                        fix="assign a new torch.nn.Parameter to the module instead",
+                    )
+
+    def _source(self, group: Group) -> int | None:
+        """The modifier rank's index in ``group``."""
+        if self.modifier_rank is None:
+            return None
+        if self.modifier_rank not in group.ranks:
+            raise UsageError(
+                "GatheredParameters: modifier_rank",
+                expected=f"one of the ranks {list(group.ranks)} that share the parameter",
+                found=self.modifier_rank,
+                fix="name one of them",
+            )
+        return group.ranks.index(self.modifier_rank)
+
+
+def _given(params: Any) -> list[torch.nn.Parameter]:
+    """Every parameter of ``params``, once, in order."""
+    if params is None:
+        return []
+    if isinstance(params, torch.nn.Module):
+        params = params.parameters()
+    given: list[Any] = [params] if isinstance(params, torch.Tensor) else list(params)
+    return list({id(param): param for param in given if param is not None}.values())
+
+
+def _in_graph(param: torch.nn.Parameter, edge: Any, references: int) -> bool:
+    return edge is not None and _references(param) > references
+
+
+def _references(param: torch.nn.Parameter) -> int:
+    """How often torch itself holds the parameter: saved, or as the base of a view."""
+    count = getattr(param, "_use_count", None)
+    return int(count()) if count is not None else 0
+
+
+def _groups(held: Sequence[_Sharded | _Whole]) -> list[Group]:
+    """Of those that this entry answers for."""
+    return list(dict.fromkeys(one.group for one in held if one.before is not None))
+
+
+def _keep_for_gradient(shards: Shards) -> None:
+    """In the backward of a custom function: stay whole until the gradient that it returns has arrived.
+
+    Autograd lays a gradient out as its parameter is when it arrives, which fails if that has shape [0] by then.
+    """
+    handles: list[Any] = []
+
+    def let_go(_: torch.Tensor | None = None) -> None:
+        if handles:
+            handles.pop().remove()
+            hold.release()
+
+    hold = shards.hold()
+    handles.append(shards.param.register_post_accumulate_grad_hook(let_go))
+    torch.autograd.Variable._execution_engine.queue_callback(let_go)  # if none comes
+
+
+def know_whole(module: torch.nn.Module, group: Group) -> None:
+    """Let the parameters that ``group``'s ranks hold whole, and that no optimizer trains, be known as such."""
+    for name, param in module.named_parameters():
+        if zero_param(param) is None:
+            param._zero = ZeroParam(name, group=group)  # type: ignore[attr-defined]
+
+
+def forget_whole(module: torch.nn.Module) -> None:
+    """Undo ``know_whole``."""
+    for param in module.parameters():
+        known = zero_param(param)
+        if known is not None and known.group is not None:
+            del param._zero  # type: ignore[attr-defined]
+
+
+def holders(param: torch.Tensor) -> Group | None:
+    """The ranks that hold ``param`` whole; None where it is shards, or no engine's."""
+    known = zero_param(param)
+    if known is None or known.shards is not None:
+        return None
+    return known.group if known.trained is None else known.trained.group
