@@ -70,6 +70,7 @@ class Manifest:
 
     def to_text(self) -> str:
         said = to_json(self)
+        # By name, and before what the ranks say: the order that the format has had from its first version on.
         files = {record.pop("name"): record for record in said.pop("files")}
         items = [("format", FORMAT), *said.items(), ("checksum", _BLANK)]
         items.insert([name for name, _ in items].index("rank_files"), ("files", files))
@@ -92,6 +93,7 @@ class Manifest:
         try:
             data = json.loads(text)
             found = data["checksum"]
+            # The checksum is of the text with a blank in its own place.
             blank = text.replace(_own(found), _own(_BLANK))
             if checksum_text(zlib.crc32(blank.encode())) != found:
                 raise ValueError("its checksum does not match")
@@ -158,6 +160,7 @@ def join_flats(parts: Iterable[FlatEntry]) -> tuple[FlatEntry, ...]:
         if before is None:
             joined[key] = entry
             continue
+        # Each rank names the files of the shards that it has written.
         files = tuple(a or b for a, b in zip(before.files, entry.files, strict=True))
         joined[key] = replace(before, files=files)
     for entry in joined.values():

@@ -69,6 +69,8 @@ def publish(work: Path, final: Path) -> list[Path]:
 
     Returns what had the name, is not ours and could not go into the new folder: it stays beside it.
     """
+    # A folder takes a name only where nothing, or an empty folder, has it: what stands there goes aside first. Another
+    # run may publish between the two renames, so try again.
     aside: Path | None = None
     for _ in range(_RACES):
         try:
@@ -76,6 +78,7 @@ def publish(work: Path, final: Path) -> list[Path]:
             break
         except OSError as error:
             if error.errno not in _TAKEN:
+                # The disk has refused: who had the name gets it back.
                 if aside is not None and not os.path.lexists(final):
                     os.rename(aside, final)
                 raise
@@ -130,6 +133,7 @@ def settle(aside: Path, final: Path) -> list[Path]:
     """
     if not _is_folder(aside):
         return [aside]  # a link or a file that stood under this name
+    # Somebody's notes beside a checkpoint move along; states of a checkpoint that is not this one must not.
     listed = listed_files(aside)
     ours = {name.split("/", 1)[0] for name in listed or ()}
     for path in _entries(aside):
@@ -175,6 +179,7 @@ def remove_listed(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder} is not removed: nothing proves that zeropipe wrote it", expected=MANIFEST_NAME
         )
+    # Look at everything before the first byte is removed.
     paths = [folder / name for name in sorted(listed)]
     for path in paths:
         for part in (path, *path.parents[: len(path.relative_to(folder).parts) - 1]):

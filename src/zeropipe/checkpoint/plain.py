@@ -232,6 +232,7 @@ def _decode_kind(kind: str, words: dict[str, Any], where: str, code: Mapping[str
 
 
 def _settle(value: Any, current: Any, lost: list[Absent]) -> Any:
+    # A leaf that was not restored keeps what the program has there now.
     if isinstance(value, Absent):
         lost.append(value)
         return current

@@ -153,6 +153,7 @@ class Saver:
 
     def _begin(self, save: _Save) -> tuple[Path, Hold]:
         """Wait for the last save, agree that all is well and on what to save; the new work folder, held by all."""
+        # [1] Everyone says where it saves and how the last save ended for it.
         self._join()
         refusal = ""
         try:
@@ -167,6 +168,7 @@ class Saver:
         if not text and self._last is not None:
             text = self._last.failure_of([said for *_, said in everyone])
         self._forget()
+        # [2] One rank makes the folder, and tells its name or why there is none.
         differ = len({(root, tag) for root, tag, _, _ in everyone}) > 1
         work: Path | None = None
         hold: Hold | None = None
@@ -184,6 +186,7 @@ class Saver:
                 for rank, (root, tag, _, _) in zip(self._group.ranks, everyone, strict=True)
             )
             raise DesyncError(f"ranks save different checkpoints: {listed}. Fix: give all the same tag")
+        # [3] Every rank holds the folder before any goes on.
         assert work is not None
         if hold is None:
             try:
@@ -324,6 +327,7 @@ class _Background:
     def _write(self, outgoing: Outgoing) -> None:
         work = self._work
         part = write(work, outgoing)
+        # At once, never half a text: a peer may read it this very moment.
         replace_text(work / f"{_PART}{part.rank:05d}.json", json.dumps(to_json(part)))
         if (
             work / _NOTE
@@ -337,6 +341,7 @@ class _Background:
             return
         found[0] = work / _CLAIM
         parts = [from_json(Part, json.loads(path.read_text())) for path in found]
+        # Gone before the folder gets its name: the manifest lists what belongs there.
         for path in found:
             path.unlink()
         outcome = self._save.publish(work, parts)

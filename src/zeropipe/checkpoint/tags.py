@@ -109,6 +109,7 @@ def prepare(folder: Path, tag: str, save_latest: bool = True) -> tuple[Path, Hol
 
 def commit(folder: Path, tag: str, work: Path, manifest: Manifest, save_latest: bool) -> Path:
     """Publish ``work`` as ``tag``. Raises OSError as it comes; then the tag is what it was."""
+    # The manifest last of all files: a folder that has one is whole.
     write_text(work / MANIFEST_NAME, manifest.to_text())
     sync_folder(work)
     final = folder / tag
@@ -116,9 +117,11 @@ def commit(folder: Path, tag: str, work: Path, manifest: Manifest, save_latest: 
     if kept:
         listed = ", ".join(map(str, kept[:3])) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
         _log.warning("what stood under the name of %s and is not zeropipe's is kept: %s", final, listed)
+    # Whatever stands there is the user's, a link that leads nowhere too.
     script = folder / SCRIPT_NAME
     if not os.path.lexists(script):
         replace_text(script, SCRIPT)
+    # After the rename: it never names what is not there.
     if save_latest:
         replace_text(folder / LATEST, tag)
     return final
@@ -151,6 +154,7 @@ def choose(folder: Path, tag: str | None) -> Choice:
         found = _locate(folder, tag)
         missing = () if found else (f"there is no checkpoint {tag!r} in {folder}",)
         return Choice((found,) if found else (), missing, True)
+    # A tag's folder itself, as tools are given it.
     if is_checkpoint(folder):
         return Choice((Candidate(folder.name, folder),), (), True)
     notices: list[str] = []
@@ -244,6 +248,7 @@ def _all(folder: Path) -> Iterator[Candidate]:
             if is_checkpoint(path):
                 yield Candidate(path.name, path)
             continue
+        # What was set aside counts only where the new folder never came.
         tag = ownership.stood_for(path)
         if tag is not None and not os.path.lexists(folder / tag) and is_checkpoint(path):
             yield Candidate(tag, path)

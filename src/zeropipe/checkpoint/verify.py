@@ -59,6 +59,7 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
             state = FileState.DAMAGED if path.exists() else FileState.MISSING
             findings.append(Finding(record.name, _size(path), state, str(error)))
         progress(record.bytes)
+    # A stray file harms no load, but whoever looks for the fault wants to know of it.
     known = {record.name for record in manifest.files} | {MANIFEST_NAME, MARK}
     for path in sorted(folder.iterdir()):
         if path.name not in known:

@@ -77,6 +77,7 @@ def collect(local: LocalState, *, copy: bool, buffers: HostBuffers | None = None
             tree["module"] = tree["module"] or None
             trees |= by_layer
             module += _module_entries(local, model_name)
+    # What belongs to a rank goes into its optimizer file, or into one of its own where it writes none.
     rank_file = optim_name
     rank_state = {"per_rank": local.train.per_rank}
     if in_model_file or not mine:
@@ -276,6 +277,7 @@ def snapshot(tree: Any, *, copy: bool, buffers: HostBuffers | None = None) -> An
         hull.start, hull.stop = min(hull.start, first), max(hull.stop, last)
         hull.numel += tensor.numel()
     bases = {key: _base(hull, copy, buffers) for key, hull in hulls.items() if _dense(hull)}
+    # The copies to pinned memory do not wait; what follows reads them.
     if any(hull.tensor.is_cuda for hull in hulls.values()):
         torch.cuda.synchronize()
     alone: dict[tuple[Any, ...], torch.Tensor] = {}

@@ -115,7 +115,8 @@ def verify(folder: Folder, tag: Tag = None) -> None:
     """Check every byte against the manifest's checksums; exit 1 and name the files where anything is wrong."""
     candidate = _locate(folder, tag)
     manifest = None
-    with suppress(CheckpointError):  # a damaged manifest is a finding
+    # Only for the bar's length; a damaged manifest is one of the findings.
+    with suppress(CheckpointError):
         manifest = read_manifest(candidate)
     total = sum(record.bytes for record in manifest.files) if manifest else 0
     with _bar("checking", total) as advance:
@@ -241,6 +242,7 @@ def prune(
 
     found = tags.ours(folder)
     first = tags.choose(folder, None).candidates[:1]
+    # What `latest` names or a link points to somebody still uses.
     held = {path.resolve() for path in (*(c.path for c in first), *_links(folder))}
     kept = [c for number, c in enumerate(found) if number < keep or c.path.resolve() in held]
     gone = [c.path for c in found if c not in kept]

@@ -44,6 +44,7 @@ def solve_batch(train: int | None, micro: int | None, gas: int | None, world: in
                 fix=f"give {name} a value such as 1, or leave it out to have it solved",
             )
     given = ", ".join(f"{name} {'not given' if value is None else value}" for name, value in sizes.items())
+    # [1] Nothing that says how many samples.
     if train is None and micro is None:
         if gas is not None:
             raise ConfigError(
@@ -51,10 +52,12 @@ def solve_batch(train: int | None, micro: int | None, gas: int | None, world: in
                 fix=f"add {MICRO}, for example 1, which makes {TRAIN} {gas * world}",
             )
         micro = 1
+    # [2] Without the whole there is nothing to contradict.
     if train is None:
         assert micro is not None
         gas = gas or 1
         return BatchSizes(micro * gas * world, micro, gas, world)
+    # [3] One or two of the three: what is left must come out even.
     if micro is None or gas is None:
         share, rest = divmod(train, (micro or gas or 1) * world)
         if rest:

@@ -105,6 +105,7 @@ def _unknown(model: type[BaseModel], name: str, value: Any, path: str) -> str:
     close = difflib.get_close_matches(plain, model.model_fields, n=1, cutoff=_SECTION_CUTOFF)
     owner = next((where for where in _owners(Config, plain, "") if where != path), None)
     what = f"unknown config key {f'{path}.{name}'!r} (value {value!r})"
+    # The likeliest slip first: letters, then an argument beside params, then the wrong section, then a near name.
     if plain in model.model_fields:
         return describe(what, fix=f"write it as {plain!r}")
     if "params" in model.model_fields and not (

@@ -26,14 +26,17 @@ def parse_config(source: Source | Config) -> Config:
     """
     if isinstance(source, Config):
         return source
+    # [1] What was given, with present names.
     raw = read_source(source)
     modern, renamed = modernize(raw)
+    # [2] Keys before values: of a misspelt key the value says nothing.
     known, foreign = check_keys(modern)
     auto: set[str] = set()
     try:
         config = Config.model_validate(_without_unset(Config, known, "", auto))
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
+    # [3] What only keys together say.
     idle = check_config(config, auto)
     return config.parsed_from(raw, frozenset(auto), tuple(_notices(foreign, idle, renamed)))
 

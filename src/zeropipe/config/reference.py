@@ -108,6 +108,7 @@ def json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "zeropipe configuration"
     schema["additionalProperties"] = True
+    # An editor must not mark what other software fills in.
     for part in (schema, *schema.get("$defs", {}).values()):
         for name, value in part.get("properties", {}).items():
             shared = {word: value.pop(word) for word in ("default", "description", "title") if word in value}
