@@ -107,3 +107,15 @@ def test_the_index_has_every_page() -> None:
     index = (ROOT / "docs" / "index.md").read_text("utf-8")
     listed = set(re.findall(r"^([\w-]+)$", index, re.MULTILINE))
     assert listed == {page.stem for page in PAGES if page.parent.name == "docs"} - {"index"}
+
+
+def test_every_file_that_the_architecture_page_names_is_there() -> None:
+    """A walk of which one stop is gone leads nowhere."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    there = [
+        f"/{path.relative_to(ROOT).as_posix()}" for path in ROOT.rglob("*.py") if ".venv" not in path.parts
+    ]
+    named = set(re.findall(r"(?<![\w./*])((?:\w+/)*\w+\.py)\b", text))
+    assert len(named) > 30
+    missing = [name for name in sorted(named) if not any(path.endswith(f"/{name}") for path in there)]
+    assert not missing, missing
