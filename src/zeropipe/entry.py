@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from zeropipe.comm.agreement import agree
-from zeropipe.comm.group import Group, init_distributed, world
+from zeropipe.comm.group import SELF, Group, world
+from zeropipe.comm.group import init_distributed
 from zeropipe.config.batch import solve_batch
 from zeropipe.config.checks import check_world
 from zeropipe.config.parse import parse_config
@@ -19,8 +20,9 @@ from zeropipe.errors import ConfigError
 from zeropipe.runtime.engine import build as assembly
 from zeropipe.runtime.engine import placement
 from zeropipe.runtime.engine.clock import Clock
-from zeropipe.runtime.engine.engine import DeepSpeedEngine, Parts
+from zeropipe.runtime.engine.engine import DeepSpeedEngine
 from zeropipe.runtime.engine.mixed_inputs import MixedInputs
+from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.pipe.engine import PipelineEngine
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.utils import collecting_later
@@ -137,8 +139,9 @@ def initialize(
     placement.synchronize_module(model, group)
     mixed = MixedInputs(model) if dtypes.mixed else None
     kind = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
+    stages = model.grid.pipe_group if isinstance(model, PipelineModule) else SELF
     engine = kind(
-        Parts(model, parsed, clock, group, device, wrapped, schedule, mpu, collate_fn, sharded, mixed)
+        Parts(model, parsed, clock, group, device, mpu, collate_fn, stages, wrapped, sharded, mixed, schedule)
     )
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data)

@@ -154,7 +154,7 @@ def fails_on_one(rank: int, world: int, folder: str, bad: int, then: str) -> Any
     engine.save_checkpoint(folder, tag="b", async_save=True)
     if "wait" in then:
         call("wait", engine.wait_for_checkpoint)
-    engine._saver._join()
+    engine.checkpoints.saver._join()
     saver.write = real
     if "step" in then:
         for _ in range(3):
@@ -199,7 +199,7 @@ def ends_after_a_failure(rank: int, world: int, folder: str) -> str:
     try:
         engine.save_checkpoint(folder, tag="b", async_save=True)
         if rank == 1:
-            engine._saver._join()
+            engine.checkpoints.saver._join()
         train(engine, 1, rank)
     except CheckpointError as error:
         text = str(error)

@@ -34,7 +34,7 @@ def two_saves(rank: int, world: int, folder: str, stage: int = 1) -> None:
 def load_step(rank: int, world: int, folder: str, stage: int = 1) -> Any:
     engine = make_engine(stage, seed=1)
     lines: list[str] = []
-    engine._say = lines.append
+    engine.checkpoints.say = lines.append
     path, _ = engine.load_checkpoint(folder)
     return path and Path(path).name, engine.global_steps, lines, engine.module.wide.weight.sum().item()
 
@@ -177,7 +177,7 @@ def claim_late(rank: int, world: int, folder: str) -> bool:
     saver.replace_text, saver._claim, publishing.commit = both_parts, late, slow
     try:
         engine.save_checkpoint(f"{folder}/saves", tag="a", async_save=True)
-        engine._saver.wait()
+        engine.checkpoints.saver.wait()
     finally:
         saver.replace_text, saver._claim, publishing.commit = write_part, claim, publish
     engine.save_checkpoint(f"{folder}/saves", tag="b")
@@ -213,7 +213,7 @@ def failing_write(rank: int, world: int, folder: str, where: str, asynchronous: 
     try:
         engine.save_checkpoint(folder, async_save=asynchronous)
         if asynchronous:
-            engine._saver._join()
+            engine.checkpoints.saver._join()
             engine.save_checkpoint(folder, tag="next")
     except CheckpointError as error:
         texts.append(str(error))
@@ -250,7 +250,7 @@ def raise_at_step(rank: int, world: int, folder: str) -> list[str]:
 
     files.torch.save = full
     engine.save_checkpoint(folder, async_save=True)
-    engine._saver._join()
+    engine.checkpoints.saver._join()
     files.torch.save = original
     texts = []
     for _ in range(2):
@@ -289,7 +289,7 @@ def try_load(rank: int, world: int, folder: str, tag: str | None, verify: bool =
     engine = make_engine(2, seed=1)
     before = engine.module.wide.weight.detach().clone()
     lines: list[str] = []
-    engine._say = lines.append
+    engine.checkpoints.say = lines.append
     try:
         engine.load_checkpoint(folder, tag, verify=verify)
         return engine.global_steps, lines

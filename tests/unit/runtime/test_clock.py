@@ -69,6 +69,8 @@ def test_the_counts_are_saved_and_the_batch_is_not(
     first.forced_boundary = True
     second = clock(2)
     second.load_state_dict(first.state_dict())
-    assert second.state_dict() == first.state_dict()
+    # Gradients of an unfinished window are not saved, so it starts over; without a count the steps say it.
+    begun = (micro or steps * 2) // 2 * 2
+    assert second.state_dict() == first.state_dict() | {"micro_steps": begun}
     assert second.batch.gradient_accumulation_steps == 2
     assert second.forced_boundary is None

@@ -1,4 +1,4 @@
-"""What one rank holds, measured from the live tensors and beside it what the stage's formula allows.
+"""What one rank holds on its device: measured beside what the stage's formula allows, and moved away for a while.
 
 The formula is the one of the table "memory and traffic" in ``docs/architecture.md`` (P parameters, N ranks),
 with the layout's padding included, so that a ratio other than 1 is memory that nobody planned.
@@ -11,7 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from zeropipe.errors import UsageError
+from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
+from zeropipe.runtime.zero.hold import offload_states as states
+from zeropipe.runtime.zero.hold.offload_states import OffloadStateTypeEnum as Kind
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.shown import AbsentGradient
@@ -115,3 +119,45 @@ def _bytes(tensors: Iterable[torch.Tensor], counted: set[int]) -> int:
             counted.add(storage.data_ptr())
             total += storage.nbytes()
     return total
+
+
+class Offloaded:
+    """Room on the device between the phases of a program: which kinds of an engine's tensors are away."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._away: frozenset[Kind] = frozenset()
+
+    def send(
+        self, include: Iterable[object] | None, device: object, pin_memory: bool, non_blocking: bool
+    ) -> None:
+        """See ``engine.offload_states``."""
+        name = getattr(device, "value", str(device))
+        if name != "cpu":
+            raise UsageError("offload_states: device", expected="cpu", found=name, fix="leave it out")
+        optimizer, here = self._parts.need_optimizer("offload_states"), self._parts.device
+        # A reduction under way reads what is about to move.
+        optimizer.reducer.settle()
+        kinds = states.wanted(include) - self._away
+        states.move_states(optimizer, kinds, states.to_host(optimizer, pin_memory, non_blocking))
+        if here.type == "cuda":
+            # The copies are done before the allocator gives the memory back to the driver.
+            torch.cuda.current_stream(here).synchronize()
+            torch.cuda.empty_cache()
+        self._away |= kinds
+
+    def bring_back(self, kinds: Iterable[Kind] = Kind, non_blocking: bool = False) -> None:
+        """Those of ``kinds`` that are away return to the device."""
+        due = self._away.intersection(kinds)
+        if due and self._parts.optimizer is not None:
+            move = states.to_device(self._parts.optimizer, self._parts.device, non_blocking)
+            states.move_states(self._parts.optimizer, due, move)
+        self._away -= due
+
+    def bring_back_for_forward(self) -> None:
+        """What the coming forward reads, and where gradients will follow, their buffers."""
+        if not self._away:
+            return
+        # At stage 3 gathers read the masters.
+        reads = {Kind.lp_params, Kind.hp_params}
+        self.bring_back(set(Kind) - {Kind.optim_states} if torch.is_grad_enabled() else reads)

@@ -1,12 +1,16 @@
-"""Translates between an engine and the plain data that checkpoints are made of; it reads and writes no files."""
+"""An engine's state as plain data: what checkpoints are made of, and its weights alone, taken out and put back."""
 
 from __future__ import annotations
 
+import logging
+import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,61 +20,62 @@ from zeropipe.checkpoint.state import (
     PARAM,
     FlatState,
     Grid,
-    LoadedState,
     LocalState,
     TrainState,
 )
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
+from zeropipe.comm.collectives import broadcast_object
 from zeropipe.comm.group import SELF, world
+from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.engine.flats import optimizer_flats
 from zeropipe.runtime.engine.module_state import capture, destination
+from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.zero.gather.shards import shards_of
+from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.hold.survey import Communicates
 from zeropipe.runtime.zero.param import is_sharded
 from zeropipe.runtime.zero.status import ZeroParamStatus
 
-if TYPE_CHECKING:
-    from zeropipe.runtime.engine.engine import DeepSpeedEngine
-    from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
+_log = logging.getLogger("zeropipe")
 
 
 def local_state(
-    engine: DeepSpeedEngine,
+    parts: Parts,
     client_state: Mapping[str, Any] | None = None,
     *,
     exclude_frozen: bool = False,
     saving: bool = True,
 ) -> LocalState:
     """What this rank holds, by reference: nothing is copied. ``saving=False``: only what a load fills in place."""
-    optimizer = engine.optimizer
-    stage = engine.zero_optimization_stage() if optimizer is not None else 0
+    optimizer = parts.optimizer
+    stage = parts.config.zero_optimization.stage if optimizer is not None else 0
     flats = [held.flat for held in optimizer_flats(optimizer)] if optimizer is not None else []
-    flats += frozen_flats(engine, exclude_frozen)
+    flats += frozen_flats(parts, exclude_frozen)
     groups: list[dict[str, Any]] = []
     if optimizer is not None:
         for index, group in enumerate(optimizer.param_groups):
             names = [n for p in optimizer.partitions if p.group_index == index for n in p.names]
             groups.append({k: v for k, v in group.items() if k != "params"} | {"param_names": names})
     return LocalState(
-        grid=grid_of(engine),
+        grid=grid_of(parts),
         stage=3 if any(PARAM in f.tensors for f in flats) else stage,
-        dtype={"fp16": "float16", "bf16": "bfloat16"}.get(engine._config.precision, "float32"),
+        dtype={"fp16": "float16", "bf16": "bfloat16"}.get(parts.config.precision, "float32"),
         model=replace(
-            capture(engine.module, exclude_frozen) if saving else destination(engine.module),
+            capture(parts.module, exclude_frozen) if saving else destination(parts.module),
             universal_info=plain_info((client_state or {}).get(UNIVERSAL_CHECKPOINT_INFO))
-            or info_of(engine.module),
+            or info_of(parts.module),
         ),
         flats=tuple(flats),
         param_groups=tuple(groups),
-        optimizer_name=engine.get_type() or "",
-        train=_train_state(engine, dict(client_state or {}), saving),
+        optimizer_name="" if optimizer is None else type(optimizer.optimizer).__name__,
+        train=_train_state(parts, dict(client_state or {}), saving),
     )
 
 
-def grid_of(engine: DeepSpeedEngine) -> Grid:
+def grid_of(parts: Parts) -> Grid:
     """This rank's place; model parallelism is what ``mpu`` says it is."""
-    group, everyone, mpu = engine._group, world(), engine.mpu
+    group, everyone, mpu = parts.group, world(), parts.mpu
 
     def ask(*names: str, default: int) -> int:
         found = next((getattr(mpu, name) for name in names if hasattr(mpu, name)), None)
@@ -87,12 +92,12 @@ def grid_of(engine: DeepSpeedEngine) -> Grid:
     return Grid(everyone.rank, everyone.size, group.rank, group.size, tp_rank, tp, pp_rank, pp)
 
 
-def frozen_flats(engine: DeepSpeedEngine, exclude_frozen: bool = False) -> list[FlatState]:
+def frozen_flats(parts: Parts, exclude_frozen: bool = False) -> list[FlatState]:
     """Sharded parameters that no optimizer holds: one flat each."""
     flats = []
-    held = {id(p) for part in engine.optimizer.partitions for p in part.params} if engine.optimizer else set()
-    replicas = SELF if engine._sharded is None else engine._sharded.parts.replicas
-    for name, param in engine.module.named_parameters():
+    held = {id(p) for part in parts.optimizer.partitions for p in part.params} if parts.optimizer else set()
+    replicas = SELF if parts.sharded is None else parts.sharded.parts.replicas
+    for name, param in parts.module.named_parameters():
         shards = shards_of(param)
         if shards is None or id(param) in held or (exclude_frozen and not param.requires_grad):
             continue
@@ -111,11 +116,11 @@ def frozen_flats(engine: DeepSpeedEngine, exclude_frozen: bool = False) -> list[
     return flats
 
 
-def _train_state(engine: DeepSpeedEngine, client_state: dict[str, Any], with_rng: bool) -> TrainState:
-    scaler = None if engine.optimizer is None else engine.optimizer.loss_scaler
-    schedule = engine.lr_scheduler
-    loader = engine.training_dataloader
-    clock = engine.clock
+def _train_state(parts: Parts, client_state: dict[str, Any], with_rng: bool) -> TrainState:
+    scaler = None if parts.optimizer is None else parts.optimizer.loss_scaler
+    schedule = parts.lr_scheduler
+    loader = parts.training_dataloader
+    clock = parts.clock
     return TrainState(
         clock.global_steps,
         clock.global_samples,
@@ -123,34 +128,34 @@ def _train_state(engine: DeepSpeedEngine, client_state: dict[str, Any], with_rng
         clock.micro_steps,
         lr_scheduler=schedule.state_dict() if hasattr(schedule, "state_dict") else None,
         loss_scaler=None if scaler is None else dict(scaler.state_dict()),
-        per_rank={"rng": rng_state(engine.device)} | _own_state(engine) if with_rng else {},
+        per_rank={"rng": rng_state(parts.device)} | _own_state(parts) if with_rng else {},
         common={"data": loader.state_dict() if hasattr(loader, "state_dict") else None},
         client_state=client_state,
-        ds_config=_plain_config(engine.config),
+        ds_config=_plain_config(parts.config.raw),
     )
 
 
-def _own_state(engine: DeepSpeedEngine) -> dict[str, Any]:
+def _own_state(parts: Parts) -> dict[str, Any]:
     """What an optimizer that communicates by itself keeps on this rank alone, and of which tensor-parallel slices."""
-    base = None if engine.optimizer is None else engine.optimizer.optimizer
+    base = None if parts.optimizer is None else parts.optimizer.optimizer
     return (
-        {"optimizer": base.rank_state(), "slice": _slice_of(engine)} if isinstance(base, Communicates) else {}
+        {"optimizer": base.rank_state(), "slice": _slice_of(parts)} if isinstance(base, Communicates) else {}
     )
 
 
-def _slice_of(engine: DeepSpeedEngine) -> list[int]:
-    grid = grid_of(engine)
+def _slice_of(parts: Parts) -> list[int]:
+    grid = grid_of(parts)
     return [grid.tp_rank, grid.tp_degree]
 
 
 def adopt_own_state(
-    engine: DeepSpeedEngine, own: Mapping[str, Any], everyone: Callable[[], list[Mapping[str, Any]]]
+    parts: Parts, own: Mapping[str, Any], everyone: Callable[[], Iterable[Mapping[str, Any]]]
 ) -> str:
     """Give such an optimizer what each rank kept: ``own`` is this rank's part of the file. What to log, or "".
 
     Ranks that held other tensor-parallel slices, or slices of another degree, are of no use to it.
     """
-    optimizer, here = engine.optimizer, _slice_of(engine)
+    optimizer, here = parts.optimizer, _slice_of(parts)
     if optimizer is None or not isinstance(optimizer.optimizer, Communicates):
         return ""
 
@@ -215,25 +220,14 @@ def adopt_groups(optimizer: ZeroOptimizer, saved: tuple[dict[str, Any], ...]) ->
     return ""
 
 
-def adopt_clock(engine: DeepSpeedEngine, loaded: LoadedState) -> None:
-    clock, train = engine.clock, loaded.train
-    accumulation = clock.batch.gradient_accumulation_steps
-    clock.global_steps = train.global_steps
-    clock.global_samples = train.global_samples
-    clock.skipped_steps = train.skipped_steps
-    # Gradients of an unfinished window are not saved, so the window starts over.
-    micro_steps = train.micro_steps or train.global_steps * accumulation
-    clock.micro_steps = micro_steps - micro_steps % accumulation
-
-
-def show_loaded_shards(engine: DeepSpeedEngine) -> None:
+def show_loaded_shards(parts: Parts) -> None:
     """Parameters that are shards, and gathered now, show what was read into the shards. Collective at stage 3."""
     held: set[int] = set()
-    for partition in engine.optimizer.partitions if engine.optimizer is not None else ():
+    for partition in parts.optimizer.partitions if parts.optimizer is not None else ():
         held |= {id(param) for param in partition.params}
         if is_sharded(partition.params[0]):
             partition.values.publish()
-    for param in engine.module.parameters():
+    for param in parts.module.parameters():
         shards = shards_of(param)
         if shards is None or id(param) in held:
             continue
@@ -245,3 +239,74 @@ def masters_from_values(optimizer: ZeroOptimizer) -> None:
     """The values were written from outside: take the masters anew from them."""
     for partition in optimizer.partitions:
         partition.values.refresh_master()
+
+
+# ---- the weights alone ----
+
+
+def load_weights(parts: Parts, state: Mapping[str, Any], strict: bool) -> Any:
+    """See ``engine.load_module_state_dict``."""
+    outcome = parts.module.load_state_dict(state, strict=strict)
+    if parts.optimizer is not None:
+        masters_from_values(parts.optimizer)
+    return outcome
+
+
+def module_state(module: torch.nn.Module, exclude_frozen: bool) -> dict[str, Any]:
+    """References; without the parameters that do not require gradients where they are not wanted (buffers stay)."""
+    state = module.state_dict()
+    if not exclude_frozen:
+        return state
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+def whole_weights(parts: Parts, exclude_frozen: bool) -> dict[str, Any]:
+    """In host memory on the first rank, each tensor with a storage of its own size; empty on the others; collective."""
+    state = module_state(parts.module, exclude_frozen)
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if not torch.is_tensor(value):
+            return value
+        # Tied tensors stay tied: a file holds them once. Empty ones have no address to be told apart by.
+        where = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+        if value.numel() == 0 or where not in copies:
+            copies[where] = value.detach().cpu().clone()
+        return copies[where]
+
+    return {name: copy(value) for name, value in state.items()} if parts.first else {}
+
+
+def save_weights(parts: Parts, target: Path, exclude_frozen: bool) -> bool:
+    """See ``engine.save_16bit_model``."""
+    zero = parts.config.zero_optimization
+    if zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save:
+        parts.say(
+            "save_16bit_model wrote nothing: at stage 3 it needs the config key "
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save: true"
+        )
+        return False
+    state = whole_weights(parts, exclude_frozen)
+    problem = None
+    if parts.first:
+        # Under a temporary name first, so that a kill leaves no half file.
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except OSError as error:
+            problem = str(error)
+        finally:
+            with suppress(OSError):  # the error to tell is the first
+                temporary.unlink()
+    problem = broadcast_object(problem, 0, parts.group, label="save_16bit_model")
+    if problem is not None:
+        raise CheckpointError(
+            f"the weights cannot be written: {problem}", fix="free space there, or save elsewhere"
+        )
+    return True

@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from zeropipe.checkpoint.state import LoadedState
 from zeropipe.comm.agreement import agree
 from zeropipe.comm.collectives import all_gather_object, barrier
 from zeropipe.errors import UsageError
 from zeropipe.runtime.dataloader import RepeatingLoader
-from zeropipe.runtime.engine.engine import DeepSpeedEngine, Parts
+from zeropipe.runtime.engine.engine import DeepSpeedEngine
+from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.engine.stages import stage_table
 from zeropipe.runtime.pipe.batch import Batch, Outcome, Settlement
 from zeropipe.runtime.pipe.executor import Executor, Stage
@@ -41,12 +40,12 @@ class PipelineEngine(DeepSpeedEngine):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         module = self.module
-        interval = self._config.pipeline.activation_checkpoint_interval
+        interval = self._parts.config.pipeline.activation_checkpoint_interval
         if interval:
             module.activation_checkpoint_interval = interval
         self.grid = module.grid
         self.loss_terms: dict[str, torch.Tensor] = {}
-        self._name, self._chunks = module.pick_schedule(self._config.pipeline)
+        self._name, self._chunks = module.pick_schedule(self._parts.config.pipeline)
         self._own: Schedule | None = None  # a plan that the user gave
         self._stages = {s: Stage(s, self._runner(s)) for s in module.stages}
         self._mailbox = Mailbox(self.grid.links, self.device, module.dynamic_shape)
@@ -77,7 +76,7 @@ class PipelineEngine(DeepSpeedEngine):
         Where a rank raises (UsageError if the iterator ends early or the loss is no scalar; whatever a layer raises)
         the others raise too, no rank steps, and the batch's gradients are forgotten: the next call starts anew.
         """
-        optimizer = self._need_optimizer("train_batch")
+        optimizer = self._parts.need_optimizer("train_batch")
         self._need_whole("train_batch")
         self.train()
         optimizer.wake()
@@ -85,18 +84,18 @@ class PipelineEngine(DeepSpeedEngine):
         count = executor.schedule.micro_batches
         factor = self.loss_scale / count
         batch = self._batch(data_iter, count, factor=factor)
-        with self._report.phase("forward"), self._scaling.running(factor), optimizer.reducer.local_only():
+        with self.report.phase("forward"), self._scaling.running(factor), optimizer.reducer.local_only():
             failure = self._run(executor, batch)
         outcome = self._settle(self._mailbox, failure, batch, "avg")
         self.loss_terms = outcome.terms
-        self._report.loss(outcome.loss)
-        # What another engine has left of an accumulation is no part of this batch, after which a step follows always.
-        self.clock.micro_steps += count - 1 - self.clock.micro_steps % count
-        forced, self.clock.forced_boundary = self.clock.forced_boundary, True
+        self.report.loss(outcome.loss)
+        # A step follows a batch always, whatever boundary a user has set for what he runs on another engine.
+        self.clock.skip_to_last_of(count)
+        forced = self.clock.force(True)
         try:
-            super().step()
+            self._end_micro_step()
         finally:
-            self.clock.forced_boundary = forced
+            self.clock.force(forced)
         return outcome.loss
 
     @torch.no_grad()
@@ -234,7 +233,7 @@ class PipelineEngine(DeepSpeedEngine):
 
     @property
     def _unshard(self) -> Unshard:
-        return Unshard.STEP if self._config.zero_optimization.stage >= 3 else Unshard.NEVER
+        return Unshard.STEP if self._parts.config.zero_optimization.stage >= 3 else Unshard.NEVER
 
     @property
     def _last_rank(self) -> int:
@@ -338,13 +337,6 @@ class PipelineEngine(DeepSpeedEngine):
         mailbox.forget_forms()
         self.zero_grad()
         raise found
-
-    def _check_names(self, loaded: LoadedState, strict: bool) -> None:
-        """A parameter is strange only if no stage knows it, and an error only if all ranks raise it."""
-        everyone = all_gather_object((loaded.missing, loaded.unexpected), self.grid.pipe_group, label="names")
-        missing = dict.fromkeys(name for absent, _ in everyone for name in absent)
-        strange = [n for n in loaded.unexpected if all(n in unexpected for _, unexpected in everyone)]
-        super()._check_names(replace(loaded, missing=tuple(missing), unexpected=tuple(strange)), strict)
 
     def _need_whole(self, call: str) -> None:
         if self._broken:
