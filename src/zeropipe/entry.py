@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from argparse import ArgumentParser
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
-from zeropipe.comm.agreement import agree
-from zeropipe.comm.group import SELF, Group, world
 from zeropipe.comm.group import init_distributed
-from zeropipe.config.batch import solve_batch
-from zeropipe.config.checks import check_world
 from zeropipe.config.parse import parse_config
 from zeropipe.errors import ConfigError
-from zeropipe.runtime.engine import build as assembly
-from zeropipe.runtime.engine import placement
-from zeropipe.runtime.engine.clock import Clock
+from zeropipe.runtime.engine.build import Given, build, shared_fate
 from zeropipe.runtime.engine.engine import DeepSpeedEngine
-from zeropipe.runtime.engine.mixed_inputs import MixedInputs
-from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.pipe.engine import PipelineEngine
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.utils import collecting_later
-from zeropipe.runtime.zero.gather.hooks import ParameterOffload
-from zeropipe.runtime.zero.hold.offload import Offload
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
-from zeropipe.runtime.zero.hold.policy import StepOptions
-
-_log = logging.getLogger("zeropipe")
-_OUTCOME = "the outcome of initialize"
 
 
 @collecting_later()
@@ -81,85 +64,15 @@ def initialize(
         raise ConfigError(
             "initialize: model", expected="a torch.nn.Module", found=found, fix="pass model=your module"
         )
-    with _shared_fate(group=None):
+    with shared_fate(group=None):
         parsed = parse_config(_find_config(args, config, config_params))
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    if isinstance(model, PipelineModule):
-        mpu = model.mpu()
-    group = assembly.data_parallel_group(mpu, mesh_param)
-    if group.ranks[group.rank] == 0:
-        for notice in parsed.notices:
-            _log.log(notice.level, notice.text)
-    with _shared_fate(group):
-        check_world(parsed, group.size)
-        batch = solve_batch(
-            parsed.train_batch_size,
-            parsed.train_micro_batch_size_per_gpu,
-            parsed.gradient_accumulation_steps,
-            group.size,
-        )
-        clock = Clock(batch)
-        device = assembly.pick_device(args)
-        model_group, counts = assembly.model_parts(model, mpu)
-        dtypes = placement.decide_dtypes(model, device, parsed, model_group)
-        placement.refuse_shared_memory(model)
-        placement.place_module(model, device, dtypes)
-        base = assembly.make_optimizer(optimizer, model_parameters, model, parsed, device)
-        schedule = assembly.make_scheduler(lr_scheduler, base, parsed)
-        assembly.check_offload(model, group, parsed, dtypes)
-        items = assembly.digest(model, base, parsed)
-    agree({_OUTCOME: "prepared", **items}, group)
-    parts = assembly.replication(parsed, group, mesh_param)
-    sharded = assembly.shard_model(model, group, device, parsed, dtypes, parts)
-    wrapped = None
-    if base is not None:
-        options = StepOptions(
-            clip=parsed.gradient_clipping,
-            scaler=assembly.scaler_of(parsed),
-            skip_nonfinite=parsed.bf16.enabled and parsed.bf16.check_grad_overflow,
-            refuse_unused=not parsed.zero_optimization.ignore_unused_parameters,
-            model_group=model_group,
-            counts=counts,
-            replicas=parts.replicas,
-        )
-        wrapped = ZeroOptimizer(
-            base,
-            {param: name for name, param in model.named_parameters()},
-            group,
-            assembly.policy_of(parsed),
-            options,
-            is_boundary=lambda: clock.is_boundary,
-            micro_step=lambda: clock.micro_steps,
-        )
-        if sharded is not None:
-            sharded.conduct(wrapped.reducer)
-            wrapped.parameter_offload = ParameterOffload(sharded.hooks)
-    if sharded is not None:
-        sharded.place(Offload(assembly.policy_of(parsed)) if wrapped is None else wrapped.offload)
-    placement.synchronize_module(model, group)
-    mixed = MixedInputs(model) if dtypes.mixed else None
+    given = Given(model, optimizer, model_parameters, lr_scheduler, mpu, mesh_param, collate_fn, args)
     kind = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
-    stages = model.grid.pipe_group if isinstance(model, PipelineModule) else SELF
-    engine = kind(
-        Parts(model, parsed, clock, group, device, mpu, collate_fn, stages, wrapped, sharded, mixed, schedule)
-    )
+    engine = kind(build(given, parsed))
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
-
-
-@contextmanager
-def _shared_fate(group: Group | None) -> Iterator[None]:
-    """A rank that fails alone in here tells the others, which would wait for it in their next collective.
-
-    ``group`` None: the world, if it has been started.
-    """
-    try:
-        yield
-    except Exception as error:
-        with suppress(Exception):
-            agree({_OUTCOME: f"{type(error).__name__}: {error}"}, group or world())
-        raise
 
 
 def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -174,16 +87,12 @@ def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 def _find_config(args: Any, config: Any, config_params: Any) -> Any:
     """The one configuration given; raises ConfigError for none or for several."""
-    from_args = getattr(args, "deepspeed_config", None)
-    given = {
-        name: value
-        for name, value in (
-            ("config", config),
-            ("config_params", config_params),
-            ("args.deepspeed_config", from_args),
-        )
-        if value is not None
+    every = {
+        "config": config,
+        "config_params": config_params,
+        "args.deepspeed_config": getattr(args, "deepspeed_config", None),
     }
+    given = {name: value for name, value in every.items() if value is not None}
     if len(given) > 1 and any(value is not config for value in given.values()):
         raise ConfigError(
             f"initialize: configuration given twice, as {' and '.join(given)}. Fix: give one of them"

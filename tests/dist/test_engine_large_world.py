@@ -17,11 +17,11 @@ from tests.helpers.models import NastyModel, build
 from tests.helpers.train import config
 from zeropipe.comm import agree
 from zeropipe.comm.record import record
-import zeropipe.entry
+import zeropipe.runtime.engine.build
 
 WORLD, RANK = 1024, 517
 dist.init_process_group("fake", rank=RANK, world_size=WORLD, store=FakeStore())
-zeropipe.entry.agree = lambda items, group: None  # the fake group invents what other ranks said
+zeropipe.runtime.engine.build.agree = lambda items, group: None  # the fake group invents what other ranks said
 for stage in (0, 1, 2):
     for extra in ({}, {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "loss_scale": 2.0}}):
         settings = config(stage, WORLD, gas=2, **extra)

@@ -337,7 +337,7 @@ SCRIPT = """
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-import zeropipe, zeropipe.entry
+import zeropipe, zeropipe.runtime.engine.build
 from tests.helpers.data import token_batch
 from tests.helpers.models import NastyModel, build
 from tests.helpers.zero3 import settings
@@ -345,7 +345,7 @@ from zeropipe.comm.record import record
 
 WORLD, RANK = 1024, 517
 dist.init_process_group("fake", rank=RANK, world_size=WORLD, store=FakeStore())
-zeropipe.entry.agree = lambda items, group: None  # the fake group invents what other ranks said
+zeropipe.runtime.engine.build.agree = lambda items, group: None  # the fake group invents what other ranks said
 for extra in ({}, {"bf16": {"enabled": True}}):
     model = build(NastyModel)
     engine, optimizer, *_ = zeropipe.initialize(model=model, config=settings(3, WORLD, gas=2, **extra))

@@ -1,130 +1,159 @@
-"""Turns a parsed config into the objects that an engine is wired from: policy, scaler, optimizer, schedule."""
+"""Builds an engine's parts from what a user gave and the configuration; ``build`` is the list of steps."""
 
 from __future__ import annotations
 
-import os
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from zeropipe.comm.group import SELF, Group, from_process_group, world
+from zeropipe.comm.agreement import agree
+from zeropipe.comm.group import SELF, Group, world
+from zeropipe.config.batch import solve_batch
+from zeropipe.config.checks import check_world
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
 from zeropipe.runtime import lr_schedules
-from zeropipe.runtime.engine.placement import DTYPES, Dtypes
+from zeropipe.runtime.engine.clock import Clock
+from zeropipe.runtime.engine.mixed_inputs import MixedInputs
+from zeropipe.runtime.engine.parts import Parts
+from zeropipe.runtime.engine.placement import (
+    DTYPES,
+    Dtypes,
+    data_parallel_group,
+    decide_dtypes,
+    model_parts,
+    pick_device,
+    place_module,
+    refuse_shared_memory,
+    replication,
+    synchronize_module,
+)
 from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
+from zeropipe.runtime.pipe.module import PipelineModule
+from zeropipe.runtime.zero.gather.parameter_offload import ParameterOffload
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel, Sharding
-from zeropipe.runtime.zero.hold.offload import check_folders
-from zeropipe.runtime.zero.hold.policy import AUTO_BUCKET_NUMEL, AUTO_SUB_GROUP_NUMEL, Place, Policy
+from zeropipe.runtime.zero.hold.offload import Offload, check_folders
+from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
+from zeropipe.runtime.zero.hold.policy import (
+    AUTO_BUCKET_NUMEL,
+    AUTO_SUB_GROUP_NUMEL,
+    Place,
+    Policy,
+    StepOptions,
+)
 from zeropipe.runtime.zero.hold.survey import Communicates
 from zeropipe.runtime.zero.leaf import leaf_modules
 from zeropipe.runtime.zero.param import is_sharded, is_trained
-from zeropipe.runtime.zero.replication import Replication, replicated, shard_size, with_hops
+from zeropipe.runtime.zero.replication import Replication, shard_size
 
-Params = Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]
-
-
-def data_parallel_group(mpu: Any, mesh: Any) -> Group:
-    """The ranks that hold replicas of this rank's part of the model: from ``mpu``, a device mesh, or all."""
-    own = getattr(mpu, "data_group", None)
-    if isinstance(own, Group):
-        return own
-    if mpu is not None:
-        return from_process_group(mpu.get_data_parallel_group())
-    if mesh is not None and hasattr(mesh, "get_group"):
-        pair = _mesh_pair(mesh)
-        if pair is not None:
-            both = world() if mesh.size() == world().size else mesh[pair]._flatten().get_group()
-            return both if isinstance(both, Group) else from_process_group(both)
-        names = mesh.mesh_dim_names or ()
-        if "data_parallel" not in names and mesh.ndim > 1:
-            raise ConfigError(
-                "initialize: mesh_param",
-                expected="an axis named 'data_parallel', or two whose names end in 'replicate' and 'shard'",
-                found=f"axes {names} of sizes {tuple(mesh.shape)}",
-                fix="name the mesh's axes: init_device_mesh(..., mesh_dim_names=('data_parallel', ...))",
-            )
-        return from_process_group(mesh.get_group("data_parallel" if "data_parallel" in names else 0))
-    return world()
+_log = logging.getLogger("zeropipe")
+_OUTCOME = "the outcome of initialize"
 
 
-def replication(config: Config, group: Group, mesh: Any) -> Replication:
-    """Which ranks of ``group`` share one copy of the shards at stage 3, from the config or a 2-D mesh; collective."""
-    zero = config.zero_optimization
-    if zero.stage != 3:
-        return Replication(group)
-    size = shard_size(zero)
-    pair = None if mesh is None or not hasattr(mesh, "get_group") else _mesh_pair(mesh)
-    if pair is not None:
-        replicas, shard = (from_process_group(mesh.get_group(name)) for name in pair)
-        if size is not None and size != shard.size:
-            raise ConfigError(
-                "config key 'zero_optimization.mics_shard_size' and the device mesh differ",
-                expected=f"{shard.size}, as the mesh's axis {pair[1]!r}",
-                found=size,
-                fix="remove the key, or make the mesh of that shape",
-            )
-        return Replication(with_hops(shard) if zero.mics_hierarchical_params_gather else shard, replicas)
-    return replicated(group, zero)
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a user gave ``initialize``, beside the configuration."""
+
+    model: torch.nn.Module
+    optimizer: Any = None
+    model_parameters: Any = None
+    lr_scheduler: Any = None
+    mpu: Any = None
+    mesh: Any = None
+    collate_fn: Any = None
+    args: Any = None
 
 
-def _mesh_pair(mesh: Any) -> tuple[str, str] | None:
-    """The names of a mesh's axes for replicas and for shards; None where it has no such two."""
-    names = mesh.mesh_dim_names or ()
-    found = [next((n for n in names if n.endswith(end)), None) for end in ("replicate", "shard")]
-    return (found[0], found[1]) if found[0] is not None and found[1] is not None else None
+def build(given: Given, config: Config) -> Parts:
+    """The parts of an engine; collective over all ranks."""
+    model, mpu, stages = given.model, given.mpu, SELF
+    if isinstance(model, PipelineModule):
+        mpu, stages = model.mpu(), model.grid.pipe_group
+    group = data_parallel_group(mpu, given.mesh)
+    if group.ranks[group.rank] == 0:
+        for notice in config.notices:
+            _log.log(notice.level, notice.text)
 
+    # [1] Each rank by itself, and whatever one cannot do is told to the others before they wait for it.
+    with shared_fate(group):
+        check_world(config, group.size)
+        micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
+        clock = Clock(solve_batch(config.train_batch_size, micro, accumulation, group.size))
+        policy = policy_of(config)
+        device = pick_device(given.args)
+        model_group, counts = model_parts(model, mpu)
+        dtypes = decide_dtypes(model, device, config, model_group)
+        refuse_shared_memory(model)
+        place_module(model, device, dtypes)
+        base = make_optimizer(given, config, policy, device)
+        schedule = make_scheduler(given.lr_scheduler, base, config)
+        check_room(model, group, config, policy, dtypes)
+        items = digest(model, base, config)
 
-def model_parts(
-    module: torch.nn.Module, mpu: Any
-) -> tuple[Group, Callable[[torch.nn.Parameter], bool] | None]:
-    """The ranks that hold the other parts of this replica, and which parameters count here in a norm over them.
+    # [2] All ranks mean the same model and settings. From here on they do the same things in the same order.
+    agree({_OUTCOME: "prepared", **items}, group)
 
-    Parts are pipeline stages and tensor-parallel slices. A parameter that several ranks hold whole counts on one of
-    them: a slice is marked by ``param.tensor_model_parallel`` (or ``model_parallel``); of tied weights the
-    module's ``is_tied_copy`` knows which are copies.
-    """
-    if mpu is None:
-        return SELF, None
-    group = getattr(mpu, "model_group", None)
-    if not isinstance(group, Group):
-        pg = mpu.get_model_parallel_group() if hasattr(mpu, "get_model_parallel_group") else None
-        group = SELF if pg is None else from_process_group(pg)
-    if group.size == 1:
-        return SELF, None
-    slice_rank = next(
-        (
-            int(getattr(mpu, name)())
-            for name in (
-                "get_slice_parallel_rank",
-                "get_tensor_model_parallel_rank",
-                "get_model_parallel_rank",
-            )
-            if hasattr(mpu, name)
-        ),
-        0,
+    # [3] Shards first: the optimizer takes the parameters as they are from then on.
+    replicas = replication(config, group, given.mesh)
+    sharded = shard_model(model, group, device, config, dtypes, replicas)
+    optimizer: ZeroOptimizer | None = None
+    if base is not None:
+        options = StepOptions(
+            clip=config.gradient_clipping,
+            scaler=scaler_of(config),
+            skip_nonfinite=config.bf16.enabled and config.bf16.check_grad_overflow,
+            refuse_unused=not config.zero_optimization.ignore_unused_parameters,
+            model_group=model_group,
+            counts=counts,
+            replicas=replicas.replicas,
+        )
+        names = {param: name for name, param in model.named_parameters()}
+        optimizer = ZeroOptimizer(
+            base, names, group, policy, options, lambda: clock.is_boundary, lambda: clock.micro_steps
+        )
+    if sharded is not None:
+        if optimizer is not None:
+            sharded.conduct(optimizer.reducer)
+            optimizer.parameter_offload = ParameterOffload(sharded.hooks)
+        sharded.place(Offload(policy) if optimizer is None else optimizer.offload)
+
+    # [4] What neither shards nor masters have brought from rank 0 comes now.
+    synchronize_module(model, group)
+    mixed = MixedInputs(model) if dtypes.mixed else None
+    return Parts(
+        model,
+        config,
+        clock,
+        group,
+        device,
+        mpu,
+        given.collate_fn,
+        stages,
+        optimizer,
+        sharded,
+        mixed,
+        schedule,
     )
-    is_copy = getattr(module, "is_tied_copy", lambda param: False)
-
-    def counts(param: torch.nn.Parameter) -> bool:
-        sliced = getattr(param, "tensor_model_parallel", False) or getattr(param, "model_parallel", False)
-        return (sliced or slice_rank == 0) and not is_copy(param)
-
-    return group, counts
 
 
-def pick_device(args: Any = None) -> torch.device:
-    """This rank's GPU if there is one, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local = getattr(args, "device_rank", None)
-    local = getattr(args, "local_rank", None) if local is None else local
-    if local is None or local < 0:
-        local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-    return torch.device("cuda", local)
+@contextmanager
+def shared_fate(group: Group | None) -> Iterator[None]:
+    """A rank that fails alone in here tells the others, which would wait for it in their next collective.
+
+    ``group`` None: the world, if it has been started.
+    """
+    try:
+        yield
+    except Exception as error:
+        with suppress(Exception):
+            agree({_OUTCOME: f"{type(error).__name__}: {error}"}, group or world())
+        raise
 
 
 def policy_of(config: Config) -> Policy:
@@ -209,9 +238,8 @@ def shard_model(
     return ShardedModel(module, group, sharding, device, dtypes.tensors, leaves, parts)
 
 
-def check_offload(module: torch.nn.Module, group: Group, config: Config, dtypes: Dtypes) -> None:
+def check_room(module: torch.nn.Module, group: Group, config: Config, policy: Policy, dtypes: Dtypes) -> None:
     """Raise OffloadError unless the folders that the config names are there and have room for the state."""
-    policy = policy_of(config)
     numels: Counter[torch.dtype] = Counter()
     for param in module.parameters():
         numels[dtypes.of(param)] += int(getattr(param, "ds_numel", param.numel()))
@@ -220,57 +248,48 @@ def check_offload(module: torch.nn.Module, group: Group, config: Config, dtypes:
 
 
 def make_optimizer(
-    given: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None,
-    params: Params | None,
-    module: torch.nn.Module,
-    config: Config,
-    device: torch.device,
+    given: Given, config: Config, policy: Policy, device: torch.device
 ) -> torch.optim.Optimizer | None:
     """The torch optimizer: the given one in place, one from a callable, one from the config, or None.
 
     Raises ConfigError or UnsupportedOptimizerError when it cannot be built, or cannot step on shards.
     """
-    if given is None and config.optimizer.type is None:
+    asked, module, zero = given.optimizer, given.model, config.zero_optimization
+    if asked is None and config.optimizer.type is None:
         return None
-    wanted = list(module.parameters()) if params is None else list(params)
-    if isinstance(given, torch.optim.Optimizer):
-        optimizer = given
-    elif callable(given):
-        optimizer = given(wanted)
-    elif given is None:
-        step_on = (
-            torch.device("cpu") if config.zero_optimization.offload_optimizer.device != "none" else device
-        )
-        if not wanted:
+    params = list(module.parameters() if given.model_parameters is None else given.model_parameters)
+    optimizer: Any = asked
+    if asked is None:
+        if not params:
             return None
-        optimizer = build_optimizer(str(config.optimizer.type), config.optimizer.params, wanted, step_on)
-    else:
-        raise ConfigError(
-            "initialize: optimizer",
-            expected="a torch.optim.Optimizer or a callable that takes the parameters",
-            found=type(given).__name__,
-            fix="pass one of these, or name an optimizer in the config",
-        )
+        step_on = torch.device("cpu") if zero.offload_optimizer.device != "none" else device
+        optimizer = build_optimizer(str(config.optimizer.type), config.optimizer.params, params, step_on)
+    elif callable(asked) and not isinstance(asked, torch.optim.Optimizer):
+        optimizer = asked(params)
     if not isinstance(optimizer, torch.optim.Optimizer):
+        # The object given, or what the callable made of the parameters.
+        called = callable(asked)
         raise ConfigError(
-            "initialize: optimizer returned, when it was called, no optimizer",
-            expected="a torch.optim.Optimizer",
+            "initialize: optimizer" + (" returned, when it was called, no optimizer" if called else ""),
+            expected="a torch.optim.Optimizer"
+            + ("" if called else " or a callable that takes the parameters"),
             found=type(optimizer).__name__,
-            fix="return one from the callable",
+            fix="return one from the callable"
+            if called
+            else "pass one of these, or name an optimizer in the config",
         )
     check_params(optimizer, module)
-    kind = require_shardable(optimizer, config.zero_optimization.stage, config.zero_allow_untested_optimizer)
-    if kind != "elementwise" and policy_of(config).optimizer_place is Place.FILE:
+    kind = require_shardable(optimizer, zero.stage, config.zero_allow_untested_optimizer)
+    if kind != "elementwise" and policy.optimizer_place is Place.FILE:
         raise UnsupportedOptimizerError(
             f"{type(optimizer).__name__} cannot step piece by piece on files",
             expected="an elementwise optimizer (AdamW, SGD, Lion, ...)",
             fix="set zero_optimization.offload_optimizer.device to 'cpu', or use such an optimizer",
         )
     if isinstance(optimizer, Communicates):
-        optimizer.check_stage(config.zero_optimization.stage)
+        optimizer.check_stage(zero.stage)
         tie_plans: Any = getattr(module, "tie_plans", list)
-        ties = tie_plans()
-        optimizer.check_ties([plan.key for plan, _, _ in ties if len(plan.ranks) > 1])
+        optimizer.check_ties([plan.key for plan, _, _ in tie_plans() if len(plan.ranks) > 1])
         schedule = config.scheduler.params or {}
         optimizer.check_run(schedule.get("total_num_steps"), schedule.get("warmup_num_steps"))
     return optimizer

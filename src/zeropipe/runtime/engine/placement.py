@@ -1,18 +1,21 @@
-"""Puts a model where it trains: this rank's device, the dtypes of the run, and at first everywhere rank 0's values."""
+"""Where a model trains: which ranks share it, their devices and dtypes, and at first everywhere rank 0's values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
 
 from zeropipe.comm.collectives import all_reduce, broadcast
-from zeropipe.comm.group import Group
+from zeropipe.comm.group import SELF, Group, from_process_group, world
 from zeropipe.config.schema import Config
-from zeropipe.errors import UsageError
+from zeropipe.errors import ConfigError, UsageError
 from zeropipe.runtime.zero.param import is_sharded, is_trained
+from zeropipe.runtime.zero.replication import Replication, replicated, shard_size, with_hops
 from zeropipe.tensor.model import (
     HALVES,
     buffers_of_weights,
@@ -24,6 +27,106 @@ from zeropipe.tensor.model import (
 )
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def data_parallel_group(mpu: Any, mesh: Any) -> Group:
+    """The ranks that hold replicas of this rank's part of the model: from ``mpu``, a device mesh, or all."""
+    own = getattr(mpu, "data_group", None)
+    if isinstance(own, Group):
+        return own
+    if mpu is not None:
+        return from_process_group(mpu.get_data_parallel_group())
+    if mesh is not None and hasattr(mesh, "get_group"):
+        pair = _mesh_pair(mesh)
+        if pair is not None:
+            both = world() if mesh.size() == world().size else mesh[pair]._flatten().get_group()
+            return both if isinstance(both, Group) else from_process_group(both)
+        names = mesh.mesh_dim_names or ()
+        if "data_parallel" not in names and mesh.ndim > 1:
+            raise ConfigError(
+                "initialize: mesh_param",
+                expected="an axis named 'data_parallel', or two whose names end in 'replicate' and 'shard'",
+                found=f"axes {names} of sizes {tuple(mesh.shape)}",
+                fix="name the mesh's axes: init_device_mesh(..., mesh_dim_names=('data_parallel', ...))",
+            )
+        return from_process_group(mesh.get_group("data_parallel" if "data_parallel" in names else 0))
+    return world()
+
+
+def replication(config: Config, group: Group, mesh: Any) -> Replication:
+    """Which ranks of ``group`` share one copy of the shards at stage 3, from the config or a 2-D mesh; collective."""
+    zero = config.zero_optimization
+    if zero.stage != 3:
+        return Replication(group)
+    size = shard_size(zero)
+    pair = None if mesh is None or not hasattr(mesh, "get_group") else _mesh_pair(mesh)
+    if pair is not None:
+        replicas, shard = (from_process_group(mesh.get_group(name)) for name in pair)
+        if size is not None and size != shard.size:
+            raise ConfigError(
+                "config key 'zero_optimization.mics_shard_size' and the device mesh differ",
+                expected=f"{shard.size}, as the mesh's axis {pair[1]!r}",
+                found=size,
+                fix="remove the key, or make the mesh of that shape",
+            )
+        return Replication(with_hops(shard) if zero.mics_hierarchical_params_gather else shard, replicas)
+    return replicated(group, zero)
+
+
+def _mesh_pair(mesh: Any) -> tuple[str, str] | None:
+    """The names of a mesh's axes for replicas and for shards; None where it has no such two."""
+    names = mesh.mesh_dim_names or ()
+    found = [next((n for n in names if n.endswith(end)), None) for end in ("replicate", "shard")]
+    return (found[0], found[1]) if found[0] is not None and found[1] is not None else None
+
+
+def model_parts(
+    module: torch.nn.Module, mpu: Any
+) -> tuple[Group, Callable[[torch.nn.Parameter], bool] | None]:
+    """The ranks that hold the other parts of this replica, and which parameters count here in a norm over them.
+
+    Parts are pipeline stages and tensor-parallel slices. A parameter that several ranks hold whole counts on one of
+    them: a slice is marked by ``param.tensor_model_parallel`` (or ``model_parallel``); of tied weights the
+    module's ``is_tied_copy`` knows which are copies.
+    """
+    if mpu is None:
+        return SELF, None
+    group = getattr(mpu, "model_group", None)
+    if not isinstance(group, Group):
+        pg = mpu.get_model_parallel_group() if hasattr(mpu, "get_model_parallel_group") else None
+        group = SELF if pg is None else from_process_group(pg)
+    if group.size == 1:
+        return SELF, None
+    slice_rank = next(
+        (
+            int(getattr(mpu, name)())
+            for name in (
+                "get_slice_parallel_rank",
+                "get_tensor_model_parallel_rank",
+                "get_model_parallel_rank",
+            )
+            if hasattr(mpu, name)
+        ),
+        0,
+    )
+    is_copy = getattr(module, "is_tied_copy", lambda param: False)
+
+    def counts(param: torch.nn.Parameter) -> bool:
+        sliced = getattr(param, "tensor_model_parallel", False) or getattr(param, "model_parallel", False)
+        return (sliced or slice_rank == 0) and not is_copy(param)
+
+    return group, counts
+
+
+def pick_device(args: Any = None) -> torch.device:
+    """This rank's GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = getattr(args, "device_rank", None)
+    local = getattr(args, "local_rank", None) if local is None else local
+    if local is None or local < 0:
+        local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    return torch.device("cuda", local)
 
 
 @dataclass(frozen=True, slots=True)
