@@ -15,7 +15,6 @@ import zeropipe
 from tests.helpers.data import token_batch
 from tests.helpers.models import NastyModel, build
 from tests.helpers.train import config
-from zeropipe.comm import agree
 from zeropipe.comm.record import record
 import zeropipe.runtime.engine.build
 

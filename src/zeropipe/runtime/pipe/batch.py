@@ -16,10 +16,42 @@ import torch
 from zeropipe.comm.collectives import all_gather_object, all_reduce
 from zeropipe.comm.group import world
 from zeropipe.errors import CommunicationError, UsageError
+from zeropipe.runtime.dataloader import RepeatingLoader
 from zeropipe.runtime.pipe.topology import PipelineParallelGrid
 from zeropipe.runtime.pipe.wire import map_tensors
 
 LossFn = Callable[..., Any]
+
+
+class Data:
+    """Where a pipeline's micro-batches come from, as users set it, and what makes ``(inputs, labels)`` of each."""
+
+    def __init__(self, loader: Callable[[], Any]) -> None:
+        self._loader = loader  # the engine's training data, asked when it is needed
+        self._iterator: Iterator[Any] | None = None
+        self.batch_fn: Callable[[Any], Any] | None = None
+
+    def take(self, iterator: Iterator[Any] | None) -> None:
+        """``iterator`` from now on; None: the loader, from its begin."""
+        self._iterator = iterator
+
+    def convert(self, batch_fn: Callable[[Any], Any]) -> None:
+        self.batch_fn = batch_fn
+
+    def iterator(self, given: Iterator[Any] | None) -> Iterator[Any]:
+        """The one of a batch: what its caller gave, else what was set, else the loader again and again."""
+        if given is not None:
+            return given
+        if self._iterator is None:
+            loader = self._loader()
+            if loader is None:
+                raise UsageError(
+                    "train_batch has no data",
+                    fix="pass train_batch(data_iter), call engine.set_dataiterator, or give training_data "
+                    "to initialize",
+                )
+            self._iterator = RepeatingLoader(loader)
+        return self._iterator
 
 
 class Batch:

@@ -14,11 +14,10 @@ import torch
 from zeropipe.comm.agreement import agree
 from zeropipe.comm.collectives import all_gather_object, barrier
 from zeropipe.errors import UsageError
-from zeropipe.runtime.dataloader import RepeatingLoader
 from zeropipe.runtime.engine.engine import DeepSpeedEngine
 from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.engine.stages import stage_table
-from zeropipe.runtime.pipe.batch import Batch, Outcome, Settlement
+from zeropipe.runtime.pipe.batch import Batch, Data, Outcome, Settlement
 from zeropipe.runtime.pipe.executor import Executor, Stage
 from zeropipe.runtime.pipe.instructions import Schedule
 from zeropipe.runtime.pipe.lowering import Unshard, with_sharding, with_transfers
@@ -26,6 +25,23 @@ from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.schedule import make_schedule
 from zeropipe.runtime.pipe.simulate import Event, simulate
+from zeropipe.runtime.pipe.topology import PipelineParallelGrid
+
+# What one module has and a pipeline has not, as it runs whole batches, and what to call instead.
+_INSTEAD = {
+    "forward": "train_batch(data_iter), or eval_batch(data_iter, return_logits=True)",
+    "backward": "train_batch(data_iter)",
+    "step": "train_batch(data_iter)",
+}
+
+
+def _refused(call: str, instead: str) -> Any:
+    def refuse(engine: PipelineEngine, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UsageError(
+            f"engine.{call}() does not exist for a pipeline", fix=f"call engine.{instead} instead"
+        )
+
+    return refuse
 
 
 class PipelineEngine(DeepSpeedEngine):
@@ -51,8 +67,7 @@ class PipelineEngine(DeepSpeedEngine):
         self._mailbox = Mailbox(self.grid.links, self.device, module.dynamic_shape)
         self._eval_mailbox = Mailbox(self.grid.links, self.device, module.dynamic_shape)
         self._executor: Executor | None = None
-        self._iterator: Iterator[Any] | None = None
-        self._batch_fn: Callable[[Any], Any] | None = None
+        self._data = Data(lambda: self.training_dataloader)
         if self._sharded is not None:
             # The schedule says when a stage is gathered; gathering each layer by itself would only cost messages.
             self._sharded.hooks.remove()
@@ -176,45 +191,28 @@ class PipelineEngine(DeepSpeedEngine):
 
     def pipeline_events(self) -> list[Event]:
         """What every rank of this pipeline did in the latest batch, in seconds from the first step; collective."""
-        barrier(self.grid.pipe_group, label="timeline")
-        clock = time.perf_counter()  # the same moment on every rank: aligns the clocks of several machines
-        mine = [] if self._executor is None else self._executor.events
-        everyone = all_gather_object((clock, mine), self.grid.pipe_group, label="timeline")
-        begin = min((e.start - at for at, events in everyone for e in events), default=0.0)
-        return [
-            Event(e.rank, e.step, e.start - at - begin, e.end - at - begin)
-            for at, events in everyone
-            for e in events
-        ]
+        return _together([] if self._executor is None else self._executor.events, self.grid)
 
     def pipeline_timeline(self, path: str | os.PathLike[str]) -> list[Event]:
         """Write the latest batch as a picture (PNG, SVG) or a browser's trace (JSON); collective.
 
         It is drawn as ``zeropipe pipe plan`` draws a plan. Returns the events.
         """
-        from zeropipe.runtime.pipe.picture import chrome_trace, draw
-
-        events = self.pipeline_events()
-        if self.grid.global_rank == 0:
-            ranks = self.grid.pipe_parallel_size
-            if str(path).endswith(".json"):
-                Path(path).write_text(chrome_trace(events, ranks, microseconds=1e6))
-            else:
-                draw(events, ranks, path, f"{self.schedule.name}, measured", unit="seconds")
-        return events
+        return _drawn(self.pipeline_events(), self.grid, self.schedule.name, path)
 
     # What users set and ask.
 
     def set_dataiterator(self, iterator: Iterator[Any]) -> None:
         """Where ``train_batch()`` without an argument takes its batches from."""
-        self._iterator = iterator
+        self._data.take(iterator)
 
     def set_dataloader(self, loader: Any) -> None:
-        self.training_dataloader, self._iterator = loader, None
+        self.training_dataloader = loader
+        self._data.take(None)
 
     def set_batch_fn(self, fn: Callable[[Any], Any]) -> None:
         """``fn(batch)`` makes ``(inputs, labels)`` of what the iterator yields."""
-        self._batch_fn = fn
+        self._data.convert(fn)
 
     def set_has_attention_mask(self, value: bool) -> None:
         """Accepted for callers that say it: any tensors may travel with the activations."""
@@ -248,20 +246,9 @@ class PipelineEngine(DeepSpeedEngine):
     def stage_id(self) -> int:
         return self.grid.stage_id
 
-    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """A pipeline runs whole batches: see `train_batch` and `eval_batch`."""
-        self._refuse("forward()", "train_batch(data_iter), or eval_batch(data_iter, return_logits=True)")
-
-    def backward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse("backward()", "train_batch(data_iter)")
-
-    def step(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse("step()", "train_batch(data_iter)")
+    forward, backward, step = (_refused(call, instead) for call, instead in _INSTEAD.items())
 
     # Inside.
-
-    def _refuse(self, call: str, instead: str) -> NoReturn:
-        raise UsageError(f"engine.{call} does not exist for a pipeline", fix=f"call engine.{instead} instead")
 
     def _runner(self, stage: int) -> Callable[[Any], Any]:
         return lambda value: self.module.run_stage(stage, value)
@@ -286,24 +273,10 @@ class PipelineEngine(DeepSpeedEngine):
         return made
 
     def _batch(self, iterator: Iterator[Any] | None, count: int, **given: Any) -> Batch:
-        source = partial(self._source, iterator)
-        return Batch(count, source, self.device, self.module.loss_fn, self._batch_fn, **given)
-
-    def _source(self, iterator: Iterator[Any] | None) -> Iterator[Any] | None:
-        """Where this rank's micro-batches come from; None where it needs none."""
-        if not (self.is_first_stage() or self.is_last_stage()):
-            return None
-        if iterator is None:
-            if self._iterator is None:
-                if self.training_dataloader is None:
-                    raise UsageError(
-                        "train_batch has no data",
-                        fix="pass train_batch(data_iter), call engine.set_dataiterator, or give training_data "
-                        "to initialize",
-                    )
-                self._iterator = RepeatingLoader(self.training_dataloader)
-            iterator = self._iterator
-        return iterator
+        # A rank between the two ends needs no data, and its program may have none.
+        ends = self.is_first_stage() or self.is_last_stage()
+        source = partial(self._data.iterator, iterator) if ends else lambda: None
+        return Batch(count, source, self.device, self.module.loss_fn, self._data.batch_fn, **given)
 
     def _run(self, executor: Executor, batch: Batch) -> BaseException | None:
         """Run a batch; what has failed, if the ranks may still agree on it."""
@@ -355,3 +328,30 @@ def _joined(outputs: list[Any]) -> Any:
     if tensors and len({one.shape[1:] for one in outputs}) == 1:
         return torch.cat(outputs)
     return outputs
+
+
+def _together(mine: list[Event], grid: PipelineParallelGrid) -> list[Event]:
+    """Every rank's events in one time; collective."""
+    barrier(grid.pipe_group, label="timeline")
+    clock = time.perf_counter()  # the same moment on every rank: aligns the clocks of several machines
+    everyone = all_gather_object((clock, mine), grid.pipe_group, label="timeline")
+    begin = min((e.start - at for at, events in everyone for e in events), default=0.0)
+    return [
+        Event(e.rank, e.step, e.start - at - begin, e.end - at - begin)
+        for at, events in everyone
+        for e in events
+    ]
+
+
+def _drawn(
+    events: list[Event], grid: PipelineParallelGrid, name: str, path: str | os.PathLike[str]
+) -> list[Event]:
+    from zeropipe.runtime.pipe.picture import chrome_trace, draw
+
+    if grid.global_rank == 0:
+        ranks = grid.pipe_parallel_size
+        if str(path).endswith(".json"):
+            Path(path).write_text(chrome_trace(events, ranks, microseconds=1e6))
+        else:
+            draw(events, ranks, path, f"{name}, measured", unit="seconds")
+    return events
