@@ -149,5 +149,5 @@ def test_repeating_loader():
     resumed = RepeatingLoader(build_dataloader(Numbers(3), 2, shuffle=False))
     resumed.load_state_dict(loader.state_dict())
     assert next(resumed).tolist() == [2]
-    with pytest.raises(UsageError, match="yields nothing"):
+    with pytest.raises(UsageError, match="gives no micro-batch"):
         next(iter(RepeatingLoader([])))
