@@ -36,7 +36,7 @@ from zeropipe.runtime.engine.placement import (
 from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
 from zeropipe.runtime.pipe.module import PipelineModule
-from zeropipe.runtime.zero.gather.parameter_offload import ParameterOffload
+from zeropipe.runtime.zero.gather.hooks import ParameterOffload
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel, Sharding
 from zeropipe.runtime.zero.hold.offload import Offload, check_folders
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
