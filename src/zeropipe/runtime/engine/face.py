@@ -62,6 +62,10 @@ class Face(torch.nn.Module):
         return self._parts.mpu
 
     @property
+    def collate_fn(self) -> Any:
+        return self._parts.collate_fn
+
+    @property
     def config(self) -> dict[str, Any]:
         """The configuration as it was given: the same dict."""
         return self._parts.config.raw
@@ -284,6 +288,10 @@ class Face(torch.nn.Module):
     def wait_for_checkpoint(self) -> None:
         """Return when an asynchronous save has written this rank's files. Raises its CheckpointError."""
         self.checkpoints.saver.wait()
+
+    def raise_failed_save(self) -> None:
+        """Raise on every rank alike what an asynchronous save has failed with; costs nothing without one."""
+        self.checkpoints.saver.raise_pending()
 
     # Its memory.
 
