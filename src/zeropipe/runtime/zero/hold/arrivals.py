@@ -22,6 +22,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,26 @@ from zeropipe.comm.collectives import all_gather_object
 from zeropipe.comm.group import Group
 from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.tensor.norms import NonFinite, all_finite, earliest
+
+
+class Phase(Enum):
+    """What may be done with the window's gradients now.
+
+    IDLE --a backward begins--> ADDING or REDUCING --it ends--> IDLE --a step begins--> IN_USE --it is over--> IDLE
+    """
+
+    IDLE = "between backwards"
+    ADDING = "a pass, whose gradients stay on their rank"
+    REDUCING = "a pass, whose buckets leave as they are complete"
+    IN_USE = "a step has begun to use them: none may be added"
+
+
+NEXT_PHASES = {
+    Phase.IDLE: {Phase.ADDING, Phase.REDUCING, Phase.IN_USE},
+    Phase.ADDING: {Phase.IDLE},
+    Phase.REDUCING: {Phase.IDLE},
+    Phase.IN_USE: {Phase.IDLE},
+}
 
 
 class Taker(Protocol):

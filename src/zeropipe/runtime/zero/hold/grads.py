@@ -15,10 +15,11 @@ from math import prod
 import torch
 
 from zeropipe.comm.collectives import Work, all_reduce, reduce_to_owners
+from zeropipe.comm.group import Group
 from zeropipe.layout.buckets import Bucket, Span
 from zeropipe.runtime.zero.hold.offload import HostCopies
 from zeropipe.runtime.zero.hold.partition import Partition
-from zeropipe.runtime.zero.hold.policy import Policy
+from zeropipe.runtime.zero.hold.policy import Place, Policy
 from zeropipe.runtime.zero.hold.shown import Change, Shown
 from zeropipe.runtime.zero.hold.values import ALONE_NUMEL, Move
 from zeropipe.runtime.zero.param import REDUCE
@@ -275,6 +276,20 @@ class GradStore:
             return
         for index in self.seen:
             self.shown.view(index, self._views[index])
+
+    def average_over(self, replicas: Group) -> None:
+        """Average the shard over ``replicas``, which hold the same. Averaged terms and new ones may be mixed: the
+        former are alike on all of them."""
+        if replicas.size == 1:
+            return
+        paged = self.policy.optimizer_place is Place.FILE
+        shard, dtype = self.shard, self.policy.reduce_dtype or self.dtype
+        for part in shard.split(self.policy.sub_group_numel if paged else max(shard.numel(), 1)):
+            wire = part.to(self.partition.device, dtype)
+            all_reduce(wire, replicas, op="avg", label="gradients of replicas")
+            if wire is not part:
+                part.copy_(wire)
+            self.let_go(part)
 
     def settle(self) -> None:
         """A pass that reduces is over: a whole buffer holds averages."""

@@ -80,12 +80,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._given = [list(param_group["params"]) for param_group in optimizer.param_groups]
         self._dormant: list[tuple[int, torch.nn.Parameter]] = []  # frozen: (param group, parameter)
         watch = Watch(group, micro_step) if options.scaler is not None else None
-        self.reducer = Reducer(policy, is_boundary, watch, options.replicas)
-        self.reducer.before_clear = self._give_up_step
+        self._own = own = bind(optimizer, policy.stage, group)
+        keeps_own = (lambda: False) if own is None else own.wants_local_gradients
+        self.reducer = Reducer(policy, is_boundary, watch, options.replicas, keeps_own, self._give_up_step)
         install_zero_grad(optimizer, self.reducer)
-        self._own = bind(optimizer, policy.stage, group)
-        if self._own is not None:
-            self.reducer.keeps_own = self._own.wants_local_gradients
         kind = classify(optimizer)
         self._stepping = Stepping(optimizer, kind == "elementwise", self.offload.pages_state)
         self._progress: _Progress | None = None  # of a step that is under way, or raised
@@ -220,7 +218,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             progress.update = self._stepping.own_update(self._own, self.reducer.stores, factor)
         else:
             progress.update = self._stepping.update(self.reducer.stores, factor, unused)
-        self.reducer.in_update = True
+        self.reducer.use()
         return True
 
     def _survey(self, awake: int = 0) -> Figures:
@@ -233,7 +231,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _end_step(self) -> None:
         self._progress = None
-        self.reducer.in_update = False
+        self.reducer.unuse()
 
     def forget_step(self) -> None:
         """Give up a step that raised, whatever it has changed: what it would have written is about to be replaced."""

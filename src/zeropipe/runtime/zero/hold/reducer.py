@@ -20,14 +20,21 @@ from typing import Protocol
 
 import torch
 
-from zeropipe.comm.collectives import Work, all_reduce, broadcast
+from zeropipe.comm.collectives import Work, broadcast
 from zeropipe.comm.group import SELF, Group
 from zeropipe.errors import UsageError
 from zeropipe.layout.buckets import Bucket, Key, launch_order
-from zeropipe.runtime.zero.hold.arrivals import Arrivals, Ending, Watch, at_end_of_backward
+from zeropipe.runtime.zero.hold.arrivals import (
+    NEXT_PHASES,
+    Arrivals,
+    Ending,
+    Phase,
+    Watch,
+    at_end_of_backward,
+)
 from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.partition import Partition
-from zeropipe.runtime.zero.hold.policy import Place, Policy
+from zeropipe.runtime.zero.hold.policy import Policy
 from zeropipe.runtime.zero.leaf import z3_leaf_parameter
 
 _BUCKETS_PER_PASS = 2**24  # more than there are
@@ -59,7 +66,8 @@ class Reducer:
 
     ``is_boundary`` tells, when a pass begins, whether an optimizer step follows it. ``watch`` sees every local
     gradient before it is reduced. ``replicas``: the ranks that hold this rank's very shards (MiCS); their
-    gradients are averaged once, when the window ends.
+    gradients are averaged once, when the window ends. ``keeps_own``: whether the window's gradients stay on their rank,
+    for an optimizer that exchanges something else. ``before_clear`` may refuse that gradients are forgotten.
     """
 
     def __init__(
@@ -68,44 +76,49 @@ class Reducer:
         is_boundary: Callable[[], bool],
         watch: Watch | None = None,
         replicas: Group = SELF,
+        keeps_own: Callable[[], bool] = lambda: False,
+        before_clear: Callable[[], None] = lambda: None,
     ) -> None:
         self.policy = policy
         self.watch = watch
         self.replicas = replicas
-        self._apart = False  # replicas hold different averages
         self.is_boundary = is_boundary
-        # Whether the window's gradients stay on their rank, for an optimizer that exchanges something else.
-        self.keeps_own: Callable[[], bool] = lambda: False
-        # What gradients that nobody scaled for this optimizer must be multiplied by; asked as a pass begins.
-        self.missing_factor: Callable[[], float] = lambda: 1.0
-        self.at_boundary: Callable[[], None] = _nothing  # collective; called once the window is reduced
+        self.keeps_own = keeps_own
+        self._before_clear = before_clear
         self.stores: list[GradStore] = []
-        self.passes = 0  # finished ones, ever
-        self._reduced_passes = 0  # of them
-        self._window_start = 0  # passes when the window began
         self.arrivals = Arrivals(self)
-        self.conductor: Conductor | None = None  # stage 3 sets it
-        self._order: list[_Open] = []  # the current pass's buckets, in launch order
-        self._place: dict[tuple[int, int], _Open] = {}  # (id of the store, parameter) -> its bucket
-        self._next = 0  # the first bucket of _order that is not launched
-        self._in_flight: deque[Work] = deque()
-        self._waited = 0  # buckets of the pass that are reduced
-        self._common = 0  # stage 3: buckets of the pass that every rank is known to have launched
-        self._complete: list[Key] = []  # buckets of the pass in the order in which they became so
-        self._learned: tuple[Key, ...] = ()  # the same on rank 0 in an earlier pass
-        self._open = False
-        self._reducing = False
+
+        # Set by who needs it, once: what gradients that nobody scaled for this optimizer must be multiplied by, asked
+        # as a pass begins; what is called, collectively, once a window is reduced; and stage 3's order among gathers.
+        self.missing_factor: Callable[[], float] = lambda: 1.0
+        self.at_boundary: Callable[[], None] = lambda: None
+        self.conductor: Conductor | None = None
+
+        # The window: what happened since the last step.
+        self._phase = Phase.IDLE
+        self.passes = 0  # finished ones, ever
+        self._window_start = 0  # passes when the window began
+        self._owes = True  # something may not have been reduced yet; the same on all ranks
+        self._apart = False  # replicas hold different averages
+        self._broken = ""  # the backward that raised
+
+        # The pass in progress, and how it was begun: a plain backward says by itself when it ends.
+        self._begun = 0  # passes, ever
         self._local_only = False
         self._explicit = False
-        self._begun = 0  # passes, ever
-        self._missing = 1.0  # factor of what arrives in the current pass
-        self._ending: weakref.ref[Ending] | None = (
-            None  # of the backward that opened the pass, if it was a plain one
-        )
-        self._broken = ""  # the backward of this window that raised
-        self.in_update = False  # a step has begun to use the gradients
-        self.before_clear: Callable[[], None] = lambda: None  # may refuse it
-        self._owes = True  # something of the window may not have been reduced yet; the same on all ranks
+        self._missing = 1.0  # factor of what arrives
+        self._ending: weakref.ref[Ending] | None = None  # of a plain backward
+
+        # Its buckets, in launch order; more than two on their way would hold more gradients than they hide.
+        self._order: list[_Open] = []
+        self._place: dict[tuple[int, int], _Open] = {}  # (id of the store, parameter) -> its bucket
+        self._next = 0  # the first that is not launched
+        self._in_flight: deque[Work] = deque()
+        self._waited = 0  # how many are reduced
+        self._common = 0  # stage 3: how many every rank is known to have launched
+        self._complete: list[Key] = []  # in the order in which they became so
+        self._learned: tuple[Key, ...] = ()  # the same on rank 0 in an earlier pass
+        self._reduced_passes = 0  # that reduced, ever: ranks share those
 
     @property
     def window_is_empty(self) -> bool:
@@ -115,7 +128,7 @@ class Reducer:
     @property
     def progress(self) -> int:
         """A number that grows with each bucket launched, over all passes that reduce: ranks share those."""
-        return self._reduced_passes * _BUCKETS_PER_PASS + (self._next if self._open and self._reducing else 0)
+        return self._reduced_passes * _BUCKETS_PER_PASS + (self._next if self._phase is Phase.REDUCING else 0)
 
     def reached_by_all(self, progress: int) -> None:
         """Every rank has come as far as ``progress``, then or since."""
@@ -123,6 +136,24 @@ class Reducer:
         if passes == self._reduced_passes:
             self._common = max(self._common, launched)
             self._wait_down_to(_MAX_IN_FLIGHT)
+
+    @property
+    def _open(self) -> bool:
+        """Whether a pass is in progress."""
+        return self._phase in (Phase.ADDING, Phase.REDUCING)
+
+    def _turn(self, to: Phase) -> None:
+        assert to in NEXT_PHASES[self._phase], f"{self._phase} cannot become {to}"
+        self._phase = to
+
+    def use(self) -> None:
+        """A step begins to use the gradients: until ``unuse`` no backward may add to them."""
+        self._turn(Phase.IN_USE)
+
+    def unuse(self) -> None:
+        """It is over, or given up; nothing to do where none has begun."""
+        if self._phase is Phase.IN_USE:
+            self._turn(Phase.IDLE)
 
     def add(self, partition: Partition) -> GradStore:
         """Hook the partition's parameters and return the store of their gradients."""
@@ -185,7 +216,8 @@ class Reducer:
         if not self._open:
             return
         self.arrivals.stop()
-        if self._reducing:
+        reduced = self._phase is Phase.REDUCING
+        if reduced:
             # Where it raises the pass is still open: some reductions are under way.
             self._meet("end of backward")
             self._reduced_passes += 1
@@ -197,10 +229,10 @@ class Reducer:
             for store in self.stores:
                 store.settle()
         for store in self.stores:
-            store.show(self._reducing)
-        self._open = False
-        self._owes = not self._reducing
-        self._apart = self._apart or self._reducing
+            store.show(reduced)
+        self._turn(Phase.IDLE)
+        self._owes = not reduced
+        self._apart = self._apart or reduced
         self.passes += 1
 
     def finish_window(self) -> None:
@@ -216,25 +248,10 @@ class Reducer:
             self._begin(force=True)
             self.finish_pass()
         if self._apart:
-            self._average_replicas()
+            for store in self.stores:
+                store.average_over(self.replicas)
             self._apart = False
         self.at_boundary()
-
-    def _average_replicas(self) -> None:
-        """Average each shard over its replicas. Averaged terms and new ones may be mixed: the former are alike."""
-        if self.replicas.size == 1:
-            return
-        paged = self.policy.optimizer_place is Place.FILE
-        for store in self.stores:
-            shard = store.shard
-            dtype = self.policy.reduce_dtype or shard.dtype
-            device = store.partition.params[0].device
-            for part in shard.split(self.policy.sub_group_numel if paged else max(shard.numel(), 1)):
-                wire = part.to(device, dtype)
-                all_reduce(wire, self.replicas, op="avg", label="gradients of replicas")
-                if wire is not part:
-                    part.copy_(wire)
-                store.let_go(part)
 
     def reduce_late(self, store: GradStore) -> None:
         """Reduce the window's gradients of a store that was added after them: whole, in ``param.grad``."""
@@ -250,7 +267,7 @@ class Reducer:
 
     def clear(self) -> None:
         """Forget the window's gradients."""
-        self.before_clear()
+        self._before_clear()
         self.settle()
         self._broken = ""
         self._owes = True
@@ -267,13 +284,13 @@ class Reducer:
             return False
         if not self._explicit and not self._ends():
             return False
-        return not self._reducing or index in self._place[id(store), index].waiting
+        return self._phase is Phase.ADDING or index in self._place[id(store), index].waiting
 
     def expect(self, store: GradStore, index: int) -> float:
         """A gradient is about to be added to ``.grad``; returns what it must be multiplied by."""
         if self._open and not self._explicit and not self._ends():
             self.settle()
-        if self._open and self._reducing and index not in self._place[id(store), index].waiting:
+        if self._phase is Phase.REDUCING and index not in self._place[id(store), index].waiting:
             self.finish_pass()  # a second gradient in one pass: re-entrant backward
         self._begin()
         return self._missing
@@ -285,7 +302,7 @@ class Reducer:
         given = grad is not None
         if self.watch is not None and grad is not None:
             self.watch.look(store.partition.names[index], grad)
-        if not self._reducing:
+        if self._phase is not Phase.REDUCING:
             # Where the dtype is the parameter's own, autograd itself adds up a sharded store's gradients.
             if given and (store.keeps_whole or store.dtype != store.partition.dtype):
                 store.accept(index, keep_grad=store.keeps_whole)
@@ -307,14 +324,13 @@ class Reducer:
     def _begin(self, force: bool = False) -> None:
         if self._open:
             return
-        if self.in_update:
+        if self._phase is Phase.IN_USE:
             raise UsageError(
                 "backward: the last step raised before it was done, and its gradients are in use. Fix: call step() "
                 "again, which goes on where it stopped, or zero_grad() to give it up"
             )
         inside = _in_backward()
         self._missing = self.missing_factor() if inside else 1.0
-        self._open = True
         self._begun += 1
         self._ending = None
         if inside and not self._explicit:
@@ -323,10 +339,10 @@ class Reducer:
             self.arrivals.let_through()
         whole = self.stores[0].keeps_whole if self.stores else False
         wanted = force or (not self._local_only and (not whole or self.is_boundary()))
-        self._reducing = wanted and not self.keeps_own()
+        self._turn(Phase.REDUCING if wanted and not self.keeps_own() else Phase.ADDING)
         for store in self.stores:
             store.reopen()
-        if not self._reducing:
+        if self._phase is not Phase.REDUCING:
             return
         if not self._order:
             self._plan()
@@ -383,10 +399,6 @@ class Reducer:
         broadcast(order, 0, store.partition.group, label="order of gradients")
         self._learned = tuple(keys[place] for place in order.tolist() if place >= 0)
         self._order = []
-
-
-def _nothing() -> None:
-    """What most models need at a boundary."""
 
 
 def _in_backward() -> bool:
