@@ -84,6 +84,7 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
             "zeropipe.runtime.zero.gather.init": ("Init",),
             "zeropipe.runtime.zero.leaf": _LEAF,
             "zeropipe.runtime.zero.mics": ("MiCS_Init",),
+            "zeropipe.runtime.zero.partition_parameters": ("zero_wrapper_for_fp_tensor_constructor",),
             "zeropipe.runtime.zero.status": ("ZeroParamStatus", "ZeroParamType"),
             "zeropipe.runtime.zero.tiling": ("TiledLinear", "TiledLinearReturnBias"),
             "zeropipe.runtime.zero.gather.sharded_model": (

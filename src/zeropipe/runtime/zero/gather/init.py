@@ -23,6 +23,7 @@ from zeropipe.comm.group import Group, from_process_group, init_distributed, wor
 from zeropipe.comm.leases import LEASES
 from zeropipe.config.parse import parse_config
 from zeropipe.errors import ConfigError
+from zeropipe.names import lazy
 from zeropipe.runtime.zero.gather.build import Build
 from zeropipe.runtime.zero.gather.module_patch import Framed, ModulePatch
 from zeropipe.runtime.zero.gather.shards import Shards, shards_in
@@ -151,12 +152,13 @@ class Init:
 
     def _constructor(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """What wraps torch's tensor constructors: looked up now, as other libraries replace it."""
-        from zeropipe.runtime.zero import partition_parameters as names
-
-        dtype = self.dtype or torch.get_default_dtype()
-        return lambda function: names.zero_wrapper_for_fp_tensor_constructor(
-            function, target_fp_dtype=dtype, target_device=self.device
+        # Through the table of names: the module that they exchange it in stands above this one.
+        lookup, _ = lazy("zeropipe.runtime.zero")
+        wrap, dtype = (
+            lookup("zero_wrapper_for_fp_tensor_constructor"),
+            self.dtype or torch.get_default_dtype(),
         )
+        return lambda function: wrap(function, target_fp_dtype=dtype, target_device=self.device)  # type: ignore[no-any-return]
 
 
 def _group(given: Any, mpu: Any) -> Group:
