@@ -305,11 +305,11 @@ class PipelineEngine(DeepSpeedEngine):
         except BaseException:
             self._broken = True
             raise
-        if isinstance(found, Outcome):
-            return found
-        mailbox.forget_forms()
-        self.zero_grad()
-        raise found
+        if isinstance(found, BaseException):
+            mailbox.forget_forms()
+            self.zero_grad()
+            raise found
+        return found
 
     def _need_whole(self, call: str) -> None:
         if self._broken:

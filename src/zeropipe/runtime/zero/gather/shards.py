@@ -3,8 +3,8 @@
     at rest     param.data: shape [0]                 own: this rank's shard
     gathered    param.data: a view of ``full``        full: 1D, padded; its storage is resized to 0 on release
 
-The storage object of ``full`` lives on, so a view of it that autograd saved is valid again once the parameter
-has been gathered again. ``status.py`` draws the states between the two.
+The storage object of ``full`` lives on: views of it that autograd saved are valid again after the next gather.
+``status.py`` draws the states between the two.
 """
 
 from __future__ import annotations
@@ -339,8 +339,6 @@ class Shards:
         self.own.renew(self.own.cut(value))
         if self.gathered:
             self.full[: self.numel].copy_(value.detach().reshape(-1))
-
-    # ---- who needs it, and who fetches it when it is met while away ----
 
     def hold(self, need: Need = Need.VALUE) -> Hold:
         """Somebody needs the whole value, until the hold is released; in uses by modules writes are noticed."""

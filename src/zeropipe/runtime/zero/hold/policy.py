@@ -83,3 +83,13 @@ class StepOptions:
     )
     counts: Callable[[torch.nn.Parameter], bool] | None = None  # whether this rank's copy enters the norm
     replicas: Group = SELF  # stage 3: the ranks that hold the same shards as this one (MiCS)
+
+
+class Conductor(Protocol):
+    """Keeps ranks together where they wait for each other in gathers too."""
+
+    def meet(self, what: str) -> None:
+        """Go on when every rank is about to do ``what``."""
+
+    def tell(self, error: BaseException, where: str) -> None:
+        """Let the peers know that this rank will not come."""

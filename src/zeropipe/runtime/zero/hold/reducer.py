@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -34,7 +33,7 @@ from zeropipe.runtime.zero.hold.arrivals import (
 )
 from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.partition import Partition
-from zeropipe.runtime.zero.hold.policy import Policy
+from zeropipe.runtime.zero.hold.policy import Conductor, Policy
 from zeropipe.runtime.zero.leaf import z3_leaf_parameter
 
 _BUCKETS_PER_PASS = 2**24  # more than there are
@@ -49,16 +48,6 @@ class _Open:
     store: GradStore
     bucket: Bucket
     waiting: set[int] = field(default_factory=set)
-
-
-class Conductor(Protocol):
-    """Keeps ranks together where they wait for each other in gathers too."""
-
-    def meet(self, what: str) -> None:
-        """Go on when every rank is about to do ``what``."""
-
-    def tell(self, error: BaseException, where: str) -> None:
-        """Let the peers know that this rank will not come."""
 
 
 class Reducer:
