@@ -3,7 +3,7 @@
     share        who takes from whom when a degree changes, for every degree alike
     slice_of     a tensor's slices, by tensor-parallel rank
     unite        whole entries, by pipeline stage
-    merge_state  anything end to end, as users know it
+    merge_state  anything end to end, replicated tensors too: DeepSpeed's public function, kept as users know it
 
 How a tensor is sliced is said by ``universal_checkpoint_info`` where the files carry it, else by Megatron's names. A
 tensor of which neither says it is refused by name where it would have to be cut.
@@ -151,7 +151,9 @@ def merge_state(state_a: Any, state_b: Any, key_list: Sequence[Any] = ()) -> Any
 def slice_of(
     name: str, slices: Sequence[torch.Tensor], index: int, count: int, rules: Mapping[str, Any] | None
 ) -> torch.Tensor:
-    """Rank ``index``'s part of ``count`` of a tensor that ``slices`` make up.
+    """Rank ``index``'s part of ``count`` of a tensor that ``slices`` make up; may be a view of one of them.
+
+    ``rules``: what ``slices.rules_in`` found in the files; None where they carry none.
 
     Raises CheckpointError, with the name, for a tensor that cannot be cut so, or of which nobody says how.
     """
@@ -238,7 +240,7 @@ def _unite_optimizers(left: dict[str, Any], right: dict[str, Any]) -> dict[str, 
         members: list[int] = []
         named: list[str] = []
         group = dict(empty)
-        for side in (right, left):  # the left one's hyperparameters
+        for side in (right, left):  # the left one comes last: its hyperparameters hold
             group |= (side[k.PARAM_GROUPS][index : index + 1] or [empty])[0]
         for side in (left, right):
             own = (side[k.PARAM_GROUPS][index : index + 1] or [empty])[0]

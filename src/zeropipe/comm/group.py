@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # its functions have the world of their import as a default, which they would hold for good
+import torch.distributed.nn  # its functions hold the world of their first import for good: here there is none yet
 
 from zeropipe.errors import ConfigError, UsageError
 from zeropipe.layout.two_hops import TwoHops
@@ -31,10 +31,11 @@ class Group:
     ranks: tuple[int, ...]  # global ranks, in group order
     rank: int  # this process's index in ``ranks``
     # None for a group of one that was never started: every collective on it is the identity. Unlike the address of a
-    # process group that ended, which a new one may get, it also tells two apart.
+    # process group that ended, which a new one may get, it tells two worlds of the same ranks apart; ``==`` does not,
+    # so whoever keeps something for a world compares this too.
     started: weakref.ref[dist.ProcessGroup] | None = field(default=None, compare=False, repr=False)
     backends: tuple[tuple[str, str], ...] = ()  # (device type, backend name)
-    hops: Hops | None = field(default=None, compare=False, repr=False)  # how it gathers, where in two hops
+    hops: Hops | None = field(default=None, compare=False, repr=False)  # None: in one hop
 
     @property
     def pg(self) -> dist.ProcessGroup | None:
@@ -79,6 +80,7 @@ class Hops:
     node: Group  # the ranks of this node
 
 
+# A group of this process alone. Its rank stands for whichever this is, and is not the global one.
 SELF = Group(ranks=(0,), rank=0)
 
 
@@ -178,9 +180,9 @@ def init_distributed(
 
 
 def node_size() -> int:
-    """Ranks on this node, of which each has its own process: torchrun's LOCAL_WORLD_SIZE, 1 where it is not set.
+    """How many ranks share this node: torchrun's LOCAL_WORLD_SIZE, 1 where it is not set.
 
-    Consecutive ranks are a node. Raises ConfigError where the variable is no number.
+    Nodes are assumed to hold consecutive ranks, as torchrun numbers them. Raises ConfigError where the variable is no number.
     """
     found = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not found.isdigit() or int(found) < 1:

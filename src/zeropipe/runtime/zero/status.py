@@ -24,7 +24,7 @@ class ZeroParamStatus(Enum):
 
 
 class State(Enum):
-    """As ``ZeroParamStatus``, with what a parameter that is away shows instead of its value.
+    """As ``ZeroParamStatus``, with what a parameter that is away shows instead of its value::
 
                 start_gather          finish_gather
         AWAY ----------------> INFLIGHT ------------> WHOLE
