@@ -182,7 +182,8 @@ def init_distributed(
 def node_size() -> int:
     """How many ranks share this node: torchrun's LOCAL_WORLD_SIZE, 1 where it is not set.
 
-    Nodes are assumed to hold consecutive ranks, as torchrun numbers them. Raises ConfigError where the variable is no number.
+    Nodes are assumed to hold consecutive ranks, as torchrun numbers them.
+    Raises ConfigError where the variable is no number.
     """
     found = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not found.isdigit() or int(found) < 1:

@@ -46,9 +46,9 @@ class Muon(Optimizer):
     two dims is taken as (first dim, all others).
 
     Which tensors are matrices is said by the param group's ``use_muon``: None takes those with at least two
-    dims, False none (AdamW with ``betas`` and ``eps``), True asserts that all are. Set it to
-    False on embeddings and output heads, which None would take. State: ``momentum_buffer`` where a group has matrices, ``exp_avg`` and
-    ``exp_avg_sq`` where it has others, each with the parameter's shape; ``step``.
+    dims, False none (AdamW with ``betas`` and ``eps``), True asserts that all are. Set it to False on embeddings
+    and output heads, which None would take. State: ``momentum_buffer`` where a group has matrices, ``exp_avg``
+    and ``exp_avg_sq`` where it has others, each with the parameter's shape; ``step``.
 
     Raises ValueError for values out of range; ``step`` raises UsageError for a tensor of fewer than two dims
     under ``use_muon: True``.
@@ -225,10 +225,10 @@ def split_groups(
     """Param groups of matrices only or of others only, in the order given, each with ``use_muon`` set.
 
     ``groups``: tensors, (name, tensor) pairs, or group dicts. A group's own ``use_muon`` wins over a parameter's
-    attribute ``use_muon``, which wins over "at least two dims"; the argument False sends all to AdamW, True is as None (a
-    configuration's ``use_muon: true`` asserts nothing of a bias). Of a
-    group dict that holds both kinds the matrices stay in the very same dict and the others follow in a copy of
-    it. ``muon_lr`` and ``adam_lr`` are the learning rates of groups that give none of their own.
+    attribute ``use_muon``, which wins over "at least two dims"; the argument False sends all to AdamW, True is as
+    None (a configuration's ``use_muon: true`` asserts nothing of a bias). Of a group dict that holds both kinds the
+    matrices stay in the very same dict and the others follow in a copy of it. ``muon_lr`` and ``adam_lr`` are the
+    learning rates of groups that give none of their own.
 
     Raises ConfigError where a group or a parameter asks for Muon and has fewer than two dims.
     """
