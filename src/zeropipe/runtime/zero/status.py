@@ -43,9 +43,23 @@ class State(Enum):
     INFLIGHT = 4
     WHOLE = 5
 
+    # Each gather looks states up in dicts; Enum's own hash is a call in Python, for every one of them.
+    __hash__ = object.__hash__
+
     @property
     def status(self) -> ZeroParamStatus:
         return _STATUS.get(self, ZeroParamStatus.NOT_AVAILABLE)
+
+
+class Need(Enum):
+    """Why somebody holds the whole value."""
+
+    VALUE = "it is read"
+    USE = "a module runs: what it writes is noticed"
+    CONTEXT = "a GatheredParameters is open: that answers for edits"
+    PIN = "of zero.unshard, until zero.reshard"
+
+    __hash__ = object.__hash__  # as State's: counted in every hold
 
 
 _STATUS = {State.INFLIGHT: ZeroParamStatus.INFLIGHT, State.WHOLE: ZeroParamStatus.AVAILABLE}

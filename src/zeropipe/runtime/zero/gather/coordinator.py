@@ -26,8 +26,9 @@ from zeropipe.comm.group import Group
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.gather.edits import join
 from zeropipe.runtime.zero.gather.fetch_plan import Budget, Phase, Recorder, Step, Visit
-from zeropipe.runtime.zero.gather.shards import Hold, Need, Shards
+from zeropipe.runtime.zero.gather.shards import Hold, Shards
 from zeropipe.runtime.zero.param import GATHER
+from zeropipe.runtime.zero.status import Need
 
 # For peers to come to where this rank raised an error, so that it can hand on what they will then wait for.
 PATIENCE = timedelta(seconds=30)

@@ -20,13 +20,14 @@ from zeropipe.runtime.zero.gather.fetch_plan import Budget
 from zeropipe.runtime.zero.gather.hooks import ModelHooks
 from zeropipe.runtime.zero.gather.init import install_apply, remove_apply
 from zeropipe.runtime.zero.gather.parameter import shard_parameter
-from zeropipe.runtime.zero.gather.shards import Need, Shards, shards_in, shards_of
+from zeropipe.runtime.zero.gather.shards import Shards, shards_in, shards_of
 from zeropipe.runtime.zero.gather.state_dict import install_state_dict, remove_state_dict
 from zeropipe.runtime.zero.gather.whole import GatheredParameters
 from zeropipe.runtime.zero.hold.offload import Offload
 from zeropipe.runtime.zero.hold.reducer import Reducer
 from zeropipe.runtime.zero.param import is_trained
 from zeropipe.runtime.zero.replication import Replication
+from zeropipe.runtime.zero.status import Need
 
 # Elements at least (24 MiB of fp32): with less in flight a rank often waits for a peer.
 AUTO_PREFETCH_NUMEL = 3 * 2**21

@@ -14,7 +14,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sized
 from contextlib import AbstractContextManager, suppress
-from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +24,7 @@ from zeropipe.comm.leases import LEASES
 from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.zero.gather.edits import OwnWrites
 from zeropipe.runtime.zero.gather.own_shard import OwnShard, Tell
-from zeropipe.runtime.zero.status import State, ZeroParamStatus, ZeroParamType, check_transition
+from zeropipe.runtime.zero.status import Need, State, ZeroParamStatus, ZeroParamType, check_transition
 
 
 class Face(Protocol):
@@ -62,15 +61,6 @@ class Conductor(Protocol):
         """Keep the value for a graph that reads it later, as long as ``needed`` says that it may."""
 
     def silent(self) -> AbstractContextManager[None]: ...
-
-
-class Need(Enum):
-    """Why somebody holds the whole value."""
-
-    VALUE = "it is read"
-    USE = "a module runs: what it writes is noticed"
-    CONTEXT = "a GatheredParameters is open: that answers for edits"
-    PIN = "of zero.unshard, until zero.reshard"
 
 
 class Hold:
