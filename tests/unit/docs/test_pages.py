@@ -119,3 +119,15 @@ def test_every_file_that_the_architecture_page_names_is_there() -> None:
     assert len(named) > 30
     missing = [name for name in sorted(named) if not any(path.endswith(f"/{name}") for path in there)]
     assert not missing, missing
+
+
+def test_every_file_that_a_file_of_the_package_names_is_there() -> None:
+    """Docstrings and comments send readers to each other, and files move."""
+    there = {path.name for path in (ROOT / "src" / "zeropipe").rglob("*.py")}
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in (ROOT / "src" / "zeropipe").rglob("*.py")
+        for name in re.findall(r"(?<![\w.\"'])([a-z_0-9]+\.py)\b(?![\"'])", path.read_text("utf-8"))
+        if name not in there
+    ]
+    assert not missing, missing

@@ -2,7 +2,7 @@
 
 Such a forward writes to the table, each rank's to the rows of its own batch, so that replicas would part. At the
 boundary every rank takes a row from the first rank that read it; all that did have the same value, as shortening a row
-depends on nothing else. That is what one process makes of all batches. (At stage 3 see ``writes.py``.)
+depends on nothing else. That is what one process makes of all batches. (At stage 3 see ``edits.py``.)
 """
 
 from __future__ import annotations
