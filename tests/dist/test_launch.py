@@ -38,11 +38,11 @@ def test_torchrun_runs_a_script_and_returns_what_it_prints(tmp_path: Path) -> No
 
 def test_a_kill_takes_every_rank_that_torchrun_started(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(600)\n")
+    script.write_text("import os, sys, time\nsys.stdout.write(f'pid {os.getpid()}\\n')\ntime.sleep(600)\n")
     with start([sys.executable, *torchrun_args(script, 2)]) as running:
         assert running.wait_for("pid", 120), running.stderr()
         end = time.monotonic() + 60
-        while running.stdout().count("pid") < 2 and time.monotonic() < end:
+        while running.stdout().count("\n") < 2 and time.monotonic() < end:
             time.sleep(0.05)
         pids = [int(line.split()[1]) for line in running.stdout().splitlines()]
         assert len(pids) == 2

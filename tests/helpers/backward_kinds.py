@@ -5,6 +5,7 @@ Each makes a layer that takes and returns [batch, W]; what its backward calls, i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,9 @@ def kind(name: str) -> Callable[[Callable[[list[Any]], nn.Module]], Callable[[li
         return make
 
     return add
+
+
+_definitions = itertools.count()
 
 
 class Layer(nn.Module):
@@ -168,7 +172,9 @@ def _(seen):
 
 @kind("custom op")
 def _(seen):
-    @torch.library.custom_op("zeropipe_split_test::twice", mutates_args=())
+    # A name of its own: to register a name again frees the earlier operator, and a layer that still
+    # calls that one reads freed memory.
+    @torch.library.custom_op(f"zeropipe_split_test::twice{next(_definitions)}", mutates_args=())
     def twice(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return x @ w
 
