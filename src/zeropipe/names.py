@@ -76,16 +76,16 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
         },
         "zeropipe.runtime.zero": {
             "zeropipe.runtime.zero.description": ("describe",),
-            "zeropipe.runtime.zero.gather.external": (
+            "zeropipe.runtime.zero.gather.whole": ("GatheredParameters",),
+            "zeropipe.runtime.zero.gather.init": ("Init",),
+            "zeropipe.runtime.zero.marks": (
+                *_LEAF,
                 "register_external_parameter",
                 "unregister_external_parameter",
             ),
-            "zeropipe.runtime.zero.gather.whole": ("GatheredParameters",),
-            "zeropipe.runtime.zero.gather.init": ("Init",),
-            "zeropipe.runtime.zero.leaf": _LEAF,
             "zeropipe.runtime.zero.mics": ("MiCS_Init",),
             "zeropipe.runtime.zero.partition_parameters": ("zero_wrapper_for_fp_tensor_constructor",),
-            "zeropipe.runtime.zero.status": ("ZeroParamStatus", "ZeroParamType"),
+            "zeropipe.runtime.zero.param": ("ZeroParamStatus", "ZeroParamType"),
             "zeropipe.runtime.zero.tiling": ("TiledLinear", "TiledLinearReturnBias"),
             "zeropipe.runtime.zero.gather.sharded_model": (
                 "unsharded",
@@ -97,7 +97,7 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
         "zeropipe.utils": {
             "zeropipe.runtime.dataloader": ("RepeatingLoader",),
             "zeropipe.runtime.zero.hold.access": _ACCESS,
-            "zeropipe.runtime.zero.leaf": _LEAF,
+            "zeropipe.runtime.zero.marks": _LEAF,
             "zeropipe.utils.init_on_device": ("OnDevice",),
             "zeropipe.utils.logging": ("log_dist",),
         },

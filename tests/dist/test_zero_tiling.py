@@ -46,7 +46,7 @@ def _train(
     """The whole weight and bias after training, and the most elements that were gathered at one time."""
     import zeropipe
     from zeropipe.runtime.zero.gather.shards import Shards
-    from zeropipe.runtime.zero.status import ZeroParamStatus
+    from zeropipe.runtime.zero.param import ZeroParamStatus
     from zeropipe.utils import safe_get_full_fp32_param
 
     settings = config(3, world, zero_optimization={"stage": 3, **BUDGETS})

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from zeropipe.runtime.zero.hold.access import (
         safe_set_local_optimizer_state as safe_set_local_optimizer_state,
     )
-    from zeropipe.runtime.zero.leaf import get_z3_leaf_modules as get_z3_leaf_modules
-    from zeropipe.runtime.zero.leaf import set_z3_leaf_module as set_z3_leaf_module
-    from zeropipe.runtime.zero.leaf import set_z3_leaf_modules as set_z3_leaf_modules
-    from zeropipe.runtime.zero.leaf import unset_z3_leaf_modules as unset_z3_leaf_modules
-    from zeropipe.runtime.zero.leaf import z3_leaf_module as z3_leaf_module
-    from zeropipe.runtime.zero.leaf import z3_leaf_parameter as z3_leaf_parameter
+    from zeropipe.runtime.zero.marks import get_z3_leaf_modules as get_z3_leaf_modules
+    from zeropipe.runtime.zero.marks import set_z3_leaf_module as set_z3_leaf_module
+    from zeropipe.runtime.zero.marks import set_z3_leaf_modules as set_z3_leaf_modules
+    from zeropipe.runtime.zero.marks import unset_z3_leaf_modules as unset_z3_leaf_modules
+    from zeropipe.runtime.zero.marks import z3_leaf_module as z3_leaf_module
+    from zeropipe.runtime.zero.marks import z3_leaf_parameter as z3_leaf_parameter
     from zeropipe.utils.init_on_device import OnDevice as OnDevice
     from zeropipe.utils.logging import log_dist as log_dist
 

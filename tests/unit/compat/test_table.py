@@ -108,7 +108,7 @@ def test_a_patch_through_the_alias_is_seen_by_zeropipe(deepspeed: ModuleType, mo
 
 def test_pickles_and_isinstance_agree(deepspeed: ModuleType) -> None:
     from zeropipe.runtime.lr_schedules import WarmupLR
-    from zeropipe.runtime.zero.status import ZeroParamStatus
+    from zeropipe.runtime.zero.param import ZeroParamStatus
 
     alias = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus
     assert isinstance(ZeroParamStatus.AVAILABLE, alias)

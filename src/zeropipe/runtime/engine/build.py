@@ -48,7 +48,7 @@ from zeropipe.runtime.zero.hold.policy import (
     StepOptions,
 )
 from zeropipe.runtime.zero.hold.survey import Communicates
-from zeropipe.runtime.zero.leaf import leaf_modules
+from zeropipe.runtime.zero.marks import leaf_modules
 from zeropipe.runtime.zero.param import is_sharded, is_trained
 from zeropipe.runtime.zero.replication import Replication, shard_size
 

@@ -34,8 +34,7 @@ from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.zero.gather.shards import shards_of
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.hold.survey import Communicates
-from zeropipe.runtime.zero.param import is_sharded
-from zeropipe.runtime.zero.status import ZeroParamStatus
+from zeropipe.runtime.zero.param import ZeroParamStatus, is_sharded
 
 _log = logging.getLogger("zeropipe")
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from zeropipe.runtime.zero.gather.shards import shards_of
-from zeropipe.runtime.zero.param import is_trained
-from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
+from zeropipe.runtime.zero.param import ZeroParamStatus, ZeroParamType, is_trained
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 
 from zeropipe.accelerator import get_accelerator
-from zeropipe.runtime.zero.gather.external import register_external_parameter, unregister_external_parameter
 from zeropipe.runtime.zero.gather.init import Init
 from zeropipe.runtime.zero.gather.whole import GatheredParameters
-from zeropipe.runtime.zero.status import ZeroParamStatus, ZeroParamType
+from zeropipe.runtime.zero.marks import register_external_parameter, unregister_external_parameter
+from zeropipe.runtime.zero.param import ZeroParamStatus, ZeroParamType
 
 __all__ = [
     "GatheredParameters",

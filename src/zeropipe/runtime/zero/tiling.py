@@ -18,8 +18,7 @@ from torch import nn
 from zeropipe.errors import UsageError
 from zeropipe.layout.balance import cut_evenly
 from zeropipe.runtime.zero.gather.shards import shards_of
-from zeropipe.runtime.zero.param import zero_param
-from zeropipe.runtime.zero.status import ZeroParamStatus
+from zeropipe.runtime.zero.param import ZeroParamStatus, zero_param
 
 
 class TiledLinear(nn.Module):

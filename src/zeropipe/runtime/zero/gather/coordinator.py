@@ -27,8 +27,7 @@ from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.gather.edits import join
 from zeropipe.runtime.zero.gather.fetch_plan import Budget, Phase, Recorder, Step, Visit
 from zeropipe.runtime.zero.gather.shards import Hold, Shards
-from zeropipe.runtime.zero.param import GATHER
-from zeropipe.runtime.zero.status import Need
+from zeropipe.runtime.zero.param import GATHER, Need
 
 # For peers to come to where this rank raised an error, so that it can hand on what they will then wait for.
 PATIENCE = timedelta(seconds=30)

@@ -22,14 +22,10 @@ from typing import Any, Protocol
 import torch
 
 from zeropipe.runtime.zero.gather.coordinator import Coordinator, Unit, in_backward
-from zeropipe.runtime.zero.gather.external import (
-    external_shards,
-    hide_external_parameters,
-    show_external_parameters,
-)
 from zeropipe.runtime.zero.gather.fetch_plan import Budget
-from zeropipe.runtime.zero.gather.shards import Shards, shards_of
+from zeropipe.runtime.zero.gather.shards import Shards, shards_among, shards_in
 from zeropipe.runtime.zero.gather.unit_hooks import UnitHooks, skip_frames, unless_covered, untraced
+from zeropipe.runtime.zero.marks import externals_of, hide_external_parameters, show_external_parameters
 
 _COMPILED = "_compiled_call_impl"  # in a module's __dict__: what ``module.compile()`` made
 
@@ -84,8 +80,8 @@ class ModelHooks:
 
     def _add(self, module: torch.nn.Module, name: str, force: bool = False) -> None:
         whole = module in self.leaves
-        shards = _direct(module.parameters() if whole else module._parameters.values())
-        shards += external_shards(module)
+        shards = shards_among(module.parameters() if whole else module._parameters.values())
+        shards += shards_among(externals_of(module))
         for one in shards if whole else ():
             one.in_leaf = True
         if shards or force or whole:
@@ -115,11 +111,6 @@ class ModelHooks:
     def _take_off(self) -> None:
         while self.handles:
             self.handles.pop().remove()
-
-
-def _direct(params: Iterable[torch.nn.Parameter | None]) -> list[Shards]:
-    found = (None if param is None else shards_of(param) for param in params)
-    return [shards for shards in found if shards is not None]
 
 
 class CompiledModules:
@@ -210,8 +201,7 @@ class CompiledModules:
         if not inside or alone or any(module is known for known, _ in self.whole):
             return
         if module not in self._units:
-            params = (shards_of(param) for param in module.parameters())
-            shards = [one for one in params if one is not None]
+            shards = shards_in(module)
             self._units[module] = self._hooks.coordinator.add_unit(f"compiled {name}", shards)
         whole = WholeUnit(
             self._hooks.coordinator,
@@ -225,8 +215,7 @@ class CompiledModules:
         self.whole.append((module, whole))
 
     def _numel(self, module: torch.nn.Module) -> int:
-        found = (shards_of(param) for param in module.parameters())
-        return sum(shards.numel for shards in found if shards is not None and not shards.persist)
+        return sum(shards.numel for shards in shards_in(module) if not shards.persist)
 
 
 class WholeUnit(UnitHooks):
@@ -245,8 +234,9 @@ class WholeUnit(UnitHooks):
         self._modules = modules
 
     def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        for shards in (shards for inner in self._modules for shards in external_shards(inner)):
-            self.unit.add(shards)
+        for inner in self._modules:
+            for shards in shards_among(externals_of(inner)):
+                self.unit.add(shards)
         super().before(module, args, kwargs)
         self._cover(True)
 

@@ -14,8 +14,7 @@ import torch
 from zeropipe.comm.collectives import Work, all_gather
 from zeropipe.comm.group import Group
 from zeropipe.layout.flat import FlatShards, flat_shards
-from zeropipe.runtime.zero.param import GATHER
-from zeropipe.runtime.zero.status import ZeroParamType
+from zeropipe.runtime.zero.param import GATHER, ZeroParamType
 
 Tell = Callable[[torch.Tensor], None]
 

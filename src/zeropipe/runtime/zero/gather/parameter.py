@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_leaves
 from zeropipe.comm.group import Group
 from zeropipe.errors import UnavailableParameterError, UsageError
 from zeropipe.runtime.zero.gather.shards import Builder, Shards
-from zeropipe.runtime.zero.param import ZeroParam
-from zeropipe.runtime.zero.status import State, ZeroParamStatus
+from zeropipe.runtime.zero.param import State, ZeroParam, ZeroParamStatus
 
 _DATA: Any = torch.Tensor.data  # type: ignore[misc]  # what reads and sets it without telling anybody
 

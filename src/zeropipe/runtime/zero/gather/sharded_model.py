@@ -15,7 +15,6 @@ from zeropipe.comm.leases import LEASES
 from zeropipe.errors import UsageError
 from zeropipe.layout.flat import flat_shards
 from zeropipe.runtime.zero.gather.coordinator import Coordinator
-from zeropipe.runtime.zero.gather.external import hide_external_parameters
 from zeropipe.runtime.zero.gather.fetch_plan import Budget
 from zeropipe.runtime.zero.gather.hooks import ModelHooks
 from zeropipe.runtime.zero.gather.init import install_apply, remove_apply
@@ -25,9 +24,9 @@ from zeropipe.runtime.zero.gather.state_dict import install_state_dict, remove_s
 from zeropipe.runtime.zero.gather.whole import GatheredParameters
 from zeropipe.runtime.zero.hold.offload import Offload
 from zeropipe.runtime.zero.hold.reducer import Reducer
-from zeropipe.runtime.zero.param import is_trained
+from zeropipe.runtime.zero.marks import hide_external_parameters
+from zeropipe.runtime.zero.param import Need, is_trained
 from zeropipe.runtime.zero.replication import Replication
-from zeropipe.runtime.zero.status import Need
 
 # Elements at least (24 MiB of fp32): with less in flight a rank often waits for a peer.
 AUTO_PREFETCH_NUMEL = 3 * 2**21

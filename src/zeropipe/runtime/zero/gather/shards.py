@@ -4,7 +4,7 @@
     gathered    param.data: a view of ``full``        full: 1D, padded; its storage is resized to 0 on release
 
 The storage object of ``full`` lives on: views of it that autograd saved are valid again after the next gather.
-``status.py`` draws the states between the two.
+``param.py`` draws the states between the two.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterable, Sized
 from contextlib import AbstractContextManager, suppress
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from zeropipe.comm.leases import LEASES
 from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.zero.gather.edits import OwnWrites
 from zeropipe.runtime.zero.gather.own_shard import OwnShard, Tell
-from zeropipe.runtime.zero.status import Need, State, ZeroParamStatus, ZeroParamType, check_transition
+from zeropipe.runtime.zero.param import Need, State, ZeroParamStatus, ZeroParamType, check_transition
 
 
 class Face(Protocol):
@@ -386,5 +386,10 @@ def shards_of(param: torch.Tensor) -> Shards | None:
 
 def shards_in(module: torch.nn.Module, recurse: bool = True) -> list[Shards]:
     """Those of the module's parameters that are sharded, each once, in order."""
-    found = (shards_of(param) for param in module.parameters(recurse))
+    return shards_among(module.parameters(recurse))
+
+
+def shards_among(params: Iterable[torch.Tensor | None]) -> list[Shards]:
+    """Those of ``params`` that are sharded."""
+    found = (None if param is None else shards_of(param) for param in params)
     return [shards for shards in found if shards is not None]

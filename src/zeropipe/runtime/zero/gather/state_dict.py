@@ -22,8 +22,7 @@ from zeropipe.errors import CommunicationError, DesyncError
 from zeropipe.runtime.zero.gather.edits import is_moved, take_moved
 from zeropipe.runtime.zero.gather.parameter import AwayValue
 from zeropipe.runtime.zero.gather.shards import Builder, Hold, Shards, shards_in, shards_of
-from zeropipe.runtime.zero.param import GATHER
-from zeropipe.runtime.zero.status import State
+from zeropipe.runtime.zero.param import GATHER, State
 
 # Ranks may come to a state dict at different times, rank 0 after an evaluation.
 PATIENCE = timedelta(minutes=5)

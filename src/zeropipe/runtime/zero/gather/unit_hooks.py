@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.gather.coordinator import Coordinator, Unit, Use
-from zeropipe.runtime.zero.gather.external import external_shards
 from zeropipe.runtime.zero.gather.fetch_plan import Phase
-from zeropipe.runtime.zero.gather.shards import Shards
+from zeropipe.runtime.zero.gather.shards import Shards, shards_among
+from zeropipe.runtime.zero.marks import externals_of
 
 
 class _Call:
@@ -158,7 +158,7 @@ class UnitHooks:
             )
         if self.begin is not None:
             self.begin()
-        for shards in external_shards(module):
+        for shards in shards_among(externals_of(module)):
             self.unit.add(shards)
         self._stand_around(module)
         handling = sys.exc_info()[1]

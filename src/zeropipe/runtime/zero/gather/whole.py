@@ -27,10 +27,9 @@ from zeropipe.comm.group import Group
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.gather.coordinator import in_backward
 from zeropipe.runtime.zero.gather.edits import Fingerprint, fingerprint, is_moved, take_moved
-from zeropipe.runtime.zero.gather.external import register_external_parameter
 from zeropipe.runtime.zero.gather.shards import Hold, Shards, shards_of
-from zeropipe.runtime.zero.param import GATHER, ZeroParam, zero_param
-from zeropipe.runtime.zero.status import Need
+from zeropipe.runtime.zero.marks import register_external_parameter
+from zeropipe.runtime.zero.param import GATHER, Need, ZeroParam, zero_param
 
 Params = torch.nn.Parameter | torch.nn.Module | Iterable[torch.nn.Parameter | None] | None
 

@@ -34,7 +34,7 @@ from zeropipe.runtime.zero.hold.arrivals import (
 from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.policy import Conductor, Policy
-from zeropipe.runtime.zero.leaf import z3_leaf_parameter
+from zeropipe.runtime.zero.marks import z3_leaf_parameter
 
 _BUCKETS_PER_PASS = 2**24  # more than there are
 _MAX_IN_FLIGHT = 2  # buckets: one travels while the next one fills

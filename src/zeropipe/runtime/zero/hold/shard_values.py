@@ -18,8 +18,7 @@ from zeropipe.layout.buckets import Bucket, Span, cut_buckets
 from zeropipe.layout.flat import FlatShards, Piece, flat_shards
 from zeropipe.runtime.zero.hold.offload import Offload
 from zeropipe.runtime.zero.hold.values import ALIGN, ALONE_NUMEL, Move, Segment
-from zeropipe.runtime.zero.param import GATHER, Cut, shards_at
-from zeropipe.runtime.zero.status import ZeroParamStatus
+from zeropipe.runtime.zero.param import GATHER, Cut, ZeroParamStatus, shards_at
 
 
 class ShardValues:
