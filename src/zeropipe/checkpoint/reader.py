@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint.saved_module import Regions
-from zeropipe.checkpoint.sources.data import Checkpoint, Flat, Value
-from zeropipe.checkpoint.state import COMPUTED, FP32, PARAM, FlatState, LoadedFlat, LocalState
+from zeropipe.checkpoint.sources.data import Checkpoint, Flat, Value, chosen
+from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LoadedFlat, LocalState
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.copy_plan import copies_of
 from zeropipe.layout.flat import FlatShards, Piece
@@ -81,18 +81,14 @@ class Reader:
 
         The name where there is none, "" where there is.
         """
-        entry = self._module_entry(name)
         there = self._first_name(name, self._source.holders)
-        flat = self._source.master(there)
-        own = str(out.dtype).removeprefix("torch.")
-        if entry is not None and (entry.dtype == own or flat is None or entry.kind == COMPUTED):
-            out.copy_(entry.read())
-        elif flat is None:
+        found = chosen(there, self._module_entry(name), self._source.master(there), out.dtype)
+        if found is None:
             return name
-        elif out.is_contiguous() and out.device.type == "cpu":  # no second tensor of its size
-            flat.run(there, flat.value_key or "", 0, out.numel(), out.detach().view(-1))
+        if found.flat is not None and out.is_contiguous() and out.device.type == "cpu":
+            found.run(0, out.numel(), out.detach().view(-1))  # no second tensor of its size
         else:
-            out.copy_(flat.whole(there, flat.value_key or ""))
+            out.copy_(found.read() if found.value is None else found.value.read())
         return ""
 
     def _module_entry(self, name: str) -> Value | None:

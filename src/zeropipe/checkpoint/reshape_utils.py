@@ -19,27 +19,10 @@ from typing import Any, TypeVar
 import torch
 
 from zeropipe.checkpoint import constants as k
-from zeropipe.checkpoint.sources.slices import Joining, Rule, join, joining_of, split
+from zeropipe.checkpoint.universal_checkpoint import MEGATRON, Joining, Rule, join, joining_of, split
 from zeropipe.errors import CheckpointError
 
-# Parameters of Megatron's layers that every tensor-parallel rank has whole; they are not joined end to end.
-SEQUENTIAL_LAYERS = (
-    "input_layernorm.weight",
-    "input_layernorm.bias",
-    "self_attention.dense.bias",
-    "attention.dense.bias",
-    "post_attention_layernorm.weight",
-    "post_attention_layernorm.bias",
-    "mlp.dense_4h_to_h.bias",
-    "position_embeddings.weight",
-    "final_layernorm.weight",
-    "final_layernorm.bias",
-    "norm.weight",
-    "norm.bias",
-)
-# ... those that are cut along dim 1 ...
-LAYER_CONCAT_DIM = ("self_attention.dense.weight", "attention.dense.weight", "mlp.dense_4h_to_h.weight")
-# ... and those that are cut along dim 0.
+# Parameters of Megatron's layers that are cut along dim 0.
 _ROWS = (
     "word_embeddings.weight",
     "query_key_value.weight",
@@ -153,48 +136,32 @@ def slice_of(
 ) -> torch.Tensor:
     """Rank ``index``'s part of ``count`` of a tensor that ``slices`` make up; may be a view of one of them.
 
-    ``rules``: what ``slices.rules_in`` found in the files; None where they carry none.
+    ``rules``: what ``rules_in`` found in the files; None where they carry none.
 
     Raises CheckpointError, with the name, for a tensor that cannot be cut so, or of which nobody says how.
     """
-    old = len(slices)
-    if old == count or slices[0].dim() == 0:
+    old, first = len(slices), slices[0]
+    if old == count or first.dim() == 0:
         return slices[index if old == count else 0]
-    how = _how(name, slices, rules, up=count > old)
-    if how.rule in (Rule.REPLICATED, Rule.AVERAGE):
-        return join(slices, how) if rules is not None else slices[0]
-    if how.rule is Rule.CONCAT and how.vocabulary is None:
-        own = share(slices, count)[index]
-        if count < old:
-            return torch.cat(own, how.dim)
-        (held,), parts = own, count // old
-        if how.dim >= held.dim() or held.shape[how.dim] % parts:
-            raise CheckpointError(
-                f"{name} cannot be cut for {count} tensor-parallel ranks",
-                expected=f"a multiple of {parts} in dim {how.dim} of a slice",
-                found=tuple(held.shape),
-                fix="ask for a tensor-parallel degree that divides it",
-            )
-        return held.chunk(parts, how.dim)[index % parts]
-    return split(join(slices, how), how, index, count)
-
-
-def _how(name: str, slices: Sequence[torch.Tensor], rules: Mapping[str, Any] | None, *, up: bool) -> Joining:
-    if rules is not None:
-        return joining_of(name, rules, [tuple(s.shape) for s in slices])
-    if name.endswith(SEQUENTIAL_LAYERS):
-        return Joining(Rule.REPLICATED)
-    if name.endswith(LAYER_CONCAT_DIM):
-        return Joining(Rule.CONCAT, 1)
+    how = joining_of(name, MEGATRON if rules is None else rules, tuple(first.shape))
+    if how.rule is not Rule.CUT:
+        return join(slices, how) if rules is not None else first
     # Slices that differ are no copies. Equal ones (biases at their start) may be either.
-    if up and not name.endswith(_ROWS) and all(torch.equal(slices[0], other) for other in slices):
+    unsaid = rules is None and count > old and how == Joining() and not name.endswith(_ROWS)
+    if unsaid and all(torch.equal(first, other) for other in slices):
         raise CheckpointError(
             f"nothing says whether {name} is cut among tensor-parallel ranks or whole on each",
             expected="a name of Megatron's layers, or universal_checkpoint_info in the checkpoint",
             fix="save it again from a module with `universal_checkpoint_info`, or with Megatron's marks "
             "`tensor_model_parallel` and `partition_dim` on its parameters",
         )
-    return Joining(Rule.CONCAT)
+    if count > old and how.fused == 1 and how.vocabulary is None and first.shape[how.dim] % (count // old):
+        raise CheckpointError(
+            f"{name} cannot be cut for {count} tensor-parallel ranks",
+            expected=f"a multiple of {count // old} in dim {how.dim} of a slice",
+            found=tuple(first.shape),
+        )
+    return split(join(slices, how), how, index, count)
 
 
 def unite(left: Any, right: Any, path: str = "") -> Any:

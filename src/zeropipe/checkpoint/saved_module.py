@@ -7,14 +7,13 @@ that loads itself, gets what ``module.load_state_dict`` would give it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-from zeropipe.checkpoint.sources.data import Checkpoint, Value
-from zeropipe.checkpoint.state import COMPUTED, ModelState, ModuleRest
+from zeropipe.checkpoint.sources.data import Checkpoint, chosen
+from zeropipe.checkpoint.state import ModelState, ModuleRest
 
 Read = Callable[[int, int], torch.Tensor]  # [start, stop) of the flattened tensor: 1D, new memory
 
@@ -37,29 +36,23 @@ def saved_module(
     read from its master.
     """
     inside = Regions(model.regions)
-    masters = {name: flat for name in source.holders if (flat := source.master(name)) is not None}
-    names = dict.fromkeys([*source.values, *(name for name in masters if name not in rest.hidden)])
+    # A tensor comes under the name that it is kept by, under those that are tied to it, and under ours where DeepSpeed
+    # calls it otherwise.
+    names = dict.fromkeys((*source.values, *(n for n in source.holders if n not in rest.hidden)))
     aliases = {name: name for name in names}
-    aliases |= {o: first for o, first in source.tied.items() if first in source.values or first in masters}
+    aliases |= {
+        o: first for o, first in source.tied.items() if first in source.values or source.master(first)
+    }
     aliases |= {ours: peer for peer, ours in model.peer_names.items() if peer in names and ours not in names}
     tensors: dict[str, Any] = {}
     for key, name in aliases.items():
-        if inside.of(key) is None:
-            continue
-        value, flat = next(iter(source.values.get(name, ())), None), masters.get(name)
-        wanted = dtypes.get(key)
-        other = wanted is not None and value is not None and getattr(torch, value.dtype) != wanted
-        if value is not None and (flat is None or value.kind in ("buffer", COMPUTED) or not other):
-            tensors[key] = stored(value.shape, getattr(torch, value.dtype), partial(_run, value))
-        elif flat is not None:
-            held = flat.value_key or ""
-            read = partial(flat.run, name, held)
-            tensors[key] = stored(flat.shape_of(name), getattr(torch, flat.keys[held]), read)
+        if inside.of(key) is not None:
+            value = next(iter(source.values.get(name, ())), None)
+            kept = None if value is None else getattr(torch, value.dtype)
+            weight = chosen(name, value, source.master(name), dtypes.get(key, kept))
+            if weight is not None:
+                tensors[key] = stored(weight.shape, weight.dtype, weight.run)
     return tensors | {key: value for key, value in rest.extra.items() if inside.of(key) is not None}
-
-
-def _run(value: Value, start: int, stop: int) -> torch.Tensor:
-    return value.read().reshape(-1)[start:stop].clone()
 
 
 class Regions:

@@ -13,7 +13,8 @@ import torch
 
 from zeropipe.checkpoint.export import export
 from zeropipe.checkpoint.loader import open_source
-from zeropipe.checkpoint.sources.parallel import Weight, weights
+from zeropipe.checkpoint.sources.data import Weight
+from zeropipe.checkpoint.sources.parallel import weights
 from zeropipe.errors import CheckpointError
 
 Folder = str | os.PathLike[str]

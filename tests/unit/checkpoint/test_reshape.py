@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 import zeropipe.checkpoint as ckpt
 from zeropipe.checkpoint.reshape_utils import get_files, partition_data
-from zeropipe.checkpoint.sources.slices import Joining, Rule, SubparamShape, join, joining_of, split
+from zeropipe.checkpoint.universal_checkpoint import (
+    Joining,
+    Rule,
+    SubparamShape,
+    as_info,
+    join,
+    joining_of,
+    split,
+)
 from zeropipe.errors import CheckpointError
 
 # What DeepSpeed 0.19.8 answers, by running it.
@@ -173,12 +181,14 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
 
 rules = st.sampled_from(
     [
-        Joining(Rule.CONCAT, 0),
-        Joining(Rule.CONCAT, 1),
+        Joining(),
+        Joining(dim=1),
         Joining(Rule.REPLICATED),
-        Joining(Rule.SUB_PARAMS, 0, sub_sizes=(4, 8)),
-        Joining(Rule.SUB_PARAMS, 1, sub_sizes=(8, 4)),
-        Joining(Rule.SUB_PARAMS, 0, sub_count=3),
+        Joining(fused=(4, 8)),
+        Joining(dim=1, fused=(8, 4)),
+        Joining(fused=2),
+        Joining(fused=3),
+        Joining(vocabulary=12),
     ]
 )
 
@@ -186,7 +196,36 @@ rules = st.sampled_from(
 @given(rules, st.sampled_from([1, 2, 4]))
 def test_join_undoes_split(how: Joining, count: int) -> None:
     whole = torch.arange(144.0).view(12, 12)
-    assert torch.equal(join([split(whole, how, rank, count) for rank in range(count)], how), whole)
+    slices = [split(whole, how, rank, count) for rank in range(count)]
+    assert torch.equal(join(slices, how), whole)
+    shapes = [torch.empty(part.shape, device="meta") for part in slices]
+    assert join(shapes, how).shape == whole.shape
+
+
+@given(rules)
+def test_all_that_says_how_a_parameter_is_joined_says_the_same(how: Joining) -> None:
+    """Patterns of a model, and the words in a universal parameter's file, which cannot say sizes or three halves."""
+    if how.fused != 3:
+        assert joining_of("a.b", as_info([("a.c", Joining(dim=1)), ("a.b", how)])) == how
+    if isinstance(how.fused, int):
+        assert Joining.said({"param": torch.zeros(12, 12)} | how.words()) == how
+
+
+def test_an_object_of_sizes_in_a_universal_file_is_a_rule_like_any_other() -> None:
+    """A folder read as a whole took such a parameter for one that every rank has whole."""
+    held = {"param": torch.zeros(6, 2), "sub_param_shape": SubparamShape(["qkv"], ((4, 2), 2), 0)}
+    assert (
+        Joining.said(held)
+        == joining_of("qkv", as_info([("qkv", Joining.said(held))]))
+        == Joining(fused=(4, 2))
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_what_lacks_the_dim_is_whole_on_every_rank(shape: tuple[int, ...]) -> None:
+    info = {"parameter_with_row_parallelism_patterns": [".*"]}
+    assert joining_of("bias", info, shape).rule is Rule.REPLICATED
+    assert joining_of("weight", info, (4, 4)) == Joining(dim=1)
 
 
 def test_uneven_shard_widths_are_those_that_are_given() -> None:
@@ -204,7 +243,7 @@ def test_uneven_shard_widths_are_those_that_are_given() -> None:
 
 def test_vocabulary_padding_goes_and_comes_back() -> None:
     whole = torch.arange(10.0).view(5, 2)
-    how = Joining(Rule.CONCAT, 0, vocabulary=5)
+    how = Joining(vocabulary=5)
     parts = [split(whole, how, rank, 4) for rank in range(4)]
     assert [tuple(p.shape) for p in parts] == [(2, 2)] * 4 and parts[3].sum() == 0
     assert torch.equal(join(parts, how), whole)
@@ -226,9 +265,9 @@ def test_patterns_choose_the_rule() -> None:
     assert joining_of("router.w", info).rule is Rule.AVERAGE
     assert joining_of("x.down.weight", info).dim == 1
     assert joining_of("embed.w", info).vocabulary == 5
-    assert joining_of("x.glu", info).sub_count == 2
-    assert joining_of("x.qkv", info) == Joining(Rule.SUB_PARAMS, 0, (8, 4, 4))
-    assert joining_of("other", info) == Joining(Rule.CONCAT, 0)
+    assert joining_of("x.glu", info).fused == 2
+    assert joining_of("x.qkv", info) == Joining(fused=(8, 4, 4))
+    assert joining_of("other", info) == Joining()
     assert SubparamShape(["a"], ((1, 2), 3), 0) == SubparamShape(["a"], ((1, 2), 3), 0)
 
 

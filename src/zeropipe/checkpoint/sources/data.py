@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint.files import load_torch
-from zeropipe.checkpoint.state import FP32, PARAM, ModuleRest, TrainState
+from zeropipe.checkpoint.state import COMPUTED, FP32, PARAM, ModuleRest, TrainState
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.layout.numbers import NEVER_STEPPED, number_of, split_numbers
@@ -148,6 +148,52 @@ class Flat:
             for key, value in self.own(tensor).items()
             if key not in self.shared and key != NEVER_STEPPED
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor of the module, to be read from its value or from the flat that has its master: one of the two."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # as stored
+    kind: str
+    flat: Flat | None
+    value: Value | None
+
+    def run(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor: in ``out``, which is 1D, else in new memory."""
+        if self.flat is not None:
+            return self.flat.run(self.name, self.flat.value_key or "", start, stop, out)
+        assert self.value is not None
+        run = self.value.read().reshape(-1)[start:stop]
+        return run.clone() if out is None else out.copy_(run)
+
+    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The whole tensor, new memory; floating values in ``dtype`` where given."""
+        whole = self.run(0, torch.Size(self.shape).numel()).view(self.shape)
+        return whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
+
+    def contiguous(self) -> torch.Tensor:
+        """The whole tensor in fp32: what readers of lazy state dicts call."""
+        return self.read(torch.float32)
+
+
+def chosen(
+    name: str, value: Value | None, flat: Flat | None, dtype: torch.dtype | None = None
+) -> Weight | None:
+    """Where a tensor is read from that may be in both: its master, unless the module has it in ``dtype`` as it is."""
+    if value is not None:
+        kept: torch.dtype = getattr(torch, value.dtype)
+        # A hook's value is no rounded master: it stands for itself.
+        if flat is None or value.kind == COMPUTED or kept == dtype:
+            return Weight(name, value.shape, kept, value.kind, None, value)
+    if flat is None:
+        return None
+    key = flat.value_key or ""
+    kind = value.kind if value is not None else "frozen" if key == PARAM else "param"
+    shape = flat.shape_of(name) if value is None else value.shape
+    return Weight(name, shape, getattr(torch, flat.keys[key]), kind, flat, None)
 
 
 @dataclass(frozen=True)

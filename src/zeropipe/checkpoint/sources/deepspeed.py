@@ -28,9 +28,9 @@ from zeropipe.checkpoint.sources.data import (
     plain_of,
     united,
 )
-from zeropipe.checkpoint.sources.slices import rules_in
 from zeropipe.checkpoint.stand_ins import LossScalerValues
 from zeropipe.checkpoint.state import FP32, ModuleRest, TrainState
+from zeropipe.checkpoint.universal_checkpoint import rules_in
 from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec

@@ -15,8 +15,8 @@ from zeropipe.checkpoint.files import THREADS
 from zeropipe.checkpoint.manifest import FlatEntry, Manifest, TensorEntry
 from zeropipe.checkpoint.plain import decode, settle
 from zeropipe.checkpoint.sources.data import Checkpoint, Files, Flat, Value, counts_of, plain_of, united
-from zeropipe.checkpoint.sources.slices import rules_in
 from zeropipe.checkpoint.state import CLIENT, ModuleRest, TrainState, rest_back, training_back
+from zeropipe.checkpoint.universal_checkpoint import rules_in
 from zeropipe.checkpoint.writer import CODE_FILE, OURS, code_file
 from zeropipe.errors import CheckpointError
 

@@ -9,7 +9,6 @@ Every parameter is a flat of one shard. Read and written with one parameter in m
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
@@ -23,9 +22,17 @@ from zeropipe.checkpoint.files import load_torch, replace_text, write_torch
 from zeropipe.checkpoint.ownership import replacing
 from zeropipe.checkpoint.peer_keys import KNOWN_KEYS, PEER_VERSION, model_file
 from zeropipe.checkpoint.plain import decode, encode, is_plain, lowered
-from zeropipe.checkpoint.sources.data import STEP, Checkpoint, Flat, Value, counts_of, dtype_name, plain_of
-from zeropipe.checkpoint.sources.parallel import Weight, joined, weights
-from zeropipe.checkpoint.sources.slices import Joining, Rule, joining_of, rules_in
+from zeropipe.checkpoint.sources.data import (
+    STEP,
+    Checkpoint,
+    Flat,
+    Value,
+    Weight,
+    counts_of,
+    dtype_name,
+    plain_of,
+)
+from zeropipe.checkpoint.sources.parallel import joined, weights
 from zeropipe.checkpoint.state import (
     CLIENT,
     FP32,
@@ -37,6 +44,7 @@ from zeropipe.checkpoint.state import (
     training_words,
 )
 from zeropipe.checkpoint.tags import LATEST_UNIVERSAL
+from zeropipe.checkpoint.universal_checkpoint import Joining, as_info, joining_of, rules_in
 from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
@@ -112,23 +120,8 @@ class _Folder:
         given = rules_in(self._model)
         if given is not None:
             return given
-        rules: dict[str, Any] = {}
-        for flat in flats:
-            held = load_torch(self._folder / "zero" / flat.name / f"{FP32}.pt", trust=self._trust)
-            held = held if isinstance(held, dict) else {}
-            key = ""
-            if held.get(k.CAT_DIM) is None:
-                key = k.TP_REPLICATED_PARAMETER_PATTERNS
-            elif held.get(k.PARAM_N_SUB_PARAMS) == 2:
-                key = k.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0
-            elif held[k.CAT_DIM] == 1:
-                key = k.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS
-            elif held.get(k.VOCAB_TENSOR):
-                key = k.VOCABULARY_PARAMETER_PATTERNS
-                rules[k.ORIGINAL_VOCAB_SIZE] = flat.layout.tensors[0].shape[0]
-            if key:
-                rules.setdefault(key, []).append(re.escape(flat.name) + "$")
-        return rules or None
+        said = ((f.name, self._folder / "zero" / f.name / f"{FP32}.pt") for f in flats)
+        return as_info((n, Joining.said(load_torch(p, trust=self._trust))) for n, p in said) or None
 
     def _rest(self, tp_rank: int) -> ModuleRest:
         return rest_back(self._model.get(OURS) or {}, plain_of(self._model.get("module") or {}))
@@ -228,10 +221,8 @@ def write_universal(
     folders = {w.name: inside(Path("zero"), w.name, "a tensor's name") for w in everything}
 
     def one(weight: Weight, folder: Path) -> None:
-        cut = joining_of(weight.name, rules)
-        if cut.dim >= len(weight.shape):
-            cut = Joining(Rule.REPLICATED)
-        _parameter(weight, _holder(source, weight.name), folder, _slicing(cut))
+        how = joining_of(weight.name, rules, weight.shape)
+        _parameter(weight, _holder(source, weight.name), folder, how.words())
         progress(1)
 
     with replacing(final, "universal", source.folder) as work:
@@ -243,15 +234,6 @@ def write_universal(
         write_torch(work / "mp_rank_00_model_states.pt", _model(source, everything))
     replace_text(final.parent / LATEST_UNIVERSAL, final.name)
     return final
-
-
-def _slicing(how: Joining) -> dict[str, Any]:
-    """What a parameter's file tells DeepSpeed of how tensor-parallel ranks slice it."""
-    if how.rule in (Rule.REPLICATED, Rule.AVERAGE):
-        return {}
-    if how.rule is Rule.SUB_PARAMS and how.sub_count:
-        return {k.CAT_DIM: how.dim, k.PARAM_N_SUB_PARAMS: how.sub_count}
-    return {k.CAT_DIM: how.dim} | ({k.VOCAB_TENSOR: True} if how.vocabulary is not None else {})
 
 
 def _holder(source: Checkpoint, name: str) -> Flat | None:

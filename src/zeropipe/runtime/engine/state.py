@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
-from zeropipe.checkpoint.sources.slices import info_of, plain_info
 from zeropipe.checkpoint.state import (
     PARAM,
     FlatState,
@@ -23,6 +22,7 @@ from zeropipe.checkpoint.state import (
     LocalState,
     TrainState,
 )
+from zeropipe.checkpoint.universal_checkpoint import info_of, plain_info
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.collectives import broadcast_object
 from zeropipe.comm.group import SELF, world
