@@ -19,8 +19,8 @@ import torch.distributed as dist
 from benchmarks.checkpoint.engines import MARK
 from zeropipe.checkpoint.export import export
 from zeropipe.checkpoint.loader import load, open_source
-from zeropipe.checkpoint.saver import Saver
-from zeropipe.checkpoint.state import FlatState, Grid, LocalState, ModelState, TrainState
+from zeropipe.checkpoint.save.records import FlatState, Grid, LocalState, ModelState, TrainState
+from zeropipe.checkpoint.save.saver import Saver
 from zeropipe.comm.group import world
 from zeropipe.layout.flat import FlatShards, flat_shards
 

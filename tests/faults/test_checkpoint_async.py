@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from tests.helpers.checkpointing import make_engine, train
-from zeropipe.checkpoint import ownership, saver
-from zeropipe.checkpoint import tags as publishing
 from zeropipe.checkpoint.loader import open_source
-from zeropipe.checkpoint.tags import choose
-from zeropipe.checkpoint.verify import verify
+from zeropipe.checkpoint.save import ownership, saver
+from zeropipe.checkpoint.save import tags as publishing
+from zeropipe.checkpoint.save.tags import choose
+from zeropipe.checkpoint.save.verify import verify
 from zeropipe.errors import CheckpointError
 from zeropipe.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 

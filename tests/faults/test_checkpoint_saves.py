@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from tests.helpers.checkpointing import make_engine, train
-from zeropipe.checkpoint import files, saver
-from zeropipe.checkpoint import tags as publishing
 from zeropipe.checkpoint.loader import open_source
-from zeropipe.checkpoint.tags import choose
-from zeropipe.checkpoint.verify import FileState, verify
+from zeropipe.checkpoint.save import files, saver
+from zeropipe.checkpoint.save import tags as publishing
+from zeropipe.checkpoint.save.tags import choose
+from zeropipe.checkpoint.save.verify import FileState, verify
 from zeropipe.errors import CheckpointError
 
 KILLS = 4  # in the ordinary run; `make soak` does a hundred

@@ -9,7 +9,7 @@ import torch
 import zeropipe
 from tests.helpers.data import token_batch
 from tests.helpers.models import NastyModel, build
-from zeropipe.checkpoint.state import FP32, PARAM
+from zeropipe.checkpoint.save.records import FP32, PARAM
 from zeropipe.runtime.engine.flats import optimizer_flats
 from zeropipe.runtime.optimizers.state_kinds import numbers_by_tensor
 

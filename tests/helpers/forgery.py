@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from zeropipe.checkpoint.files import checksum_text
-from zeropipe.checkpoint.manifest import _BLANK, MANIFEST_NAME, _own
+from zeropipe.checkpoint.save.files import checksum_text
+from zeropipe.checkpoint.save.records import _BLANK, MANIFEST_NAME, _own
 
 MODEL = "mp_rank_00_model_states.pt"
 

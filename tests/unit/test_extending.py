@@ -148,9 +148,9 @@ FORMAT = Addition(
 
 import torch
 
-from zeropipe.checkpoint.files import load_torch
+from zeropipe.checkpoint.save.files import load_torch
 from zeropipe.checkpoint.sources.data import Checkpoint, Value, dtype_name
-from zeropipe.checkpoint.state import ModuleRest, TrainState
+from zeropipe.checkpoint.save.records import ModuleRest, TrainState
 
 NAME = "weights.pt"
 
@@ -167,7 +167,7 @@ def parse_plain_torch(folder, tag):
     )
 ''',
     {
-        "checkpoint/tags.py": (
+        "checkpoint/save/tags.py": (
             ("if n in (MANIFEST_NAME, INDEX_NAME)", 'if n in (MANIFEST_NAME, INDEX_NAME, "weights.pt")'),
         ),
         "checkpoint/loader.py": (

@@ -16,15 +16,23 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
-from zeropipe.checkpoint.manifest import Part
-from zeropipe.checkpoint.ownership import cannot_write, discard
 from zeropipe.checkpoint.reader import Reader
+from zeropipe.checkpoint.save.contents import collect, write
+from zeropipe.checkpoint.save.ownership import cannot_write, discard
+from zeropipe.checkpoint.save.records import (
+    COMPUTED,
+    FP32,
+    PARAM,
+    FlatState,
+    Grid,
+    LocalState,
+    ModelState,
+    Part,
+)
+from zeropipe.checkpoint.save.tags import build_manifest, check_tag, commit, prepare
 from zeropipe.checkpoint.sources.data import Checkpoint, Flat, Value
 from zeropipe.checkpoint.sources.deepspeed import ALIGN
 from zeropipe.checkpoint.sources.parallel import Place, seen_from
-from zeropipe.checkpoint.state import COMPUTED, FP32, PARAM, FlatState, Grid, LocalState, ModelState
-from zeropipe.checkpoint.tags import build_manifest, check_tag, commit, prepare
-from zeropipe.checkpoint.writer import collect, write
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
-from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.reshape_3d_utils import get_model_3d_descriptor, model_3d_desc
 from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map, reshape_meg_2d_parallel
 from zeropipe.checkpoint.reshape_utils import (
@@ -30,11 +29,12 @@ from zeropipe.checkpoint.reshape_utils import (
     unite,
     validate_files,
 )
+from zeropipe.checkpoint.save.contents import OURS
+from zeropipe.checkpoint.save.files import load_torch
 from zeropipe.checkpoint.sources.deepspeed import LAYER
 from zeropipe.checkpoint.universal_checkpoint import LAYER_CONCAT_DIM as LAYER_CONCAT_DIM
 from zeropipe.checkpoint.universal_checkpoint import SEQUENTIAL_LAYERS as SEQUENTIAL_LAYERS
 from zeropipe.checkpoint.universal_checkpoint import rules_in
-from zeropipe.checkpoint.writer import OURS
 from zeropipe.checkpoint.zero_checkpoint import ZeROCheckpoint
 from zeropipe.errors import CheckpointError
 

@@ -15,8 +15,8 @@ from typing import IO, Any, cast
 
 import torch
 
-from zeropipe.checkpoint.files import Output, load_torch, new_file, sync_folder
-from zeropipe.checkpoint.ownership import begin, cannot_write, clear, discard, leftovers, name_of
+from zeropipe.checkpoint.save.files import Output, load_torch, new_file, sync_folder
+from zeropipe.checkpoint.save.ownership import begin, cannot_write, clear, discard, leftovers, name_of
 from zeropipe.checkpoint.sources.data import Checkpoint
 from zeropipe.checkpoint.sources.parallel import Weight, weights
 from zeropipe.errors import CheckpointError

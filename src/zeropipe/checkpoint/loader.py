@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from zeropipe.checkpoint import tags
-from zeropipe.checkpoint.files import THREADS, FileRecord, check_file
-from zeropipe.checkpoint.manifest import Manifest, read_manifest
 from zeropipe.checkpoint.reader import Reader
+from zeropipe.checkpoint.save import tags
+from zeropipe.checkpoint.save.files import THREADS, FileRecord, check_file
+from zeropipe.checkpoint.save.records import LoadedState, LocalState, Manifest, read_manifest
 from zeropipe.checkpoint.sources.data import Checkpoint
 from zeropipe.checkpoint.sources.dcp import parse_dcp
 from zeropipe.checkpoint.sources.deepspeed import parse_deepspeed
 from zeropipe.checkpoint.sources.ours import parse_ours
 from zeropipe.checkpoint.sources.parallel import Place, seen_from
 from zeropipe.checkpoint.sources.universal import parse_universal
-from zeropipe.checkpoint.state import LoadedState, LocalState
 from zeropipe.comm.collectives import all_gather_object, broadcast_object
 from zeropipe.comm.dcp import INDEX_NAME
 from zeropipe.comm.group import SELF, Group

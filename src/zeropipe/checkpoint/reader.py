@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from zeropipe.checkpoint.save.records import FP32, PARAM, FlatState, LoadedFlat, LocalState
 from zeropipe.checkpoint.saved_module import Regions
 from zeropipe.checkpoint.sources.data import Checkpoint, Flat, Value, chosen
-from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LoadedFlat, LocalState
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.copy_plan import copies_of
 from zeropipe.layout.flat import FlatShards, Piece

@@ -17,7 +17,6 @@ from zeropipe.checkpoint.constants import (
     LAYER_FILE_PREFIX,
     MODEL_FILE_PREFIX,
 )
-from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map, reshape_2d_map
 from zeropipe.checkpoint.reshape_utils import (
     basic_folder_validation,
@@ -26,6 +25,7 @@ from zeropipe.checkpoint.reshape_utils import (
     get_zero_files,
     share,
 )
+from zeropipe.checkpoint.save.files import load_torch
 from zeropipe.errors import CheckpointError
 
 PP_DIM, TP_DIM, DP_DIM = "PP", "TP", "DP"

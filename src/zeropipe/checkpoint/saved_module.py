@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from zeropipe.checkpoint.save.records import ModelState, ModuleRest
 from zeropipe.checkpoint.sources.data import Checkpoint, chosen
-from zeropipe.checkpoint.state import ModelState, ModuleRest
 
 Read = Callable[[int, int], torch.Tensor]  # [start, stop) of the flattened tensor: 1D, new memory
 

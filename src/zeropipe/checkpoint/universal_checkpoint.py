@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
-from zeropipe.checkpoint.files import load_torch
+from zeropipe.checkpoint.save.files import load_torch
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 

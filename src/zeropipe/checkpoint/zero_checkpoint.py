@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
-from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.reshape_3d_utils import get_model_3d_descriptor, model_3d_desc
 from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map
 from zeropipe.checkpoint.reshape_utils import basic_folder_validation, get_zero_files, merge_state
+from zeropipe.checkpoint.save.contents import OURS
+from zeropipe.checkpoint.save.files import FragmentAddress, load_torch
+from zeropipe.checkpoint.save.records import FP32
 from zeropipe.checkpoint.sources.data import Flat
 from zeropipe.checkpoint.sources.deepspeed import ALIGN
-from zeropipe.checkpoint.stand_ins import FragmentAddress
-from zeropipe.checkpoint.state import FP32
-from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 

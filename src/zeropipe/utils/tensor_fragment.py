@@ -1,6 +1,6 @@
 """Names that users import from here: the ``safe_*`` functions, and the address that checkpoint files hold."""
 
-from zeropipe.checkpoint.stand_ins import FragmentAddress as fragment_address
+from zeropipe.checkpoint.save.files import FragmentAddress as fragment_address
 from zeropipe.runtime.zero.hold.access import (
     safe_get_full_fp32_param,
     safe_get_full_grad,

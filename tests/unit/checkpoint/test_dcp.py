@@ -22,10 +22,10 @@ from tests.helpers.models import MLP, NastyModel, build
 from zeropipe.checkpoint.compare import compare
 from zeropipe.checkpoint.convert import convert
 from zeropipe.checkpoint.loader import open_source
-from zeropipe.checkpoint.saver import Saver
+from zeropipe.checkpoint.save.records import FlatState, Grid, LocalState, ModelState
+from zeropipe.checkpoint.save.saver import Saver
+from zeropipe.checkpoint.save.verify import FileState, verify
 from zeropipe.checkpoint.sources.dcp import write_dcp
-from zeropipe.checkpoint.state import FlatState, Grid, LocalState, ModelState
-from zeropipe.checkpoint.verify import FileState, verify
 from zeropipe.cli.ckpt import app
 from zeropipe.comm.group import SELF
 from zeropipe.errors import CheckpointError

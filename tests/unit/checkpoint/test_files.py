@@ -12,10 +12,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeropipe.checkpoint.files import FileRecord, check_file, load_torch, replace_text, write_torch
-from zeropipe.checkpoint.plain import is_plain
-from zeropipe.checkpoint.stand_ins import FragmentAddress, LossScalerValues
-from zeropipe.checkpoint.writer import HostBuffers, snapshot
+from zeropipe.checkpoint.save.contents import HostBuffers, snapshot
+from zeropipe.checkpoint.save.files import (
+    FileRecord,
+    FragmentAddress,
+    LossScalerValues,
+    check_file,
+    load_torch,
+    replace_text,
+    write_torch,
+)
+from zeropipe.checkpoint.save.plain import is_plain
 from zeropipe.errors import CheckpointError
 
 

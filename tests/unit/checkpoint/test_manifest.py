@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.layout.strategies import layouts
-from zeropipe.checkpoint.files import FileRecord, checksum_text
-from zeropipe.checkpoint.manifest import _BLANK, FlatEntry, Manifest, Part, TensorEntry, _own
+from zeropipe.checkpoint.save.files import FileRecord, checksum_text
+from zeropipe.checkpoint.save.records import _BLANK, FlatEntry, Manifest, Part, TensorEntry, _own
 from zeropipe.errors import CheckpointError
 from zeropipe.frozen import from_json, to_json
 from zeropipe.layout.flat import FlatShards, TensorSpec

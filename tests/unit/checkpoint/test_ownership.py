@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from tests.helpers.checkpointing import make_engine, train
 from tests.helpers.forgery import rewrite_manifest
-from zeropipe.checkpoint import files, ownership, tags
 from zeropipe.checkpoint.convert import convert
 from zeropipe.checkpoint.export import export, parse_size
 from zeropipe.checkpoint.loader import open_source
+from zeropipe.checkpoint.save import files, ownership, tags
+from zeropipe.checkpoint.save.verify import FileState, verify
 from zeropipe.checkpoint.sources.dcp import write_dcp
 from zeropipe.checkpoint.sources.universal import write_universal
-from zeropipe.checkpoint.verify import FileState, verify
 from zeropipe.cli.main import app
 from zeropipe.comm.dcp import read_chunk, read_index
 from zeropipe.errors import CheckpointError

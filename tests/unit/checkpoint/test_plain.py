@@ -20,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeropipe.checkpoint.plain import MARK, Absent, decode, encode, lowered, settle
+from zeropipe.checkpoint.save.plain import MARK, Absent, decode, encode, lowered, settle
 from zeropipe.checkpoint.utils import mapped
 
 

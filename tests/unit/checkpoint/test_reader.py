@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from zeropipe.checkpoint.loader import load
-from zeropipe.checkpoint.saver import Saver
-from zeropipe.checkpoint.state import FlatState, Grid, LocalState, ModelState
+from zeropipe.checkpoint.save.records import FlatState, Grid, LocalState, ModelState
+from zeropipe.checkpoint.save.saver import Saver
 from zeropipe.comm.group import SELF
 from zeropipe.layout.flat import FlatShards, TensorSpec
 

@@ -10,10 +10,10 @@ import torch
 
 from zeropipe.checkpoint import DeepSpeedCheckpoint, ZeROCheckpoint, get_model_3d_descriptor, model_3d_desc
 from zeropipe.checkpoint.convert import convert
-from zeropipe.checkpoint.files import load_torch, write_torch
 from zeropipe.checkpoint.loader import open_source
-from zeropipe.checkpoint.saver import Saver
-from zeropipe.checkpoint.state import FlatState, Grid, LocalState, ModelState
+from zeropipe.checkpoint.save.files import load_torch, write_torch
+from zeropipe.checkpoint.save.records import FlatState, Grid, LocalState, ModelState
+from zeropipe.checkpoint.save.saver import Saver
 from zeropipe.comm.group import SELF
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import flat_shards

@@ -20,11 +20,11 @@ from tests.helpers.models import NastyModel, build
 from zeropipe.checkpoint.compare import compare
 from zeropipe.checkpoint.convert import convert
 from zeropipe.checkpoint.export import export, parse_size
-from zeropipe.checkpoint.files import load_torch
 from zeropipe.checkpoint.loader import open_source
-from zeropipe.checkpoint.saver import Saver
+from zeropipe.checkpoint.save.files import load_torch
+from zeropipe.checkpoint.save.records import FlatState, Grid, LocalState, ModelState
+from zeropipe.checkpoint.save.saver import Saver
 from zeropipe.checkpoint.sources.universal import write_universal
-from zeropipe.checkpoint.state import FlatState, Grid, LocalState, ModelState
 from zeropipe.checkpoint.universal_checkpoint import enable_universal_checkpoint
 from zeropipe.cli.ckpt import app
 from zeropipe.comm.group import SELF

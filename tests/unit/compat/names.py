@@ -68,7 +68,7 @@ PACKAGE = (
     Name("runtime.utils.move_to_device", "accelerate's test script", "a nested move", f"{_MEANING}::test_move_to_device_goes_through_containers", "zeropipe.runtime.utils:move_to_device"),
     Name("runtime.fp16.loss_scaler.LossScaler", "files that DeepSpeed wrote", "unpickles", f"{_MEANING}::test_what_deepspeeds_files_name_can_be_loaded", "zeropipe.runtime.fp16.loss_scaler:LossScaler"),
     Name("runtime.zero.config.ZeroStageEnum", "files that DeepSpeed wrote", "unpickles, an int", f"{_MEANING}::test_what_deepspeeds_files_name_can_be_loaded", "zeropipe.runtime.zero.config:ZeroStageEnum"),
-    Name("utils.tensor_fragment.fragment_address", "files that DeepSpeed wrote", "unpickles", f"{_MEANING}::test_what_deepspeeds_files_name_can_be_loaded", "zeropipe.checkpoint.stand_ins:FragmentAddress"),
+    Name("utils.tensor_fragment.fragment_address", "files that DeepSpeed wrote", "unpickles", f"{_MEANING}::test_what_deepspeeds_files_name_can_be_loaded", "zeropipe.checkpoint.save.files:FragmentAddress"),
     Name("utils.groups._get_sequence_parallel_rank", "accelerate, with sequence parallelism", "0: there is none", f"{_MEANING}::test_groups_without_model_parallelism", "zeropipe.utils.groups:_get_sequence_parallel_rank"),
     Name("utils.groups._get_sequence_parallel_group", "accelerate, with sequence parallelism", "an error that says so", f"{_MEANING}::test_groups_without_model_parallelism", "zeropipe.utils.groups:_get_sequence_parallel_group"),
     Name("utils.groups._get_sequence_parallel_world_size", "accelerate, with sequence parallelism", "1: there is none", f"{_MEANING}::test_groups_without_model_parallelism", "zeropipe.utils.groups:_get_sequence_parallel_world_size"),

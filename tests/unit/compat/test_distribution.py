@@ -20,7 +20,7 @@ import pytest
 
 import zeropipe
 from tests.helpers.launch import ROOT, python
-from zeropipe.checkpoint.peer_keys import __file__ as peer_keys_file
+from zeropipe.checkpoint.save.peer_keys import __file__ as peer_keys_file
 from zeropipe.compat.finder import foreign_files
 from zeropipe.compat.table import MODULES, NAMES, PEER_VERSION, VERSION
 from zeropipe.errors import InstallationError, UsageError

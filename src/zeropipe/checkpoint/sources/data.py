@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from zeropipe.checkpoint.files import load_torch
-from zeropipe.checkpoint.state import COMPUTED, FP32, PARAM, ModuleRest, TrainState
+from zeropipe.checkpoint.save.files import load_torch
+from zeropipe.checkpoint.save.records import COMPUTED, FP32, PARAM, ModuleRest, TrainState
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.layout.numbers import NEVER_STEPPED, number_of, split_numbers

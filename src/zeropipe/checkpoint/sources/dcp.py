@@ -20,20 +20,13 @@ from typing import Any
 
 import torch
 
-from zeropipe.checkpoint.files import new_file
-from zeropipe.checkpoint.ownership import replacing
-from zeropipe.checkpoint.plain import lowered
+from zeropipe.checkpoint.save.files import new_file
+from zeropipe.checkpoint.save.ownership import replacing
+from zeropipe.checkpoint.save.plain import lowered
+from zeropipe.checkpoint.save.records import FP32, PARAM, TrainState
+from zeropipe.checkpoint.save.words import rest_back, rest_words, training_back, training_words
 from zeropipe.checkpoint.sources.data import STEP, Checkpoint, Flat, Last, Value
 from zeropipe.checkpoint.sources.parallel import joined, weights
-from zeropipe.checkpoint.state import (
-    FP32,
-    PARAM,
-    TrainState,
-    rest_back,
-    rest_words,
-    training_back,
-    training_words,
-)
 from zeropipe.comm.dcp import Key, Lazy, Stored, flatten, read_chunk, read_index, read_tensor, write
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
-from zeropipe.checkpoint.files import THREADS
-from zeropipe.checkpoint.manifest import MANIFEST_NAME
-from zeropipe.checkpoint.peer_keys import KNOWN_KEYS
+from zeropipe.checkpoint.save.contents import OURS
+from zeropipe.checkpoint.save.files import THREADS, LossScalerValues
+from zeropipe.checkpoint.save.peer_keys import KNOWN_KEYS
+from zeropipe.checkpoint.save.records import FP32, MANIFEST_NAME, ModuleRest, TrainState
 from zeropipe.checkpoint.sources.data import (
     Checkpoint,
     Files,
@@ -28,10 +29,7 @@ from zeropipe.checkpoint.sources.data import (
     plain_of,
     united,
 )
-from zeropipe.checkpoint.stand_ins import LossScalerValues
-from zeropipe.checkpoint.state import FP32, ModuleRest, TrainState
 from zeropipe.checkpoint.universal_checkpoint import rules_in
-from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.optimizers.state_kinds import per_element_keys, shapes_in, split_state

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
-from zeropipe.checkpoint.files import THREADS
-from zeropipe.checkpoint.manifest import FlatEntry, Manifest, TensorEntry
-from zeropipe.checkpoint.plain import decode, settle
+from zeropipe.checkpoint.save.contents import CODE_FILE, OURS, code_file
+from zeropipe.checkpoint.save.files import THREADS
+from zeropipe.checkpoint.save.plain import decode, settle
+from zeropipe.checkpoint.save.records import CLIENT, FlatEntry, Manifest, ModuleRest, TensorEntry, TrainState
+from zeropipe.checkpoint.save.words import rest_back, training_back
 from zeropipe.checkpoint.sources.data import Checkpoint, Files, Flat, Value, counts_of, plain_of, united
-from zeropipe.checkpoint.state import CLIENT, ModuleRest, TrainState, rest_back, training_back
 from zeropipe.checkpoint.universal_checkpoint import rules_in
-from zeropipe.checkpoint.writer import CODE_FILE, OURS, code_file
 from zeropipe.errors import CheckpointError
 
 _MODEL_FILE = re.compile(r"^(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt$")

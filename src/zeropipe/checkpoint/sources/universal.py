@@ -18,10 +18,14 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
-from zeropipe.checkpoint.files import load_torch, replace_text, write_torch
-from zeropipe.checkpoint.ownership import replacing
-from zeropipe.checkpoint.peer_keys import KNOWN_KEYS, PEER_VERSION, model_file
-from zeropipe.checkpoint.plain import decode, encode, is_plain, lowered
+from zeropipe.checkpoint.save.contents import OURS
+from zeropipe.checkpoint.save.files import load_torch, replace_text, write_torch
+from zeropipe.checkpoint.save.ownership import replacing
+from zeropipe.checkpoint.save.peer_keys import KNOWN_KEYS, PEER_VERSION, model_file
+from zeropipe.checkpoint.save.plain import decode, encode, is_plain, lowered
+from zeropipe.checkpoint.save.records import CLIENT, FP32, ModuleRest, TrainState
+from zeropipe.checkpoint.save.tags import LATEST_UNIVERSAL
+from zeropipe.checkpoint.save.words import rest_back, rest_words, training_back, training_words
 from zeropipe.checkpoint.sources.data import (
     STEP,
     Checkpoint,
@@ -33,19 +37,7 @@ from zeropipe.checkpoint.sources.data import (
     plain_of,
 )
 from zeropipe.checkpoint.sources.parallel import joined, weights
-from zeropipe.checkpoint.state import (
-    CLIENT,
-    FP32,
-    ModuleRest,
-    TrainState,
-    rest_back,
-    rest_words,
-    training_back,
-    training_words,
-)
-from zeropipe.checkpoint.tags import LATEST_UNIVERSAL
 from zeropipe.checkpoint.universal_checkpoint import Joining, as_info, joining_of, rules_in
-from zeropipe.checkpoint.writer import OURS
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.paths import inside

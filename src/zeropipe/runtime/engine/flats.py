@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LoadedFlat
+from zeropipe.checkpoint.save.records import FP32, PARAM, FlatState, LoadedFlat
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.optimizers.state_kinds import (

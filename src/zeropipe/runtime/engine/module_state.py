@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from zeropipe.checkpoint.save.records import ModelState
 from zeropipe.checkpoint.saved_module import Regions, Stored, real
-from zeropipe.checkpoint.state import ModelState
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.gather.shards import shards_of
 from zeropipe.runtime.zero.gather.state_dict import Fetching, is_ours

@@ -15,13 +15,7 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
-from zeropipe.checkpoint.state import (
-    PARAM,
-    FlatState,
-    Grid,
-    LocalState,
-    TrainState,
-)
+from zeropipe.checkpoint.save.records import PARAM, FlatState, Grid, LocalState, TrainState
 from zeropipe.checkpoint.universal_checkpoint import info_of, plain_info
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.collectives import broadcast_object

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from zeropipe.checkpoint.files import Hold, is_abandoned, sync_folder, temporary, write_text
-from zeropipe.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from zeropipe.checkpoint.save.files import Hold, is_abandoned, sync_folder, temporary, write_text
+from zeropipe.checkpoint.save.records import MANIFEST_NAME, read_manifest
 from zeropipe.errors import CheckpointError, describe
 from zeropipe.paths import inside
 

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 
-from zeropipe.checkpoint import ownership, tags
-from zeropipe.checkpoint.files import Hold, is_abandoned, replace_text
-from zeropipe.checkpoint.manifest import Part
-from zeropipe.checkpoint.state import LocalState
-from zeropipe.checkpoint.writer import HostBuffers, Outgoing, collect, write
+from zeropipe.checkpoint.save import ownership, tags
+from zeropipe.checkpoint.save.contents import HostBuffers, Outgoing, collect, write
+from zeropipe.checkpoint.save.files import Hold, is_abandoned, replace_text
+from zeropipe.checkpoint.save.records import LocalState, Part
 from zeropipe.comm.collectives import all_gather_object, broadcast_object
 from zeropipe.comm.group import Group
 from zeropipe.errors import CheckpointError, DesyncError, describe

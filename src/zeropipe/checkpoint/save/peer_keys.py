@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
-from zeropipe.checkpoint.plain import lowered
-from zeropipe.checkpoint.stand_ins import FragmentAddress, LossScalerValues
-from zeropipe.checkpoint.state import FP32, PARAM, FlatState, LocalState, TrainState
+from zeropipe.checkpoint.save.files import FragmentAddress, LossScalerValues
+from zeropipe.checkpoint.save.plain import lowered
+from zeropipe.checkpoint.save.records import FP32, PARAM, FlatState, LocalState, TrainState
 from zeropipe.runtime.optimizers.state_kinds import Shared, numbers_by_tensor
 
 PEER_VERSION = (

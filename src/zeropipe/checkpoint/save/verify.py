@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from zeropipe.checkpoint.files import check_file, load_torch
-from zeropipe.checkpoint.manifest import MANIFEST_NAME, read_manifest
-from zeropipe.checkpoint.ownership import MARK
+from zeropipe.checkpoint.save.files import check_file, load_torch
+from zeropipe.checkpoint.save.ownership import MARK
+from zeropipe.checkpoint.save.records import MANIFEST_NAME, read_manifest
 from zeropipe.checkpoint.sources.deepspeed import lacks_manifest
 from zeropipe.comm.dcp import INDEX_NAME, read_chunk, read_index
 from zeropipe.errors import CheckpointError

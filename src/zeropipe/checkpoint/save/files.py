@@ -7,6 +7,7 @@ A file that could not be written whole is removed, and the error is the disk's o
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pickle
 import secrets
@@ -16,16 +17,94 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from types import SimpleNamespace, TracebackType
+from typing import IO, Any, ClassVar
 
 import torch
 
-from zeropipe.checkpoint import stand_ins
 from zeropipe.errors import CheckpointError, describe
 
 _CHUNK = 1 << 20  # bytes read at once when checking a file: they are still in the cache when they are summed
 THREADS = 4  # that read at once in one process; checksums and copies let each other run
+
+
+# Stand-ins for the three classes that DeepSpeed's files name: read without running code, written without DeepSpeed.
+# They carry the saved values and do nothing. Pickle refuses to name a class that it cannot import, so the pickler below
+# writes the name itself, and DeepSpeed reads our files back.
+
+
+class LossScalerValues:
+    """``deepspeed.runtime.fp16.loss_scaler.LossScaler`` and ``DynamicLossScaler``: their fields, by name."""
+
+    def __init__(self, *args: Any) -> None:
+        if args:
+            self.cur_scale = args[0]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def values(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+class StageValue(int):
+    """``deepspeed.runtime.zero.config.ZeroStageEnum``: an int."""
+
+
+class FragmentAddress:
+    """``deepspeed.utils.tensor_fragment.fragment_address``: where a shard holds a parameter, in elements."""
+
+    def __init__(self, numel: int = 0, start: int = 0) -> None:
+        self.numel = numel
+        self.start = start
+
+
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (LossScalerValues, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (LossScalerValues, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (StageValue, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
+]
+
+
+class _Unpickler(pickle.Unpickler):
+    """For trusted files: any class, but DeepSpeed's names still become the stand-ins."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        for entry in _STAND_INS:
+            if isinstance(entry, tuple) and entry[1] == f"{module}.{name}":
+                return entry[0]
+        return super().find_class(module, name)
+
+
+# The Python one: only it can be taught to write a name. Its methods are not in the type stubs.
+_Python: Any = pickle._Pickler
+
+
+class _Pickler(_Python):
+    dispatch: ClassVar[dict[Any, Any]] = dict(_Python.dispatch)
+
+    def save_fragment(self, address: FragmentAddress) -> None:
+        self.write(pickle.GLOBAL + b"deepspeed.utils.tensor_fragment\nfragment_address\n")
+        self.save((address.numel, address.start))
+        self.write(pickle.REDUCE)
+
+    def save_scaler(self, scaler: LossScalerValues) -> None:
+        name = b"DynamicLossScaler" if scaler.values().get("dynamic") else b"LossScaler"
+        self.write(pickle.GLOBAL + b"deepspeed.runtime.fp16.loss_scaler\n" + name + b"\n")
+        self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+        self.save(scaler.values())
+        self.write(pickle.BUILD)
+
+    dispatch[FragmentAddress] = save_fragment
+    dispatch[LossScalerValues] = save_scaler
+
+
+# As the module that ``torch.save`` and ``torch.load`` ask for their pickler.
+_PICKLE: Any = SimpleNamespace(__name__=__name__, Pickler=_Pickler, Unpickler=_Unpickler, load=pickle.load)
+
+
+# Written.
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +155,19 @@ def checksum_text(crc: int) -> str:
 
 def write_torch(path: Path, obj: Any) -> FileRecord:
     """``torch.save`` in a new file, synced to the disk."""
-    return _write(path, lambda output: torch.save(obj, output, pickle_module=stand_ins))
+    return _write(path, lambda output: torch.save(obj, output, pickle_module=_PICKLE))
+
+
+def pickled(value: Any) -> bytes:
+    """As it will stand in a file. Raises what pickle raises."""
+    file = io.BytesIO()
+    torch.save(value, file, pickle_module=_PICKLE)
+    return file.getvalue()
+
+
+def unpickled(data: bytes) -> Any:
+    """The object of this process that ``pickled`` was given, anew."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False, pickle_module=_PICKLE)
 
 
 def write_text(path: Path, text: str) -> FileRecord:
@@ -184,9 +275,9 @@ def load_torch(path: Path, *, trust: bool = False) -> Any:
     try:
         if trust:
             return torch.load(
-                path, map_location="cpu", mmap=_is_zip(path), weights_only=False, pickle_module=stand_ins
+                path, map_location="cpu", mmap=_is_zip(path), weights_only=False, pickle_module=_PICKLE
             )
-        with _LOADING, torch.serialization.safe_globals(stand_ins.STAND_INS):
+        with _LOADING, torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", mmap=_is_zip(path), weights_only=True)
     except OSError as error:
         raise CheckpointError(missing_text(path, error)) from error

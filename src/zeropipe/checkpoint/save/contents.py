@@ -15,20 +15,11 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
-from zeropipe.checkpoint.files import FileRecord, write_torch
-from zeropipe.checkpoint.manifest import FlatEntry, Part, TensorEntry
-from zeropipe.checkpoint.peer_keys import model_keys, optimizer_keys, whole_optimizer
-from zeropipe.checkpoint.plain import is_plain, lowered
-from zeropipe.checkpoint.state import (
-    COMPUTED,
-    FlatState,
-    LocalState,
-    groups_words,
-    module_words,
-    objects,
-    scalars_words,
-    training_words,
-)
+from zeropipe.checkpoint.save.files import FileRecord, write_torch
+from zeropipe.checkpoint.save.peer_keys import model_keys, optimizer_keys, whole_optimizer
+from zeropipe.checkpoint.save.plain import is_plain, lowered
+from zeropipe.checkpoint.save.records import COMPUTED, FlatEntry, FlatState, LocalState, Part, TensorEntry
+from zeropipe.checkpoint.save.words import groups_words, module_words, objects, scalars_words, training_words
 from zeropipe.checkpoint.utils import (
     get_model_ckpt_name_for_rank,
     get_zero3_model_ckpt_name_for_rank,

@@ -18,10 +18,16 @@ from pathlib import Path
 
 import torch
 
-from zeropipe.checkpoint import ownership
-from zeropipe.checkpoint.files import FileRecord, Hold, replace_text, sync_folder, write_text
-from zeropipe.checkpoint.manifest import MANIFEST_NAME, Manifest, Part, join_flats, read_manifest
-from zeropipe.checkpoint.state import LocalState
+from zeropipe.checkpoint.save import ownership
+from zeropipe.checkpoint.save.files import FileRecord, Hold, replace_text, sync_folder, write_text
+from zeropipe.checkpoint.save.records import (
+    MANIFEST_NAME,
+    LocalState,
+    Manifest,
+    Part,
+    join_flats,
+    read_manifest,
+)
 from zeropipe.checkpoint.utils import SCRIPT, SCRIPT_NAME
 from zeropipe.comm.dcp import INDEX_NAME
 from zeropipe.errors import CheckpointError
