@@ -8,7 +8,12 @@ ARGS   ?=
 
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: train test test-clients check soak docs clean
+# `make gpu PYTHON=...` runs that interpreter as it is; otherwise the one of the project's environment.
+GPU_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),$(BIN)/python)
+DEVICE   ?= cuda
+PACKAGES ?=
+
+.PHONY: train test test-clients check soak gpu docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing the pinned packages into $(VENV) (once, a minute or two)"
@@ -41,6 +46,9 @@ $(CLIENTS)/.installed: pyproject.toml constraints-clients.txt compat/deepspeed/p
 
 test-clients: $(CLIENTS)/.installed  ## Trainer, Accelerate, peft, TRL and Lightning on zeropipe, in their own environment
 	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
+
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))  ## tests/gpu and the measurements on one GPU: eight minutes
+	PYTHONPATH="src:.:$(PACKAGES)" $(GPU_PYTHON) -m benchmarks.gpu.run --device $(DEVICE) $(ARGS)
 
 docs: $(STAMP)  ## the pages and the API reference as a site in build/docs
 	@$(BIN)/python -m sphinx -q -W --keep-going docs build/docs

@@ -3,9 +3,8 @@
     git worktree add /somewhere/old COMMIT
     python -m benchmarks.commits.run --old /somewhere/old
 
-Both sets of ranks live at the same time. They take turns of a few steps, one set computing while the other waits for a
-line on its standard input, so that whatever else the machine does falls on both; a turn is compared with the other's
-of the same round. Only names that users have are called, so any commit can be the old one.
+Both sets of ranks live at the same time and take turns (`benchmarks/common/turns.py`). Only names that users have are
+called, so any commit can be the old one.
 """
 
 import argparse
@@ -17,9 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import report
+from benchmarks.common import report, turns
 
-ROOT = Path(__file__).resolve().parents[2]
 CASES = {
     "stage 0, GPT": {"stage": 0},
     "stage 1, GPT": {"stage": 1},
@@ -39,14 +37,14 @@ def main() -> None:
     for number, (name, case) in enumerate(CASES.items()):
         if args.only and args.only not in name:
             continue
-        turns = play(case, {"old": args.old, "new": ROOT}, args, args.port + 2 * number)
-        ratios = [new / old for old, new in zip(turns["old"], turns["new"], strict=True)]
-        old, new = (statistics.median(turns[who]) * 1e3 for who in ("old", "new"))
+        seconds = play(case, {"old": args.old, "new": turns.ROOT}, args, args.port + 2 * number)
+        ratios = [new / old for old, new in zip(seconds["old"], seconds["new"], strict=True)]
+        old, new = (statistics.median(seconds[who]) * 1e3 for who in ("old", "new"))
         quarters = statistics.quantiles(ratios, n=4)
         rows.append(
             f"| {name} | {old:.2f} | {new:.2f} | {quarters[1]:.3f} | {quarters[0]:.3f} to {quarters[2]:.3f} |"
         )
-        numbers[name] = turns
+        numbers[name] = seconds
         print(rows[-1], file=sys.stderr)
     head = [
         "| case (2 ranks) | old, ms | new, ms | new / old, median | middle half |",
@@ -63,53 +61,19 @@ def play(
     case: dict[str, Any], trees: dict[str, Path], args: argparse.Namespace, port: int
 ) -> dict[str, list[float]]:
     """Seconds of a step in every turn, by tree."""
-    sets = {who: start(tree, case, port + place) for place, (who, tree) in enumerate(trees.items())}
-    turns: dict[str, list[float]] = {who: [] for who in trees}
+    sets = {}
     try:
-        for ranks in sets.values():  # their first steps, one set after the other
-            turn(ranks, args.warm_up)
-        for number in range(args.rounds):
-            order = list(sets) if number % 2 else list(sets)[::-1]
-            for who in order:
-                turns[who].append(turn(sets[who], args.steps))
+        for place, (who, tree) in enumerate(trees.items()):
+            path = {"PYTHONPATH": f"{tree / 'src'}{os.pathsep}{turns.ROOT}", "OMP_NUM_THREADS": "1"}
+            command = turns.python("benchmarks.commits.worker", json.dumps(case))
+            sets[who] = turns.start(command, 2, port + place, path)
+        return turns.play(sets, rounds=args.rounds, warm_up=args.warm_up, steps=args.steps, lost=gone)
     finally:
-        for rank in (rank for ranks in sets.values() for rank in ranks):
-            rank.kill()
-            rank.wait()
-    return turns
+        turns.end(sets)
 
 
-def start(tree: Path, case: dict[str, Any], port: int) -> list[subprocess.Popen[str]]:
-    environment = os.environ | {
-        "PYTHONPATH": f"{tree / 'src'}{os.pathsep}{ROOT}",
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.commits.worker", json.dumps(case)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-
-
-def turn(ranks: list[subprocess.Popen[str]], steps: int) -> float:
-    """Let all ranks make ``steps`` steps; the mean time of one on the slower rank."""
-    for rank in ranks:
-        assert rank.stdin is not None
-        rank.stdin.write(f"{steps}\n")
-        rank.stdin.flush()
-    answers = [rank.stdout.readline() if rank.stdout else "" for rank in ranks]
-    if not all(answers):
-        raise SystemExit("a rank ended; what it said is above")
-    return max(map(float, answers))
+def gone(who: str) -> None:
+    raise SystemExit(f"a rank of the {who} tree ended; what it said is above")
 
 
 def arguments() -> argparse.Namespace:

@@ -21,6 +21,8 @@ SIZES = {
     "34M": Size(layers=8, width=512, heads=8, vocabulary=8192, context=128, micro_batch=2),
     "10M": Size(layers=6, width=320, heads=5, vocabulary=4096, context=128, micro_batch=2),
     "tiny": Size(layers=1, width=32, heads=2, vocabulary=64, context=8, micro_batch=1),
+    # GPT-2's smallest, at its own context.
+    "125M": Size(layers=12, width=768, heads=12, vocabulary=50304, context=1024, micro_batch=8),
     # For one large GPU: the state of AdamW in bf16 (16 bytes a parameter) is about 20 GB.
     "1.3B": Size(layers=24, width=2048, heads=16, vocabulary=32768, context=1024, micro_batch=4),
 }

@@ -27,7 +27,7 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    _start(args.contender, "nccl" if on_gpu else "gloo")
+    begin(args.contender, "nccl" if on_gpu else "gloo")
     dist.barrier()
     size = SIZES[args.size]
     memory.reset_peak()
@@ -65,7 +65,7 @@ def main() -> None:
     os._exit(0)  # a peer's clean-up must neither fail the measurement nor take part in it
 
 
-def _start(contender: str, backend: str) -> None:
+def begin(contender: str, backend: str) -> None:
     """Import the system under test and start its process group before memory is counted."""
     if contender.startswith("deepspeed"):
         import deepspeed

@@ -46,10 +46,10 @@ class _Carriers:
         self.forced: Transport | None = None
 
     def carrier(self, tensor: torch.Tensor, group: Group) -> Transport:
+        if self.forced is not None and group.pg is not None:
+            return self.forced
         if group.size == 1:
             return self._alone
-        if self.forced is not None:
-            return self.forced
         return self._by_messages if group.backend_for(tensor) == "gloo" else self._native
 
 
@@ -58,7 +58,8 @@ _CARRIERS = _Carriers()
 
 @contextmanager
 def carried_by(transport: Transport) -> Iterator[None]:
-    """Have ``transport`` carry what several ranks do inside the block: tests of what others than gloo go by."""
+    """Have ``transport`` carry what a group that was started does inside the block: tests of what others than gloo
+    go by."""
     before, _CARRIERS.forced = _CARRIERS.forced, transport
     try:
         yield
