@@ -10,7 +10,7 @@ import torch
 from zeropipe.comm.group import init_distributed
 from zeropipe.config.parse import parse_config
 from zeropipe.errors import ConfigError
-from zeropipe.runtime.engine.build import Given, build, shared_fate
+from zeropipe.runtime.engine.build import build, shared_fate
 from zeropipe.runtime.engine.engine import DeepSpeedEngine
 from zeropipe.runtime.pipe.engine import PipelineEngine
 from zeropipe.runtime.pipe.module import PipelineModule
@@ -67,11 +67,19 @@ def initialize(
     with shared_fate(group=None):
         parsed = parse_config(_find_config(args, config, config_params))
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    given = Given(model, optimizer, model_parameters, lr_scheduler, mpu, mesh_param, collate_fn, args)
-    kind = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
-    engine = kind(build(given, parsed))
-    if training_data is not None:
-        engine.training_dataloader = engine.deepspeed_io(training_data)
+    parts = build(
+        model,
+        parsed,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        mpu=mpu,
+        mesh=mesh_param,
+        collate_fn=collate_fn,
+        args=args,
+    )
+    engine = (PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine)(parts)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

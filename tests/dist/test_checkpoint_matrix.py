@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.checkpointing import Pieces, assert_same_state, make_engine, pieces, train, whole
-from zeropipe.runtime.engine.flats import optimizer_flats
+from zeropipe.runtime.engine.state import optimizer_flats
 
 STAGES = (0, 1, 2, 3)
 WORLDS = (1, 2, 3, 4)

@@ -10,7 +10,7 @@ import zeropipe
 from tests.helpers.data import token_batch
 from tests.helpers.models import NastyModel, build
 from zeropipe.checkpoint.save.records import FP32, PARAM
-from zeropipe.runtime.engine.flats import optimizer_flats
+from zeropipe.runtime.engine.state import optimizer_flats
 from zeropipe.runtime.optimizers.state_kinds import numbers_by_tensor
 
 Pieces = list[tuple[str, int, dict[str, torch.Tensor], dict[str, Any]]]

@@ -31,6 +31,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True, protected_namespaces=())
 
+    def chosen(self, name: str) -> Any:
+        """The value of a key that the user gave; None where it is left to whoever reads it."""
+        return getattr(self, name) if name in self.model_fields_set else None
+
 
 def section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
     """The model of a key that is a section, or None for a plain value."""

@@ -26,26 +26,35 @@ class _From(Sampler[int]):
 
 
 class ZeroDataLoader:
-    """Batches for one data-parallel rank, in an order that depends on seed and epoch only.
+    """Micro-batches for one data-parallel rank, in an order that depends on seed and epoch only.
+
+    A map-style dataset is shuffled by seed and epoch and dealt out with torch's DistributedSampler, which repeats
+    a few samples so that every rank has as many (``drop_last``: leaves a few out, and the last short batch).
+    An IterableDataset is iterated as it is: dividing it among ranks is its own affair; its ``set_epoch(epoch)``
+    is called where it has one. ``seed`` must be the same on every rank.
 
     Iterating yields the rest of the current epoch, and an epoch that was yielded to its end is followed by the
     next one, newly shuffled. Breaking off and iterating again starts the epoch over. ``state_dict`` counts every
     batch that was yielded as consumed. Iterating never draws from torch's global random state.
+
+    Raises UsageError for a batch size below 1.
     """
 
     def __init__(
         self,
         dataset: Dataset[Any],
         batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-        collate_fn: Callable[[list[Any]], Any] | None,
-        num_workers: int,
-        drop_last: bool,
-        seed: int,
-        shuffle: bool,
-        pin_memory: bool,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+        drop_last: bool = False,
+        seed: int = 0,
+        shuffle: bool = True,
+        pin_memory: bool = False,
     ) -> None:
+        if batch_size < 1:
+            raise UsageError("batch_size of the data loader", expected="at least 1", found=batch_size)
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self._drop_last = drop_last
 
@@ -150,41 +159,7 @@ class ZeroDataLoader:
         self._resume = True
 
 
-def build_dataloader(
-    dataset: Dataset[Any],
-    batch_size: int,
-    data_parallel_rank: int = 0,
-    data_parallel_size: int = 1,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
-    num_workers: int = 0,
-    drop_last: bool = False,
-    seed: int = 0,
-    shuffle: bool = True,
-    pin_memory: bool = False,
-) -> ZeroDataLoader:
-    """A loader of micro-batches for one data-parallel rank.
-
-    A map-style dataset is shuffled by seed and epoch and dealt out with torch's DistributedSampler, which repeats
-    a few samples so that every rank has as many (``drop_last``: leaves a few out, and the last short batch).
-    An IterableDataset is iterated as it is: dividing it among ranks is its own affair; its ``set_epoch(epoch)``
-    is called where it has one. ``seed`` must be the same on every rank.
-
-    Raises UsageError for a batch size below 1.
-    """
-    if batch_size < 1:
-        raise UsageError("batch_size of the data loader", expected="at least 1", found=batch_size)
-    return ZeroDataLoader(
-        dataset,
-        batch_size,
-        data_parallel_rank,
-        data_parallel_size,
-        collate_fn,
-        num_workers,
-        drop_last,
-        seed,
-        shuffle,
-        pin_memory,
-    )
+build_dataloader = ZeroDataLoader  # the name under which users make one
 
 
 class RepeatingLoader:

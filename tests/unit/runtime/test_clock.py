@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zeropipe.config.batch import BatchSizes
-from zeropipe.runtime.engine.clock import Clock
+from zeropipe.runtime.engine.parts import Clock
 
 
 def clock(gas: int = 1, micro: int = 1, world: int = 1) -> Clock:

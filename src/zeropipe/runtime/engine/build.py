@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,18 +17,20 @@ from zeropipe.config.checks import check_world
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
 from zeropipe.runtime import lr_schedules
-from zeropipe.runtime.engine.clock import Clock
-from zeropipe.runtime.engine.mixed_inputs import MixedInputs
-from zeropipe.runtime.engine.parts import Parts
-from zeropipe.runtime.engine.placement import (
+from zeropipe.runtime.dataloader import ZeroDataLoader
+from zeropipe.runtime.engine.dtypes import (
     DTYPES,
     Dtypes,
-    data_parallel_group,
+    MixedInputs,
     decide_dtypes,
-    model_parts,
-    pick_device,
     place_module,
     refuse_shared_memory,
+)
+from zeropipe.runtime.engine.parts import Clock, Parts
+from zeropipe.runtime.engine.placement import (
+    data_parallel_group,
+    model_parts,
+    pick_device,
     replication,
     synchronize_module,
 )
@@ -56,26 +57,24 @@ _log = logging.getLogger("zeropipe")
 _OUTCOME = "the outcome of initialize"
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What a user gave ``initialize``, beside the configuration."""
-
-    model: torch.nn.Module
-    optimizer: Any = None
-    model_parameters: Any = None
-    lr_scheduler: Any = None
-    mpu: Any = None
-    mesh: Any = None
-    collate_fn: Any = None
-    args: Any = None
-
-
-def build(given: Given, config: Config) -> Parts:
-    """The parts of an engine; collective over all ranks."""
-    model, mpu, stages = given.model, given.mpu, SELF
+def build(
+    model: torch.nn.Module,
+    config: Config,
+    *,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    mpu: Any = None,
+    mesh: Any = None,
+    collate_fn: Any = None,
+    args: Any = None,
+) -> Parts:
+    """The parts of an engine, of what a user gave ``initialize``; collective over all ranks."""
+    stages = SELF
     if isinstance(model, PipelineModule):
         mpu, stages = model.mpu(), model.grid.pipe_group
-    group = data_parallel_group(mpu, given.mesh)
+    group = data_parallel_group(mpu, mesh)
     if group.ranks[group.rank] == 0:
         for notice in config.notices:
             _log.log(notice.level, notice.text)
@@ -86,23 +85,33 @@ def build(given: Given, config: Config) -> Parts:
         micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
         clock = Clock(solve_batch(config.train_batch_size, micro, accumulation, group.size))
         policy = policy_of(config)
-        device = pick_device(given.args)
+        device = pick_device(args)
         model_group, counts = model_parts(model, mpu)
         dtypes = decide_dtypes(model, device, config, model_group)
         refuse_shared_memory(model)
         place_module(model, device, dtypes)
-        base = make_optimizer(given, config, policy, device)
-        schedule = make_scheduler(given.lr_scheduler, base, config)
+        base = make_optimizer(optimizer, model, model_parameters, config, policy, device)
+        schedule = make_scheduler(lr_scheduler, base, config)
         check_room(model, group, config, policy, dtypes)
+        loader = None
+        if training_data is not None:
+            loader = ZeroDataLoader(
+                training_data,
+                clock.batch.micro_batch_size,
+                group.rank,
+                group.size,
+                collate_fn,
+                drop_last=config.dataloader_drop_last,
+            )
         items = digest(model, base, config)
 
     # [2] All ranks mean the same model and settings. From here on they do the same things in the same order.
     agree({_OUTCOME: "prepared", **items}, group)
 
     # [3] Shards first: the optimizer takes the parameters as they are from then on.
-    replicas = replication(config, group, given.mesh)
+    replicas = replication(config, group, mesh)
     sharded = shard_model(model, group, device, config, dtypes, replicas)
-    optimizer: ZeroOptimizer | None = None
+    zero: ZeroOptimizer | None = None
     if base is not None:
         options = StepOptions(
             clip=config.gradient_clipping,
@@ -114,31 +123,31 @@ def build(given: Given, config: Config) -> Parts:
             replicas=replicas.replicas,
         )
         names = {param: name for name, param in model.named_parameters()}
-        optimizer = ZeroOptimizer(
+        zero = ZeroOptimizer(
             base, names, group, policy, options, lambda: clock.is_boundary, lambda: clock.micro_steps
         )
     if sharded is not None:
-        if optimizer is not None:
-            sharded.conduct(optimizer.reducer)
-            optimizer.parameter_offload = ParameterOffload(sharded.hooks)
-        sharded.place(Offload(policy) if optimizer is None else optimizer.offload)
+        if zero is not None:
+            sharded.conduct(zero.reducer)
+            zero.parameter_offload = ParameterOffload(sharded.hooks)
+        sharded.place(Offload(policy) if zero is None else zero.offload)
 
     # [4] What neither shards nor masters have brought from rank 0 comes now.
     synchronize_module(model, group)
-    mixed = MixedInputs(model) if dtypes.mixed else None
     return Parts(
         model,
         config,
         clock,
         group,
         device,
-        mpu,
-        given.collate_fn,
-        stages,
-        optimizer,
-        sharded,
-        mixed,
-        schedule,
+        mpu=mpu,
+        collate_fn=collate_fn,
+        stages=stages,
+        optimizer=zero,
+        sharded=sharded,
+        mixed=MixedInputs(model) if dtypes.mixed else None,
+        lr_scheduler=schedule,
+        training_dataloader=loader,
     )
 
 
@@ -157,13 +166,13 @@ def shared_fate(group: Group | None) -> Iterator[None]:
 
 
 def policy_of(config: Config) -> Policy:
-    zero = config.zero_optimization
-    chosen = "reduce_bucket_size" in zero.model_fields_set
-    wire = config.communication_data_type
+    """What the stage shards, and where it lives; budgets that the user left open are ours."""
+    zero, wire = config.zero_optimization, config.communication_data_type
     accumulate = config.data_types.grad_accum_dtype
+    bucket, sub_group = zero.chosen("reduce_bucket_size"), zero.chosen("sub_group_size")
     return Policy(
         stage=zero.stage,
-        bucket_numel=zero.reduce_bucket_size if chosen else AUTO_BUCKET_NUMEL,
+        bucket_numel=AUTO_BUCKET_NUMEL if bucket is None else bucket,
         publish_numel=min(zero.allgather_bucket_size, AUTO_BUCKET_NUMEL),
         overlap_comm=zero.overlap_comm,
         accumulate_dtype=None if accumulate is None else DTYPES[accumulate],
@@ -174,9 +183,7 @@ def policy_of(config: Config) -> Policy:
         optimizer_folder=zero.offload_optimizer.nvme_path or "",
         param_folder=zero.offload_param.nvme_path or "",
         pin_memory=zero.offload_optimizer.pin_memory and zero.offload_param.pin_memory,
-        sub_group_numel=max(zero.sub_group_size, 1)
-        if "sub_group_size" in zero.model_fields_set
-        else AUTO_SUB_GROUP_NUMEL,
+        sub_group_numel=AUTO_SUB_GROUP_NUMEL if sub_group is None else max(sub_group, 1),
     )
 
 
@@ -220,16 +227,11 @@ def shard_model(
                 fix="use stage 3, or call zero.unshard_module(model) first",
             )
         return None
-    given = zero.model_fields_set
-
-    def chosen(key: str) -> int | None:
-        """A budget that the user gave; None leaves it to the model's size."""
-        return getattr(zero, key) if key in given else None
-
     sharding = Sharding(
-        prefetch_bucket_size=chosen("stage3_prefetch_bucket_size"),
-        max_live_parameters=chosen("stage3_max_live_parameters"),
-        max_reuse_distance=chosen("stage3_max_reuse_distance"),
+        # None leaves a budget to the model's size.
+        prefetch_bucket_size=zero.chosen("stage3_prefetch_bucket_size"),
+        max_live_parameters=zero.chosen("stage3_max_live_parameters"),
+        max_reuse_distance=zero.chosen("stage3_max_reuse_distance"),
         param_persistence_threshold=zero.stage3_param_persistence_threshold,
         model_persistence_threshold=zero.stage3_model_persistence_threshold,
         apply_sees_whole=zero.override_module_apply,
@@ -248,36 +250,37 @@ def check_room(module: torch.nn.Module, group: Group, config: Config, policy: Po
 
 
 def make_optimizer(
-    given: Given, config: Config, policy: Policy, device: torch.device
+    asked: Any,
+    module: torch.nn.Module,
+    parameters: Any,
+    config: Config,
+    policy: Policy,
+    device: torch.device,
 ) -> torch.optim.Optimizer | None:
     """The torch optimizer: the given one in place, one from a callable, one from the config, or None.
 
     Raises ConfigError or UnsupportedOptimizerError when it cannot be built, or cannot step on shards.
     """
-    asked, module, zero = given.optimizer, given.model, config.zero_optimization
-    if asked is None and config.optimizer.type is None:
+    zero, named = config.zero_optimization, config.optimizer.type
+    if asked is None and named is None:
         return None
-    params = list(module.parameters() if given.model_parameters is None else given.model_parameters)
+    params = list(module.parameters() if parameters is None else parameters)
     optimizer: Any = asked
-    if asked is None:
+    if named is not None and asked is None:
         if not params:
             return None
         step_on = torch.device("cpu") if zero.offload_optimizer.device != "none" else device
-        optimizer = build_optimizer(str(config.optimizer.type), config.optimizer.params, params, step_on)
+        optimizer = build_optimizer(named, config.optimizer.params, params, step_on)
     elif callable(asked) and not isinstance(asked, torch.optim.Optimizer):
         optimizer = asked(params)
     if not isinstance(optimizer, torch.optim.Optimizer):
-        # The object given, or what the callable made of the parameters.
-        called = callable(asked)
-        raise ConfigError(
-            "initialize: optimizer" + (" returned, when it was called, no optimizer" if called else ""),
-            expected="a torch.optim.Optimizer"
-            + ("" if called else " or a callable that takes the parameters"),
-            found=type(optimizer).__name__,
-            fix="return one from the callable"
-            if called
-            else "pass one of these, or name an optimizer in the config",
-        )
+        what, expected = "initialize: optimizer", "a torch.optim.Optimizer"
+        if callable(asked):
+            what, fix = f"{what} returned, when it was called, no optimizer", "return one from the callable"
+        else:
+            expected += " or a callable that takes the parameters"
+            fix = "pass one of these, or name an optimizer in the config"
+        raise ConfigError(what, expected=expected, found=type(optimizer).__name__, fix=fix)
     check_params(optimizer, module)
     kind = require_shardable(optimizer, zero.stage, config.zero_allow_untested_optimizer)
     if kind != "elementwise" and policy.optimizer_place is Place.FILE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,9 @@ from zeropipe.comm.collectives import all_gather_object
 from zeropipe.comm.group import world
 from zeropipe.errors import CheckpointError, DesyncError, describe
 from zeropipe.runtime.engine import state as translate
-from zeropipe.runtime.engine.flats import adopt_flats
 from zeropipe.runtime.engine.module_state import Outcome, load_regions
 from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.utils import collecting_later
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What of a checkpoint a load takes."""
-
-    moments: bool  # and all that belongs to them: loss scale, data position, generators
-    schedule: bool
-    clock: bool
-    strict: bool  # missing or unexpected parameters are an error
-    verify: bool  # each file's checksum first
-    trust: bool  # unpickle objects, which runs code
 
 
 class Checkpoints:
@@ -49,9 +36,8 @@ class Checkpoints:
         self._group = parts.group if parts.mpu is None else world()
         self.saver = Saver(self._group)
         self.say = parts.say
-        self._told: set[str] = (
-            set()
-        )  # paths in the state of which the log has said that only code restores them
+        # Paths in the state of which the log has said that only code restores them: each save has them again.
+        self._told: set[str] = set()
 
     def save(
         self,
@@ -87,8 +73,14 @@ class Checkpoints:
         self,
         folder: str | os.PathLike[str],
         tag: str | int | None,
-        wanted: Wanted,
         custom: Callable[..., Any] | None,
+        *,
+        moments: bool,  # and all that belongs to them: loss scale, data position, generators
+        schedule: bool,
+        clock: bool,
+        strict: bool,
+        verify: bool,
+        trust: bool,
     ) -> tuple[str | None, dict[str, Any] | None]:
         """See ``engine.load_checkpoint``."""
         parts, optimizer = self._parts, self._parts.optimizer
@@ -110,9 +102,9 @@ class Checkpoints:
             into,
             self._group,
             optimizer=optimizer is not None and custom is None,
-            moments=wanted.moments,
-            verify=wanted.verify,
-            trust=wanted.trust,
+            moments=moments,
+            verify=verify,
+            trust=trust,
         )
         if found is None:
             self.say(nothing_there(folder, name))
@@ -124,30 +116,46 @@ class Checkpoints:
         # [2] The module: by the caller's code, by its own where it has some, and its parameters follow the shards.
         if custom is not None:
             custom(src=_whole_module(source), dst=parts.module)
-            if optimizer is not None:
-                translate.masters_from_values(optimizer)
-        else:
-            if not into.model.regions:
-                self._check_names(loaded, wanted.strict)
+            for partition in optimizer.partitions if optimizer is not None else ():
+                partition.values.refresh_master()
+        elif into.model.regions:
             translate.show_loaded_shards(parts)
-            if into.model.regions:
-                # Names are judged last: hooks rename keys, so only now is it known what nobody took.
-                loaded = self._load_regions(loaded, source, into.model, wanted.strict)
-                self._check_names(loaded, wanted.strict)
+            # Names are judged last: hooks rename keys, so only now is it known what nobody took.
+            loaded = self._load_regions(loaded, source, into.model, strict)
+            self._check_names(loaded, strict)
+        else:
+            self._check_names(loaded, strict)
+            translate.show_loaded_shards(parts)
 
-        # [3] All that is no value of the module.
-        self._adopt(loaded, wanted)
-        if wanted.moments and optimizer is not None and loaded.flats:
-            own = loaded.train.per_rank
+        # [3] All that is no value of the module. A step that raised in the middle is over with what it would have used.
+        train = loaded.train
+        if optimizer is not None:
+            optimizer.forget_step()
+        if moments and optimizer is not None and loaded.flats:
+            translate.adopt_flats(optimizer, loaded.flats)
+            current = [dict(group) for group in optimizer.param_groups]
+            groups = self._settled(list(loaded.param_groups), current) or ()
+            self.say(translate.adopt_groups(optimizer, groups))
+            self._restore(optimizer.loss_scaler, train.loss_scaler)
+        if schedule and parts.lr_scheduler is not None:
+            if train.lr_scheduler is None:
+                self.say("the checkpoint holds no state of a schedule: lr_scheduler stays at its start")
+            self._restore(parts.lr_scheduler, train.lr_scheduler)
+        if moments:
+            self._restore(parts.training_dataloader, train.common.get("data"))
+            if "rng" in train.per_rank:
+                translate.set_rng_state(train.per_rank["rng"], parts.device)
+        if moments and optimizer is not None and loaded.flats:
             self.say(
                 translate.adopt_own_state(
-                    parts, own, lambda: (source.train_state(rank).per_rank for rank in range(source.world))
+                    parts,
+                    train.per_rank,
+                    lambda: (source.train_state(rank).per_rank for rank in range(source.world)),
                 )
             )
-        if wanted.clock:
-            counted = parts.clock.state_dict()
-            parts.clock.load_state_dict({key: getattr(loaded.train, key) for key in counted})
-        return loaded.path, self._settled(clone_tensors_for_torch_save(loaded.train.client_state), {})
+        if clock:
+            parts.clock.load_state_dict({key: getattr(train, key) for key in parts.clock.state_dict()})
+        return loaded.path, self._settled(clone_tensors_for_torch_save(train.client_state), {})
 
     def _load_regions(
         self, loaded: LoadedState, source: Checkpoint, model: ModelState, strict: bool
@@ -182,26 +190,6 @@ class Checkpoints:
             partition.values.take_edits(sure=True)
         missing = (*loaded.missing, *outcome.missing)
         return replace(loaded, missing=missing, unexpected=(*loaded.unexpected, *outcome.unexpected))
-
-    def _adopt(self, loaded: LoadedState, wanted: Wanted) -> None:
-        parts, optimizer, train = self._parts, self._parts.optimizer, loaded.train
-        if optimizer is not None:
-            optimizer.forget_step()
-        if wanted.moments and optimizer is not None and loaded.flats:
-            adopt_flats(optimizer, loaded.flats)
-            current = [dict(group) for group in optimizer.param_groups]
-            self.say(
-                translate.adopt_groups(optimizer, self._settled(list(loaded.param_groups), current) or ())
-            )
-            self._restore(optimizer.loss_scaler, train.loss_scaler)
-        if wanted.schedule and parts.lr_scheduler is not None:
-            if train.lr_scheduler is None:
-                self.say("the checkpoint holds no state of a schedule: lr_scheduler stays at its start")
-            self._restore(parts.lr_scheduler, train.lr_scheduler)
-        if wanted.moments:
-            self._restore(parts.training_dataloader, train.common.get("data"))
-            if "rng" in train.per_rank:
-                translate.set_rng_state(train.per_rank["rng"], parts.device)
 
     def _restore(self, stateful: Any, saved: Any) -> None:
         """Give ``stateful`` what was saved of it; what the checkpoint does not hold stays as it is."""

@@ -4,7 +4,8 @@
     engine.backward(loss)
     engine.step()
 
-It delegates. Sharding lives in ``runtime/zero``, scaling in ``runtime/fp16``, counting in ``accumulation``.
+It delegates: sharding to ``runtime/zero``, counting and the order of a step to its ``parts``, the factor of the loss to
+its ``scaling``; ``face`` has what users ask of it beside these calls.
 """
 
 from __future__ import annotations
@@ -16,16 +17,15 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from zeropipe.errors import UsageError
-from zeropipe.runtime.dataloader import ZeroDataLoader, build_dataloader
+from zeropipe.runtime.dataloader import ZeroDataLoader
 from zeropipe.runtime.engine.checkpoints import Checkpoints
-from zeropipe.runtime.engine.clock import Steps
+from zeropipe.runtime.engine.dtypes import DTYPES
 from zeropipe.runtime.engine.face import Face
-from zeropipe.runtime.engine.memory import Offloaded
-from zeropipe.runtime.engine.parts import Parts
-from zeropipe.runtime.engine.placement import DTYPES
+from zeropipe.runtime.engine.parts import Parts, Steps
 from zeropipe.runtime.engine.report import Reporter
 from zeropipe.runtime.engine.scaling import Scaling
 from zeropipe.runtime.zero.gather.whole import forget_whole, know_whole
+from zeropipe.runtime.zero.hold.offload_states import Offloaded
 from zeropipe.runtime.zero.hold.row_norms import RowNorms
 
 
@@ -43,7 +43,7 @@ class DeepSpeedEngine(Face):
 
         # What works on the parts.
         self.checkpoints = Checkpoints(parts)
-        self.offload = Offloaded(parts)
+        self.offload = Offloaded(parts.device)
         self.report = Reporter(parts)
 
         # What stands between the module's parameters and the optimizer.
@@ -74,7 +74,7 @@ class DeepSpeedEngine(Face):
         """The module's forward; whatever it returns is passed through."""
         phase: AbstractContextManager[object] = nullcontext()
         if self.optimizer is not None:
-            self.offload.bring_back_for_forward()
+            self.offload.bring_back_for_forward(self.optimizer)
             self.optimizer.wake()
             self._scaling.enter((args, kwargs))
             phase = self.report.phase("forward")
@@ -134,7 +134,7 @@ class DeepSpeedEngine(Face):
         assert self._steps is not None, "there is an optimizer"
         if self.clock.is_boundary:
             self.checkpoints.saver.raise_pending()
-        self.offload.bring_back()
+        self.offload.bring_back(self.optimizer)
         with self.report.phase("step"):
             tried = self._steps.end(self.lr_scheduler, lr_kwargs)
         if tried:
@@ -165,14 +165,15 @@ class DeepSpeedEngine(Face):
                 "deepspeed_io: data_sampler is not taken, because the loader deals samples out to ranks and keeps "
                 "its position. Fix: use torch.utils.data.DataLoader with your sampler instead"
             )
-        return build_dataloader(
+        parts = self._parts
+        return ZeroDataLoader(
             dataset,
-            batch_size or self.train_micro_batch_size_per_gpu(),
-            data_parallel_rank=self._parts.group.rank,
-            data_parallel_size=self._parts.group.size,
-            collate_fn=collate_fn or self._parts.collate_fn,
+            batch_size or parts.clock.batch.micro_batch_size,
+            parts.group.rank,
+            parts.group.size,
+            collate_fn or parts.collate_fn,
             num_workers=num_local_io_workers or 0,
-            drop_last=self._parts.config.dataloader_drop_last,
+            drop_last=parts.config.dataloader_drop_last,
             shuffle=route == "train",
             pin_memory=pin_memory,
         )
@@ -197,7 +198,7 @@ class DeepSpeedEngine(Face):
         forget_whole(self.module)
         if parts.mixed is not None:
             parts.mixed.remove()
-        self.report.close()
+        self.report.monitor.close()
         parts.drop()
         # Last, because it raises what a writer has failed with.
         self.checkpoints.saver.wait()

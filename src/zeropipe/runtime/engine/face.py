@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from zeropipe.runtime.engine.checkpoints import Checkpoints, Wanted
-from zeropipe.runtime.engine.clock import Clock
-from zeropipe.runtime.engine.memory import MemoryRow, Offloaded, memory_report
-from zeropipe.runtime.engine.parts import Parts
-from zeropipe.runtime.engine.state import load_weights, module_state, save_weights, whole_weights
+from zeropipe.runtime.engine.checkpoints import Checkpoints
+from zeropipe.runtime.engine.module_state import load_weights, module_state, save_weights, whole_weights
+from zeropipe.runtime.engine.parts import Clock, Parts
+from zeropipe.runtime.engine.report import MemoryRow, memory_report
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
+from zeropipe.runtime.zero.hold.offload_states import Offloaded
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 
 
@@ -39,7 +39,7 @@ class Face(torch.nn.Module):
 
     @lr_scheduler.setter
     def lr_scheduler(self, schedule: Any) -> None:
-        self._parts.lr_scheduler = schedule
+        self._parts.take_schedule(schedule)
 
     @property
     def training_dataloader(self) -> Any:
@@ -47,7 +47,7 @@ class Face(torch.nn.Module):
 
     @training_dataloader.setter
     def training_dataloader(self, loader: Any) -> None:
-        self._parts.training_dataloader = loader
+        self._parts.take_loader(loader)
 
     @property
     def clock(self) -> Clock:
@@ -271,18 +271,17 @@ class Face(torch.nn.Module):
         Raises:
             CheckpointError: on every rank alike; damaged or foreign files, other shapes, missing parameters.
         """
+        whole = not load_module_only
         return self.checkpoints.load(
             load_dir,
             tag,
-            Wanted(
-                moments=load_optimizer_states and not load_module_only,
-                schedule=load_lr_scheduler_states and not load_module_only,
-                clock=not load_module_only,
-                strict=load_module_strict,
-                verify=verify,
-                trust=trust,
-            ),
             custom_load_fn,
+            moments=load_optimizer_states and whole,
+            schedule=load_lr_scheduler_states and whole,
+            clock=whole,
+            strict=load_module_strict,
+            verify=verify,
+            trust=trust,
         )
 
     def wait_for_checkpoint(self) -> None:
@@ -314,8 +313,9 @@ class Face(torch.nn.Module):
 
         Raises UsageError without an optimizer, and for another device or kind.
         """
-        self.offload.send(include, device, pin_memory, non_blocking)
+        optimizer = self._parts.need_optimizer("offload_states")
+        self.offload.send(optimizer, include, device, pin_memory, non_blocking)
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what ``offload_states`` moved away; nothing to do where nothing is."""
-        self.offload.bring_back(non_blocking=non_blocking)
+        self.offload.bring_back(self.optimizer, non_blocking=non_blocking)

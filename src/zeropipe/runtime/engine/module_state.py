@@ -10,21 +10,29 @@ A sharded parameter that such code uses is gathered until that module is done, a
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from zeropipe.checkpoint.save.files import new_file, temporary
 from zeropipe.checkpoint.save.records import ModelState
 from zeropipe.checkpoint.saved_module import Regions, Stored, real
+from zeropipe.comm.collectives import broadcast_object
+from zeropipe.errors import CheckpointError
+from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.gather.shards import shards_of
 from zeropipe.runtime.zero.gather.state_dict import Fetching, is_ours
 
+# By these a module's own code takes part in a save or a load of its state.
 _METHODS = (
     "state_dict",
     "_save_to_state_dict",
@@ -41,84 +49,91 @@ _HOOKS = (
 _FIRST_VERSION = {"version": 1}  # what torch's own class says; only others are written
 
 
-def takes_part(module: nn.Module) -> bool:
-    """Whether code of ``module`` itself runs in a save or a load of its state."""
-    own = module.__dict__
-    if any(name in own or getattr(type(module), name) is not getattr(nn.Module, name) for name in _METHODS):
+def _takes_part(module: nn.Module) -> bool:
+    own, cls = vars(module), type(module)
+    if any(name in own or getattr(cls, name) is not getattr(nn.Module, name) for name in _METHODS):
         return True
     return any(not is_ours(hook) for hooks in _HOOKS for hook in getattr(module, hooks).values())
 
 
-def regions_of(module: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the topmost modules that take part; the whole where the root loads itself."""
-    if _overrides_load(module):
-        return ("",)
-    return tuple(prefix for prefix, found in _walk(module, "") if takes_part(found))
+def _loads_itself(root: nn.Module) -> bool:
+    return "load_state_dict" in vars(root) or type(root).load_state_dict is not nn.Module.load_state_dict
 
 
-def _overrides_load(module: nn.Module) -> bool:
-    return (
-        "load_state_dict" in module.__dict__ or type(module).load_state_dict is not nn.Module.load_state_dict
-    )
-
-
-def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by its prefix, as in a state dict: one that is there twice comes twice. Not below a region."""
-    yield prefix, module
-    if not takes_part(module):
+def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
+    """Every module by its prefix, as in a state dict (one that is there twice comes twice), and whether a region begins
+    there. Not below a region."""
+    takes_part = _takes_part(module)
+    yield prefix, module, takes_part
+    if not takes_part:
         for name, child in module._modules.items():
             if child is not None:
                 yield from _walk(child, f"{prefix}{name}.")
 
 
+def _outline(module: nn.Module) -> tuple[ModelState, dict[int, str]]:
+    """What a save and a load both know of a module before its values, and the first name of each parameter, by id."""
+    first = {id(param): name for name, param in module.named_parameters()}
+    peers: dict[str, str] = {}
+    if isinstance(module, PipelineModule):
+        # DeepSpeed calls a tied layer's parameters ``tied_modules.KEY.NAME``.
+        for key, layer in module.tied_modules.items():
+            for name, param in layer.named_parameters():
+                if id(param) in first:
+                    peers[f"tied_modules.{key}.{name}"] = first[id(param)]
+    # Where the root loads itself, all of it is one region.
+    regions = (
+        ("",) if _loads_itself(module) else tuple(prefix for prefix, _, begins in _walk(module) if begins)
+    )
+    frozen = tuple(name for name, param in module.named_parameters() if not param.requires_grad)
+    return ModelState({}, frozen=frozen, peer_names=peers, regions=regions), first
+
+
+# ---- a load: values to their names ----
+
+
 def destination(module: nn.Module) -> ModelState:
     """Where a load puts values by their names: the module's own tensors, but for those of its regions."""
-    prefixes = regions_of(module)
-    inside = frozenset(prefixes)
-    first: dict[int, str] = {id(param): name for name, param in module.named_parameters()}
+    outline, first = _outline(module)
     tensors: dict[str, torch.Tensor] = {}
-    tied: dict[str, str] = {}
     buffers: list[str] = []
-    for name, param in module.named_parameters(remove_duplicate=False):
-        if first[id(param)] != name:
-            tied[name] = first[id(param)]
-    for prefix, owner in _walk(module, "") if "" not in inside else ():
-        if prefix in inside:
+    tied = {
+        name: first[id(param)]
+        for name, param in module.named_parameters(remove_duplicate=False)
+        if first[id(param)] != name
+    }
+    for prefix, owner, region in _walk(module) if outline.regions != ("",) else ():
+        if region:
             continue
-        held: list[tuple[str, torch.Tensor]] = []
-        held += [(prefix + n, p) for n, p in owner._parameters.items() if p is not None]
-        held += [
-            (prefix + n, b)
-            for n, b in owner._buffers.items()
-            if b is not None and n not in owner._non_persistent_buffers_set
-        ]
-        for name, value in held:
-            known = first.setdefault(id(value), name)
-            if known != name:
-                tied[name] = known
+        persistent = {n: b for n, b in owner._buffers.items() if n not in owner._non_persistent_buffers_set}
+        for name, value in (*owner._parameters.items(), *persistent.items()):
+            if value is None:
+                continue
+            key = prefix + name
+            known = first.setdefault(id(value), key)
+            if known != key:
+                tied[key] = known
             if not isinstance(value, nn.Parameter):
-                buffers.append(name)
+                buffers.append(key)
             # One whose first name is in a region is filled all the same.
             if known not in tensors and shards_of(value) is None:
-                tensors[name] = value.detach()
-    frozen = tuple(name for name, param in module.named_parameters() if not param.requires_grad)
-    return ModelState(
-        tensors, tuple(buffers), frozen, tied, regions=prefixes, peer_names=_peers(module, first)
-    )
+                tensors[key] = value.detach()
+    return replace(outline, tensors=tensors, buffers=tuple(buffers), tied=tied)
+
+
+# ---- a save: what the state dict holds ----
 
 
 def capture(module: nn.Module, exclude_frozen: bool = False) -> ModelState:
     """What ``module.state_dict()`` gives, by reference; parameters that are sharded are left to the flats."""
-    params = dict(module.named_parameters())
-    first = {id(p): name for name, p in params.items()}
+    outline, first = _outline(module)
+    state, versions = _state(module, outline.regions)
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     extra: dict[str, Any] = {}
     kinds: dict[str, list[str]] = {"buffer": [], "computed": [], "excluded": []}
-    prefixes = regions_of(module)
-    state, versions = _state(module, prefixes)
     names_of_buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    seen: dict[int, str] = dict(first)
+    seen = dict(first)
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             extra[name] = value
@@ -138,32 +153,30 @@ def capture(module: nn.Module, exclude_frozen: bool = False) -> ModelState:
                 tied[name] = known  # a hook has renamed it
             continue
         tensors[name] = value.detach()
-    inside = Regions(prefixes)
-    hidden = (n for n in params if n not in state and inside.of(n) is not None)
-    model = ModelState(
-        tensors,
-        tuple(kinds["buffer"]),
-        tuple(name for name, param in params.items() if not param.requires_grad),
-        tied,
+    inside = Regions(outline.regions)
+    hidden = (name for name in first.values() if name not in state and inside.of(name) is not None)
+    return replace(
+        outline,
+        tensors=tensors,
+        buffers=tuple(kinds["buffer"]),
+        tied=tied,
         excluded=tuple(kinds["excluded"]),
         extra=extra,
-        peer_names=_peers(module, first),
-        regions=prefixes,
         computed=tuple(kinds["computed"]),
         hidden=tuple(hidden),
         versions=versions,
-    )
-    return (
-        replace(model, layers=tuple(_layers(module, model))) if isinstance(module, PipelineModule) else model
+        layers=tuple(_layers(module, tensors, tied)) if isinstance(module, PipelineModule) else (),
     )
 
 
-def _layers(module: PipelineModule, model: ModelState) -> Iterator[tuple[int, str, str]]:
+def _layers(
+    module: PipelineModule, tensors: Mapping[str, torch.Tensor], tied: Mapping[str, str]
+) -> Iterator[tuple[int, str, str]]:
     """The tensors that go to files by layer; a tied one is in several."""
     by_module: dict[str, list[tuple[str, str]]] = {}
-    for name, known in [(n, n) for n in model.tensors] + list(model.tied.items()):
+    for name, known in [*((n, n) for n in tensors), *tied.items()]:
         head, _, key = name.partition(".")
-        if known in model.tensors:
+        if known in tensors:
             by_module.setdefault(head, []).append((key, known))
     heads = {id(child): name for name, child in reversed(module._modules.items())}
     for layer in module.local_layers():
@@ -172,47 +185,32 @@ def _layers(module: PipelineModule, model: ModelState) -> Iterator[tuple[int, st
             yield layer, key, name
 
 
-def _peers(module: nn.Module, first: Mapping[int, str]) -> dict[str, str]:
-    """DeepSpeed calls a tied layer's parameters ``tied_modules.KEY.NAME``."""
-    if not isinstance(module, PipelineModule):
-        return {}
-    return {
-        f"tied_modules.{key}.{name}": first[id(param)]
-        for key, layer in module.tied_modules.items()
-        for name, param in layer.named_parameters()
-        if id(param) in first
-    }
-
-
-def _state(module: nn.Module, prefixes: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _state(module: nn.Module, regions: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The state dict with the parameters themselves in it, and its metadata where that is not the usual."""
+    state: Any = OrderedDict()
     with torch.no_grad():
-        if not prefixes:
-            state: Any = module.state_dict(keep_vars=True)
+        if not regions:
+            state = module.state_dict(keep_vars=True)
         else:
-            state = OrderedDict()
+            # As ``state_dict`` does it, with what code of single modules has gathered freed after each of them.
             state._metadata = OrderedDict()
             with Fetching(module) as fetching:
-                _save(module, state, "", fetching)
+                for prefix, part, region in _walk(module):
+                    if not region:
+                        state._metadata[prefix[:-1]] = {"version": part._version}
+                        part._save_to_state_dict(state, prefix, True)
+                        continue
+                    given = part.state_dict(destination=state, prefix=prefix, keep_vars=True)
+                    if given is not None and given is not state:  # a hook, or an override, made another dict
+                        state.clear()
+                        state.update(given)
+                    fetching.keep_copies(state)
+                    fetching.let_go()
     versions = getattr(state, "_metadata", None) or {}
     return state, {key: dict(value) for key, value in versions.items() if value != _FIRST_VERSION}
 
 
-def _save(module: nn.Module, state: Any, prefix: str, fetching: Fetching) -> None:
-    """``module.state_dict``, with what code of single modules has gathered freed after each of them."""
-    if not takes_part(module):
-        state._metadata[prefix[:-1]] = {"version": module._version}
-        module._save_to_state_dict(state, prefix, True)
-        for name, child in module._modules.items():
-            if child is not None:
-                _save(child, state, f"{prefix}{name}.", fetching)
-        return
-    given = module.state_dict(destination=state, prefix=prefix, keep_vars=True)
-    if given is not None and given is not state:  # a hook, or an override, made another dict
-        state.clear()
-        state.update(given)
-    fetching.keep_copies(state)
-    fetching.let_go()
+# ---- a load of regions: by their own code ----
 
 
 @dataclass(slots=True)
@@ -222,121 +220,173 @@ class Outcome:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    versions: Mapping[str, Mapping[str, Any]] | None = None  # the saved metadata; None where nobody knows it
+
+    def metadata(self, name: str) -> dict[str, Any]:
+        return {} if self.versions is None else dict(self.versions.get(name, _FIRST_VERSION))
 
 
 def load_regions(
     module: nn.Module,
-    prefixes: tuple[str, ...],
+    regions: tuple[str, ...],
     saved: Mapping[str, Any],
     versions: Mapping[str, Mapping[str, Any]] | None,
     strict: bool,
 ) -> Outcome:
     """Load the regions of ``module`` from ``saved`` as ``module.load_state_dict`` would; collective at stage 3."""
-    outcome = Outcome()
-    inside = Regions(prefixes)
-    parts: dict[str, OrderedDict[str, Any]] = {prefix: OrderedDict() for prefix in prefixes}
+    outcome = Outcome(versions=versions)
+    inside = Regions(regions)
+    parts: dict[str, OrderedDict[str, Any]] = {prefix: OrderedDict() for prefix in regions}
     for key, value in saved.items():
         prefix = inside.of(key)
         if prefix is not None:
             parts[prefix][key] = value
     with Fetching(module) as fetching:
-        loading = _Loading(outcome, versions, fetching)
-        if _overrides_load(module):
-            loading.whole(module, parts[""], strict)
+        if _loads_itself(module):
+            _load_whole(module, parts[""], strict, outcome)
         else:
-            for prefix, found in _walk(module, ""):
-                if prefix in parts:
-                    loading.module(found, parts[prefix], prefix)
+            for prefix, found, region in _walk(module):
+                if region:
+                    _load_part(found, parts[prefix], prefix, outcome, fetching)
     return outcome
 
 
-class _Loading:
-    def __init__(
-        self, outcome: Outcome, versions: Mapping[str, Mapping[str, Any]] | None, fetching: Fetching
-    ) -> None:
-        self._outcome = outcome
-        self._versions = versions
-        self._fetching = fetching
-
-    def whole(self, module: nn.Module, saved: OrderedDict[str, Any], strict: bool) -> None:
-        """By the module's own ``load_state_dict``."""
-        prefixes = (name for name, _ in module.named_modules(remove_duplicate=False))
-        saved._metadata = {name: self._metadata(name) for name in prefixes}  # type: ignore[attr-defined]
-        with _Kept(module, list(module.modules())):
-            try:
-                found = module.load_state_dict(saved, strict=strict)
-            except RuntimeError as error:
-                if not str(error).startswith("Error(s) in loading"):
-                    raise
-                self._outcome.errors.append(str(error))
-                return
-        if isinstance(found, tuple) and len(found) == 2:
-            self._outcome.missing += found[0]
-            self._outcome.unexpected += found[1]
-
-    def module(self, module: nn.Module, saved: OrderedDict[str, Any], prefix: str) -> None:
-        """As the function of that purpose inside of ``load_state_dict``, for ``module`` and those below it."""
-        special = takes_part(module)
-        if special:  # it may keep what it is given
-            saved.update(
-                {k: real(v) for k, v in saved.items() if "." not in k[len(prefix) :] and _is_stored(v)}
-            )
-        out = self._outcome
-        with _Kept(module, [module] if special else []):
-            module._load_from_state_dict(
-                saved, prefix, self._metadata(prefix[:-1]), True, out.missing, out.unexpected, out.errors
-            )
-        below: dict[str, OrderedDict[str, Any]] = {}
-        for key, value in saved.items():  # which hooks may have changed by now
-            if key.startswith(prefix):
-                name, dot, _ = key[len(prefix) :].partition(".")
-                if dot:
-                    below.setdefault(name, OrderedDict())[key] = value
-        for name, child in module._modules.items():
-            if child is not None:
-                self.module(child, below.pop(name, OrderedDict()), f"{prefix}{name}.")
-        for hook in module._load_state_dict_post_hooks.values():
-            hook(module, _IncompatibleKeys(out.missing, out.unexpected))
-        if special:
-            self._fetching.let_go()
-
-    def _metadata(self, name: str) -> dict[str, Any]:
-        if self._versions is None:
-            return {}
-        return dict(self._versions.get(name, _FIRST_VERSION))
+def _load_whole(module: nn.Module, saved: OrderedDict[str, Any], strict: bool, outcome: Outcome) -> None:
+    """By the module's own ``load_state_dict``."""
+    prefixes = (name for name, _ in module.named_modules(remove_duplicate=False))
+    saved._metadata = {name: outcome.metadata(name) for name in prefixes}  # type: ignore[attr-defined]
+    with _staying(*module.modules()):
+        try:
+            found = module.load_state_dict(saved, strict=strict)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading"):
+                raise
+            outcome.errors.append(str(error))
+            return
+    if isinstance(found, tuple) and len(found) == 2:
+        outcome.missing += found[0]
+        outcome.unexpected += found[1]
 
 
-class _Kept:
+def _load_part(
+    module: nn.Module, saved: OrderedDict[str, Any], prefix: str, out: Outcome, fetching: Fetching
+) -> None:
+    """As the function of that purpose inside of ``load_state_dict``, for ``module`` and those below it."""
+    takes_part = _takes_part(module)
+    if takes_part:  # it may keep what it is given
+        own = {k: v for k, v in saved.items() if isinstance(v, Stored) and "." not in k[len(prefix) :]}
+        saved.update({key: real(value) for key, value in own.items()})
+    with _staying(*[module] if takes_part else []):
+        module._load_from_state_dict(
+            saved, prefix, out.metadata(prefix[:-1]), True, out.missing, out.unexpected, out.errors
+        )
+    below: dict[str, OrderedDict[str, Any]] = {}
+    for key, value in saved.items():  # which hooks may have changed by now
+        if key.startswith(prefix):
+            name, dot, _ = key[len(prefix) :].partition(".")
+            if dot:
+                below.setdefault(name, OrderedDict())[key] = value
+    for name, child in module._modules.items():
+        if child is not None:
+            _load_part(child, below.pop(name, OrderedDict()), f"{prefix}{name}.", out, fetching)
+    for hook in module._load_state_dict_post_hooks.values():
+        hook(module, _IncompatibleKeys(out.missing, out.unexpected))
+    if takes_part:
+        fetching.let_go()
+
+
+@contextmanager
+def _staying(*modules: nn.Module) -> Iterator[None]:
     """Parameters stay the objects, in the memory, that the optimizer knows: what is put in their place is copied in."""
-
-    def __init__(self, root: nn.Module, modules: list[nn.Module]) -> None:
-        self._before = [
-            (owner, name, param, param.data if shards_of(param) is None else None)
-            for owner in modules
-            for name, param in owner._parameters.items()
-            if param is not None and not nn.parameter.is_lazy(param)
-        ]
-        self._modules = modules
-
-    def __enter__(self) -> None:
-        pass
-
-    @torch.no_grad()
-    def __exit__(self, *_: object) -> None:
-        for owner, name, param, data in self._before:
-            now = owner._parameters.get(name)
-            if now is not None and now is not param:
-                param.copy_(now.detach())
-                owner._parameters[name] = param
-            elif data is not None and param.data_ptr() != data.data_ptr() and param.shape == data.shape:
-                data.copy_(param.data)
-                param.data = data
-        for owner in self._modules:
-            for held in (owner._buffers, owner.__dict__):
-                for name, value in list(held.items()):
-                    if isinstance(value, Stored):
-                        held[name] = real(value)
+    before = [
+        (owner, name, param, param.data if shards_of(param) is None else None)
+        for owner in modules
+        for name, param in owner._parameters.items()
+        if param is not None and not nn.parameter.is_lazy(param)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for owner, name, param, data in before:
+                now = owner._parameters.get(name)
+                if now is not None and now is not param:
+                    param.copy_(now.detach())
+                    owner._parameters[name] = param
+                elif data is not None and param.data_ptr() != data.data_ptr() and param.shape == data.shape:
+                    data.copy_(param.data)
+                    param.data = data
+            # What it keeps beside them is read before the checkpoint's files are closed.
+            for owner in modules:
+                for held in (owner._buffers, vars(owner)):
+                    held.update(
+                        {name: real(value) for name, value in held.items() if isinstance(value, Stored)}
+                    )
 
 
-def _is_stored(value: Any) -> bool:
-    return isinstance(value, Stored)
+# ---- the weights alone ----
+
+
+def load_weights(parts: Parts, state: Mapping[str, Any], strict: bool) -> Any:
+    """See ``engine.load_module_state_dict``."""
+    outcome = parts.module.load_state_dict(state, strict=strict)
+    for partition in parts.optimizer.partitions if parts.optimizer is not None else ():
+        partition.values.refresh_master()
+    return outcome
+
+
+def module_state(module: nn.Module, exclude_frozen: bool) -> dict[str, Any]:
+    """References; without the parameters that do not require gradients where they are not wanted (buffers stay)."""
+    state = module.state_dict()
+    if not exclude_frozen:
+        return state
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+def whole_weights(parts: Parts, exclude_frozen: bool) -> dict[str, Any]:
+    """In host memory on the first rank, each tensor with a storage of its own size; empty on the others; collective."""
+    state = module_state(parts.module, exclude_frozen)
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if not torch.is_tensor(value):
+            return value
+        # Tied tensors stay tied: a file holds them once. Empty ones have no address to be told apart by.
+        where = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+        if value.numel() == 0 or where not in copies:
+            copies[where] = value.detach().cpu().clone()
+        return copies[where]
+
+    return {name: copy(value) for name, value in state.items()} if parts.first else {}
+
+
+def save_weights(parts: Parts, target: Path, exclude_frozen: bool) -> bool:
+    """See ``engine.save_16bit_model``."""
+    zero = parts.config.zero_optimization
+    if zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save:
+        parts.say(
+            "save_16bit_model wrote nothing: at stage 3 it needs the config key "
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save: true"
+        )
+        return False
+    state = whole_weights(parts, exclude_frozen)
+    problem = None
+    if parts.first:
+        draft = temporary(target)
+        # Under a temporary name first, so that a kill leaves no half file.
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(draft) as file:
+                torch.save(state, file)  # type: ignore[arg-type]
+            os.replace(draft, target)
+        except OSError as error:
+            problem = str(error)
+            with suppress(OSError):  # the error to tell is the first
+                draft.unlink()
+    problem = broadcast_object(problem, 0, parts.group, label="save_16bit_model")
+    if problem is not None:
+        raise CheckpointError(
+            f"the weights cannot be written: {problem}", fix="free space there, or save elsewhere"
+        )
+    return True

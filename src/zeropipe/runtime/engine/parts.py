@@ -1,22 +1,109 @@
-"""What an engine is made of: the one record that its other parts, a save and a load work on."""
+"""What an engine is made of: the one record that its other parts, a save and a load work on, and its clock.
+
+    OPEN window  --reduced, boundary-->  optimizer.step  -->  SCHEDULE  -->  TELLING  -->  NOTHING
+                                              └──────── overflow ───────────────┘
+
+is how a micro-step ends (``Steps``): in each every rank reduces; at the boundary the optimizer steps, then the
+schedule.
+"""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
 
 from zeropipe.comm.group import SELF, Group
+from zeropipe.config.batch import BatchSizes
 from zeropipe.config.schema import Config
-from zeropipe.errors import UsageError
-from zeropipe.runtime.engine.clock import Clock
-from zeropipe.runtime.engine.mixed_inputs import MixedInputs
+from zeropipe.errors import ConfigError, UsageError
+from zeropipe.runtime.engine.dtypes import MixedInputs
+from zeropipe.runtime.lr_schedules.base import step_schedule
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 
 _log = logging.getLogger("zeropipe")
+_SAVED = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
+
+
+@dataclass(slots=True)
+class Clock:
+    """What an engine counts.
+
+    A micro-step ends with ``tick``; a boundary is the micro-step at which an optimizer step happens. By default
+    that is every ``gradient_accumulation_steps``-th one; ``force`` overrides the count.
+    """
+
+    batch: BatchSizes
+
+    # Saved, so that a run that is resumed counts on.
+    micro_steps: int = 0
+    global_steps: int = 0
+    global_samples: int = 0
+    skipped_steps: int = 0
+
+    # Of the latest step, and of the coming ones.
+    last_step_applied: bool = False
+    forced_boundary: bool | None = None
+
+    @property
+    def is_boundary(self) -> bool:
+        if self.forced_boundary is not None:
+            return self.forced_boundary
+        return (self.micro_steps + 1) % self.batch.gradient_accumulation_steps == 0
+
+    def force(self, boundary: bool | None) -> bool | None:
+        """Say what the coming micro-steps are, whatever the count says (None: ask the count). What was said before."""
+        before, self.forced_boundary = self.forced_boundary, boundary
+        return before
+
+    def tick(self) -> None:
+        """One micro-step is over."""
+        self.micro_steps += 1
+        self.last_step_applied = False
+
+    def skip_to_last_of(self, count: int) -> None:
+        """The coming micro-step is the last of ``count`` that began together: a pipeline's batch."""
+        # What another engine has left of an accumulation is no part of this batch.
+        self.micro_steps += count - 1 - self.micro_steps % count
+
+    def stepped(self, applied: bool) -> None:
+        """One optimizer step was tried; ``applied`` is False when an overflow skipped it."""
+        self.global_steps += 1
+        self.global_samples += self.batch.train_batch_size
+        self.skipped_steps += not applied
+        self.last_step_applied = applied
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the samples per step by changing the accumulation. Raises ConfigError where that does not go up."""
+        batch = self.batch
+        per_micro_step = batch.micro_batch_size * batch.world
+        steps, rest = divmod(train_batch_size, per_micro_step)
+        if steps < 1 or rest:
+            raise ConfigError(
+                "set_train_batch_size",
+                expected=f"a multiple of {per_micro_step} ({batch.micro_batch_size} per rank x {batch.world})",
+                found=train_batch_size,
+                fix=f"use {max(1, round(train_batch_size / per_micro_step)) * per_micro_step}",
+            )
+        self.batch = BatchSizes(train_batch_size, batch.micro_batch_size, steps, batch.world)
+        # A window that was begun would end after another number of micro-steps than it is divided by.
+        self.micro_steps = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {key: getattr(self, key) for key in _SAVED}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict``, at the begin of a window: gradients of an unfinished one are not saved."""
+        for key, value in state.items():
+            setattr(self, key, int(value))
+        accumulation = self.batch.gradient_accumulation_steps
+        # A file that counts no micro-steps has made as many as its steps take here.
+        micro_steps = self.micro_steps or self.global_steps * accumulation
+        self.micro_steps = micro_steps - micro_steps % accumulation
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +146,69 @@ class Parts:
             )
         return self.optimizer
 
+    def take_schedule(self, schedule: Any) -> None:
+        self.lr_scheduler = schedule
+
+    def take_loader(self, loader: Any) -> None:
+        self.training_dataloader = loader
+
     def drop(self) -> None:
         """The engine is destroyed: what is left is a module and its figures."""
         self.optimizer = self.sharded = self.mixed = self.lr_scheduler = self.training_dataloader = None
+
+
+class Left(Enum):
+    """What is left to do of the latest step once the optimizer has stepped. A step that raised is gone on with here:
+    the optimizer knows its own middle (``in_step``), these are what comes after it."""
+
+    NOTHING = "nothing"
+    SCHEDULE = "the schedule, and telling"  # the step was applied
+    TELLING = "telling"  # an overflow skipped it, or the schedule has stepped
+
+
+class Steps:
+    """Ends micro-steps. Whoever raises on the way is called again by the next ``end``, and nobody is called twice."""
+
+    def __init__(self, clock: Clock, optimizer: ZeroOptimizer, sharded: ShardedModel | None) -> None:
+        self._clock, self._optimizer, self._sharded = clock, optimizer, sharded
+        self._passes = 0  # of the reducer, when the current micro-step began
+        self._left = Left.NOTHING
+
+    def end(self, schedule: Any, arguments: dict[str, Any] | None) -> bool:
+        """End the micro-step; whether an optimizer step was tried, of which has to be told (then call ``told``)."""
+        optimizer, reducer = self._optimizer, self._optimizer.reducer
+        # [1] The rest of a step that raised after the optimizer had stepped. With no backward since, that is all.
+        if self._left is not Left.NOTHING:
+            self._step_schedule(schedule, arguments)
+            self.told()
+            if reducer.window_is_empty:
+                return False
+        # [2] Every rank reduces in every micro-step, for its peers wait; also one whose backward reached no parameter.
+        if not optimizer.in_step:
+            reducer.refuse_broken()
+            if reducer.passes == self._passes:
+                with reducer.one_pass():
+                    pass
+            self._passes = reducer.passes
+            if self._sharded is not None:
+                self._sharded.settle()
+        if not self._clock.is_boundary:
+            self._clock.tick()
+            return False
+        # [3] The clock after the optimizer: a step that raises is still the coming one.
+        optimizer.step()
+        self._clock.tick()
+        self._clock.stepped(applied=not optimizer.overflow)
+        self._left = Left.TELLING if optimizer.overflow else Left.SCHEDULE
+        self._step_schedule(schedule, arguments)
+        return True
+
+    def told(self) -> None:
+        """The step is over."""
+        assert self._left is not Left.SCHEDULE, "the schedule comes first"
+        self._left = Left.NOTHING
+
+    def _step_schedule(self, schedule: Any, arguments: dict[str, Any] | None) -> None:
+        if self._left is Left.SCHEDULE and schedule is not None:
+            step_schedule(schedule, self._optimizer.param_groups, arguments or {})
+        self._left = Left.TELLING

@@ -1,23 +1,33 @@
-"""What an engine tells while it trains, where the config asks for it: log lines, timings, scalars for a monitor.
+"""What an engine tells while it trains, where the config asks for it: log lines, timings, scalars for a monitor; and,
+when it is asked, what it holds on its device beside what the stage's formula allows.
 
 Silent by default, and then it costs nothing: no timer is started and no scalar is read from the device.
+
+The formula is the one of the table "memory and traffic" in ``docs/architecture.md`` (P parameters, N ranks),
+with the layout's padding included, so that a ratio other than 1 is memory that nobody planned.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
-from zeropipe.runtime.engine.memory import memory_report
 from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.monitor import MonitorMaster
+from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
 from zeropipe.runtime.timers import PhaseTimers, ThroughputTimer, wall_clock_breakdown
+from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
+from zeropipe.runtime.zero.hold.partition import Partition
+from zeropipe.runtime.zero.hold.shown import AbsentGradient
 
 _log = logging.getLogger("zeropipe")
 _SILENT: AbstractContextManager[None] = nullcontext()
+_ADAM_MOMENTS = 2  # state that an Adam-like optimizer keeps per element, before it has made any
 
 
 class Reporter:
@@ -41,10 +51,8 @@ class Reporter:
             )
         self.listens = bool(self._every or self._memory or self._timers or self.monitor.enabled)
 
-        # Since the last step.
-        self._losses: list[
-            torch.Tensor
-        ] = []  # of this rank's micro-steps, left where they are: reading one waits
+        # Since the last step. Losses, of this rank's micro-steps, are left where they are: reading one waits for it.
+        self._losses: list[torch.Tensor] = []
         self._in_step = False
 
         if first and config.dump_state:
@@ -94,9 +102,6 @@ class Reporter:
             rows = "; ".join(map(str, memory_report(self._parts.module, optimizer)))
             _log.info("step %d: %s; %s", step, rows, self._allocated())
 
-    def close(self) -> None:
-        self.monitor.close()
-
     def _line(self, rates: list[float], loss_scale: float, loss: float | None) -> str:
         parts = [f"step {self._clock.global_steps}", f"skipped {self._clock.skipped_steps}"]
         parts.append("lr " + ", ".join(f"{lr:.4g}" for lr in rates))
@@ -111,8 +116,85 @@ class Reporter:
     def _allocated(self) -> str:
         if self._device.type != "cuda":
             return "the process's own figures are the system's (resident memory)"
-        allocated, peak = (
-            torch.cuda.memory_allocated(self._device),
-            torch.cuda.max_memory_allocated(self._device),
-        )
-        return f"allocated {allocated:,} B, at most {peak:,} B"
+        now, peak = torch.cuda.memory_allocated(self._device), torch.cuda.max_memory_allocated(self._device)
+        return f"allocated {now:,} B, at most {peak:,} B"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRow:
+    """``kind``: ``parameters``, ``gradients`` or ``optimizer state`` (masters that are copies, and moments)."""
+
+    kind: str
+    bytes: int  # live on this rank; the storage that views share counts once
+    formula: int  # what the stage promises, padding included
+
+    @property
+    def ratio(self) -> float:
+        """Live over promised bytes; 1.0 where both are 0."""
+        if self.formula == 0:
+            return 1.0 if self.bytes == 0 else float("inf")
+        return self.bytes / self.formula
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.bytes:,} B (formula {self.formula:,} B, ratio {self.ratio:.4f})"
+
+
+def memory_report(module: torch.nn.Module, optimizer: ZeroOptimizer | None) -> tuple[MemoryRow, ...]:
+    """The three rows for an engine's module and optimizer; before the first step there are no moments yet."""
+    params, partitions = list(module.parameters()), [] if optimizer is None else optimizer.partitions
+    trained = {id(param) for partition in partitions for param in partition.params}
+    others = sum(p.numel() * p.element_size() for p in params if id(p) not in trained)
+    kept = [tensor for partition in partitions for tensor in partition.values.stored()[0]]
+    # In this order: what a view of a parameter's memory is (a master in fp32) counts as the parameter.
+    counted: set[int] = set()
+    live = [_bytes([*params, *kept], counted), 0, 0]
+    promised = [others, 0, 0]
+    if optimizer is not None:
+        live[1:] = [_bytes(held(optimizer, params), counted) for held in (_gradients, _state)]
+        budgets = [_budget(optimizer, partition) for partition in partitions]
+        promised = [sum(column) for column in zip(promised, *budgets, strict=True)]
+    kinds = ("parameters", "gradients", "optimizer state")
+    return tuple(MemoryRow(*row) for row in zip(kinds, live, promised, strict=True))
+
+
+def _budget(optimizer: ZeroOptimizer, partition: Partition) -> tuple[int, int, int]:
+    """Bytes of the partition's parameters, gradients and optimizer state on this rank."""
+    own, whole = partition.master.numel(), partition.values.whole_numel
+    accumulated = (optimizer.policy.accumulate_dtype or partition.dtype).itemsize
+    _, values, copied = partition.values.stored()
+    grads = (own if optimizer.policy.shards_gradients else whole) * accumulated
+    moments = len(partition.state.keys())
+    if not optimizer.optimizer.state:
+        moments = _ADAM_MOMENTS if "betas" in optimizer.defaults else 0
+    return values, grads, own * partition.master.element_size() * (moments + copied)
+
+
+def _gradients(optimizer: ZeroOptimizer, params: Iterable[torch.nn.Parameter]) -> Iterator[torch.Tensor]:
+    for store in optimizer.reducer.stores:
+        yield store.shard
+        yield from store.held
+    for param in params:
+        if param.grad is not None and not isinstance(param.grad, AbsentGradient):
+            yield param.grad
+
+
+def _state(optimizer: ZeroOptimizer, params: Iterable[torch.nn.Parameter]) -> Iterator[torch.Tensor]:
+    for partition in optimizer.partitions:
+        yield partition.master.detach()
+    keys = state_keys(optimizer.optimizer)
+    for state in optimizer.optimizer.state.values():
+        yield from split_state(state, keys)[0].values()
+
+
+def _bytes(tensors: Iterable[torch.Tensor], counted: set[int]) -> int:
+    """Bytes of the storages behind ``tensors`` that are not in ``counted`` yet, and are added to it."""
+    total = 0
+    for tensor in tensors:
+        if tensor.layout != torch.strided:
+            total += tensor._values().numel() * tensor.element_size()
+            continue
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total

@@ -26,54 +26,97 @@ class OffloadStateTypeEnum(StrEnum):
     contiguous_grad_buffer = "contiguous_grad_buffer"  # the same buffers here
 
 
-def wanted(include: Iterable[object] | None) -> frozenset[OffloadStateTypeEnum]:
+Kind = OffloadStateTypeEnum
+
+
+class Offloaded:
+    """Which kinds of an optimizer's tensors are away from ``device``, where they work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._away: frozenset[Kind] = frozenset()
+
+    def send(
+        self,
+        optimizer: ZeroOptimizer,
+        include: Iterable[object] | None,
+        device: object,
+        pin_memory: bool,
+        non_blocking: bool,
+    ) -> None:
+        """See ``engine.offload_states``."""
+        name = getattr(device, "value", str(device))
+        if name != "cpu":
+            raise UsageError("offload_states: device", expected="cpu", found=name, fix="leave it out")
+        kinds = _wanted(include) - self._away
+
+        def to_host(tensor: torch.Tensor) -> torch.Tensor:
+            on_gpu = tensor.device.type == "cuda"
+            # Its own place is in a file, or in host memory: there it stays.
+            if optimizer.offload.in_files(tensor) or (not on_gpu and torch.cuda.is_available()):
+                return tensor
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin_memory and on_gpu)
+            return host.copy_(tensor, non_blocking=non_blocking)
+
+        # A reduction under way reads what is about to move.
+        optimizer.reducer.settle()
+        _move(optimizer, kinds, to_host)
+        if self._device.type == "cuda":
+            # The copies are done before the allocator gives the memory back to the driver.
+            torch.cuda.current_stream(self._device).synchronize()
+            torch.cuda.empty_cache()
+        self._away |= kinds
+
+    def bring_back(
+        self, optimizer: ZeroOptimizer | None, kinds: Iterable[Kind] = Kind, non_blocking: bool = False
+    ) -> None:
+        """Those of ``kinds`` that are away return to the device."""
+        due = self._away.intersection(kinds)
+        if due and optimizer is not None:
+            in_files = optimizer.offload.in_files
+            _move(
+                optimizer,
+                due,
+                lambda t: t if in_files(t) else t.to(self._device, non_blocking=non_blocking),
+            )
+        self._away -= due
+
+    def bring_back_for_forward(self, optimizer: ZeroOptimizer) -> None:
+        """What the coming forward reads, and where gradients will follow, their buffers."""
+        if not self._away:
+            return
+        # At stage 3 gathers read the masters.
+        reads = {Kind.lp_params, Kind.hp_params}
+        self.bring_back(optimizer, set(Kind) - {Kind.optim_states} if torch.is_grad_enabled() else reads)
+
+
+def _wanted(include: Iterable[object] | None) -> frozenset[Kind]:
     """The kinds that ``include`` names (None: all). Raises UsageError for one that there is not."""
     found = set()
-    for kind in OffloadStateTypeEnum if include is None else include:
+    for kind in Kind if include is None else include:
         try:
-            found.add(OffloadStateTypeEnum(str(getattr(kind, "value", kind))))
+            found.add(Kind(str(getattr(kind, "value", kind))))
         except ValueError:
-            names = ", ".join(k.value for k in OffloadStateTypeEnum)
+            names = ", ".join(k.value for k in Kind)
             raise UsageError("offload_states: include", expected=names, found=kind) from None
     return frozenset(found)
 
 
-def to_host(optimizer: ZeroOptimizer, pin_memory: bool, non_blocking: bool) -> Move:
-    """How a tensor goes to host memory; one that is there already by its own place stays."""
-
-    def move(tensor: torch.Tensor) -> torch.Tensor:
-        on_gpu = tensor.device.type == "cuda"
-        if optimizer.offload.in_files(tensor) or (not on_gpu and torch.cuda.is_available()):
-            return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin_memory and on_gpu)
-        return host.copy_(tensor, non_blocking=non_blocking)
-
-    return move
-
-
-def to_device(optimizer: ZeroOptimizer, device: torch.device, non_blocking: bool) -> Move:
-    """How a tensor that ``to_host`` moved comes back."""
-
-    def move(tensor: torch.Tensor) -> torch.Tensor:
-        if optimizer.offload.in_files(tensor):
-            return tensor
-        return tensor.to(device, non_blocking=non_blocking)
-
-    return move
-
-
-def move_states(optimizer: ZeroOptimizer, kinds: frozenset[OffloadStateTypeEnum], move: Move) -> None:
+def _move(optimizer: ZeroOptimizer, kinds: frozenset[Kind], move: Move) -> None:
     """Let every tensor of these kinds be ``move`` of itself; who holds views of them gets new ones."""
-    grads = {OffloadStateTypeEnum.lp_grads, OffloadStateTypeEnum.contiguous_grad_buffer}
-    host_steps = optimizer.policy.offload_optimizer  # masters and moments live in their own place
+    policy = optimizer.policy
+    # What lives in host memory or in files by the configuration has its own place, and is not moved from here.
+    own_place = policy.offload_optimizer
     for partition, store in zip(optimizer.partitions, optimizer.reducer.stores, strict=True):
-        if OffloadStateTypeEnum.lp_params in kinds:
+        if Kind.lp_params in kinds:
             partition.values.move(move)
-        if OffloadStateTypeEnum.hp_params in kinds and not host_steps:
+        if Kind.hp_params in kinds and not own_place:
             partition.move_master(move)
-        if kinds & grads and not (host_steps and optimizer.policy.shards_parameters):
+        if kinds & {Kind.lp_grads, Kind.contiguous_grad_buffer} and not (
+            own_place and policy.shards_parameters
+        ):
             store.move(move)
-    if OffloadStateTypeEnum.optim_states in kinds and not host_steps:
+    if Kind.optim_states in kinds and not own_place:
         names = state_keys(optimizer.optimizer)
         for state in optimizer.optimizer.state.values():
             for key, value in split_state(state, names)[0].items():
