@@ -18,15 +18,17 @@ class ParameterRow:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    kind: ZeroParamType
-    state: ZeroParamStatus
     numel: int
     bytes_here: int  # shard, and whole value while gathered
     bytes_whole: int  # of one whole value
-    layout: str  # how it is cut
-    holders: tuple[int, ...]  # ranks that have a shard; () where every rank has it whole
-    persistent: bool  # stays gathered between uses
     trained: bool  # an optimizer of zeropipe holds its master
+
+    # How it is divided; these are the words for one that is not.
+    kind: ZeroParamType = ZeroParamType.NORMAL
+    state: ZeroParamStatus = ZeroParamStatus.AVAILABLE
+    layout: str = "whole"  # how it is cut
+    holders: tuple[int, ...] = ()  # ranks that have a shard; () where every rank has it whole
+    persistent: bool = True  # stays gathered between uses
 
     @property
     def held_by(self) -> str:
@@ -85,37 +87,15 @@ def describe(model: torch.nn.Module) -> Description:
 def _row(name: str, param: torch.nn.Parameter) -> ParameterRow:
     shards, trained = shards_of(param), is_trained(param)
     if shards is None:
-        nbytes = param.numel() * param.element_size()
         return ParameterRow(
-            name,
-            tuple(param.shape),
-            param.dtype,
-            ZeroParamType.NORMAL,
-            ZeroParamStatus.AVAILABLE,
-            param.numel(),
-            nbytes,
-            nbytes,
-            "whole",
-            (),
-            True,
-            trained,
+            name, tuple(param.shape), param.dtype, param.numel(), param.nbytes, param.nbytes, trained
         )
-    here = shards.source.numel() * shards.source.element_size() + shards.full.untyped_storage().nbytes()
-    size, each, spare = shards.layout.num_shards, shards.shard_numel, shards.layout.padding
-    return ParameterRow(
-        name,
-        tuple(shards.shape),
-        shards.dtype,
-        shards.kind,
-        shards.status,
-        shards.numel,
-        here,
-        shards.numel * shards.full.element_size(),
-        f"{size} x {each}" + (f" (pad {spare})" if spare else ""),
-        shards.group.ranks,
-        shards.persist,
-        trained,
-    )
+    # A value that is away has the storage of ``full`` at size zero, so this counts what is here now.
+    here = shards.source.nbytes + shards.full.untyped_storage().nbytes()
+    whole, spare = shards.numel * shards.full.element_size(), shards.layout.padding
+    layout = f"{shards.layout.num_shards} x {shards.shard_numel}" + (f" (pad {spare})" if spare else "")
+    cut = shards.kind, shards.status, layout, shards.group.ranks, shards.persist
+    return ParameterRow(name, tuple(shards.shape), shards.dtype, shards.numel, here, whole, trained, *cut)
 
 
 def _cells(row: ParameterRow) -> tuple[str, ...]:
@@ -129,9 +109,5 @@ def _cells(row: ParameterRow) -> tuple[str, ...]:
 
 
 def _size(nbytes: int) -> str:
-    number = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"
+    unit = min(max(nbytes.bit_length() - 1, 0) // 10, 4)
+    return f"{nbytes / 1024**unit:.{min(unit, 1)}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

@@ -9,7 +9,10 @@ A tile is a unit like any other: gathered before its product, freed after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from itertools import pairwise
+from operator import add
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch import nn
 from zeropipe.errors import UsageError
 from zeropipe.layout.balance import cut_evenly
 from zeropipe.runtime.zero.gather.shards import shards_of
-from zeropipe.runtime.zero.param import ZeroParamStatus, zero_param
+from zeropipe.runtime.zero.param import zero_param
 
 
 class TiledLinear(nn.Module):
@@ -75,33 +78,16 @@ class TiledLinear(nn.Module):
         self.out_parts = cut_evenly(out_features, out_splits)
         self.linears = nn.ModuleList(
             nn.ModuleList(
-                linear_cls(
-                    self._size(self.in_parts, i),
-                    self._size(self.out_parts, o),
-                    bias=bias and i == in_splits - 1,
-                    **kwargs,
-                )
-                for i in range(in_splits)
+                linear_cls(inputs, outputs, bias=bias and place == in_splits - 1, **kwargs)
+                for place, inputs in enumerate(_sizes(self.in_parts))
             )
-            for o in range(out_splits)
+            for outputs in _sizes(self.out_parts)
         )
         if init_linear is not None:
             self.copy_params_from(init_linear)
 
-    @staticmethod
-    def _size(bounds: Sequence[int], part: int) -> int:
-        return bounds[part + 1] - bounds[part]
-
     def forward(self, input_: torch.Tensor | Sequence[torch.Tensor]) -> Any:  # [..., in] -> [..., out]
-        parts = self._split(input_)
-        outputs = []
-        for row in self.linears:
-            total = None
-            for tile, part in zip(row, parts, strict=True):  # type: ignore[call-overload]
-                result = tile(_own(part))
-                total = result if total is None else total + result
-            outputs.append(total)
-        return self._combine(outputs)
+        return self._combine([reduce(add, results) for results in self._rows(input_)])
 
     @torch.no_grad()
     def copy_params_from(self, other: nn.Module) -> None:
@@ -119,17 +105,12 @@ class TiledLinear(nn.Module):
                 found=f"shape {tuple(_shape(weight))} and {'no' if bias is None else 'a'} bias",
                 fix="copy from a layer of the same features and the same bias argument",
             )
-        with _Whole(weight):
-            for o, row in enumerate(self.linears):
-                rows = slice(self.out_parts[o], self.out_parts[o + 1])
-                for i, tile in enumerate(row):  # type: ignore[arg-type, var-annotated]
-                    _write(tile.weight, weight[rows, self.in_parts[i] : self.in_parts[i + 1]])
-        if bias is None:
-            return
-        assert isinstance(bias, torch.Tensor)
-        with _Whole(bias):
-            for o, row in enumerate(self.linears):
-                _write(row[-1].bias, bias[self.out_parts[o] : self.out_parts[o + 1]])  # type: ignore[index]
+        for row, rows in zip(self.linears, _value(weight).split(_sizes(self.out_parts)), strict=True):
+            for tile, part in zip(row, rows.split(_sizes(self.in_parts), 1), strict=True):  # type: ignore[call-overload]
+                _write(tile.weight, part)
+        if isinstance(bias, torch.Tensor):
+            for row, part in zip(self.linears, _value(bias).split(_sizes(self.out_parts)), strict=True):
+                _write(row[-1].bias, part)  # type: ignore[index]
 
     def extra_repr(self) -> str:
         return (
@@ -137,26 +118,38 @@ class TiledLinear(nn.Module):
             f"in_splits={self.in_splits}, out_splits={self.out_splits}"
         )
 
+    def _rows(self, input_: torch.Tensor | Sequence[torch.Tensor]) -> Iterator[Iterator[Any]]:
+        """For each row of tiles, what its tiles return, one after the other."""
+        parts = self._split(input_)
+        for row in self.linears:
+            # Lazily: the caller adds a result to the sum before the next tile is gathered.
+            # A part is made the tile's own tensor: its gradient is known as soon as that tile's backward is done, which
+            # tells stage 3 to free the tile, while that of ``part`` itself waits for all tiles.
+            yield (
+                self._run(tile, part.view_as(part) if torch.is_grad_enabled() else part)
+                for tile, part in zip(row, parts, strict=True)  # type: ignore[call-overload]
+            )
+
+    def _run(self, tile: nn.Module, part: torch.Tensor) -> Any:
+        return tile(part)
+
     def _split(self, input_: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        sizes = [self._size(self.in_parts, i) for i in range(self.in_splits)]
+        sizes = _sizes(self.in_parts)
         if not self.input_is_already_split:
             assert isinstance(input_, torch.Tensor)
             if input_.shape[-1] != self.in_features:
-                raise UsageError(
-                    "TiledLinear: last dim of the input",
-                    expected=self.in_features,
-                    found=input_.shape[-1],
-                )
+                found = input_.shape[-1]
+                raise UsageError("TiledLinear: last dim of the input", expected=self.in_features, found=found)
             return input_.split(sizes, -1) if len(sizes) > 1 else [input_]
-        found = [part.shape[-1] for part in input_]
-        if found != sizes:
-            raise UsageError("TiledLinear: last dims of the input's parts", expected=sizes, found=found)
+        given = [part.shape[-1] for part in input_]
+        if given != sizes:
+            raise UsageError("TiledLinear: last dims of the input's parts", expected=sizes, found=given)
         return list(input_)
 
-    def _combine(self, outputs: list[Any]) -> Any:
+    def _combine(self, outputs: Sequence[Any]) -> Any:
         if not self.combine_out_splits:
-            return outputs
-        return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+            return list(outputs)
+        return torch.cat(list(outputs), -1) if len(outputs) > 1 else outputs[0]
 
 
 class TiledLinearReturnBias(TiledLinear):
@@ -167,50 +160,33 @@ class TiledLinearReturnBias(TiledLinear):
     """
 
     def forward(self, input_: torch.Tensor | Sequence[torch.Tensor]) -> Any:
-        parts = self._split(input_)
-        outputs, biases = [], []
-        for row in self.linears:
-            total, kept = None, None
-            for tile, part in zip(row, parts, strict=True):  # type: ignore[call-overload]
-                given = tile(_own(part))
-                if not isinstance(given, tuple) or len(given) != 2:
-                    raise UsageError(
-                        "TiledLinearReturnBias: linear_cls must make modules that return (output, bias); "
-                        f"{type(tile).__name__} returned a {type(given).__name__}. Fix: use TiledLinear, or name such "
-                        "a class"
-                    )
-                result, bias = given
-                total = result if total is None else total + result
-                if bias is not None:
-                    kept = bias if kept is None else kept + bias
-            outputs.append(total)
-            biases.append(kept)
-        if all(bias is None for bias in biases):
-            return self._combine(outputs), None
-        return self._combine(outputs), self._combine(biases)
+        outputs, biases = zip(*(reduce(_add_pairs, pairs) for pairs in self._rows(input_)), strict=True)
+        return self._combine(outputs), None if all(b is None for b in biases) else self._combine(biases)
+
+    def _run(self, tile: nn.Module, part: torch.Tensor) -> Any:
+        given = tile(part)
+        if not isinstance(given, tuple) or len(given) != 2:
+            raise UsageError(
+                "TiledLinearReturnBias: linear_cls must make modules that return (output, bias); "
+                f"{type(tile).__name__} returned a {type(given).__name__}",
+                fix="use TiledLinear, or name such a class",
+            )
+        return given
 
 
-def _own(part: torch.Tensor) -> torch.Tensor:
-    """``part`` as a tile's own tensor: its gradient is known as soon as that tile's backward is done, which tells
-    stage 3 to free the tile, while that of ``part`` waits for all tiles."""
-    return part.view_as(part) if part.requires_grad and torch.is_grad_enabled() else part
+def _sizes(bounds: Sequence[int]) -> list[int]:
+    return [end - start for start, end in pairwise(bounds)]
 
 
-class _Whole:
-    """Around a use of a parameter's whole value: gathers shards, and frees them if they were not gathered before."""
+def _add_pairs(one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
+    biases = [bias for bias in (one[1], other[1]) if bias is not None]
+    return one[0] + other[0], reduce(add, biases) if biases else None
 
-    def __init__(self, param: torch.Tensor) -> None:
-        shards = shards_of(param)
-        at_rest = shards is not None and shards.status is not ZeroParamStatus.AVAILABLE
-        self._shards = shards if at_rest else None
 
-    def __enter__(self) -> None:
-        if self._shards is not None:
-            self._shards.gather()
-
-    def __exit__(self, *_: object) -> None:
-        if self._shards is not None:
-            self._shards.release()
+def _value(param: torch.Tensor) -> torch.Tensor:
+    """The whole value of a parameter of any stage; collective for shards that are not gathered."""
+    shards = shards_of(param)
+    return param if shards is None else shards.whole()
 
 
 def _shape(param: torch.Tensor) -> torch.Size:
@@ -220,12 +196,10 @@ def _shape(param: torch.Tensor) -> torch.Size:
 
 def _write(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Set a parameter of any stage to ``value`` (its shape, the same on every rank)."""
-    zp = zero_param(param)
-    if zp is not None and zp.trained is not None:
-        zp.trained.write_value(value)
-        return
-    shards = shards_of(param)
-    with _Whole(param):
+    known, shards = zero_param(param), shards_of(param)
+    if known is not None and known.trained is not None:
+        known.trained.write_value(value)
+    elif shards is not None:
+        shards.write(value)
+    else:
         param.data.copy_(value)
-        if shards is not None:
-            shards.write_back()
