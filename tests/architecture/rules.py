@@ -192,7 +192,7 @@ def patches_torch(file: File) -> Iterator[Violation]:
                 yield node.lineno, f"patches {dotted(target)}"
         if (
             isinstance(node, ast.Call)
-            and dotted(node.func) in ("setattr", "delattr")
+            and dotted(node.func).split(".")[-1] in ("setattr", "delattr", "_replace")
             and node.args
             and dotted(node.args[0]).split(".")[0] in roots
         ):

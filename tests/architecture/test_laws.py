@@ -70,12 +70,10 @@ def test_no_class_keeps_state_for_all_its_objects(files: list[File]) -> None:
     check(files, rules.class_state, {})
 
 
-def test_only_module_patch_patches_torch(files: list[File]) -> None:
+def test_only_zero_init_patches_torch(files: list[File]) -> None:
     allowed = {}
-    if any(file.path == "runtime/zero/gather/module_patch.py" for file in files):
-        allowed["runtime/zero/gather/module_patch.py"] = (
-            "zero.Init must see every module's construction; restores it"
-        )
+    if any(file.path == "runtime/zero/gather/init.py" for file in files):
+        allowed["runtime/zero/gather/init.py"] = "zero.Init must see every module's construction; restores it"
     check(files, rules.patches_torch, allowed)
 
 
@@ -161,7 +159,6 @@ def test_no_class_writes_anothers_attributes(files: list[File]) -> None:
         "runtime/engine/engine.py": setters,
         "runtime/pipe/engine.py": "the configuration's value for a module that says nothing",
         "runtime/zero/gather/hooks.py": setters,
-        "runtime/zero/gather/init.py": "a context begins and ends what it builds with",
         "runtime/zero/gather/sharded_model.py": setters,
         "runtime/zero/gather/state_dict.py": "a module's values change hands between two builders",
         "runtime/zero/gather/whole.py": "the record that a parameter carries",

@@ -3,58 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from zeropipe.runtime.zero.gather import module_patch
-from zeropipe.runtime.zero.gather.module_patch import ModulePatch
+from zeropipe.runtime.zero.gather import init
+from zeropipe.runtime.zero.gather.init import ModulePatch
 
 
 class Log:
-    """An observer that writes down what it is told."""
+    """Gives frames that write down what runs in them."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
-        self.running: list[nn.Module] = []
+        self.running: list[nn.Module | None] = []
 
-    def begin(self, module: nn.Module) -> bool:
-        if any(module is other for other in self.running):
-            return False
-        self.running.append(module)
-        self.events.append(f"begin {type(module).__name__}")
-        return True
-
-    def end(self, module: nn.Module) -> None:
-        assert self.running.pop() is module
-        self.events.append(f"end {type(module).__name__} {len(module._parameters)}")
-
-    def abort(self, module: nn.Module) -> None:
-        assert self.running.pop() is module
-        self.events.append(f"abort {type(module).__name__}")
+    def frame(self, module: nn.Module | None) -> AbstractContextManager[None] | None:
+        if module is not None and any(module is other for other in self.running):
+            return None
+        return self.run(module)
 
     @contextmanager
-    def frame(self) -> Iterator[None]:
-        self.events.append("frame")
-        yield
+    def run(self, module: nn.Module | None) -> Iterator[None]:
+        name = "a function" if module is None else type(module).__name__
+        self.running.append(module)
+        self.events.append(f"begin {name}")
+        try:
+            yield
+        except BaseException:
+            self.events.append(f"abort {name}")
+            raise
+        finally:
+            assert self.running.pop() is module
+        self.events.append(f"end {name} {0 if module is None else len(module._parameters)}")
 
 
 def snapshot() -> Any:
-    classes = {cls: vars(cls).get("__init__") for cls in module_patch._family(nn.Module)}
-    return dict(vars(nn.Module)), classes, [getattr(torch, name) for name in module_patch.CONSTRUCTORS]
+    classes = {cls: vars(cls).get("__init__") for cls in init._family(nn.Module)}
+    return dict(vars(nn.Module)), classes, [getattr(torch, name) for name in init.CONSTRUCTORS]
 
 
 @contextmanager
 def patched(log: Log, **kwargs: Any) -> Iterator[ModulePatch]:
-    patch = ModulePatch(log, **kwargs)
-    patch.install()
-    try:
+    with ModulePatch(log.frame, **kwargs) as patch:
         yield patch
-    finally:
-        patch.remove()
 
 
 class Parent(nn.Module):
@@ -143,7 +138,7 @@ def test_apply_runs_each_function_in_a_frame():
     with patched(log):
         assert model.apply(lambda m: seen.append(type(m).__name__)) is model
     assert seen == ["ReLU", "Tanh", "Sequential", "Sequential"]
-    assert log.events == ["frame"] * 4
+    assert log.events == ["begin a function", "end a function 0"] * 4
 
 
 def test_what_others_replaced_meanwhile_stays_theirs():
@@ -171,7 +166,7 @@ def test_an_install_that_fails_leaves_nothing():
         raise KeyError("replacement")
 
     with pytest.raises(KeyError, match="replacement"):
-        ModulePatch(Log(), broken).install()
+        ModulePatch(Log().frame, broken).__enter__()
     assert snapshot() == before
 
 
@@ -181,3 +176,16 @@ def test_constructors_are_replaced_and_put_back():
         assert torch.arange(3) == "ours"
         assert torch.zeros(1).item() == 0
     assert torch.arange is original
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module, cls: str) -> None:
+        super().__init__()
+        self.inner, self.kind = module, cls
+
+
+def test_arguments_may_have_the_names_that_the_wrapper_uses():
+    log = Log()
+    with patched(log):
+        assert Wrapper(module=nn.ReLU(), cls="any").kind == "any"
+    assert log.events[-1] == "end Wrapper 0"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.config.parse import parse_config
+from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
 from zeropipe.runtime.zero.gather.init import Init
 from zeropipe.runtime.zero.replication import shard_size
@@ -15,7 +15,8 @@ from zeropipe.runtime.zero.replication import shard_size
 class MiCS_Init(Init):
     """As ``zero.Init`` with a config whose ``mics_shard_size`` is set, which it insists on.
 
-    Raises ConfigError where the config does not say how many ranks share one copy of the shards.
+    Its arguments are those of ``zero.Init``, but that ``sequence_data_parallel_group`` is the third. Raises ConfigError
+    where the config does not say how many ranks share one copy of the shards.
     """
 
     def __init__(
@@ -23,32 +24,17 @@ class MiCS_Init(Init):
         module: torch.nn.Module | None = None,
         data_parallel_group: Any = None,
         sequence_data_parallel_group: Any = None,
-        mem_efficient_linear: bool = True,
-        remote_device: str | None = None,
-        pin_memory: bool = False,
-        config_dict_or_path: Any = None,
-        config: Any = None,
-        enabled: bool = True,
-        dtype: torch.dtype | None = None,
-        mpu: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        source = config_dict_or_path if config_dict_or_path is not None else config
-        if enabled and (source is None or shard_size(parse_config(source).zero_optimization) is None):
+        kwargs["sequence_data_parallel_group"] = sequence_data_parallel_group
+        super().__init__(module, data_parallel_group, *args, **kwargs)
+
+    def _check(self, zero: ZeroOptimization | None) -> None:
+        if zero is None or shard_size(zero) is None:
             raise ConfigError(
                 "MiCS_Init: config key 'zero_optimization.mics_shard_size'",
                 expected="a number of ranks",
-                found="no config" if source is None else "none in the config",
+                found="no config" if zero is None else "none in the config",
                 fix="pass config_dict_or_path= the engine's config with mics_shard_size, or use zero.Init",
             )
-        super().__init__(
-            module,
-            data_parallel_group=data_parallel_group,
-            sequence_data_parallel_group=sequence_data_parallel_group,
-            mem_efficient_linear=mem_efficient_linear,
-            remote_device=remote_device,
-            pin_memory=pin_memory,
-            config_dict_or_path=source,
-            enabled=enabled,
-            dtype=dtype,
-            mpu=mpu,
-        )

@@ -1,9 +1,11 @@
-"""How zero.Init shards what is being built: one entry of the context, its running constructors and what they used.
+"""What becomes shards while modules are built: one block of zero.Init, its running constructors and what they use.
 
-constructor begins   a frame; whatever it uses of shards is gathered, oldest put back beyond a window
-constructor returns  what was written is cut anew; the parameters that are still whole are cut and freed
-the end              shards are rounded to the run's 16 bits. Not before: half of what constructors make are buffers and
-                     intermediate values, and a weight that is initialized once more would be drawn in 16 bits
+    constructor begins   [1] a frame; whatever it uses of shards is gathered, oldest put back beyond a window
+    constructor returns  [2] what was written is cut anew
+                         [3] the parameters that are still whole are cut and freed
+    the block ends       [4] every rank is here; shards are rounded to the run's 16 bits
+
+``init.py`` tells of constructors.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import ctypes
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -22,18 +24,30 @@ from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
-from zeropipe.runtime.zero.gather.edits import Fingerprint, fingerprint, is_moved, take_moved
+from zeropipe.runtime.zero.gather.edits import Fingerprint, fingerprint, take_moved
 from zeropipe.runtime.zero.gather.parameter import shard_parameter
-from zeropipe.runtime.zero.gather.shards import Hold, Shards, shards_of
+from zeropipe.runtime.zero.gather.shards import Hold, Shards, shards_among, shards_of
 from zeropipe.runtime.zero.gather.state_dict import install_state_dict
 from zeropipe.runtime.zero.hold.offload import Arena
 from zeropipe.runtime.zero.param import GATHER
 from zeropipe.tensor.model import overlapping, shared_memory, was_prepared, working_dtypes
 
-_OWN_REFERENCES = 2  # to a storage: the tensor, and the Python object of the storage itself
 # Elements that stay gathered after a use; older ones are put back while the constructor runs on.
 WINDOW = 2**22
+_OWN_REFERENCES = 2  # to a storage: the tensor, and the Python object of the storage itself
 _FREED_AT_ONCE = 32 * 2**20  # bytes freed before it is worth the walk through the heap
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where what is built is to lie."""
+
+    group: Group
+    within: Group  # the part of ``group`` that shares one copy of the shards
+    device: torch.device
+    dtype: torch.dtype | None = None  # of parameters, at the end; None: that which each is made with
+    remote: bool = False  # in host memory
+    arena: Arena | None = None  # in files
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +71,8 @@ class _Fetched:
         if not shown.matches(value):
             raise UsageError(
                 f"parameter '{self.hold.shards.name}' was written through a tensor kept from before other "
-                "parameters were used, and had been put back by then. Fix: take param.data anew before writing"
+                "parameters were used, and had been put back by then",
+                fix="take param.data anew before writing",
             )
 
 
@@ -72,63 +87,83 @@ class _Frame:
 
 
 class Build:
-    """One entry of a ``zero.Init``: shards what is built, in the place where it is built."""
+    """Shards what is built in one block, in the place where it is built."""
 
     def __init__(
         self,
-        group: Group,
-        within: Group,  # the part of ``group`` that shares one copy of the shards
-        device: torch.device,
-        dtype: torch.dtype | None,
-        remote: str | None,
-        arena: Arena | None,
+        place: Place,
         built: Callable[[torch.nn.Module], None] = lambda _: None,  # told of each module that is
         what: str = "zero.Init",
     ) -> None:
+        self.place, self.what = place, what
         self.active = True
-        self.what = what
         self._built = built
-        self.group = group
-        self.within = within
-        self.arena = arena
-        self.device = device
-        self.dtype = dtype
-        self.remote = remote
-        self._frames = [_Frame(None)]
         self._ids = itertools.count()
         self._freed = FreedMemory()
 
-    # What a ModulePatch tells.
+        # What runs, innermost last; the block itself is the first. ``built`` goes to the frame outside with the end of
+        # a frame, so a constructor has what its children's have built.
+        self._frames = [_Frame(None)]
 
-    def begin(self, module: torch.nn.Module) -> bool:
-        if any(frame.module is module for frame in self._frames):
-            return False
-        self._frames.append(_Frame(module))
-        return True
+    @contextmanager
+    def block(self) -> Iterator[Build]:
+        """What is built inside is shards at the end, on every rank; where one raises, the others are told."""
+        try:
+            yield self
+            self._finish()
+        except BaseException as error:
+            self.abandon(error)
+            raise
+        finally:
+            self.stop()
 
-    def end(self, module: torch.nn.Module) -> None:
-        self._frames[-1].built.append(weakref.ref(module))
-        self._close(complete=True)
-        self._built(module)
+    def stop(self) -> None:
+        """From now on a use of what was built is one outside of any builder."""
+        self.active = False
+
+    def frame(self, module: torch.nn.Module | None = None) -> AbstractContextManager[None] | None:
+        """Around the constructor of ``module``, or a function under ``apply``. None: around it is a frame already, as
+        a class's constructor calls that of its base."""
+        if module is not None and any(frame.module is module for frame in self._frames):
+            return None
+        return self._run(_Frame(module))
+
+    @contextmanager
+    def _run(self, frame: _Frame) -> Iterator[None]:
+        module = frame.module
+        self._frames.append(frame)
+        try:
+            yield
+            if module is not None:
+                frame.built.append(weakref.ref(module))
+            self._settle(frame)
+            self._shard(frame)
+        except BaseException:
+            self._drop(frame)
+            raise
+        finally:
+            self._frames.remove(frame)
+            self._frames[-1].built.extend(frame.built)
+        if module is not None:
+            self._built(module)
+            self._name(module, lambda name, shards: f"{type(module).__name__}.{name}#{shards.ident}")
+
+    def convert(self, module: torch.nn.Module) -> None:
+        """Shard a module that exists, as if it were constructed now, part by part: no more than one part is whole at a
+        time of what is on the meta device."""
+        for child in module.modules():
+            with self._run(_Frame(child)):
+                _materialize(child, self.place.device)
+        self._name(module, lambda name, _: name)
+
+    def _name(self, module: torch.nn.Module, name_of: Callable[[str, Shards], str]) -> None:
+        """Until an engine knows better: names that are unlike those of any other parameter built here."""
         for name, param in module.named_parameters():
             shards = shards_of(param)
             if shards is not None and shards.builder is self:
-                shards.own.lay_out(
-                    f"{type(module).__name__}.{name}#{shards.ident}", shards.group
-                )  # unlike any other's
+                shards.own.lay_out(name_of(name, shards), shards.group)
 
-    def abort(self, module: torch.nn.Module) -> None:
-        self._close(complete=False)
-
-    @contextmanager
-    def frame(self) -> Iterator[None]:
-        self._frames.append(_Frame(None))
-        try:
-            yield
-        except BaseException:
-            self._close(complete=False)
-            raise
-        self._close(complete=True)
+    # ---- [1] a use ----
 
     def fetch(self, shards: Shards) -> None:
         """Gather ``shards`` until the running constructor ends, or until it has used much else."""
@@ -142,52 +177,7 @@ class Build:
         while len(frame.fetched) > 1 and sum(f.hold.shards.numel for f in frame.fetched.values()) > most:
             self._put_back(frame, frame.fetched.pop(next(iter(frame.fetched))))
 
-    # The end.
-
-    def finish(self) -> None:
-        """All is built: cut what is still whole, and make sure that every rank is here."""
-        self._settle(self._frames[-1])
-        self._shard(self._frames[-1])
-        meet("the end of zero.Init", self.group, channel=GATHER)
-        self._round(_alive(self._frames[-1].built))
-        self._freed.give_back()
-        self.active = False
-
-    def abandon(self, error: BaseException) -> None:
-        """The block raised: tell the other ranks, which may be waiting for this one."""
-        self.active = False
-        for frame in self._frames:
-            self._drop(frame)
-        if not isinstance(error, DesyncError | CommunicationError):
-            with suppress(Exception):
-                leave(f"{self.what} raised {type(error).__name__}: {error}", self.group, channel=GATHER)
-
-    def convert(self, module: torch.nn.Module) -> None:
-        """Shard a module that exists; what is on the meta device is made first, module by module."""
-        for child in module.modules():
-            _materialize(child, self.device)
-            self._frames[-1].built.append(weakref.ref(child))
-            self._shard(self._frames[-1])
-            self._frames[-1].built.clear()
-            self._built(child)
-        for name, param in module.named_parameters():
-            shards = shards_of(param)
-            if shards is not None and shards.builder is self:
-                shards.own.lay_out(name, shards.group)
-        self._round(list(module.modules()))
-        self.active = False
-
-    def _close(self, complete: bool) -> None:
-        frame = self._frames[-1]
-        try:
-            if complete:
-                self._settle(frame)
-                self._shard(frame)
-            else:
-                self._drop(frame)
-        finally:
-            self._frames.remove(frame)
-            self._frames[-1].built.extend(frame.built)
+    # ---- [2] what was used is put back ----
 
     def _settle(self, frame: _Frame) -> None:
         while frame.fetched:
@@ -203,35 +193,39 @@ class Build:
             frame.put_back.remove(earlier)
         shards = fetched.hold.shards
         fetched.hold.release(free=False)
-        # It was given other memory: by ``.data = ...``, or by ``set_`` as parametrizations do.
-        if shards.gathered and is_moved(shards):
-            fits = fetched.param.dtype == shards.dtype and take_moved(shards)
-            if not fits:  # another shape: it is whole now, and will be cut anew with those of its module
-                LEASES.drop(shards)
-                del fetched.param._zero  # type: ignore[attr-defined]
-                return
+        if shards.gathered and not (fetched.param.dtype == shards.dtype and take_moved(shards)):
+            # It was given memory of another shape: it is whole now, and will be cut anew with those of its module.
+            LEASES.drop(shards)
+            del fetched.param._zero  # type: ignore[attr-defined]
+            return
         if not fetched.before.matches(shards.full):
+            # What a constructor writes may be random: the value of rank 0 counts.
             meet(f"{self.what}: {shards.name} was written", shards.group, channel=GATHER)
             broadcast(shards.full, 0, shards.everyone, label=shards.name)
             shards.write_back()
+        kept = self._free(shards)
+        if kept is not None and _shared(kept):
+            fetched.watched = (kept, fingerprint(kept))
+            frame.put_back.append(fetched)
+
+    def _free(self, shards: Shards) -> torch.Tensor | None:
+        """Unless somebody else needs it; returns the memory, which views of it may keep."""
         if shards.holds or shards.persist:
-            return
+            return None
         kept = shards.full
         shards.release(leave=True)
         self._freed.add(kept.nbytes)
-        if _shared(kept):
-            fetched.watched = (kept, fingerprint(kept))
-            frame.put_back.append(fetched)
+        return kept
 
     def _drop(self, frame: _Frame) -> None:
         """After an exception: free what was gathered, unwritten."""
         for fetched in frame.fetched.values():
-            shards = fetched.hold.shards
             fetched.hold.release(free=False)
-            if not shards.holds and not shards.persist:
-                shards.release(leave=True)
+            self._free(fetched.hold.shards)
         frame.fetched.clear()
         frame.put_back.clear()
+
+    # ---- [3] what was made is cut ----
 
     def _shard(self, frame: _Frame) -> None:
         """Cut every whole parameter of the modules built in ``frame``; collective."""
@@ -245,48 +239,70 @@ class Build:
             raise UsageError(shared_memory("zero.Init", pair))
         if whole:
             shapes = ", ".join(f"{name} {tuple(param.shape)}" for name, param in whole.values())
-            meet(f"zero.Init: {shapes}", self.group, channel=GATHER)
+            meet(f"zero.Init: {shapes}", self.place.group, channel=GATHER)
         for name, param in whole.values():
             self._cut(name, param)
         for module in modules:
-            if any(
-                param is not None and shards_of(param) is not None for param in module._parameters.values()
-            ):
+            if shards_among(module._parameters.values()):
                 install_state_dict(module)
 
     def _cut(self, name: str, param: torch.nn.Parameter) -> None:
-        value = param.detach().to(self.device).contiguous()
-        broadcast(value, 0, self.group, label=name)
+        place = self.place
+        value = param.detach().to(place.device).contiguous()
+        broadcast(value, 0, place.group, label=name)
         param.data = value
         ident = next(self._ids)
-        shards = shard_parameter(param, f"{name}#{ident}", ident, self.within, self.group, self)
+        shards = shard_parameter(param, f"{name}#{ident}", ident, place.within, place.group, self)
         self._freed.add(value.nbytes)
-        if self.remote is not None:
+        if place.remote:
             shards.live_at(shards.source.cpu(), None, remote=True)  # offload moves it on, to pinned memory
-        if self.arena is not None:
-            shards.live_at(self.arena.keep(shards.source), None, self.arena.files.let_go)
+        if place.arena is not None:
+            shards.live_at(place.arena.keep(shards.source), None, place.arena.files.let_go)
+
+    # ---- [4] the end ----
+
+    def _finish(self) -> None:
+        outermost = self._frames[-1]
+        self._settle(outermost)
+        self._shard(outermost)
+        meet("the end of zero.Init", self.place.group, channel=GATHER)
+        self._round(_alive(outermost.built))
+        self._freed.give_back()
+
+    def abandon(self, error: BaseException) -> None:
+        """The block raised: tell the other ranks, which may be waiting for this one."""
+        self.stop()
+        for frame in self._frames:
+            self._drop(frame)
+        if not isinstance(error, DesyncError | CommunicationError):
+            with suppress(Exception):
+                said = f"{self.what} raised {type(error).__name__}: {error}"
+                leave(said, self.place.group, channel=GATHER)
 
     def _round(self, modules: list[torch.nn.Module]) -> None:
         """Cast the shards of ``modules`` to what they work in, but for those that an engine has taken over by now, or
         that a constructor outside of a nested context is using."""
-        if self.dtype is None:
+        # Not earlier: half of what constructors make are buffers and intermediate values, and a weight that is
+        # initialized once more would be drawn in 16 bits.
+        if self.place.dtype is None:
             return
+        arena = self.place.arena
         params = (param for module in modules for param in module._parameters.values() if param is not None)
-        for param, dtype in working_dtypes(modules, self.dtype, was_prepared(params)).items():
+        for param, dtype in working_dtypes(modules, self.place.dtype, was_prepared(params)).items():
             shards = shards_of(param)
             if shards is None or shards.dtype == dtype or shards.holds or shards.conductor is not None:
                 continue
-            place = shards.source
+            wide = shards.source
             shards.cast(dtype, shards.full.device)
-            self._freed.add(place.nbytes)
-            if self.arena is not None and dtype.itemsize <= place.dtype.itemsize:
-                shards.live_at(place.view(dtype)[: shards.shard_numel].copy_(shards.source), None)
-            elif self.arena is not None:
-                shards.live_at(self.arena.keep(shards.source), None)
+            self._freed.add(wide.nbytes)
+            if arena is not None and dtype.itemsize <= wide.dtype.itemsize:  # it fits where the wide one lay
+                shards.live_at(wide.view(dtype)[: shards.shard_numel].copy_(shards.source), None)
+            elif arena is not None:
+                shards.live_at(arena.keep(shards.source), None)
 
 
 def _alive(refs: list[weakref.ref[torch.nn.Module]]) -> list[torch.nn.Module]:
-    return [module for module in (ref() for ref in refs) if module is not None]
+    return [module for ref in refs if (module := ref()) is not None]
 
 
 def _deferred(param: torch.nn.Parameter) -> bool:
@@ -303,7 +319,8 @@ def _materialize(module: torch.nn.Module, device: torch.device) -> None:
     if reset is None:
         raise UsageError(
             f"zero.Init: a {type(module).__name__} is on the meta device and has no reset_parameters() that would give "
-            "it values. Fix: add that method, or build the model inside the context instead of on meta"
+            "it values",
+            fix="add that method, or build the model inside the context instead of on meta",
         )
     module.to_empty(device=device, recurse=False)
     reset()
@@ -317,18 +334,19 @@ def _shared(value: torch.Tensor) -> bool:
 
 
 class FreedMemory:
-    """Counts what a caller frees in pieces between which it allocates what stays.
-
-    glibc fills the holes of freed blocks only with what fits, and gives back no hole below a block in use: a model cut
-    into shards one parameter at a time could so take as much memory as the whole. Other C libraries are left alone.
-    """
+    """Counts what a caller frees in pieces between which it allocates what stays, and gives it back to the system."""
 
     def __init__(self) -> None:
-        self._trim = _trim_of_glibc()
+        # glibc fills the holes of freed blocks only with what fits, and gives back no hole below a block in use: a
+        # model cut into shards one parameter at a time could so take as much memory as the whole. Other C libraries
+        # are left alone.
+        self._trim: Callable[[ctypes.c_size_t], int] | None = None
+        with suppress(OSError, TypeError, AttributeError):
+            self._trim = ctypes.CDLL(None).malloc_trim
         self._freed = 0
 
     def add(self, nbytes: int) -> None:
-        """``nbytes`` of host memory were freed; now and then all holes go back to the system."""
+        """``nbytes`` of host memory were freed; now and then all holes go back."""
         self._freed += nbytes
         if self._freed >= _FREED_AT_ONCE:
             self.give_back()
@@ -336,13 +354,4 @@ class FreedMemory:
     def give_back(self) -> None:
         self._freed = 0
         if self._trim is not None:
-            self._trim(0)
-
-
-def _trim_of_glibc() -> Callable[[int], int] | None:
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # another C library
-        return None
-    trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
-    return trim  # type: ignore[no-any-return]
+            self._trim(ctypes.c_size_t(0))

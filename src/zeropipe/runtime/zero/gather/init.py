@@ -5,15 +5,17 @@
 
 When a module's outermost constructor returns, the module's parameters are cut and freed. Whatever the outer
 constructors then do with them (their own initialization, tying, ``apply``) gathers them again for as long as the
-constructor runs, and what was written is cut anew; so the weights are those of a plain construction. Later
-``module.apply(fn)`` of such a model lets ``fn`` find and edit whole parameters in the same way.
+constructor runs, and what was written is cut anew (``build.py``); so the weights are those of a plain construction.
+Later ``module.apply(fn)`` of such a model lets ``fn`` find and edit whole parameters in the same way.
+
+``ModulePatch`` is the only code that changes ``torch.nn.Module``, and it changes it back.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -22,10 +24,10 @@ import torch
 from zeropipe.comm.group import Group, from_process_group, init_distributed, world
 from zeropipe.comm.leases import LEASES
 from zeropipe.config.parse import parse_config
+from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
 from zeropipe.names import lazy
-from zeropipe.runtime.zero.gather.build import Build
-from zeropipe.runtime.zero.gather.module_patch import Framed, ModulePatch
+from zeropipe.runtime.zero.gather.build import Build, Place
 from zeropipe.runtime.zero.gather.shards import Shards, shards_in
 from zeropipe.runtime.zero.gather.state_dict import built_by
 from zeropipe.runtime.zero.gather.whole import GatheredParameters
@@ -79,11 +81,12 @@ class Init:
         sequence_data_parallel_group: Any = None,
         param_swapper: Any = None,
     ) -> None:
-        self._entered: list[tuple[Build, ModulePatch]] = []
+        self._entered: list[ExitStack] = []
         source = config_dict_or_path if config_dict_or_path is not None else config
         self.enabled = enabled
         if not enabled:
             return
+        # [1] What the arguments and the config say; a stage below 3 ends it here.
         if zero_quantized_weights or zero_quantized_nontrainable_weights:
             raise ConfigError(
                 "zero.Init: parameters are sent unquantized, so that numbers do not depend on the number of ranks. "
@@ -93,72 +96,58 @@ class Init:
             raise ConfigError(
                 "zero.Init: remote_device", expected="None, 'cpu' or 'nvme'", found=remote_device
             )
-        self.remote_device = None if remote_device == "none" else remote_device
-        self.dtype = _dtype(dtype, source)
+        dtype = _dtype(dtype, source)
         zero = None if source is None else parse_config(source).zero_optimization
-        self._apply = zero is None or zero.override_module_apply
-        if zero is not None:
-            if "stage" in zero.model_fields_set and zero.stage != 3:
-                self.enabled = False
-                return
-            if remote_device is None and zero.offload_param.device != "none":
-                self.remote_device = zero.offload_param.device
+        self._check(zero)
+        if zero is not None and "stage" in zero.model_fields_set and zero.stage != 3:
+            self.enabled = False
+            return
+        if remote_device is None and zero is not None:
+            remote_device = zero.offload_param.device
+        self._see_apply = zero is None or zero.override_module_apply
+        # [2] Which ranks share a parameter. Collective: an engine's groups start with the whole world.
         init_distributed()
         groups = (data_parallel_group, zero_param_parallel_group, sequence_data_parallel_group)
-        self.group = _group(next((group for group in groups if group is not None), None), mpu)
-        self.within = self.group if zero is None else shard_group(self.group, zero)
-        LEASES.hold(self.within, self)
-        self._arena = arena_of(zero) if self.remote_device == "nvme" else None
+        group = _group(next((group for group in groups if group is not None), None), mpu)
+        within = group if zero is None else shard_group(group, zero)
+        LEASES.hold(within, self)
+        # [3] Where its shards are to lie.
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        arena = arena_of(zero) if remote_device == "nvme" else None
+        self.place = Place(group, within, device, dtype, remote_device not in (None, "none"), arena)
         if module is not None:
-            self._build().convert(module)
+            with self._build().block() as build:
+                build.convert(module)
+
+    def _check(self, zero: ZeroOptimization | None) -> None:
+        """What a subclass asks of the config."""
 
     def __enter__(self) -> Init:
-        if not self.enabled:
-            return self
-        build = self._build()
-        patch = ModulePatch(build, self._constructor())
-        patch.install()
-        self._entered.append((build, patch))
+        if self.enabled:
+            with ExitStack() as entered:
+                build = entered.enter_context(self._build().block())
+                # Undone before the block ends: what happens then is not construction.
+                entered.enter_context(ModulePatch(build.frame, self._constructor()))
+                self._entered.append(entered.pop_all())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.enabled:
-            return
-        build, patch = self._entered.pop()
-        patch.remove()
-        if error is not None:
-            build.abandon(error)
-            return
-        try:
-            build.finish()
-        except BaseException as late:
-            build.abandon(late)
-            raise
+        if self.enabled:
+            self._entered.pop().__exit__(kind, error, trace)
 
     def _build(self) -> Build:
-        return Build(
-            self.group,
-            self.within,
-            self.device,
-            self.dtype,
-            self.remote_device,
-            self._arena,
-            built=install_apply if self._apply else lambda _: None,
-        )
+        return Build(self.place, built=install_apply if self._see_apply else lambda _: None)
 
     def _constructor(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """What wraps torch's tensor constructors: looked up now, as other libraries replace it."""
         # Through the table of names: the module that they exchange it in stands above this one.
         lookup, _ = lazy("zeropipe.runtime.zero")
-        wrap, dtype = (
-            lookup("zero_wrapper_for_fp_tensor_constructor"),
-            self.dtype or torch.get_default_dtype(),
-        )
-        return lambda function: wrap(function, target_fp_dtype=dtype, target_device=self.device)  # type: ignore[no-any-return]
+        wrap = lookup("zero_wrapper_for_fp_tensor_constructor")
+        dtype, device = self.place.dtype or torch.get_default_dtype(), self.place.device
+        return lambda function: wrap(function, target_fp_dtype=dtype, target_device=device)  # type: ignore[no-any-return]
 
 
 def _group(given: Any, mpu: Any) -> Group:
@@ -180,13 +169,139 @@ def _dtype(given: torch.dtype | None, source: Any) -> torch.dtype | None:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
 
 
+# ---- constructors, as they run ----
+
+# Around a constructor (of a module) or a function under ``apply`` (None); None from it: nothing is to be done.
+Frame = Callable[[torch.nn.Module | None], AbstractContextManager[None] | None]
+CONSTRUCTORS = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros")
+
+
+class ModulePatch:
+    """While it is entered, each constructor of a module and each call of a function under ``apply`` runs in a frame.
+
+    ``constructor``: what replaces each of torch's functions that make a tensor.
+    """
+
+    def __init__(
+        self,
+        frame: Frame,
+        constructor: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+    ) -> None:
+        self.frame = frame
+        # Patches nest: the last one in is the first one out, and one whose time is over does nothing even where
+        # somebody kept a reference to it.
+        self.active = False
+        self._constructor = constructor
+        self._undo = ExitStack()
+
+    def __enter__(self) -> ModulePatch:
+        with ExitStack() as self._undo:  # where it fails midway, everything is as it was
+            # Python offers no hook for "the outermost constructor has returned". So each class's own is wrapped; the
+            # first wrapper that a new object meets is its outermost. Classes made meanwhile are wrapped as they are
+            # made.
+            for cls in list(_family(torch.nn.Module)):
+                self._wrap(cls)
+            self._replace(torch.nn.Module, "__init_subclass__", classmethod(self._subclassing()))
+            self._replace(torch.nn.Module, "apply", self._apply())
+            for name in CONSTRUCTORS:
+                self._replace(torch, name, self._constructor(getattr(torch, name)))
+            self._undo = self._undo.pop_all()
+        self.active = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.active = False
+        self._undo.close()
+
+    def _wrap(self, cls: type) -> None:
+        """Wrap the constructor of ``cls``, if it is its own or comes from a class that is not a module."""
+        if issubclass(cls, torch.jit.ScriptModule):
+            return
+        original = vars(cls).get("__init__")
+        if original is None:
+            owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
+            if issubclass(owner, torch.nn.Module):
+                return  # wrapped there
+            original = vars(owner)["__init__"]
+
+        @functools.wraps(original)
+        def __init__(module: torch.nn.Module, /, *args: Any, **kwargs: Any) -> None:
+            with (self.frame(module) if self.active else None) or nullcontext():
+                original.__get__(module, type(module))(*args, **kwargs)
+
+        self._replace(cls, "__init__", __init__)
+
+    def _subclassing(self) -> Callable[..., None]:
+        before = vars(torch.nn.Module).get("__init_subclass__")
+
+        def __init_subclass__(cls: Any, /, **kwargs: Any) -> None:
+            if before is None:
+                super(torch.nn.Module, cls).__init_subclass__(**kwargs)  # type: ignore[misc]
+            else:
+                before.__func__(cls, **kwargs)
+            if self.active:
+                self._wrap(cls)
+
+        return __init_subclass__
+
+    def _apply(self) -> Callable[..., Any]:
+        before = torch.nn.Module.apply
+
+        @functools.wraps(before)
+        def apply(module: torch.nn.Module, fn: Any) -> Any:
+            framed = not self.active or isinstance(fn, Framed)
+            return before(module, fn if framed else Framed(fn, self.frame))
+
+        return apply
+
+    def _replace(self, owner: Any, name: str, ours: Any) -> None:
+        had = vars(owner).get(name, _ABSENT)
+        if ours is had:
+            return
+
+        def undo() -> None:
+            if vars(owner).get(name) is not ours:  # what somebody else has replaced meanwhile stays theirs
+                return
+            if had is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, had)
+
+        self._undo.callback(undo)
+        setattr(owner, name, ours)
+
+
+class Framed:
+    """A function for ``Module.apply`` that runs in a frame of its own for each module."""
+
+    def __init__(self, function: Callable[[torch.nn.Module], Any], frame: Frame) -> None:
+        self.function, self.frame = function, frame
+
+    def __call__(self, module: torch.nn.Module) -> Any:
+        with self.frame(None) or nullcontext():
+            return self.function(module)
+
+
+def _family(cls: type) -> set[type]:
+    """``cls`` and every class below it."""
+    found, waiting = {cls}, [cls]
+    while waiting:
+        below: set[type] = set(type.__subclasses__(waiting.pop())) - found
+        found |= below
+        waiting += below
+    return found
+
+
+# ---- ``module.apply`` of a model in shards ----
+
 # In each module's own ``__dict__``, so that ``nn.Module`` stays as it is.
 _APPLY = "apply"
+_ABSENT = object()
 
 
 def install_apply(module: torch.nn.Module) -> None:
     """Let ``module.apply`` see whole parameters. May be repeated."""
-    module.__dict__.setdefault(_APPLY, partial(apply, module))
+    module.__dict__.setdefault(_APPLY, functools.partial(apply, module))
 
 
 def remove_apply(module: torch.nn.Module) -> None:
@@ -210,14 +325,14 @@ def apply(module: torch.nn.Module, fn: Callable[[torch.nn.Module], Any]) -> torc
     if isinstance(fn, Framed) or not shards or any(one.building for one in shards):
         return whole(module, fn)
     with _edited(shards) as build:
-        return whole(module, Framed(fn, build))
+        return whole(module, Framed(fn, build.frame))
 
 
 @contextmanager
 def _edited(shards: list[Shards]) -> Iterator[Build]:
     """Have a use of any of ``shards`` fetch it, and edits of those that are whole already reach every rank."""
     first = shards[0]
-    build = Build(first.everyone, first.group, first.full.device, None, None, None, what="Module.apply")
+    build = Build(Place(first.everyone, first.group, first.full.device), what="Module.apply")
     here = [one for one in shards if one.gathered]
     with ExitStack() as stack:
         for group in dict.fromkeys(one.everyone for one in here):
@@ -231,4 +346,4 @@ def _edited(shards: list[Shards]) -> Iterator[Build]:
                 build.abandon(error)
             raise
         finally:
-            build.active = False
+            build.stop()
