@@ -91,8 +91,10 @@ def is_moved(value: Value) -> bool:
 
 
 def take_moved(value: Value) -> bool:
-    """Take the value over from the memory that ``.data`` was set to; False where its shape does not fit."""
+    """Take the value over from the memory that ``.data`` was set to, if it was; False where its shape does not fit."""
     here = value.param.detach()
+    if not is_moved(value):
+        return True
     if here.shape != value.shape:
         return False
     value.full[: value.numel].copy_(here.reshape(-1))

@@ -19,7 +19,7 @@ import torch
 
 from zeropipe.comm.agreement import leave, meet
 from zeropipe.errors import CommunicationError, DesyncError
-from zeropipe.runtime.zero.gather.edits import is_moved, take_moved
+from zeropipe.runtime.zero.gather.edits import take_moved
 from zeropipe.runtime.zero.gather.parameter import AwayValue
 from zeropipe.runtime.zero.gather.shards import Builder, Hold, Shards, shards_in, shards_of
 from zeropipe.runtime.zero.param import GATHER, State
@@ -248,10 +248,10 @@ class Fetching:
 
 def _take_writes(shards: Shards) -> None:
     """Cut a gathered value that was written to, or replaced through ``.data``, into shards again."""
-    if shards.gathered and is_moved(shards):
+    if shards.gathered:
         take_moved(shards)
-    if shards.gathered and shards.differs():
-        shards.write_back()
+        if shards.differs():
+            shards.write_back()
 
 
 def _shows(shards: Shards, value: Any) -> bool:

@@ -10,7 +10,7 @@ gather, but a script that is written for stage 3 lets one rank edit, so its valu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
@@ -27,7 +27,7 @@ from zeropipe.comm.group import Group
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.gather.coordinator import in_backward
 from zeropipe.runtime.zero.gather.edits import Fingerprint, fingerprint, is_moved, take_moved
-from zeropipe.runtime.zero.gather.shards import Hold, Shards, shards_of
+from zeropipe.runtime.zero.gather.shards import Hold, Shards, shards_among, shards_of
 from zeropipe.runtime.zero.marks import register_external_parameter
 from zeropipe.runtime.zero.param import GATHER, Need, ZeroParam, zero_param
 
@@ -43,10 +43,20 @@ class _Verdict(IntEnum):
 
 
 @dataclass(slots=True, eq=False)
-class _Sharded:
-    """One parameter of one entry that is shards."""
+class _Member:
+    """One parameter of one entry."""
 
     param: torch.nn.Parameter  # keeps it alive
+    name: str
+    group: Group  # the ranks that have it, whole or as shards
+    shape: torch.Size
+    device: torch.device
+
+
+@dataclass(slots=True, eq=False)
+class _Sharded(_Member):
+    """One that is shards."""
+
     shards: Shards
     hold: Hold
 
@@ -56,42 +66,27 @@ class _Sharded:
     renewals: int
     kept: torch.Tensor | None
 
-    # To see a graph that was made since the entry: by which edge graphs reach the parameter (they need no value for
-    # that), and how often torch held it, for graphs that saved it or a view of it.
-    edge: Any
-    references: int
+    in_graph: Callable[[], bool]  # whether a graph of autograd, made since the entry, seems to hold the value
 
     @classmethod
-    def enter(cls, param: torch.nn.Parameter, shards: Shards, edits: bool) -> _Sharded:
+    def enter(cls, shards: Shards, edits: bool) -> _Sharded:
+        param, full = shards.param, shards.full
         answers = edits or shards.contexts == 0
-        kept = shards.full.clone() if answers and (shards.persist or shards.holds > 0) else None
+        kept = full.clone() if answers and (shards.persist or shards.holds > 0) else None
+        before = fingerprint(full) if answers else None
+        # Graphs reach a parameter by its edge, for which they need no value; torch holds it once more in each graph
+        # that saved it or a view of it.
         edge = get_gradient_edge(param) if param.requires_grad and not in_backward() else None
-        before = fingerprint(shards.full) if answers else None
-        references = _references(param)
-        return cls(param, shards, shards.hold(Need.CONTEXT), before, shards.renewals, kept, edge, references)
-
-    @property
-    def name(self) -> str:
-        return self.shards.name
-
-    @property
-    def group(self) -> Group:
-        return self.shards.everyone
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.shards.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.shards.full.device
+        in_graph = partial(_in_graph, param, edge, _references(param))
+        hold, renewals = shards.hold(Need.CONTEXT), shards.renewals
+        what = param, shards.name, shards.everyone, shards.shape, full.device
+        return cls(*what, shards, hold, before, renewals, kept, in_graph)
 
     def verdict(self) -> _Verdict:
         if not self.shards.gathered or self.before is None:
             return _Verdict.SAME
         if is_moved(self.shards):
-            fits = self.param.data.shape == self.shape
-            return _Verdict.EDITED if fits else _Verdict.MISSHAPEN
+            return _Verdict.EDITED if self.param.data.shape == self.shape else _Verdict.MISSHAPEN
         return _Verdict.SAME if self.before.matches(self.shards.full) else _Verdict.EDITED
 
     def changed(self) -> bool:
@@ -115,24 +110,27 @@ class _Sharded:
         if not self.shards.gathered:
             return
         if verdict == _Verdict.EDITED or (verdict == _Verdict.SAME and self.kept is not None):
-            if is_moved(self.shards):
-                take_moved(self.shards)
+            take_moved(self.shards)
             broadcast(self.shards.full, source, self.group, label=self.name)
             self.shards.write_back()
         self.shards.present()
 
-    def in_graph(self) -> bool:
-        """Whether a graph of autograd, made since the entry, seems to hold the value."""
-        return _in_graph(self.param, self.edge, self.references)
+    def keep_while_needed(self) -> None:
+        """A graph reads the value later: it stays as long."""
+        if self.shards.conductor is not None:
+            # ``in_graph`` alone: this record would keep the copies of the value alive.
+            self.shards.conductor.keep_for_graph(self.shards, self.in_graph)
+
+    def let_go(self) -> None:
+        if self.param.requires_grad and in_backward():
+            _keep_for_gradient(self.shards)
+        self.shards.release_if_idle()
 
 
 @dataclass(slots=True, eq=False)
-class _Whole:
-    """One parameter of one entry that every rank holds whole."""
+class _Whole(_Member):
+    """One that every rank holds whole."""
 
-    param: torch.nn.Parameter
-    name: str
-    group: Group
     place: torch.Tensor  # what ``.data`` was at the entry: a view of the partition's buffer
     before: torch.Tensor  # its value then
 
@@ -140,15 +138,7 @@ class _Whole:
     def enter(cls, param: torch.nn.Parameter, group: Group) -> _Whole:
         known = zero_param(param)
         name = "" if known is None else known.name
-        return cls(param, name, group, param.data, param.detach().clone())
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.place.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.place.device
+        return cls(param, name, group, param.shape, param.device, param.data, param.detach().clone())
 
     def verdict(self) -> _Verdict:
         here = self.param.data
@@ -218,18 +208,16 @@ class GatheredParameters:
                     register_external_parameter(fwd_module, param)
 
     def __enter__(self) -> GatheredParameters:
-        found = [
-            (param, shards) for param in self.params for shards in [shards_of(param)] if shards is not None
-        ]
-        whole = [(param, group) for param in self._whole for group in [holders(param)] if group is not None]
-        for group in [shards.everyone for _, shards in found] + [group for _, group in whole]:
+        sharded = shards_among(self.params)
+        whole = [(param, group) for param in self._whole if (group := holders(param)) is not None]
+        for group in [shards.everyone for shards in sharded] + [group for _, group in whole]:
             self._source(group)  # refuses a rank that does not hold it
-        for _, shards in found:
+        for shards in sharded:
             shards.start_gather()
-        for _, shards in found:
+        for shards in sharded:
             shards.finish_gather()
         edits = self.modifier_rank is not None
-        held = [_Sharded.enter(param, shards, edits) for param, shards in found]
+        held = [_Sharded.enter(shards, edits) for shards in sharded]
         self._entered.append((held, [_Whole.enter(param, group) for param, group in whole]))
         return self
 
@@ -243,38 +231,31 @@ class GatheredParameters:
             one.shards.own_writes.look(one.shards)
         try:
             if error is not None:
-                for here in whole:
-                    here.restore()
-                for one in held:
-                    one.restore()
-                self._tell(held, error)
+                members: list[_Sharded | _Whole] = [*whole, *held]
+                for member in members:
+                    member.restore()
+                # Of an error of the protocol itself those who share the shards know already.
+                for group in () if isinstance(error, DesyncError | CommunicationError) else _groups(held):
+                    with suppress(Exception):
+                        leave(f"GatheredParameters raised {type(error).__name__}", group, channel=GATHER)
             elif self.modifier_rank is None:
                 self._check(held)
+                self._leave("leave GatheredParameters unedited", held)
             else:
-                for group in _groups(held):
-                    self._leave(f"leave GatheredParameters of rank {self.modifier_rank}", group, held)
+                self._leave(f"leave GatheredParameters of rank {self.modifier_rank}", held)
                 self._spread(held)
                 self._spread(whole)
         finally:
             for one in held:
-                if one.param.requires_grad and in_backward():
-                    _keep_for_gradient(one.shards)
-                one.shards.release_if_idle()
-
-    def _tell(self, held: list[_Sharded], error: BaseException) -> None:
-        """The body raised: let peers know that this rank ended otherwise."""
-        for group in () if isinstance(error, DesyncError | CommunicationError) else _groups(held):
-            with suppress(Exception):
-                leave(f"GatheredParameters raised {type(error).__name__}", group, channel=GATHER)
+                one.let_go()
 
     def _check(self, held: list[_Sharded]) -> None:
+        """Raise UsageError where something was edited, and drop it; the other ranks raise DesyncError."""
         edited = [one for one in held if one.changed()]
+        if not edited:
+            return
         for one in edited:
             one.restore()
-        if not edited:
-            for group in _groups(held):
-                self._leave("leave GatheredParameters unedited", group, held)
-            return
         names = ", ".join(f"'{one.name}'" for one in edited)
         for group in _groups(held):
             with suppress(DesyncError):
@@ -286,16 +267,15 @@ class GatheredParameters:
             fix="say whose edit counts: GatheredParameters(params, modifier_rank=0)",
         )
 
-    def _leave(self, what: str, group: Group, held: list[_Sharded]) -> None:
+    def _leave(self, what: str, held: list[_Sharded]) -> None:
         """Go on when every rank leaves; where graphs on all of them read the values later, they stay as long."""
-        members = [one for one in held if one.group == group]
-        graph = torch.is_grad_enabled() and any(one.in_graph() for one in members)
-        if meet(what, group, channel=GATHER, note=int(graph)):
-            for one in members:
-                if one.shards.conductor is not None:
-                    # Not the entry itself, which would keep the copies of the value alive.
-                    needed = partial(_in_graph, one.param, one.edge, one.references)
-                    one.shards.conductor.keep_for_graph(one.shards, needed)
+        for group in _groups(held):
+            members = [one for one in held if one.group == group]
+            graph = torch.is_grad_enabled() and any(one.in_graph() for one in members)
+            # The note is the lowest of all ranks': 1 only where every rank has such a graph, as what one keeps, all do.
+            if meet(what, group, channel=GATHER, note=int(graph)):
+                for one in members:
+                    one.keep_while_needed()
 
     def _spread(self, held: Sequence[_Sharded | _Whole]) -> None:
         """Give every rank the modifier's values; edits of other ranks are dropped. Collective."""
