@@ -26,7 +26,7 @@ from zeropipe.comm.leases import LEASES
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.gather.edits import Fingerprint, fingerprint, take_moved
 from zeropipe.runtime.zero.gather.parameter import shard_parameter
-from zeropipe.runtime.zero.gather.shards import Hold, Shards, shards_among, shards_of
+from zeropipe.runtime.zero.gather.shards import Builder, Hold, Shards, shards_among, shards_of
 from zeropipe.runtime.zero.gather.state_dict import install_state_dict
 from zeropipe.runtime.zero.hold.offload import Arena
 from zeropipe.runtime.zero.param import GATHER
@@ -247,13 +247,9 @@ class Build:
                 install_state_dict(module)
 
     def _cut(self, name: str, param: torch.nn.Parameter) -> None:
-        place = self.place
-        value = param.detach().to(place.device).contiguous()
-        broadcast(value, 0, place.group, label=name)
-        param.data = value
-        ident = next(self._ids)
-        shards = shard_parameter(param, f"{name}#{ident}", ident, place.within, place.group, self)
-        self._freed.add(value.nbytes)
+        place, ident = self.place, next(self._ids)
+        shards = cut(param, f"{name}#{ident}", ident, place, self)
+        self._freed.add(shards.full.numel() * shards.full.element_size())
         if place.remote:
             shards.live_at(shards.source.cpu(), None, remote=True)  # offload moves it on, to pinned memory
         if place.arena is not None:
@@ -299,6 +295,16 @@ class Build:
                 shards.live_at(wide.view(dtype)[: shards.shard_numel].copy_(shards.source), None)
             elif arena is not None:
                 shards.live_at(arena.keep(shards.source), None)
+
+
+def cut(
+    param: torch.nn.Parameter, name: str, ident: int, place: Place, builder: Builder | None = None
+) -> Shards:
+    """Make ``param`` shards of rank 0's value; collective."""
+    value = param.detach().to(place.device).contiguous()
+    broadcast(value, 0, place.group, label=name)
+    param.data = value
+    return shard_parameter(param, name, ident, place.within, place.group, builder)
 
 
 def _alive(refs: list[weakref.ref[torch.nn.Module]]) -> list[torch.nn.Module]:

@@ -9,17 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
 from zeropipe.errors import UsageError
 from zeropipe.layout.flat import flat_shards
+from zeropipe.runtime.zero.gather.build import Place, cut
 from zeropipe.runtime.zero.gather.coordinator import Coordinator
 from zeropipe.runtime.zero.gather.fetch_plan import Budget
 from zeropipe.runtime.zero.gather.hooks import ModelHooks
 from zeropipe.runtime.zero.gather.init import install_apply, remove_apply
-from zeropipe.runtime.zero.gather.parameter import shard_parameter
-from zeropipe.runtime.zero.gather.shards import Shards, shards_in, shards_of
+from zeropipe.runtime.zero.gather.shards import Shards, shards_among, shards_in, shards_of
 from zeropipe.runtime.zero.gather.state_dict import install_state_dict, remove_state_dict
 from zeropipe.runtime.zero.gather.whole import GatheredParameters
 from zeropipe.runtime.zero.hold.offload import Offload
@@ -72,14 +71,18 @@ class ShardedModel:
     ) -> None:
         self.module = module
         self._offload: Offload | None = None
+        # [1] Every parameter becomes a shard, of rank 0's value.
         self.parts = Replication(group) if parts is None else parts
         self.group = self.parts.shard
         for part in (self.parts.shard, self.parts.replicas):
             LEASES.hold(part, self)
-        self.shards = shard_module(module, group, device, dtypes or {}, self.group)
+        self.shards = shard_module(module, Place(group, self.group, device), dtypes or {})
+        # [2] Before units are hooked, whose sizes leave out what is gathered once and for all.
         self.persistent = self._persist(sharding)
+        # [3] Each module with parameters becomes a unit.
         self.coordinator = Coordinator(self.group, sharding.budget(0), group)
         self.hooks = ModelHooks(module, self.coordinator, leaves)
+        # [4] Budgets that the user left open follow from the largest unit, and what may be fetched compiled from those.
         largest = max((unit.numel for unit in self.coordinator.units), default=0)
         self.coordinator.budget = sharding.budget(largest)
         self.hooks.compiled.budget_of = sharding.budget
@@ -116,13 +119,12 @@ class ShardedModel:
     def place(self, offload: Offload) -> None:
         """Put the shards that no optimizer holds where the policy wants what gathers read."""
         self._offload = offload
-        rest = [
-            s
-            for s in self.shards
-            if s.own.master is None and not is_trained(s.param) and offload.is_remote(s.full.device)
-        ]
-        for dtype in {shards.dtype for shards in rest}:
-            members = [shards for shards in rest if shards.dtype == dtype]
+        by_dtype: dict[torch.dtype, list[Shards]] = {}
+        for shards in self.shards:
+            kept = shards.own.master is not None or is_trained(shards.param)
+            if not kept and offload.is_remote(shards.full.device):
+                by_dtype.setdefault(shards.dtype, []).append(shards)
+        for dtype, members in by_dtype.items():
             layout = flat_shards(((s.name, (s.shard_numel,), "") for s in members), 1)
             flat = offload.source(layout.numel, dtype, members[0].full.device)
             for index, shards in enumerate(members):
@@ -147,28 +149,18 @@ class ShardedModel:
 
 
 def shard_module(
-    module: torch.nn.Module,
-    group: Group,
-    device: torch.device,
-    dtypes: Mapping[torch.Tensor, torch.dtype],
-    shard_group: Group | None = None,
+    module: torch.nn.Module, place: Place, dtypes: Mapping[torch.Tensor, torch.dtype]
 ) -> list[Shards]:
-    """Make every parameter of ``module`` a shard on ``device``, with rank 0's values; collective.
+    """Make every parameter of ``module`` a shard at ``place``, with rank 0's values; collective.
 
     Parameters that zero.Init made shards already keep their values; ``dtypes``: what parameters work in, where it may
-    not be their own dtype. The shards lie within ``shard_group`` (None: ``group``). Returns
-    the shards in the order of ``named_parameters``.
+    not be their own dtype. Returns the shards in the order of ``named_parameters``.
     """
-    within = group if shard_group is None else shard_group
+    group, within = place.group, place.within
     made = []
     for ident, (name, param) in enumerate(module.named_parameters()):
-        shards = shards_of(param)
-        if shards is None:
-            whole = param.detach().to(device).contiguous()
-            broadcast(whole, 0, group, label=name)
-            param.data = whole
-            shards = shard_parameter(param, name, ident, within)
-        elif shards.group.ranks != within.ranks:
+        shards = shards_of(param) or cut(param, name, ident, place)
+        if shards.group.ranks != within.ranks:
             raise UsageError(
                 f"parameter '{name}' was made shards of other ranks",
                 rank=group.ranks[group.rank],
@@ -178,7 +170,7 @@ def shard_module(
                 "PipelineModule also mpu=PipelineParallelGrid(topology)",
             )
         shards.adopt(name, ident, within, group)
-        shards.cast(dtypes.get(param, shards.dtype), device)
+        shards.cast(dtypes.get(param, shards.dtype), place.device)
         made.append(shards)
     for child in module.modules():
         install_state_dict(child)
@@ -197,8 +189,7 @@ def unsharded(
     gathered = GatheredParameters(model, modifier_rank, enabled=enabled)
     with ExitStack() as stack:
         stack.enter_context(gathered)
-        every = (shards_of(param) for param in gathered.params)
-        for conductor in dict.fromkeys(shards.conductor for shards in every if shards is not None):
+        for conductor in dict.fromkeys(shards.conductor for shards in shards_among(gathered.params)):
             if conductor is not None:
                 stack.enter_context(conductor.silent())
         yield model
@@ -253,8 +244,8 @@ def unshard_module(module: torch.nn.Module) -> torch.nn.Module:
     for shards in found:
         if is_trained(shards.param) or shards.conductor is not None:
             raise UsageError(
-                f"unshard_module: an engine uses parameter '{shards.name}'. Fix: call engine.destroy() first, or use "
-                "'with zero.unsharded(model):'"
+                f"unshard_module: an engine uses parameter '{shards.name}'",
+                fix="call engine.destroy() first, or use 'with zero.unsharded(model):'",
             )
     for shards in found:
         param = shards.param
@@ -264,6 +255,7 @@ def unshard_module(module: torch.nn.Module) -> torch.nn.Module:
         param.__class__ = torch.nn.Parameter
         param.data = whole
         del param._zero  # type: ignore[attr-defined]
+    # All that stands on modules themselves; the hooks of units went with their engine.
     for child in module.modules():
         remove_state_dict(child)
         remove_apply(child)
