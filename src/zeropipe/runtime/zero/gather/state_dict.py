@@ -1,19 +1,23 @@
 """``module.state_dict()`` and ``module.load_state_dict()`` of a model whose parameters are shards: whole values.
 
-Both are hooks of the modules that own sharded parameters. Reading gathers, so every rank must call it; loading
-cuts each rank's shard out of the whole value that it is given, so nothing is communicated. With ``keep_vars``
-the parameters themselves come out, as always, and nothing is gathered: that is how checkpoints are made. So do
-they where a part of the model is asked for its state dict and they are away, guarded against use: clients do that
-on the one rank that writes, for the names alone (peft's ``modules_to_save``).
+Both are hooks of the modules that own sharded parameters:
+
+    state_dict        before   [1] where a class has code of its own for this, what it uses is gathered (``Fetching``)
+                      after    [2] shards become whole values, new tensors
+    load_state_dict   before   [3] parameters show their whole shape; what torch then copies in is cut
+                      after    [4] they show nothing again
+
+Reading gathers, so every rank must call it; loading cuts each rank's shard out of the whole value that it is given, so
+nothing is communicated. With ``keep_vars`` the parameters themselves come out, as always, and nothing is gathered: that
+is how checkpoints are made.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -30,59 +34,54 @@ PATIENCE = timedelta(minutes=5)
 
 def install_state_dict(module: torch.nn.Module) -> None:
     """Make state dicts whole of what ``module`` owns (not of its children). May be repeated."""
-    if not any(hook is _gather_whole for hook in module._state_dict_hooks.values()):
+    hooks: Any = module._state_dict_hooks
+    if not any(map(is_ours, hooks.values())):
         module.register_state_dict_pre_hook(_let_use)
         whole = module.register_state_dict_post_hook(_gather_whole)
         # Before the user's own, which are to see, and may change, the whole values.
-        cast("OrderedDict[int, Any]", module._state_dict_hooks).move_to_end(whole.id, last=False)
+        hooks.move_to_end(whole.id, last=False)
         module.register_load_state_dict_pre_hook(_cut_shards)
         module.register_load_state_dict_post_hook(_hide_shapes)
 
 
 def is_ours(hook: Any) -> bool:
     """Whether a state dict hook is one of those that ``install_state_dict`` puts on a module."""
-    return getattr(hook, "hook", hook) in _OURS
+    return getattr(hook, "hook", hook) in (_let_use, _gather_whole, _cut_shards, _hide_shapes)
 
 
 def remove_state_dict(module: torch.nn.Module) -> None:
     """Undo ``install_state_dict``."""
-    every: tuple[Any, ...] = (
-        module._state_dict_pre_hooks,
-        module._state_dict_hooks,
+    saving: tuple[dict[int, Any], ...] = module._state_dict_pre_hooks, module._state_dict_hooks
+    loading: tuple[dict[int, Any], ...] = (
         module._load_state_dict_pre_hooks,
         module._load_state_dict_post_hooks,
     )
-    for hooks in every:
+    for hooks in saving + loading:
         for key in [key for key, hook in hooks.items() if is_ours(hook)]:
             del hooks[key]
 
 
 def _let_use(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Before ``module`` puts its own state into a state dict: where its class does so in its own way, what it uses of
-    its parameters is gathered."""
-    cls = type(module)
-    if all(getattr(cls, name) is getattr(torch.nn.Module, name) for name in _SAVING):
+    """[1]"""
+    saving = ("_save_to_state_dict", "get_extra_state")
+    if all(getattr(type(module), name) is getattr(torch.nn.Module, name) for name in saving):
         return
     own = [(name, shards) for name, _, shards in _own(module)]
     if not own or any(shards.building or _at_a_part(shards, prefix + name) for name, shards in own):
         return
-    away = [shards for _, shards in own if not shards.gathered]
-    if away:
-        _meet(away[0])
-    Fetching(module, recurse=False).__enter__()
-
-
-_SAVING = ("_save_to_state_dict", "get_extra_state")
+    _meet(shards for _, shards in own)
+    Fetching(module, recurse=False).__enter__()  # [2] leaves it
 
 
 def _at_a_part(shards: Shards, key: str) -> bool:
     """Whether the call of ``state_dict`` began at a part of the model, by the key that it gives the parameter."""
+    # Clients do that on the one rank that writes, for the names alone (peft's ``modules_to_save``): so parameters that
+    # are away come out as they are, guarded against use.
     return not shards.gathered and shards.name.endswith(f".{key}")
 
 
 def _gather_whole(module: torch.nn.Module, state: Any, prefix: str, metadata: Any) -> None:
-    """After ``module`` has put its own parameters into ``state``: replace them by whole values, new tensors. What the
-    module has made of them stays."""
+    """[2] What the module itself has made of its parameters stays."""
     wanted = {}
     using: Fetching | None = None
     for name, param, shards in _own(module):
@@ -93,10 +92,8 @@ def _gather_whole(module: torch.nn.Module, state: Any, prefix: str, metadata: An
         if _at_a_part(shards, key) and isinstance(value, AwayValue):
             state[key] = param
         elif isinstance(value, AwayValue) or (value is not param and _shows(shards, value)):
-            wanted[key] = shards
-    away = [shards for shards in wanted.values() if not shards.gathered]
-    if away:  # keep_vars gives the parameters themselves
-        _meet(away[0])
+            wanted[key] = shards  # with ``keep_vars`` the value is the parameter itself
+    _meet(wanted.values())
     for key, shards in wanted.items():
         state[key] = shards.whole(asked=state)
     if using is not None:
@@ -104,8 +101,12 @@ def _gather_whole(module: torch.nn.Module, state: Any, prefix: str, metadata: An
         using.__exit__(None, None, None)
 
 
-def _meet(shards: Shards) -> None:
-    """Go on when every rank wants the state dict, which is not so where somebody calls it on rank 0 only."""
+def _meet(wanted: Iterable[Shards]) -> None:
+    """Before those that are away are gathered: go on when every rank wants the state dict, which is not so where
+    somebody calls it on rank 0 only."""
+    shards = next((shards for shards in wanted if not shards.gathered), None)
+    if shards is None:
+        return
     try:
         meet(f"state_dict at {shards.name}", shards.group, channel=GATHER, patience=PATIENCE)
     except CommunicationError as error:
@@ -128,8 +129,7 @@ def _cut_shards(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Before torch loads ``module``'s own parameters: let torch see their whole shapes, so that its checks and
-    messages are the usual ones; what it then copies is cut into shards (``loading``)."""
+    """[3]"""
     metadata["assign_to_params_buffers"] = False  # a shard cannot be replaced by the tensor that is loaded
     for name, _, shards in _own(module):
         if shards.state in (State.WHOLE, State.INFLIGHT):
@@ -144,6 +144,7 @@ def _cut_shards(
 
 
 def _hide_shapes(module: torch.nn.Module, incompatible: Any) -> None:
+    """[4]"""
     for _, _, shards in _own(module):
         shards.end_loading()  # a shape that did not fit, or a load that raised
 
@@ -153,9 +154,6 @@ def _own(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter, Sha
         shards = None if param is None else shards_of(param)
         if param is not None and shards is not None:
             yield name, param, shards
-
-
-_OURS = (_let_use, _gather_whole, _cut_shards, _hide_shapes)
 
 
 @contextmanager
@@ -201,22 +199,18 @@ class Fetching:
         self._say_how_it_ended(error)
 
     def _say_how_it_ended(self, error: BaseException | None) -> None:
-        """One word from every rank, so that one which raised is heard where others wait for it, and by nobody later.
-
-        A rank whose gather met that word has said its own with the gather.
-        """
-        gathered = dict.fromkeys(shards.group for shards in self._shards)
-        circles = gathered | dict.fromkeys(shards.everyone for shards in self._shards)
+        """One word from every rank, so that one which raised is heard where others wait for it, and by nobody later."""
+        sharing = dict.fromkeys(shards.group for shards in self._shards)
+        circles = sharing | dict.fromkeys(shards.everyone for shards in self._shards)
         if error is None:
             for circle in circles if self._recurse else ():
                 meet(f"the end of the state of {type(self.of).__name__}", circle, channel=GATHER)
             return
-        if isinstance(error, CommunicationError):
-            return
-        parted = isinstance(error, DesyncError)
+        # Of an error of the protocol those who share the shards know: their gathers met the word that this rank did.
+        gathered = sharing if isinstance(error, DesyncError) else {}
+        known = circles if isinstance(error, CommunicationError) else gathered
         what = f"state dict: {type(error).__name__} raised"
-        left = [circle for circle in circles if not (parted and circle in gathered)]
-        for heard in [leave(what, circle, channel=GATHER) for circle in left]:
+        for heard in [leave(what, circle, channel=GATHER) for circle in circles if circle not in known]:
             with suppress(DesyncError, CommunicationError):
                 heard()
 
