@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd.graph import get_gradient_edge
@@ -166,6 +166,9 @@ class _Whole(_Member):
         self.param.detach().copy_(value)
 
 
+M = TypeVar("M", _Sharded, _Whole)
+
+
 class GatheredParameters:
     """A context in which the given parameters are whole on every rank. Collective, at both ends.
 
@@ -199,8 +202,9 @@ class GatheredParameters:
         self.modifier_rank = modifier_rank
         given = _given(params) if enabled else []
         self.params = [param for param in given if shards_of(param) is not None]
+        # Of others only an edit is of interest: without a modifier rank each rank's value is its own affair.
         self._whole = [param for param in given if modifier_rank is not None and holders(param) is not None]
-        self._entered: list[tuple[list[_Sharded], list[_Whole]]] = []
+        self._entered: list[tuple[list[_Sharded], list[_Whole]]] = []  # innermost last
         if fwd_module is not None:
             own = {id(param) for param in fwd_module.parameters()}
             for param in self.params:
@@ -216,6 +220,7 @@ class GatheredParameters:
             shards.start_gather()
         for shards in sharded:
             shards.finish_gather()
+        # Only now: what is compared at the exit is the value that the body finds.
         edits = self.modifier_rank is not None
         held = [_Sharded.enter(shards, edits) for shards in sharded]
         self._entered.append((held, [_Whole.enter(param, group) for param, group in whole]))
@@ -235,13 +240,14 @@ class GatheredParameters:
                 for member in members:
                     member.restore()
                 # Of an error of the protocol itself those who share the shards know already.
-                for group in () if isinstance(error, DesyncError | CommunicationError) else _groups(held):
+                for group in () if isinstance(error, DesyncError | CommunicationError) else _by_group(held):
                     with suppress(Exception):
                         leave(f"GatheredParameters raised {type(error).__name__}", group, channel=GATHER)
             elif self.modifier_rank is None:
                 self._check(held)
                 self._leave("leave GatheredParameters unedited", held)
             else:
+                # The meeting first: a broadcast waits for its source, which may be on another way.
                 self._leave(f"leave GatheredParameters of rank {self.modifier_rank}", held)
                 self._spread(held)
                 self._spread(whole)
@@ -257,7 +263,8 @@ class GatheredParameters:
         for one in edited:
             one.restore()
         names = ", ".join(f"'{one.name}'" for one in edited)
-        for group in _groups(held):
+        # In place of the word with which the others leave, so that they hear of it there.
+        for group in _by_group(held):
             with suppress(DesyncError):
                 meet(f"edited without modifier_rank: {names}", group, channel=GATHER)
         group = edited[0].group
@@ -269,25 +276,25 @@ class GatheredParameters:
 
     def _leave(self, what: str, held: list[_Sharded]) -> None:
         """Go on when every rank leaves; where graphs on all of them read the values later, they stay as long."""
-        for group in _groups(held):
-            members = [one for one in held if one.group == group]
+        for group, members in _by_group(held).items():
             graph = torch.is_grad_enabled() and any(one.in_graph() for one in members)
             # The note is the lowest of all ranks': 1 only where every rank has such a graph, as what one keeps, all do.
             if meet(what, group, channel=GATHER, note=int(graph)):
                 for one in members:
                     one.keep_while_needed()
 
-    def _spread(self, held: Sequence[_Sharded | _Whole]) -> None:
+    def _spread(self, held: Sequence[M]) -> None:
         """Give every rank the modifier's values; edits of other ranks are dropped. Collective."""
-        for group in _groups(held):
+        for group, members in _by_group(held).items():
             source = self._source(group)
             assert source is not None
-            members = [one for one in held if one.group == group]
+            # Where nothing was edited these bytes are all that travels.
             verdicts = torch.tensor([int(one.verdict()) for one in members], dtype=torch.uint8)
             verdicts = verdicts.to(members[0].device)
             broadcast(verdicts, source, group, label="edited parameters")
             for one, verdict in zip(members, verdicts.tolist(), strict=True):
                 one.take(verdict, source)
+            # Every rank has had the values of all others by now, and raises.
             for one, verdict in zip(members, verdicts.tolist(), strict=True):
                 if verdict == _Verdict.MISSHAPEN:
                     raise UsageError(
@@ -313,11 +320,9 @@ class GatheredParameters:
 
 def _given(params: Any) -> list[torch.nn.Parameter]:
     """Every parameter of ``params``, once, in order."""
-    if params is None:
-        return []
+    given: Iterable[Any] = [params] if isinstance(params, torch.Tensor | None) else params
     if isinstance(params, torch.nn.Module):
-        params = params.parameters()
-    given: list[Any] = [params] if isinstance(params, torch.Tensor) else list(params)
+        given = params.parameters()
     return list({id(param): param for param in given if param is not None}.values())
 
 
@@ -331,16 +336,15 @@ def _references(param: torch.nn.Parameter) -> int:
     return int(count()) if count is not None else 0
 
 
-def _groups(held: Sequence[_Sharded | _Whole]) -> list[Group]:
-    """Of those that this entry answers for."""
-    return list(dict.fromkeys(one.group for one in held if one.before is not None))
+def _by_group(held: Sequence[M]) -> dict[Group, list[M]]:
+    """The members of the groups with whom this entry has something to settle."""
+    groups = dict.fromkeys(one.group for one in held if one.before is not None)
+    return {group: [one for one in held if one.group == group] for group in groups}
 
 
 def _keep_for_gradient(shards: Shards) -> None:
-    """In the backward of a custom function: stay whole until the gradient that it returns has arrived.
-
-    Autograd lays a gradient out as its parameter is when it arrives, which fails if that has shape [0] by then.
-    """
+    """In the backward of a custom function: stay whole until the gradient that it returns has arrived."""
+    # Autograd lays a gradient out as its parameter is when it arrives, which fails if that has shape [0] by then.
     handles: list[Any] = []
 
     def let_go(_: torch.Tensor | None = None) -> None:
@@ -351,6 +355,9 @@ def _keep_for_gradient(shards: Shards) -> None:
     hold = shards.hold()
     handles.append(shards.param.register_post_accumulate_grad_hook(let_go))
     torch.autograd.Variable._execution_engine.queue_callback(let_go)  # if none comes
+
+
+# ---- what every rank holds whole ----
 
 
 def know_whole(module: torch.nn.Module, group: Group) -> None:
