@@ -43,8 +43,7 @@ class Fingerprint:
 
 
 def fingerprint(value: torch.Tensor) -> Fingerprint:
-    """The fingerprint of ``value`` (any shape and dtype, contiguous, at the start of its storage): it is read, not
-    copied."""
+    """Of ``value`` (any shape and dtype, contiguous, at the start of its storage): it is read, not copied."""
     flat = value.detach().reshape(-1).view(torch.uint8)
     if flat.numel() <= SMALL:
         return Fingerprint((flat.clone(),))
@@ -139,6 +138,7 @@ class OwnWrites:
             return False
         if self._moved:
             self._take_moved(value)
+        # A version counts what was written even where the bytes stayed; without a fingerprint it is believed once.
         if self._before is not None and self._before.matches(value.full):
             return False
         self.edits = value.full[: value.numel].clone().view(value.shape)
@@ -155,7 +155,7 @@ class OwnWrites:
         set_to = value.param.detach()
         if set_to.data_ptr() == value.full.data_ptr():
             return
-        self.look(value)
+        self.look(value)  # the gathered memory still has what it had before
         if not take_moved(value):
             value.present()
             raise UsageError(
@@ -172,12 +172,14 @@ def join(written: Collection[Value], known: Sequence[Value], everyone: Group) ->
     ``known``: all values of the model, in the same order on every rank. Raises UsageError on every rank, and drops what
     was written, where ranks wrote different values to the same element.
     """
+    # [1] Which were written anywhere: one byte each.
     mine = torch.tensor([value in written for value in known], dtype=torch.uint8)
     marks = mine.new_empty((everyone.size, len(known)))
     all_gather(
         marks.view(-1), mine, everyone, label="which parameters were written", channel=GATHER, guarded=True
     )
     some = [value for value, mark in zip(known, marks.amax(0).tolist(), strict=True) if mark]
+    # [2] Those are joined, all of them before anybody raises: every rank takes part in each.
     parted = [value for value in some if not _join_one(value, everyone)]
     if parted:
         names = ", ".join(f"'{value.name}'" for value in parted)
@@ -199,6 +201,7 @@ def _join_one(value: Value, everyone: Group) -> bool:
     kind = _BITS.get(before.element_size(), torch.int64)
     old, new = before.reshape(-1).view(kind), after.reshape(-1).view(kind)
     joined, agreed = torch.empty_like(old), True
+    # As bits: a NaN that all have written is one value, and -0.0 is another than 0.0.
     runs = zip(old.split(_AT_ONCE), new.split(_AT_ONCE), joined.split(_AT_ONCE), strict=True)
     for old_run, new_run, run in runs:
         every = new_run.new_empty((everyone.size, new_run.numel()))
