@@ -8,6 +8,7 @@ from enum import IntEnum
 class ZeroStageEnum(IntEnum):
     """What is divided among ranks: nothing, optimizer state, gradients too, parameters too."""
 
+    # Their numbers are in files that DeepSpeed wrote, and in configurations.
     disabled = 0
     optimizer_states = 1
     gradients = 2

@@ -55,6 +55,7 @@ def unset_z3_leaf_modules(
 
 def set_z3_leaf_module(module: torch.nn.Module, flag: bool = True) -> None:
     """Mark one module; it has effect on engines that are made afterwards."""
+    # An engine makes its units once; ranks compare marks in ``initialize``, as they must be equal on all.
     setattr(module, _LEAF, flag)
 
 
@@ -87,6 +88,7 @@ def leaf_modules(model: torch.nn.Module, keys: LeafModule) -> list[torch.nn.Modu
 
 
 def _is_one(module: torch.nn.Module, wanted: Iterable[type[torch.nn.Module] | str]) -> bool:
+    # By name too: a configuration cannot hold a class, and a script need not import what it may not use.
     kind = type(module)
     names = (kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
     return any(cls in names if isinstance(cls, str) else isinstance(module, cls) for cls in wanted)
@@ -104,6 +106,7 @@ def register_external_parameter(module: torch.nn.Module, parameter: torch.nn.Par
     if not isinstance(module, torch.nn.Module) or not isinstance(parameter, torch.nn.Parameter):
         found = f"{type(module).__name__} and {type(parameter).__name__}"
         raise UsageError("register_external_parameter", expected="a module and a parameter", found=found)
+    # By way of ``__dict__``: as an attribute a list of parameters would be looked for among the module's own.
     listed: list[torch.nn.Parameter] = module.__dict__.setdefault(_EXTERNAL, [])
     if not any(parameter is known for known in listed):
         listed.append(parameter)
@@ -127,6 +130,7 @@ def externals_of(module: torch.nn.Module) -> Sequence[torch.nn.Parameter]:
 
 def show_external_parameters(module: torch.nn.Module) -> None:
     """Give ``module`` the method ``ds_external_parameters()``, by which other libraries ask."""
+    # On every hooked module, marked or not: clients call it without asking (trl, before it generates).
     module.__dict__.setdefault(_LISTING, partial(_external_parameters, module))
 
 

@@ -27,6 +27,7 @@ class MiCS_Init(Init):
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        # By name: in zero.Init's own order it stands near the end, and ``args`` go on with what is third there.
         kwargs["sequence_data_parallel_group"] = sequence_data_parallel_group
         super().__init__(module, data_parallel_group, *args, **kwargs)
 

@@ -17,7 +17,8 @@ from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
 from zeropipe.layout.flat import FlatShards
 
-# Channels: collectives on one need no order among those on another.
+# Channels: collectives on one need no order among those on another, so no gather waits for its place among the
+# reductions that gradients start as they arrive.
 GATHER, REDUCE = 1, 2
 
 
@@ -51,7 +52,7 @@ class State(Enum):
     What ``status`` says to users is the value.
     """
 
-    AWAY = 1  # shape [0]
+    AWAY = 1  # shape [0]: a use that needs elements fails in torch, too, where ours cannot see it
     SHAPED = 2  # the whole shape without memory, for autograd, when a gradient arrives that was made without the value
     LOADING = 3  # the same, for load_state_dict; what is then copied in is cut into shards
     INFLIGHT = 4
@@ -76,7 +77,9 @@ class Need(Enum):
     __hash__ = object.__hash__  # as State's: counted in every hold
 
 
+# Whoever is not told more sees three states: what is shown instead of a value is nobody's value.
 _STATUS = {State.INFLIGHT: ZeroParamStatus.INFLIGHT, State.WHOLE: ZeroParamStatus.AVAILABLE}
+# From WHOLE only to rest: a shape may be shown, and a value loaded, where there is none.
 _NEXT = {
     State.AWAY: (State.SHAPED, State.LOADING, State.INFLIGHT),
     State.SHAPED: (State.AWAY, State.LOADING, State.INFLIGHT),
@@ -107,12 +110,15 @@ class Trainer(Protocol):
 class Cut(Protocol):
     """A parameter that is shards, as its partition sees it (``gather/shards.py``)."""
 
+    # What it is, alike on every rank of the group.
     ident: int
     group: Group
     in_leaf: bool  # gathered with a whole module whose children run as the data says
     shape: torch.Size
     numel: int
     shard_numel: int
+
+    # The whole value, for a partition that steps while somebody has it gathered: it must show what was stepped.
     full: torch.Tensor  # 1D, padded: the whole value while it is gathered
     renewals: int  # how often the shards changed under it
 
@@ -166,8 +172,12 @@ class ZeroParam:
     """
 
     name: str
+
+    # Each wing's side of it, by which the other reaches it: who steps it, and who gathers it.
     trained: Trainer | None = None
     shards: Cut | None = None
+
+    # What ``GatheredParameters`` asks where neither of those says it.
     group: Group | None = None  # the ranks that hold it whole, where no optimizer trains it
 
 

@@ -32,8 +32,6 @@ _orig_torch_arange = torch.arange
 def zero_wrapper_for_fp_tensor_constructor(
     fn: Callable[..., torch.Tensor], target_fp_dtype: torch.dtype, target_device: torch.device | None = None
 ) -> Callable[..., torch.Tensor]:
-    """What replaces ``fn``, one of torch's tensor constructors, inside ``zero.Init``: ``fn`` itself.
-
-    Tensors are made as they are outside, because some become buffers; ``Init`` casts the parameters when it ends.
-    """
+    """What replaces ``fn``, one of torch's tensor constructors, inside ``zero.Init``: ``fn`` itself."""
+    # Tensors are made as they are outside, because some become buffers; ``Init`` casts the parameters when it ends.
     return fn

@@ -43,6 +43,8 @@ def shard_size(zero: ZeroOptimization) -> int | None:
 
 def shard_lists(ranks: Sequence[int], size: int) -> list[tuple[int, ...]]:
     """The shard groups: runs of ``size`` consecutive members of ``ranks``. Raises ConfigError if it is no divisor."""
+    # Consecutive, as ranks are numbered node by node: a gather, which happens for every unit, stays on a node where a
+    # shard group fits there; what crosses nodes is one all-reduce for each boundary.
     count = len(ranks)
     if size < 1 or count % size:
         divisors = ", ".join(str(d) for d in range(1, count + 1) if count % d == 0)
@@ -80,13 +82,18 @@ def _divide(group: Group, size: int | None, hierarchical: bool, replicas: bool =
     whole = size is None or size == group.size
     if whole and not hierarchical:
         return Replication(group)
-    everywhere = _all_groups(group)
+    # [1] Everybody's groups, as each starts only when the whole world takes part, and in one order: the data-parallel
+    # ranks of every pipeline stage divide themselves in the same way.
+    everywhere = [group.ranks]
+    if group.ranks != world().ranks:
+        everywhere = sorted(set(all_gather_object(group.ranks, world(), label="data-parallel groups")))
     shards = [members for ranks in everywhere for members in shard_lists(ranks, size or len(ranks))]
     across = [members for ranks in everywhere for members in replica_lists(ranks, size or len(ranks))]
     plans = _plans(shards) if hierarchical else {}
     hops = [members for plan in plans.values() for members in (*plan.nodes, *plan.across)]
     lists = [*([] if whole else shards), *([] if whole or not replicas else across), *hops]
     groups = LEASES.take(lists) if lists else {}
+    # [2] This rank's own of them.
     here = group.ranks[group.rank]
 
     def mine(lists: Iterable[tuple[int, ...]]) -> Group:
@@ -103,13 +110,7 @@ def _divide(group: Group, size: int | None, hierarchical: bool, replicas: bool =
 
 def _plans(shards: list[tuple[int, ...]]) -> dict[tuple[int, ...], TwoHops]:
     """The shard groups that gather in two hops; none where nodes have different numbers of ranks. Collective."""
+    # Two hops need on each node a rank for every place of the others; which rank that is follows from one size.
     sizes = set(all_gather_object(node_size(), world(), label="ranks per node"))
     found = {ranks: two_hops(ranks, size) for size in sizes for ranks in shards} if len(sizes) == 1 else {}
     return {ranks: plan for ranks, plan in found.items() if plan is not None}
-
-
-def _all_groups(group: Group) -> list[tuple[int, ...]]:
-    """The data-parallel groups of all ranks: a group starts only when the whole world takes part."""
-    if group.ranks == world().ranks:
-        return [group.ranks]
-    return sorted(set(all_gather_object(group.ranks, world(), label="data-parallel groups")))

@@ -78,6 +78,7 @@ class TiledLinear(nn.Module):
         self.out_parts = cut_evenly(out_features, out_splits)
         self.linears = nn.ModuleList(
             nn.ModuleList(
+                # The bias once a row: the results of its tiles are added.
                 linear_cls(inputs, outputs, bias=bias and place == in_splits - 1, **kwargs)
                 for place, inputs in enumerate(_sizes(self.in_parts))
             )
@@ -105,6 +106,7 @@ class TiledLinear(nn.Module):
                 found=f"shape {tuple(_shape(weight))} and {'no' if bias is None else 'a'} bias",
                 fix="copy from a layer of the same features and the same bias argument",
             )
+        # What is gathered here is this method's own copy, freed with it; ``other`` stays as it was.
         for row, rows in zip(self.linears, _value(weight).split(_sizes(self.out_parts)), strict=True):
             for tile, part in zip(row, rows.split(_sizes(self.in_parts), 1), strict=True):  # type: ignore[call-overload]
                 _write(tile.weight, part)
@@ -197,6 +199,7 @@ def _shape(param: torch.Tensor) -> torch.Size:
 def _write(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Set a parameter of any stage to ``value`` (its shape, the same on every rank)."""
     known, shards = zero_param(param), shards_of(param)
+    # The master counts where there is one: a value alone would be overwritten from it by the next step.
     if known is not None and known.trained is not None:
         known.trained.write_value(value)
     elif shards is not None:
