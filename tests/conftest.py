@@ -26,11 +26,37 @@ settings.load_profile("zeropipe")
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Pools]:
-    """``pool(world).run(function, *args)``: see ``tests/helpers/pool.py``."""
+def gloo_pool() -> Iterator[Pools]:
     pools = Pools()
     yield pools
     pools.close()
+
+
+@pytest.fixture(scope="session")
+def native_pool() -> Iterator[Pools]:
+    """The native rung: every collective takes the path that it takes on NCCL, over gloo's own algorithms."""
+    pools = Pools(native=True)
+    yield pools
+    pools.close()
+
+
+@pytest.fixture
+def pool(request: pytest.FixtureRequest) -> Pools:
+    """``pool(world).run(function, *args)``: see ``tests/helpers/pool.py``. A test that is marked ``native`` runs a
+    second time on the native rung, and with the option ``--native`` every test runs there alone."""
+    usual = "native_pool" if request.config.getoption("--native") else "gloo_pool"
+    found: Pools = request.getfixturevalue(getattr(request, "param", usual))
+    return found
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--native", action="store_true", help="run what uses the pool on the native rung alone")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    both = metafunc.definition.get_closest_marker("native") and not metafunc.config.getoption("--native")
+    if "pool" in metafunc.fixturenames and both:
+        metafunc.parametrize("pool", ["gloo_pool", "native_pool"], ids=["gloo", "native"], indirect=True)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -20,11 +20,12 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.native import Issued, compare
 from tests.helpers.worker import Reply, Task, main, point, resolve
 
 __all__ = ["Outcome", "PerRank", "Pool", "Pools", "RankFailure", "point"]
@@ -59,18 +60,20 @@ class Outcome:
     exitcode: int | None = None  # kind "died": as in subprocess, -9 for SIGKILL
     output: str = ""  # what the rank printed during the task
     seconds: float = 0.0  # from the start of the task
+    issued: Issued = field(default_factory=dict)  # a native pool: what went over each communicator
 
 
 class Pools:
-    """``pools(world)`` is the pool of that size; the ``pool`` fixture."""
+    """``pools(world)`` is the pool of that size; the ``pool`` fixture. ``native``: see ``native.py``."""
 
-    def __init__(self) -> None:
+    def __init__(self, native: bool = False) -> None:
+        self._native = native
         self._pools: dict[int, Pool] = {}
         atexit.register(self.close)  # before multiprocessing's own handler, which would wait for the workers
 
     def __call__(self, world: int) -> Pool:
         if world not in self._pools:
-            self._pools[world] = Pool(world)
+            self._pools[world] = Pool(world, self._native)
         return self._pools[world]
 
     def close(self) -> None:
@@ -80,10 +83,12 @@ class Pools:
 
 
 class Pool:
-    """``world`` processes, each one rank of an initialised gloo process group."""
+    """``world`` processes, each one rank of an initialised gloo process group; ``native``: of one that goes by its
+    own algorithms, whose ranks must issue the same collectives in the same order."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, native: bool = False) -> None:
         self.world = world
+        self._native = native
         self._crew: _Crew | None = None
         self._outcomes: list[Outcome] = []
 
@@ -108,6 +113,8 @@ class Pool:
             pytest.skip(outcomes[0].error)
         if any(o.kind != "result" for o in outcomes):
             raise RankFailure(_report(f"{function.__module__}.{function.__qualname__}", outcomes))
+        if self._native:
+            compare([o.issued for o in outcomes])
         return [o.value for o in outcomes]
 
     def run_faulty(
@@ -126,7 +133,7 @@ class Pool:
         """
         kill = kill or {}
         tasks = _tasks(self.world, function, args, kwargs, kill)
-        crew = _Crew(self.world)
+        crew = _Crew(self.world, self._native)
         try:
             times = {rank: when for rank, when in kill.items() if not isinstance(when, str)}
             outcomes = crew.perform(tasks, timeout, grace=None, kill=times)
@@ -153,7 +160,7 @@ class Pool:
         if self._crew is not None and not self._crew.alive():
             self.close()  # a rank died between two tasks
         if self._crew is None:
-            self._crew = _Crew(self.world)
+            self._crew = _Crew(self.world, self._native)
         return self._crew
 
     def _attempt(self, tasks: Sequence[Task], timeout: float) -> list[Outcome]:
@@ -171,7 +178,7 @@ class Pool:
 class _Crew:
     """The processes of one life of a pool."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, native: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="zeropipe-pool-"))
         self.processes: list[Any] = []
         self.connections: list[Connection] = []
@@ -182,7 +189,7 @@ class _Crew:
             for rank in range(world):
                 ours, theirs = context.Pipe()
                 far_end, near_end = context.Pipe(duplex=False)
-                args = (rank, world, str(self.folder), theirs, far_end)
+                args = (rank, world, str(self.folder), theirs, far_end, native)
                 # Not a daemon process: tasks may start their own (data loaders do).
                 process = context.Process(target=main, args=args, name=f"rank{rank}-of-{world}")
                 with _environment():
@@ -263,7 +270,7 @@ class _Crew:
         for rank in pending:
             done[rank] = Outcome(rank, "stuck", error=stacks[rank], seconds=time.monotonic() - start)
         return [
-            Outcome(o.rank, o.kind, o.value, o.error, o.exitcode, self._output(o.rank, marks), o.seconds)
+            replace(o, output=self._output(o.rank, marks))
             for o in (done[rank] for rank in range(len(self.processes)))
         ]
 
@@ -274,7 +281,7 @@ class _Crew:
                 reply: Reply = pickle.loads(self.connections[rank].recv_bytes())
                 self.alive_groups[rank], self.made_groups[rank] = reply.alive_groups, reply.made_groups
                 value = pickle.loads(reply.payload) if reply.payload else None
-                return Outcome(rank, reply.kind, value, reply.error, seconds=seconds)
+                return Outcome(rank, reply.kind, value, reply.error, seconds=seconds, issued=reply.issued)
         except (EOFError, ConnectionError):
             pass
         except Exception as error:

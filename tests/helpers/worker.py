@@ -19,10 +19,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tests.helpers.native import BACKEND, Issued, Log
 
 GLOO_TIMEOUT = timedelta(minutes=10)  # longer than any task may take: the pool's own timeout reports better
 
@@ -44,6 +46,7 @@ class Reply:
     error: str = ""  # traceback, or the reason of the skip
     alive_groups: int = 0  # process groups in the worker afterwards, the default one included
     made_groups: int = 0  # torch's counter of groups made so far, which names the next one
+    issued: Issued = field(default_factory=dict)  # a native pool: what went over each communicator
 
 
 @dataclass(slots=True)
@@ -72,7 +75,9 @@ def resolve(module: str, qualname: str) -> Any:
     return found
 
 
-def main(rank: int, world: int, folder: str, tasks: Connection, lifeline: Connection) -> None:
+def main(
+    rank: int, world: int, folder: str, tasks: Connection, lifeline: Connection, native: bool = False
+) -> None:
     """Entry of a worker process; returns (and so ends the process) when the pool closes the connection."""
     gc.freeze()  # what the server imported is never garbage, and touching it would unshare its memory
     _redirect(f"{folder}/rank{rank}.out")
@@ -88,7 +93,9 @@ def main(rank: int, world: int, folder: str, tasks: Connection, lifeline: Connec
         import torch.distributed as dist
 
         store = dist.FileStore(f"{folder}/store", world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=GLOO_TIMEOUT)
+        log = Log.install() if native else None
+        backend = BACKEND if native else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=GLOO_TIMEOUT)
         _reset()
         tasks.send_bytes(pickle.dumps(Reply("result", b"", "", *_groups())))
     except BaseException:
@@ -101,6 +108,8 @@ def main(rank: int, world: int, folder: str, tasks: Connection, lifeline: Connec
             os._exit(0)  # not a clean exit: gloo's own shutdown may wait for peers that are gone
         reply = _run(rank, world, task)
         _reset()
+        if log is not None:
+            reply = replace(reply, issued=log.take())
         sys.stdout.flush()
         sys.stderr.flush()
         tasks.send_bytes(pickle.dumps(reply))

@@ -16,13 +16,15 @@ from zeropipe.comm.group import Group
 from zeropipe.comm.messages import receive_from, send_to
 from zeropipe.comm.native import Transport, all_gather_object, barrier, broadcast_object
 from zeropipe.comm.point_to_point import PointToPoint
-from zeropipe.comm.record import Call, Cut, Work
+from zeropipe.comm.record import Call, Cut, Run, Work
 from zeropipe.errors import UsageError
 
 __all__ = [
     "Cut",
+    "Run",
     "Work",
     "all_gather",
+    "all_gather_many",
     "all_gather_object",
     "all_reduce",
     "all_to_all",
@@ -31,7 +33,9 @@ __all__ = [
     "broadcast_object",
     "carried_by",
     "gather_from_owners",
+    "goes_in_one",
     "recv",
+    "reduce_run",
     "reduce_scatter",
     "reduce_to_owners",
     "send",
@@ -52,6 +56,11 @@ class _Carriers:
             return self._alone
         return self._by_messages if group.backend_for(tensor) == "gloo" else self._native
 
+    def in_one(self, group: Group) -> bool:
+        if group.size == 1:
+            return False
+        return not group.has_tags if self.forced is None else self.forced.in_one
+
 
 _CARRIERS = _Carriers()
 
@@ -65,6 +74,12 @@ def carried_by(transport: Transport) -> Iterator[None]:
         yield
     finally:
         _CARRIERS.forced = before
+
+
+def goes_in_one(group: Group) -> bool:
+    """Whether a bucket, or a unit's parameters, had better be one call: on backends with their own algorithms, where a
+    call costs more than a copy, and where channels need process groups of their own (``Leases.with_lanes``)."""
+    return _CARRIERS.in_one(group)
 
 
 def all_reduce(
@@ -125,6 +140,28 @@ def reduce_to_owners(
     return _CARRIERS.carrier(cuts[0][1], group).reduce_to_owners(call, cuts, outputs).under(call)
 
 
+def reduce_run(
+    run: Run,
+    output: torch.Tensor,
+    group: Group,
+    *,
+    op: str = "sum",
+    label: str = "",
+    async_op: bool = False,
+    channel: int = 0,
+) -> Work:
+    """Reduce each part of ``run`` onto its owner: as ``reduce_to_owners``, of cuts that need no list.
+
+    ``output``: where this rank's part goes, empty if it has none; the part itself, or memory of its own. The run
+    holds anything afterwards.
+    """
+    call = Call("reduce_to_owners", group, label, async_op, op, channel).check(run.whole)
+    call.enter(run.whole.nbytes)
+    if not run.whole.numel():
+        return Work(call)
+    return _CARRIERS.carrier(run.whole, group).reduce_run(call, run, output).under(call)
+
+
 def all_gather(
     output: torch.Tensor,
     shard: torch.Tensor,
@@ -150,6 +187,24 @@ def all_gather(
     if group.hops is None or not output.numel():
         call.enter(output.nbytes)
     return _CARRIERS.carrier(output, group).all_gather(call, output, shard).under(call)
+
+
+def all_gather_many(
+    outputs: Sequence[torch.Tensor],
+    shards: Sequence[torch.Tensor],
+    group: Group,
+    *,
+    label: str = "",
+    async_op: bool = False,
+    channel: int = 0,
+) -> Work:
+    """``all_gather`` of each shard into its output, as one call; unguarded."""
+    for output, shard in zip(outputs, shards, strict=True):
+        _check_sizes("all_gather", output, shard, group)
+    call = Call("all_gather", group, label, async_op, channel=channel).check(outputs[0])
+    if group.hops is None:
+        call.enter(sum(output.nbytes for output in outputs))
+    return _CARRIERS.carrier(outputs[0], group).all_gather_many(call, outputs, shards).under(call)
 
 
 def gather_from_owners(cuts: Sequence[Cut], group: Group, *, label: str = "", async_op: bool = False) -> Work:

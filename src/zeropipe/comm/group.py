@@ -36,11 +36,18 @@ class Group:
     started: weakref.ref[dist.ProcessGroup] | None = field(default=None, compare=False, repr=False)
     backends: tuple[tuple[str, str], ...] = ()  # (device type, backend name)
     hops: Hops | None = field(default=None, compare=False, repr=False)  # None: in one hop
+    # Process groups of the same ranks for channels from 1 on (``Leases.lanes``). On gloo tags keep channels apart;
+    # NCCL has no tags, and two channels on one communicator would have to be interleaved alike on all ranks.
+    lanes: tuple[weakref.ref[dist.ProcessGroup], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def pg(self) -> dist.ProcessGroup | None:
         """The process group; None where none was started, or where it was destroyed."""
         return None if self.started is None else self.started()
+
+    def on(self, channel: int) -> dist.ProcessGroup | None:
+        """The process group that carries ``channel``."""
+        return self.lanes[channel - 1]() if channel and self.lanes else self.pg
 
     @property
     def size(self) -> int:
@@ -53,6 +60,11 @@ class Group:
         return names.pop() if len(names) == 1 else ",".join(f"{d}:{n}" for d, n in self.backends)
 
     @property
+    def has_tags(self) -> bool:
+        """Whether tags tell messages and channels apart, on every device: on gloo. Elsewhere only their order does."""
+        return all(name == "gloo" for _, name in self.backends)
+
+    @property
     def speaks(self) -> bool:
         """Whether members can tell each other words (``agreement.py``): it takes gloo, alone or beside NCCL."""
         return dict(self.backends).get("cpu") == "gloo"
@@ -62,12 +74,18 @@ class Group:
 
         Raises UsageError when the group has none for its device.
         """
+        kind = tensor.device.type
         for device, name in self.backends:
-            if device == tensor.device.type:
+            # torch names gloo for every device, and its messages take any pointer for one of host memory.
+            if device == kind and (name != "gloo" or kind == "cpu"):
                 return name
         raise UsageError(
-            f"[rank {self.ranks[self.rank]}] a {tensor.device.type} tensor cannot be sent over {self.backend}. "
-            "Fix: start torch.distributed with a backend for that device, e.g. 'cpu:gloo,cuda:nccl'"
+            f"a {kind} tensor cannot be sent over {self.backend}",
+            rank=self.ranks[self.rank],
+            expected=f"a backend for {kind} tensors",
+            found=self.backend,
+            fix="start torch.distributed with one for each device, as "
+            "init_process_group('cpu:gloo,cuda:nccl') and zeropipe.init_distributed() do",
         )
 
 
@@ -114,6 +132,22 @@ def new_group(ranks: Sequence[int], timeout: timedelta | None = None) -> Group |
         return everyone
     pg = dist.new_group(list(ranks), timeout=timeout)
     return from_process_group(pg) if everyone.ranks[everyone.rank] in ranks else None
+
+
+def start_lane(group: Group) -> weakref.ref[dist.ProcessGroup]:
+    """Start one more process group of the same ranks. Collective among them alone."""
+    everyone, parent = dist.group.WORLD, group.pg
+    assert everyone is not None
+    assert parent is not None
+    if everyone.bound_device_id is None:
+        # torch names it by its ranks and what is there of them: the same on all, who have started the same.
+        pg = dist.new_group(list(group.ranks), use_local_synchronization=True, sort_ranks=False)
+    else:
+        # Communicators that were started with their device are split: without this every rank of the world would
+        # have to take part.
+        pg = dist.split_group(parent, [list(range(group.size))])
+    assert pg is not None
+    return weakref.ref(pg)
 
 
 def new_groups(lists: Sequence[Sequence[int]]) -> Group:

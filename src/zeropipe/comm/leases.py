@@ -4,18 +4,20 @@ with their last user.
 A group starts only when the whole world takes part, so all ranks decide together whether one is there already. A
 user goes by saying so (its groups are then destroyed at once, where it was the last) or by being forgotten, which
 ranks notice at different times: such groups are taken over, or destroyed on all ranks, when groups are next asked for.
+Lanes, the process groups of a group's channels, are few and stay as long as the world.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
-from zeropipe.comm.collectives import all_gather_object
-from zeropipe.comm.group import Group, new_group, world
+from zeropipe.comm.collectives import all_gather_object, goes_in_one
+from zeropipe.comm.group import Group, new_group, start_lane, world
 
 Ranks = tuple[int, ...]
 
@@ -39,6 +41,7 @@ class Leases:
     def __init__(self) -> None:
         self._world: weakref.ref[dist.ProcessGroup] | None = None  # the one that the leases are of
         self._leases: dict[str, _Lease] = {}  # by the name of the process group, the same on all its ranks
+        self._lanes: dict[Ranks, tuple[weakref.ref[dist.ProcessGroup], ...]] = {}
 
     def take(self, lists: Iterable[Sequence[int]]) -> dict[Ranks, Group]:
         """This rank's group for each of ``lists`` that has it. Collective over the world, with the same lists.
@@ -75,6 +78,19 @@ class Leases:
             self._leases.pop(name).destroy()
         return found
 
+    def with_lanes(self, group: Group, channels: int) -> Group:
+        """``group``, with a process group for each channel from 1 on where tags do not keep them apart.
+
+        Collective among its members, the first time that these ranks ask: they start in one order everywhere, long
+        before a rank could be in the middle of something that another has not begun.
+        """
+        if group.size == 1 or not goes_in_one(group):
+            return group
+        self._forget_if_stale()
+        if group.ranks not in self._lanes:
+            self._lanes[group.ranks] = tuple(start_lane(group) for _ in range(channels))
+        return replace(group, lanes=self._lanes[group.ranks])
+
     def hold(self, group: Group, user: Any) -> None:
         """Let ``group`` and its hops stay while ``user`` (weakly referenced) is there; no matter for other groups."""
         for one in _with_hops(group):
@@ -103,6 +119,7 @@ class Leases:
         now = dist.group.WORLD if dist.is_initialized() else None
         if now is None or self._world is None or self._world() is not now:
             self._leases.clear()
+            self._lanes.clear()
             self._world = None if now is None else weakref.ref(now)
 
 

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions
 
 from zeropipe.comm.group import Group
-from zeropipe.comm.record import Call, Cut, Work
+from zeropipe.comm.record import Call, Cut, Run, Work
 
 _OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -19,6 +20,7 @@ _OPS = {
     "max": dist.ReduceOp.MAX,
     "min": dist.ReduceOp.MIN,
 }
+_FEW = 8  # owners of a bucket to which it goes part by part
 # torch 2.13 renames these two and deprecates the old names, which are all that 2.11 has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -30,12 +32,26 @@ class Transport(Protocol):
     The arguments are those of the functions in ``collectives.py``, which choose the transport.
     """
 
+    @property
+    def in_one(self) -> bool:
+        """Whether it had better be asked once for a bucket or a unit than once for each tensor; its channels then
+        need process groups of their own."""
+
     def all_reduce(self, call: Call, tensor: torch.Tensor) -> Work: ...
     def reduce_scatter(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work: ...
     def reduce_to_owners(self, call: Call, cuts: Sequence[Cut], outputs: Sequence[torch.Tensor]) -> Work: ...
+    def reduce_run(self, call: Call, run: Run, output: torch.Tensor) -> Work: ...
     def all_gather(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work: ...
+    def all_gather_many(
+        self, call: Call, outputs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]
+    ) -> Work: ...
     def gather_from_owners(self, call: Call, cuts: Sequence[Cut]) -> Work: ...
     def all_to_all(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work: ...
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory: what only travels needs no dtype that the backend knows."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def put(output: torch.Tensor, value: torch.Tensor) -> None:
@@ -46,6 +62,8 @@ def put(output: torch.Tensor, value: torch.Tensor) -> None:
 
 class Alone:
     """A group of one: every collective is the identity."""
+
+    in_one = False
 
     def all_reduce(self, call: Call, tensor: torch.Tensor) -> Work:
         return Work(call)
@@ -59,8 +77,19 @@ class Alone:
             put(output, view)
         return Work(call)
 
+    def reduce_run(self, call: Call, run: Run, output: torch.Tensor) -> Work:
+        put(output, run.whole)
+        return Work(call)
+
     def all_gather(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work:
         put(output, shard)
+        return Work(call)
+
+    def all_gather_many(
+        self, call: Call, outputs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]
+    ) -> Work:
+        for output, shard in zip(outputs, shards, strict=True):
+            put(output, shard)
         return Work(call)
 
     def gather_from_owners(self, call: Call, cuts: Sequence[Cut]) -> Work:
@@ -72,14 +101,23 @@ class Alone:
 
 
 class Native:
-    """The backend's own algorithms."""
+    """The backend's own algorithms. Each is one call of torch's, or a number of them that no number of ranks raises.
+
+    NCCL has one rule for many ranks: on one communicator all issue the same, in the same order. So each channel is a
+    communicator, and what ranks may interleave as they like is on different channels:
+
+        channel 0           everything else, in the program's order        group.pg
+        channel 1, GATHER   what units need, in the order of the visits    group.lanes[0]
+        channel 2, REDUCE   buckets, in the order of the reducer           group.lanes[1]
+    """
+
+    in_one = True
 
     def all_reduce(self, call: Call, tensor: torch.Tensor) -> Work:
-        return Work(call, [dist.all_reduce(tensor, _OPS[call.reduction], call.group.pg, async_op=True)])
+        return Work(call, [dist.all_reduce(tensor, _OPS[call.reduction], call.pg, async_op=True)])
 
     def reduce_scatter(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work:
-        handle = _reduce_scatter(output, input, _OPS[call.reduction], call.group.pg, async_op=True)
-        return Work(call, [handle])
+        return Work(call, [_reduce_scatter(output, input, _OPS[call.reduction], call.pg, async_op=True)])
 
     def reduce_to_owners(self, call: Call, cuts: Sequence[Cut], outputs: Sequence[torch.Tensor]) -> Work:
         group, places, handles = call.group, iter(outputs), list[Any]()
@@ -90,20 +128,48 @@ class Native:
                 place = next(places)
                 put(place, view)
             op = _OPS[call.reduction]
-            handles.append(dist.reduce(place, group.ranks[owner], op, group.pg, async_op=True))
+            handles.append(dist.reduce(place, group.ranks[owner], op, call.pg, async_op=True))
         return Work(call, handles)
+
+    def reduce_run(self, call: Call, run: Run, output: torch.Tensor) -> Work:
+        size, rank = call.group.size, call.group.rank
+        if run.start == 0 and run.whole.numel() == size * run.shard_numel:
+            return self.reduce_scatter(call, output, run.whole)
+        # Of a flat that all ranks share a bucket is a few shards. One call must give every rank as much as every other,
+        # so it would send up to ``size`` times the bucket; each owner's part by itself is the bucket once.
+        owners = run.owners
+        if len(owners) <= _FEW:
+            cuts = [(owner, run.part(owner)) for owner in owners]
+            return self.reduce_to_owners(call, cuts, [output] if rank in owners else [])
+        # All to all is the bucket twice, whatever the number of ranks.
+        work = self.all_reduce(call, run.whole)
+        return work.then(lambda: put(output, run.part(rank))) if rank in owners else work
 
     def all_gather(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work:
         if call.group.hops is not None and output.numel():
             return self._two_hops(call, output, shard)
-        return Work(call, [_all_gather(output, shard, call.group.pg, async_op=True)])
+        return Work(call, [_all_gather(_bytes(output), _bytes(shard), call.pg, async_op=True)])
+
+    def all_gather_many(
+        self, call: Call, outputs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]
+    ) -> Work:
+        if call.group.hops is not None:
+            # Two calls that depend on each other cannot be one.
+            works = [self.all_gather(call, *pair) for pair in zip(outputs, shards, strict=True)]
+            return Work(call, works)
+        # Each lands where it belongs, and the backend is asked once.
+        pg, options = call.pg, AllgatherOptions()
+        assert pg is not None
+        options.asyncOp = True
+        gather = getattr(pg, "all_gather_single_coalesced", None) or pg.allgather_into_tensor_coalesced
+        return Work(call, [gather([*map(_bytes, outputs)], [*map(_bytes, shards)], options)])
 
     def gather_from_owners(self, call: Call, cuts: Sequence[Cut]) -> Work:
-        ranks, pg = call.group.ranks, call.group.pg
+        ranks, pg = call.group.ranks, call.pg
         return Work(call, [dist.broadcast(view, ranks[owner], pg, async_op=True) for owner, view in cuts])
 
     def all_to_all(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work:
-        return Work(call, [dist.all_to_all_single(output, input, group=call.group.pg, async_op=True)])
+        return Work(call, [dist.all_to_all_single(output, input, group=call.pg, async_op=True)])
 
     def _two_hops(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work:
         """One call across nodes, then one per node's run of shards."""
@@ -140,9 +206,7 @@ def enter_hop(call: Call, group: Group, output: torch.Tensor) -> None:
 
 
 def broadcast(call: Call, tensor: torch.Tensor, src: int) -> Work:
-    # The same memory as bytes: gloo's native collectives lack some dtypes, a copy needs none.
-    flat = tensor.view(-1).view(torch.uint8)
-    return Work(call, [dist.broadcast(flat, call.group.ranks[src], call.group.pg, async_op=True)])
+    return Work(call, [dist.broadcast(_bytes(tensor), call.group.ranks[src], call.pg, async_op=True)])
 
 
 def barrier(group: Group, *, label: str = "") -> None:

@@ -28,7 +28,7 @@ from zeropipe.comm.messages import (
     tag_of_label,
 )
 from zeropipe.comm.native import enter_hop, put
-from zeropipe.comm.record import Call, Cut, Work
+from zeropipe.comm.record import Call, Cut, Run, Work
 from zeropipe.errors import CommunicationError
 
 _SMALL = 4096  # elements; below this one hop (everyone sends all to all) beats two
@@ -37,6 +37,8 @@ _AT_ONCE = timedelta(milliseconds=1)
 
 
 class PointToPoint:
+    in_one = False  # a message more costs less than a copy of what it carries
+
     def all_reduce(self, call: Call, tensor: torch.Tensor) -> Work:
         group, flat = call.group, tensor.view(-1)
         if flat.numel() <= _SMALL:
@@ -78,6 +80,15 @@ class PointToPoint:
             work = _gather(call, group, cuts, label=label)
         # After the shards, so that they are under way where the words have been found equal.
         return work if talk is None else work.after(talk.say(call.label, call.note, relay=relay))
+
+    def reduce_run(self, call: Call, run: Run, output: torch.Tensor) -> Work:
+        cuts = [(owner, run.part(owner)) for owner in run.owners]
+        return self.reduce_to_owners(call, cuts, [output] if call.group.rank in run.owners else [])
+
+    def all_gather_many(
+        self, call: Call, outputs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]
+    ) -> Work:
+        return Work(call, [self.all_gather(call, *pair) for pair in zip(outputs, shards, strict=True)])
 
     def gather_from_owners(self, call: Call, cuts: Sequence[Cut]) -> Work:
         return _gather(call, call.group, cuts)

@@ -8,12 +8,43 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from zeropipe.comm.group import Group
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 
 REDUCTIONS = ("sum", "avg", "max", "min")
 Cut = tuple[int, torch.Tensor]  # (owner: index in the group, view of the elements that it owns)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run of a flat that is cut in equal shards, one for each member of a group.
+
+        flat     |--- shard 0 ---|--- shard 1 ---|--- shard 2 ---|
+        whole            |############################|
+                       start            owners: 0, 1, 2
+
+    The general form of what a reduce_scatter gives away.
+    """
+
+    whole: torch.Tensor  # 1-D
+    start: int  # of its first element in the flat
+    shard_numel: int
+
+    @property
+    def owners(self) -> range:
+        """The members that own a part of it."""
+        if not self.whole.numel():
+            return range(0)
+        return range(
+            self.start // self.shard_numel, (self.start + self.whole.numel() - 1) // self.shard_numel + 1
+        )
+
+    def part(self, owner: int) -> torch.Tensor:
+        """What ``owner`` has of it: a view."""
+        first = owner * self.shard_numel - self.start
+        return self.whole[max(first, 0) : max(first + self.shard_numel, 0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +77,11 @@ class Call:
     def __str__(self) -> str:
         ranks = self.group.ranks
         return f"[rank {ranks[self.group.rank]}] {self.op} {self.label!r} among ranks {list(ranks)}"
+
+    @property
+    def pg(self) -> dist.ProcessGroup | None:
+        """The process group that carries it, where channels have one each."""
+        return self.group.on(self.channel)
 
     def check(self, tensor: torch.Tensor) -> Call:
         """Raise UsageError where ``tensor`` cannot travel or be reduced so, before anything is sent."""
@@ -126,6 +162,10 @@ class Work:
         False may be too modest: gloo tells of a message's arrival only to who waits for it.
         """
         return not self.peers_wait and all(handle.is_completed() for handle in self._handles)
+
+    def is_completed(self) -> bool:
+        """As the handle of another work."""
+        return self.done()
 
     @property
     def peers_wait(self) -> bool:

@@ -56,7 +56,7 @@ def replication(config: Config, group: Group, mesh: Any) -> Replication:
     size = shard_size(zero)
     pair = None if mesh is None or not hasattr(mesh, "get_group") else _mesh_pair(mesh)
     if pair is None:
-        return replicated(group, zero)
+        return replicated(group, zero).with_lanes()
     replicas, shard = (from_process_group(mesh.get_group(name)) for name in pair)
     if size is not None and size != shard.size:
         raise ConfigError(
@@ -65,7 +65,8 @@ def replication(config: Config, group: Group, mesh: Any) -> Replication:
             found=size,
             fix="remove the key, or make the mesh of that shape",
         )
-    return Replication(with_hops(shard) if zero.mics_hierarchical_params_gather else shard, replicas)
+    shard = with_hops(shard) if zero.mics_hierarchical_params_gather else shard
+    return Replication(shard, replicas).with_lanes()
 
 
 def _mesh_pair(mesh: Any) -> tuple[str, str] | None:

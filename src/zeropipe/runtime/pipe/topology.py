@@ -176,7 +176,7 @@ class PipelineParallelGrid:
 
     def _pairs(self) -> dict[tuple[int, int], Group]:
         # A group for each direction between two pipeline ranks, where the backend has no tags to tell them apart.
-        if "nccl" not in self.pipe_group.backend:
+        if self.pipe_group.has_tags:
             return {}
         found: dict[tuple[int, int], Group] = {}
         size = self.pipe_parallel_size

@@ -20,6 +20,7 @@ from zeropipe.layout.flat import FlatShards
 # Channels: collectives on one need no order among those on another, so no gather waits for its place among the
 # reductions that gradients start as they arrive.
 GATHER, REDUCE = 1, 2
+CHANNELS = 2
 
 
 class ZeroParamType(Enum):

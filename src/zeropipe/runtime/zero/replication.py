@@ -21,6 +21,7 @@ from zeropipe.comm.leases import LEASES
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
 from zeropipe.layout.two_hops import TwoHops, two_hops
+from zeropipe.runtime.zero.param import CHANNELS
 
 _log = logging.getLogger("zeropipe")
 
@@ -31,6 +32,10 @@ class Replication:
 
     shard: Group  # a parameter's shards are divided among these
     replicas: Group = SELF  # these hold the same shards; a group of one where there is one replica
+
+    def with_lanes(self) -> Replication:
+        """The same, with gathers and gradients on channels of their own. Collective over ``shard``."""
+        return replace(self, shard=LEASES.with_lanes(self.shard, CHANNELS))
 
 
 def shard_size(zero: ZeroOptimization) -> int | None:

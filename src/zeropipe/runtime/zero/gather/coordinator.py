@@ -26,6 +26,7 @@ from zeropipe.comm.group import Group
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.gather.edits import join
 from zeropipe.runtime.zero.gather.fetch_plan import Budget, Phase, Recorder, Step, Visit
+from zeropipe.runtime.zero.gather.own_shard import together
 from zeropipe.runtime.zero.gather.shards import Hold, Shards
 from zeropipe.runtime.zero.param import GATHER, Need
 
@@ -237,11 +238,10 @@ class Coordinator:
         use.keep = step is not None and step.keep
         ahead = () if step is None else step.fetch
         note = 0 if self.reductions is None else self.reductions.progress
-        for shards in unit.shards:
-            shards.start_gather(note)
-        for other in ahead:
-            for shards in self.units[other].shards:
-                shards.start_gather(note)
+        for one in (unit, *(self.units[other] for other in ahead)):
+            with together(self.group) as one_call:
+                for shards in one.shards:
+                    shards.start_gather(note, one_call)
         # Shards that live in files: let those that the next visit gathers be read while this unit runs.
         for index in () if step is None else self._recorder.next_fetched():
             for shards in self.units[index].shards:

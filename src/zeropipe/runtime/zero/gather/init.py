@@ -32,6 +32,7 @@ from zeropipe.runtime.zero.gather.shards import Shards, shards_in
 from zeropipe.runtime.zero.gather.state_dict import built_by
 from zeropipe.runtime.zero.gather.whole import GatheredParameters
 from zeropipe.runtime.zero.hold.offload import arena_of
+from zeropipe.runtime.zero.param import CHANNELS
 from zeropipe.runtime.zero.replication import shard_group
 
 
@@ -109,7 +110,7 @@ class Init:
         init_distributed()
         groups = (data_parallel_group, zero_param_parallel_group, sequence_data_parallel_group)
         group = _group(next((group for group in groups if group is not None), None), mpu)
-        within = group if zero is None else shard_group(group, zero)
+        within = LEASES.with_lanes(group if zero is None else shard_group(group, zero), CHANNELS)
         LEASES.hold(within, self)
         # [3] Where its shards are to lie.
         cuda = torch.cuda.is_available()

@@ -6,12 +6,13 @@ master    the same elements in fp32, where ``source`` is a copy of them in the p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from zeropipe.comm.collectives import Work, all_gather
+from zeropipe.comm.collectives import Work, all_gather, all_gather_many, goes_in_one
 from zeropipe.comm.group import Group
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.zero.param import GATHER, ZeroParamType
@@ -72,11 +73,13 @@ class OwnShard:
         full.untyped_storage().resize_(0)
         return full
 
-    def gather_into(self, full: torch.Tensor, **how: Any) -> Work:
-        """Fill ``full`` (1D, padded) with all ranks' shards; collective."""
+    def gather_into(self, full: torch.Tensor, together: Together | None = None, **how: Any) -> Work:
+        """Fill ``full`` (1D, padded) with all ranks' shards; collective. With ``together`` when that begins."""
         own = self.of(full)
         own.copy_(self.source, non_blocking=True)
         self.let_go(self.source)
+        if together is not None:
+            return together.add(self, full)
         return all_gather(full, own, self.group, label=self.name, channel=GATHER, guarded=True, **how)
 
     def differs(self, full: torch.Tensor) -> bool:
@@ -104,6 +107,47 @@ class OwnShard:
                 new = shard.to(place.device)
                 place.copy_(torch.where(new == place.to(new.dtype), place, new.to(place.dtype)))
             self.let_go(place)
+
+
+class Together:
+    """Gathers that begin as one call."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[OwnShard, torch.Tensor]] = []
+        self._work: Work | None = None
+
+    def add(self, own: OwnShard, full: torch.Tensor) -> Work:
+        self._parts.append((own, full))
+        return Work(f"the gather of {own.name}", [self])
+
+    def begin(self) -> None:
+        if self._parts:
+            owns, fulls = zip(*self._parts, strict=True)
+            label = ", ".join(own.name for own in owns)
+            shards = [own.of(full) for own, full in self._parts]
+            self._work = all_gather_many(
+                fulls, shards, owns[0].group, label=label, async_op=True, channel=GATHER
+            )
+
+    # What the handle of a work has; it is the same for each parameter, so the first that is used waits for all.
+
+    def wait(self) -> None:
+        if self._work is None:
+            raise RuntimeError("it was given up before it began")
+        self._work.wait()
+
+    def is_completed(self) -> bool:
+        return self._work is not None and self._work.done()
+
+
+@contextmanager
+def together(group: Group) -> Iterator[Together | None]:
+    """What starts to be gathered in the block begins at its end, in one call, where the backend would rather be asked
+    once; None where it would not."""
+    gathers = Together() if goes_in_one(group) else None
+    yield gathers
+    if gathers is not None:
+        gathers.begin()
 
 
 def _keep(tensor: torch.Tensor) -> None:

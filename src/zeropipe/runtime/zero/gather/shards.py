@@ -23,7 +23,7 @@ from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
 from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.zero.gather.edits import OwnWrites
-from zeropipe.runtime.zero.gather.own_shard import OwnShard, Tell
+from zeropipe.runtime.zero.gather.own_shard import OwnShard, Tell, Together
 from zeropipe.runtime.zero.param import Need, State, ZeroParamStatus, ZeroParamType, check_transition
 
 
@@ -193,15 +193,16 @@ class Shards:
 
     # ---- from shard to whole value and back ----
 
-    def start_gather(self, note: int = 0) -> None:
-        """Begin to gather; does nothing unless the parameter is at rest. The peers are told ``note``."""
+    def start_gather(self, note: int = 0, together: Together | None = None) -> None:
+        """Begin to gather; does nothing unless the parameter is at rest. The peers are told ``note``; with
+        ``together`` it begins when that does."""
         if self.state in (State.WHOLE, State.INFLIGHT):
             return
         # Before the state: where memory is short the parameter stays at rest, and may be gathered later.
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
         self._become(State.INFLIGHT)
         try:
-            self._work = self.own.gather_into(self.full, async_op=True, note=note)
+            self._work = self.own.gather_into(self.full, together, async_op=True, note=note)
         except BaseException:  # nothing is under way: the parameter is at rest as before
             self._rest()
             self.full.untyped_storage().resize_(0)

@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 
-from zeropipe.comm.collectives import Work, all_reduce, reduce_to_owners
+from zeropipe.comm.collectives import Run, Work, all_reduce, goes_in_one, reduce_run, reduce_to_owners
 from zeropipe.comm.group import Group
 from zeropipe.layout.buckets import Bucket, Span
 from zeropipe.runtime.zero.hold.offload import HostCopies
@@ -161,6 +161,8 @@ class GradStore:
         fresh = self.keeps_whole or bucket.tensors[0] not in self._written
         self._written.add(bucket.tensors[0])
         if self.partition.sharded and self._sends:
+            if goes_in_one(self.partition.group):
+                return self._launch_in_one(bucket, held, fresh)
             return self._launch_to_owners(bucket, held, fresh)
         self._fill(bucket, held, fresh)
         if self.partition.group.size == 1:
@@ -185,16 +187,43 @@ class GradStore:
             # Never into the wire: another parameter's gradient, or a user, may share autograd's memory.
             outputs.append(place if straight else torch.empty_like(wire))
             places.append(place)
-        channel = REDUCE if self.policy.shards_parameters else 0
+        group, channel = self.partition.group, self._channel
         work = reduce_to_owners(
-            cuts,
-            outputs,
-            self.partition.group,
-            op="avg",
-            label="gradients",
-            async_op=True,
-            channel=channel,
+            cuts, outputs, group, op="avg", label="gradients", async_op=True, channel=channel
         )
+        return self._stored(work, places, outputs, fresh)
+
+    def _launch_in_one(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> Work:
+        """The bucket as one run of the flat that the ranks share: nothing here grows with their number."""
+        dtype, values = self.policy.reduce_dtype or self.dtype, self.partition.values
+        room = values.room(bucket)
+        if self.keeps_whole and dtype == self.dtype:
+            self._fill(bucket, held, fresh)
+            wire = self.buffer[bucket.start : bucket.start + bucket.numel]
+        else:
+            found = [(index, self._source(index, held)) for index in bucket.tensors]
+            sources = [(index, source) for index, source in found if source is not None]
+            full = sum(source.numel() for _, source in sources) == room.numel
+            make = torch.empty if full else torch.zeros  # holes: padding, and what has no gradient
+            wire = make(room.numel, dtype=dtype, device=self.partition.device)
+            for index, source in sources:
+                values.put(source, index, wire, bucket)
+        place = self._shard[room.own]
+        # Of a whole buffer the part of the wire that this rank owns is the place itself.
+        straight = fresh and self._copies is None and dtype == place.dtype
+        reduced = place if straight else torch.empty_like(place, dtype=dtype, device=wire.device)
+        run, group, channel = Run(wire, room.start, room.shard_numel), self.partition.group, self._channel
+        work = reduce_run(run, reduced, group, op="avg", label="gradients", async_op=True, channel=channel)
+        return self._stored(work, [place], [reduced], fresh)
+
+    @property
+    def _channel(self) -> int:
+        return REDUCE if self.policy.shards_parameters else 0
+
+    def _stored(
+        self, work: Work, places: list[torch.Tensor], outputs: list[torch.Tensor], fresh: bool
+    ) -> Work:
+        """``work``, after which the averages are in their places, or added to them."""
 
         def store() -> None:
             for place, reduced in zip(places, outputs, strict=True):

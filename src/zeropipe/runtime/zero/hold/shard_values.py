@@ -17,7 +17,7 @@ from zeropipe.comm.group import Group
 from zeropipe.layout.buckets import Bucket, Span, cut_buckets
 from zeropipe.layout.flat import FlatShards, Piece, flat_shards
 from zeropipe.runtime.zero.hold.offload import Offload
-from zeropipe.runtime.zero.hold.values import ALIGN, ALONE_NUMEL, Move, Segment
+from zeropipe.runtime.zero.hold.values import ALIGN, ALONE_NUMEL, Move, Room, Segment
 from zeropipe.runtime.zero.param import GATHER, Cut, ZeroParamStatus, shards_at
 
 
@@ -100,6 +100,23 @@ class ShardValues:
                 runs.append([index])
             joins = not alone
         return [self._span(run, owner) for run in runs for owner in range(self.group.size)]
+
+    def room(self, bucket: Bucket) -> Room:
+        # The same spans, all ranks' end to end: a flat of which each owner's span is a shard.
+        own = slice(self.segments[bucket.tensors[0]].start, self.segments[bucket.tensors[-1]].stop)
+        width = own.stop - own.start
+        return Room(0, width * self.group.size, width, own)
+
+    def put(self, source: torch.Tensor, index: int, wire: torch.Tensor, bucket: Bucket) -> None:
+        # wire, one row a rank    | a's shard 0 | b's shard 0 |      a is a column: as many copies for many ranks as
+        #                         | a's shard 1 | b's shard 1 |      for two, one of full shards and one of the rest
+        numel = self.cut[index].shard_numel
+        at = self.segments[index].start - self.segments[bucket.tensors[0]].start
+        column = wire.view(self.group.size, -1)[:, at : at + numel]
+        rows, rest = divmod(source.numel(), max(numel, 1))
+        column[:rows].copy_(source[: rows * numel].view(rows, numel))
+        if rest:
+            column[rows, :rest].copy_(source[rows * numel :])
 
     def _span(self, run: Sequence[int], owner: int) -> Span:
         at = self.segments[run[0]].start

@@ -52,6 +52,16 @@ class Segment:
         return slice(self.start, self.stop)
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where a bucket lies when it travels in one: a run of a flat that is cut in equal shards."""
+
+    start: int
+    numel: int
+    shard_numel: int
+    own: slice  # of this rank's shard, as the master lies: its part of the run
+
+
 class FlatValues:
     """Stages 0 to 2: one buffer, the same on every rank, of which each updates its shard or (stage 0) all.
 
@@ -122,6 +132,17 @@ class FlatValues:
     def spans(self, bucket: Bucket) -> Sequence[Span]:
         """Its messages: what one rank owns of it, and where that lies in a shard."""
         return bucket.spans
+
+    def room(self, bucket: Bucket) -> Room:
+        """The bucket as one run."""
+        stop, size = bucket.start + bucket.numel, self.layout.shard_numel
+        first, last = (min(max(at - self.shard * size, 0), size) for at in (bucket.start, stop))
+        return Room(bucket.start, bucket.numel, size, slice(first, last))
+
+    def put(self, source: torch.Tensor, index: int, wire: torch.Tensor, bucket: Bucket) -> None:
+        """Parameter ``index``'s elements (1D) into their place in the bucket's run."""
+        at = self.layout.offsets[index] - bucket.start
+        wire[at : at + source.numel()].copy_(source)
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:
