@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,19 @@ import torch
 
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.reshape_3d_utils import get_model_3d_descriptor, model_3d_desc
-from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map, reshape_meg_2d_parallel
+from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map, reshape_2d_map
 from zeropipe.checkpoint.reshape_utils import (
     basic_folder_validation,
     get_files,
     get_files_with_prefix,
     get_zero_files,
     merge_state,
-    partition_data,
+    rank_file,
     share,
     slice_of,
     unite,
     validate_files,
 )
-from zeropipe.checkpoint.save.contents import OURS
 from zeropipe.checkpoint.save.files import load_torch
 from zeropipe.checkpoint.sources.deepspeed import LAYER
 from zeropipe.checkpoint.universal_checkpoint import LAYER_CONCAT_DIM as LAYER_CONCAT_DIM
@@ -63,40 +63,65 @@ class DeepSpeedCheckpoint:
         basic_folder_validation(dir)
         self.dir = dir
         self.final_layer_norm_idx = final_layer_norm_idx
+        self.global_state: dict[str, Any] = {}
+
+        # The files, and the degrees that they were saved at.
         self.file_list = get_files(dir)
-        self.layer_files = sorted(
-            (f for f in self.file_list if LAYER.match(os.path.basename(f))), key=_layer_numbers
-        )
+        layers = (file for file in self.file_list if LAYER.match(os.path.basename(file)))
+        self.layer_files = sorted(layers, key=_layer_numbers)
         self.mp_rank_files = get_files_with_prefix(self.file_list, k.MODEL_FILE_PREFIX)
         self.zero_files = get_zero_files(dir)
-        self.src_3d = get_model_3d_descriptor(dir)
-        self.original_tp_degree = self.src_3d.tp_degree
-        self.original_pp_degree = self.src_3d.pp_degree
-        self.original_dp_degree = self.src_3d.dp_degree
-        self.original_world_size = self.src_3d.world_size()
-        self.tp_degree = tp_degree or self.original_tp_degree
-        self.pp_degree = pp_degree or self.original_pp_degree
-        self.dp_degree = dp_degree or self.original_dp_degree
-        self.world_size = self.tp_degree * self.pp_degree * self.dp_degree
+        self.src_3d = source = get_model_3d_descriptor(dir)
+        self.original_tp_degree = source.tp_degree
+        self.original_pp_degree = source.pp_degree
+        self.original_dp_degree = source.dp_degree
+        self.original_world_size = source.world_size()
+
+        # The degrees that they are seen at, and who takes from whom there.
+        self.tp_degree = tp_degree or source.tp_degree
+        self.pp_degree = pp_degree or source.pp_degree
+        self.dp_degree = dp_degree or source.dp_degree
         target = model_3d_desc(self.pp_degree, self.tp_degree, self.dp_degree)
-        fits, errors = self.src_3d.can_reshape(target)
+        self.world_size = target.world_size()
+        fits, errors = source.can_reshape(target)
         if not fits:
             raise CheckpointError(f"{dir}: " + "; ".join(errors))
-        self.zero_checkpoint = ZeROCheckpoint(dir, self.src_3d) if self.zero_files else None
+        self.zero_checkpoint = ZeROCheckpoint(dir, source) if self.zero_files else None
         if self.zero_checkpoint is not None:
             self.zero_checkpoint.reshape(target)
-        self.old_2d_map = meg_2d_parallel_map(self.original_pp_degree, self.original_tp_degree)
+        self.old_2d_map = meg_2d_parallel_map(source.pp_degree, source.tp_degree)
         self.old_2d_map.simple_init()
-        self.new_2d_map = reshape_meg_2d_parallel(
-            self.original_pp_degree, self.original_tp_degree, self.pp_degree, self.tp_degree
-        )
-        self.layer_keys = sorted({_layer_numbers(f)[0] for f in self.layer_files})
+        self.new_2d_map = reshape_2d_map(self.old_2d_map, self.pp_degree, self.tp_degree)
+
+        # Layers by number, each a file of every old tensor rank; a new one takes its share of them.
+        self._files: dict[int, list[str]] = {}
+        for file in self.layer_files:
+            self._files.setdefault(_layer_numbers(file)[0], []).append(file)
+        self.layer_keys = list(self._files)
         self.layer_count = len(self.layer_keys)
-        self.global_state: dict[str, Any] = {}
-        self.tp_to_embedding_map = self._other_layer(EMBEDDING_LAYER_INDEX)
-        self.tp_to_final_norm_map = self._other_layer(final_layer_norm_idx)
-        self.pp_to_transformer_map = self._stages()
-        self.transformer_file_map = self._transformer_files()
+        shares = {number: share(files, self.tp_degree) for number, files in self._files.items()}
+
+        def by_tp(index: int) -> dict[int, list[str]]:
+            return dict(enumerate(shares[self.layer_keys[index]])) if shares else {}
+
+        self.tp_to_embedding_map = by_tp(EMBEDDING_LAYER_INDEX)
+        self.tp_to_final_norm_map = by_tp(final_layer_norm_idx)
+        # All between are transformer layers: every pipeline stage has as many.
+        last = final_layer_norm_idx % max(self.layer_count, 1)
+        between = self.layer_keys[EMBEDDING_LAYER_INDEX + 1 : last]
+        if len(between) % self.pp_degree:
+            raise CheckpointError(
+                f"{len(between)} transformer layers cannot be shared out",
+                expected="a divisor as pipeline degree",
+                found=self.pp_degree,
+            )
+        self._stages = dict(enumerate(share(between, self.pp_degree))) if between else {}
+        self.pp_to_transformer_map = {pp: list(map(_layer_id, run)) for pp, run in self._stages.items()}
+        self.transformer_file_map = {
+            (tp, pp): [shares[number][tp] for number in run]
+            for pp, run in self._stages.items()
+            for tp in range(self.tp_degree)
+        }
 
     # What changes.
 
@@ -112,10 +137,7 @@ class DeepSpeedCheckpoint:
     # Maps, for reading and for the log.
 
     def show_2d_mapping(self) -> None:
-        _log.info("reshaped 2d map ---- begin")
-        for (pp, tp), ranks in sorted(self.new_2d_map.map.items()):
-            _log.info("[%d, %d] -> %s", pp, tp, ranks)
-        _log.info("reshaped 2d map ---- end")
+        _show(self.new_2d_map.map, "reshaped_2d_map")
 
     def show_tp_embedding_map(self) -> None:
         _show(self.tp_to_embedding_map, "tp_to_embedding_layers")
@@ -130,20 +152,20 @@ class DeepSpeedCheckpoint:
         _show(self.transformer_file_map, "rank_to_transformer_files")
 
     def get_embedding_layer_id(self) -> str:
-        return self._layer_id(EMBEDDING_LAYER_INDEX)
+        return _layer_id(self.layer_keys[EMBEDDING_LAYER_INDEX])
 
     def get_final_norm_layer_id(self) -> str:
-        return self._layer_id(self.final_layer_norm_idx)
+        return _layer_id(self.layer_keys[self.final_layer_norm_idx])
 
     def get_embedding_files(self, tp_index: int) -> list[str]:
-        return self._known(self.tp_to_embedding_map, tp_index, "tp_index")
+        return _known(self.tp_to_embedding_map, tp_index, "tp_index")
 
     def get_final_norm_files(self, tp_index: int) -> list[str]:
-        return self._known(self.tp_to_final_norm_map, tp_index, "tp_index")
+        return _known(self.tp_to_final_norm_map, tp_index, "tp_index")
 
     def get_pp_transformer_map(self, pp_index: int) -> list[str]:
         """Names of the layers of a pipeline stage."""
-        return self._known(self.pp_to_transformer_map, pp_index, "pp_index")
+        return _known(self.pp_to_transformer_map, pp_index, "pp_index")
 
     def get_2d_parallel_files(self, tp_index: int, pp_index: int) -> list[str]:
         """The model files that a (tensor, pipeline) rank takes its state from."""
@@ -171,34 +193,30 @@ class DeepSpeedCheckpoint:
 
     def get_final_norm_state(self, tp_index: int) -> dict[str, Any]:
         """The first file's: the norm is whole on every rank."""
-        return self._read(self.get_final_norm_files(tp_index)[0])
+        return dict(load_torch(Path(self.get_final_norm_files(tp_index)[0])))
 
     def get_transformer_state(self, tp_index: int, pp_index: int) -> list[dict[str, Any]]:
         """One state dict per layer of a (tensor, pipeline) rank."""
-        names = self.get_pp_transformer_map(pp_index)
-        return [self._layer(int(name.removeprefix(k.LAYER_FILE_PREFIX)), tp_index) for name in names]
+        return [self._layer(number, tp_index) for number in _known(self._stages, pp_index, "pp_index")]
 
     def get_2d_parallel_state(self, tp_index: int, pp_index: int) -> dict[str, Any]:
         """The model file of a (tensor, pipeline) rank: several merged into one, or one whose module is cut."""
-        stages: dict[int, list[dict[str, Any]]] = {}
-        for rank in self.new_2d_map.get_data(pp_index, tp_index):
-            state = self._read(self.mp_rank_files[rank])
-            state.pop(OURS, None)  # it describes one rank's file
-            stages.setdefault(rank // self.original_tp_degree, []).append(state)
-        united: dict[str, Any] | None = None
-        for stage, ranks in stages.items():
-            merged = ranks[0]
-            for state in ranks[1:]:
-                merged = merge_state(merged, state)
-            if self.tp_degree > self.original_tp_degree:
-                # A larger degree's part of what the model files of a stage hold of the module.
-                first = stage * self.original_tp_degree
-                files = self.mp_rank_files[first : first + self.original_tp_degree]
-                modules = [self._read(file).get("module") for file in files]
-                merged |= {"module": None if modules[0] is None else self._parts(modules, tp_index)}
-            united = merged if united is None else unite(united, merged)
-        assert united is not None
+        ranks = self.new_2d_map.get_data(pp_index, tp_index)
+        stages = groupby(ranks, key=lambda rank: rank // self.original_tp_degree)
+        # Ranks of a stage hold slices of the same tensors, stages hold other tensors.
+        states = (self._stage(stage, list(members), tp_index) for stage, members in stages)
+        united: dict[str, Any] = reduce(unite, states)
         return united
+
+    def _stage(self, stage: int, ranks: list[int], tp_index: int) -> dict[str, Any]:
+        merged: dict[str, Any] = reduce(merge_state, (rank_file(self.mp_rank_files[rank]) for rank in ranks))
+        if self.tp_degree <= self.original_tp_degree:
+            return merged
+        # A larger degree's part of what the model files of a stage hold of the module.
+        first = stage * self.original_tp_degree
+        files = self.mp_rank_files[first : first + self.original_tp_degree]
+        modules = [rank_file(file).get("module") for file in files]
+        return merged | {"module": None if modules[0] is None else self._parts(modules, tp_index)}
 
     def get_iteration(self) -> int:
         """The trainer's iteration count, 0 where it left none."""
@@ -213,9 +231,7 @@ class DeepSpeedCheckpoint:
 
     def _common(self, key: str) -> Any:
         if key not in self.global_state:
-            self.global_state[key] = (
-                self._read(self.mp_rank_files[0]).get(key) if self.mp_rank_files else None
-            )
+            self.global_state[key] = rank_file(self.mp_rank_files[0]).get(key) if self.mp_rank_files else None
         return self.global_state[key]
 
     def _need_zero(self) -> ZeROCheckpoint:
@@ -223,55 +239,16 @@ class DeepSpeedCheckpoint:
             raise CheckpointError(f"{self.dir} has no ZeRO files", expected="*_optim_states.pt")
         return self.zero_checkpoint
 
-    def _other_layer(self, index: int) -> dict[int, list[str]]:
-        """New tensor rank -> files of one layer."""
-        if not self.layer_keys:
-            return {}
-        files = self._files_of(self.layer_keys[index])
-        return dict(enumerate(share(files, self.tp_degree)))
-
-    def _stages(self) -> dict[int, list[str]]:
-        names = [f"{k.LAYER_FILE_PREFIX}{number:02d}" for number in self._transformer_layers()]
-        if not names:
-            return {}
-        if len(names) % self.pp_degree:
-            raise CheckpointError(
-                f"{len(names)} transformer layers cannot be shared out",
-                expected="a divisor as pipeline degree",
-                found=self.pp_degree,
-            )
-        return dict(enumerate(partition_data(names, self.pp_degree)))
-
-    def _transformer_files(self) -> dict[tuple[int, int], list[list[str]]]:
-        """(tensor rank, pipeline rank) -> per layer, the files to join."""
-        found: dict[tuple[int, int], list[list[str]]] = {}
-        layers = self._transformer_layers()
-        per_stage = len(layers) // self.pp_degree
-        for position, number in enumerate(layers):
-            for tp, files in enumerate(share(self._files_of(number), self.tp_degree)):
-                found.setdefault((tp, position // per_stage), []).append(files)
-        return found
-
-    def _transformer_layers(self) -> list[int]:
-        last = self.final_layer_norm_idx % max(self.layer_count, 1)
-        return [n for i, n in enumerate(self.layer_keys) if EMBEDDING_LAYER_INDEX < i < last]
-
-    def _files_of(self, number: int) -> list[str]:
-        return [f for f in self.layer_files if _layer_numbers(f)[0] == number]
-
-    def _layer_id(self, index: int) -> str:
-        return f"{k.LAYER_FILE_PREFIX}{self.layer_keys[index]:02d}"
-
     def _layer(self, number: int, tp_index: int) -> dict[str, Any]:
         """A new tensor rank's part of a layer."""
-        return self._parts([self._read(file) for file in self._files_of(number)], tp_index, f"{number}.")
+        states = [load_torch(Path(file)) for file in self._files[number]]
+        return self._parts(states, tp_index, f"{number}.")
 
     def _parts(self, states: Sequence[Any], tp_index: int, prefix: str = "") -> dict[str, Any]:
         """``prefix``: what the names have before them in the module, which the rules go by."""
+        count = self.tp_degree
         return {
-            key: slice_of(
-                prefix + key, [state[key] for state in states], tp_index, self.tp_degree, self._rules
-            )
+            key: slice_of(prefix + key, [state[key] for state in states], tp_index, count, self._rules)
             if isinstance(first, torch.Tensor)
             else first
             for key, first in states[0].items()
@@ -280,15 +257,17 @@ class DeepSpeedCheckpoint:
     @cached_property
     def _rules(self) -> dict[str, Any] | None:
         """What the files say of how their tensors are cut."""
-        return rules_in(self._read(self.mp_rank_files[0])) if self.mp_rank_files else None
+        return rules_in(rank_file(self.mp_rank_files[0])) if self.mp_rank_files else None
 
-    def _read(self, file: str) -> dict[str, Any]:
-        return dict(load_torch(Path(file)))
 
-    def _known(self, table: dict[int, list[str]], index: int, what: str) -> list[str]:
-        if index not in table:
-            raise CheckpointError(what, expected=f"below {len(table)}", found=index)
-        return table[index]
+def _known(table: dict[int, Any], index: int, what: str) -> list[Any]:
+    if index not in table:
+        raise CheckpointError(what, expected=f"below {len(table)}", found=index)
+    return list(table[index])
+
+
+def _layer_id(number: int) -> str:
+    return f"{k.LAYER_FILE_PREFIX}{number:02d}"
 
 
 def _layer_numbers(path: str) -> tuple[int, int]:

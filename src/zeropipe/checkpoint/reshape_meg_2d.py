@@ -83,31 +83,28 @@ def reshape_2d_map(
     old: meg_2d_parallel_map, new_pp_degree: int, new_tp_degree: int, verbose: bool = False
 ) -> meg_2d_parallel_map:
     """The same for a map with any data in it."""
-    by_tp = meg_2d_parallel_map(old.pp_degree, new_tp_degree)
-    for pp in range(old.pp_degree):
-        rows = [old.get_data(pp, tp) for tp in range(old.tp_degree)]
-        for tp, data in enumerate(_regroup(rows, new_tp_degree, "tensor")):
-            by_tp.add_data(pp, tp, data)
+    for what, degree, wanted in (
+        ("tensor", old.tp_degree, new_tp_degree),
+        ("pipeline", old.pp_degree, new_pp_degree),
+    ):
+        if wanted < 1 or (degree % wanted and wanted % degree):
+            raise CheckpointError(
+                f"the {what} degree cannot be reshaped",
+                expected=f"a divisor or a multiple of {degree}",
+                found=wanted,
+            )
+    # Each axis is shared out by itself, so a new cell is a block of old ones, read row by row:
+    #
+    #        tp 0 1 2 3                 tp  0        1
+    #   pp 0    a b c d     ->  pp 0       a b e f  c d g h
+    #      1    e f g h
     new = meg_2d_parallel_map(new_pp_degree, new_tp_degree)
-    for tp in range(new_tp_degree):
-        columns = [by_tp.get_data(pp, tp) for pp in range(old.pp_degree)]
-        for pp, data in enumerate(_regroup(columns, new_pp_degree, "pipeline")):
-            new.add_data(pp, tp, data)
+    for pp, rows in enumerate(share(range(old.pp_degree), new_pp_degree)):
+        for tp, columns in enumerate(share(range(old.tp_degree), new_tp_degree)):
+            new.add_data(pp, tp, [x for row in rows for column in columns for x in old.get_data(row, column)])
     if verbose:
         new.print_data("after_2d_reshape:")
     return new
-
-
-def _regroup(lists: Sequence[list[Any]], count: int, what: str) -> list[list[Any]]:
-    """``lists`` joined into, or shared among, ``count`` lists."""
-    old = len(lists)
-    if count < 1 or (old % count and count % old):
-        raise CheckpointError(
-            f"the {what} degree cannot be reshaped",
-            expected=f"a divisor or a multiple of {old}",
-            found=count,
-        )
-    return [[x for part in run for x in part] for run in share(lists, count)]
 
 
 def get_mpu_ranks(

@@ -14,11 +14,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from zeropipe.checkpoint import constants as k
+from zeropipe.checkpoint.save.contents import OURS
+from zeropipe.checkpoint.save.files import load_torch
 from zeropipe.checkpoint.universal_checkpoint import MEGATRON, Joining, Rule, join, joining_of, split
 from zeropipe.errors import CheckpointError
 
@@ -79,6 +82,11 @@ def sort_zero_files(files: Sequence[str], prefix: str) -> list[str]:
         return int(match[1]), int(match[2])
 
     return sorted(files, key=ranks)
+
+
+def rank_file(path: str) -> dict[str, Any]:
+    """A rank's model or optimizer file without what only describes that file."""
+    return {key: value for key, value in load_torch(Path(path)).items() if key != OURS}
 
 
 def partition_data(data_list: Sequence[Any], num_partitions: int) -> list[list[Any]]:

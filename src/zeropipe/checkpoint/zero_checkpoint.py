@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ import torch
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.reshape_3d_utils import get_model_3d_descriptor, model_3d_desc
 from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map
-from zeropipe.checkpoint.reshape_utils import basic_folder_validation, get_zero_files, merge_state
-from zeropipe.checkpoint.save.contents import OURS
-from zeropipe.checkpoint.save.files import FragmentAddress, load_torch
+from zeropipe.checkpoint.reshape_utils import basic_folder_validation, get_zero_files, merge_state, rank_file
+from zeropipe.checkpoint.save.files import FragmentAddress
 from zeropipe.checkpoint.save.records import FP32
 from zeropipe.checkpoint.sources.data import Flat
 from zeropipe.checkpoint.sources.deepspeed import ALIGN
@@ -113,7 +111,7 @@ class ZeROCheckpoint:
         if target.pp_degree <= source.pp_degree and target.tp_degree <= source.tp_degree:
             return
         file = self.get_files_for_rank(pp_index, tp_index, 0)[0]
-        inner = load_torch(Path(file)).get(k.OPTIMIZER_STATE_DICT, {})
+        inner = rank_file(file).get(k.OPTIMIZER_STATE_DICT, {})
         names = [name for group in inner.get(k.PARAM_SLICE_MAPPINGS) or () for name in group]
         raise CheckpointError(
             f"the optimizer state of {names[0] if names else 'the parameters'} in {file} lies in a flat shard, "
@@ -137,13 +135,10 @@ class ZeROCheckpoint:
                 _log.info("%s, %s, %s = %s", pp, tp, dp, show(data))
 
     def _load(self, index: int, keys_to_ignore: Sequence[str]) -> dict[str, Any]:
-        state = dict(load_torch(Path(self.file_list[index])))
-        state.pop(OURS, None)  # it describes one rank's file
-        inner = dict(state.get(k.OPTIMIZER_STATE_DICT, {}))
-        for key in keys_to_ignore:
-            inner.pop(key, None)
-            state.pop(key, None)
-        return state | {k.OPTIMIZER_STATE_DICT: inner} if inner else state
+        state = {key: v for key, v in rank_file(self.file_list[index]).items() if key not in keys_to_ignore}
+        inner = state.get(k.OPTIMIZER_STATE_DICT) or {}
+        kept = {key: value for key, value in inner.items() if key not in keys_to_ignore}
+        return state | {k.OPTIMIZER_STATE_DICT: kept} if kept else state
 
     def _recut(self, states: list[dict[str, Any]], dp_index: int, count: int, strip: bool) -> dict[str, Any]:
         """The first state with every flat tensor replaced by the target's shard of it."""
