@@ -32,7 +32,7 @@ from zeropipe.checkpoint.save.records import (
 from zeropipe.checkpoint.save.tags import build_manifest, check_tag, commit, prepare
 from zeropipe.checkpoint.sources.data import Checkpoint, Flat, Value
 from zeropipe.checkpoint.sources.deepspeed import ALIGN
-from zeropipe.checkpoint.sources.parallel import Place, seen_from
+from zeropipe.checkpoint.sources.parallel import seen_from
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
@@ -70,7 +70,7 @@ def convert(
         )
     root = Path(output)
     # A view for each tensor-parallel rank; the data-parallel ranks and stages of one share it, and what it has read.
-    views = {t: seen_from(source, Place(t, tp)) for t in range(tp)}
+    views = {t: seen_from(source, Grid(tp_rank=t, tp_degree=tp)) for t in range(tp)}
     grids = list(_grids(dp, tp, pp))
     tied_first = _tied_layers(source)
     parts: list[Part] = []

@@ -1,26 +1,40 @@
-"""Loads: all ranks choose the same checkpoint, share the work of checking it, and each reads what it needs."""
+"""Loads: all ranks choose the same checkpoint, share the work of checking it, and each reads what it needs.
+
+    rank 0   tags.choose ---candidates--->
+    all      open one, check sizes and a share of the sums, compare shapes; nothing is written yet
+    all      hear of each other's errors: the next candidate, or on
+    all      Reader.fill, into the engine's own tensors
+    all      hear of each other's errors: from here on one leaves the engine's state mixed
+
+One process alone (``open_source``) does the first two.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from zeropipe.checkpoint.reader import Reader
-from zeropipe.checkpoint.save import tags
+from zeropipe.checkpoint import tags
+from zeropipe.checkpoint.reader import Reader, wanted_shapes
 from zeropipe.checkpoint.save.files import THREADS, FileRecord, check_file
 from zeropipe.checkpoint.save.records import LoadedState, LocalState, Manifest, read_manifest
 from zeropipe.checkpoint.sources.data import Checkpoint
 from zeropipe.checkpoint.sources.dcp import parse_dcp
 from zeropipe.checkpoint.sources.deepspeed import parse_deepspeed
 from zeropipe.checkpoint.sources.ours import parse_ours
-from zeropipe.checkpoint.sources.parallel import Place, seen_from
+from zeropipe.checkpoint.sources.parallel import seen_from
 from zeropipe.checkpoint.sources.universal import parse_universal
 from zeropipe.comm.collectives import all_gather_object, broadcast_object
 from zeropipe.comm.dcp import INDEX_NAME
 from zeropipe.comm.group import SELF, Group
 from zeropipe.errors import CheckpointError, describe
+
+_Result = TypeVar("_Result")
 
 
 def open_source(
@@ -89,18 +103,26 @@ def load(
     choice = broadcast_object(tags.choose(root, tag) if group.rank == 0 else None, 0, group, label="tag")
     notices = list(choice.notices)
     for candidate in choice.candidates:
-        # [1] Each rank opens it alone and raises nothing, or the others would wait in the gather.
-        source, reader, error = _try(candidate, into, group, trust=trust, verify=verify)
-        errors = [e for e in all_gather_object(error, group, label="checkpoint checked") if e]
+        path = candidate.path
+        # [1] Looked at alone. A rank that cannot read it raises nothing yet.
+        fix = "`zeropipe ckpt verify` says which file is at fault"
+        look = partial(_checked, candidate, into, group, trust=trust, verify=verify)
+        what = f"{path} cannot be read"
+        reader, errors = _together(group, "checkpoint checked", look, what, fix, CheckpointError)
         if errors:
             if choice.strict:
                 raise CheckpointError(errors[0])
-            notices.append(f"skipped {candidate.path}: {errors[0]}")
+            notices.append(f"skipped {path}: {errors[0]}")
             continue
         # [2] All ranks can read it: from here on the engine's tensors are written.
-        assert source is not None
         assert reader is not None
-        return _fill(source, reader, into, group, notices, optimizer, moments), source
+        fix = "the engine's state is mixed now: load another checkpoint before training on"
+        fill = partial(reader.fill, optimizer=optimizer, moments=moments)
+        loaded, errors = _together(group, "checkpoint read", fill, f"reading {path} failed half way", fix)
+        if errors:
+            raise CheckpointError(errors[0])
+        assert loaded is not None
+        return replace(loaded, notices=(*notices, *loaded.notices)), reader.source
     if choice.candidates:
         raise CheckpointError(f"no checkpoint in {root} can be loaded: " + "; ".join(notices))
     return None
@@ -111,49 +133,57 @@ def nothing_there(folder: str | os.PathLike[str], tag: str | None) -> str:
     return "; ".join(tags.choose(Path(folder), tag).notices)
 
 
-def _try(
-    candidate: tags.Candidate, into: LocalState, group: Group, *, trust: bool, verify: bool
-) -> tuple[Checkpoint | None, Reader | None, str]:
-    """Open and check one candidate on this rank; the text of what is wrong with it, or ""."""
+def _together(
+    group: Group,
+    label: str,
+    work: Callable[[], _Result],
+    what: str,
+    fix: str,
+    *told: type[Exception],
+) -> tuple[_Result | None, list[str]]:
+    """What ``work`` gives on this rank, and the errors of all ranks: those of ``told`` say by themselves what is wrong.
+
+    Whoever raised in between would leave the others waiting in the gather.
+    """
     rank = group.ranks[group.rank]
+    done, error = None, ""
     try:
-        manifest = read_manifest(candidate.path)
-        if manifest is not None:
-            _check_share(candidate.path, manifest, group, verify)
-        order = [list(g.get("param_names") or ()) for g in into.param_groups]
-        opened = open_folder(candidate.path, candidate.tag, trust=trust, order=order, unchecked=not verify)
-        source = seen_from(opened, _place(into), into.model.universal_info)
-        reader = Reader(source, into)
-        reader.check_shapes()
-        source.train_state(into.grid.rank)  # opens the files that hold it, so that refusals come now
-        return source, reader, ""
-    except CheckpointError as error:
-        return None, None, f"[rank {rank}] {error}"
-    except Exception as error:
-        what = f"{candidate.path} cannot be read: {type(error).__name__}: {error}"
-        return None, None, describe(what, rank=rank, fix="`zeropipe ckpt verify` says which file is at fault")
+        done = work()
+    except told as reason:
+        error = f"[rank {rank}] {reason}"
+    except Exception as reason:
+        error = describe(f"{what}: {type(reason).__name__}: {reason}", rank=rank, fix=fix)
+    return done, [e for e in all_gather_object(error, group, label=label) if e]
 
 
-def _place(into: LocalState) -> Place:
-    shapes = {name: tuple(tensor.shape) for name, tensor in into.model.tensors.items()}
-    shapes |= {spec.name: spec.shape for flat in into.flats for spec in flat.layout.tensors}
-    return Place(into.grid.tp_rank, into.grid.tp_degree, into.grid.pp_rank, shapes)
+def _checked(
+    candidate: tags.Candidate, into: LocalState, group: Group, *, trust: bool, verify: bool
+) -> Reader:
+    """A candidate that this rank can read as far as one can tell without reading tensors."""
+    manifest = read_manifest(candidate.path)
+    if manifest is not None:
+        _check_share(candidate.path, manifest, group, verify)
+    order = [list(g.get("param_names") or ()) for g in into.param_groups]
+    opened = open_folder(candidate.path, candidate.tag, trust=trust, order=order, unchecked=not verify)
+    shapes = wanted_shapes(into)
+    reader = Reader(seen_from(opened, into.grid, into.model.universal_info, shapes), into)
+    reader.check_shapes(shapes)
+    reader.source.train_state(into.grid.rank)  # opens the files that hold it, so that refusals come now
+    return reader
 
 
 def _check_share(path: Path, manifest: Manifest, group: Group, verify: bool) -> None:
     """Sizes of all files on every rank; the bytes of each file on one, the largest spread first."""
     for record in manifest.files:
+        file = path / record.name
         try:
-            size = (path / record.name).stat().st_size
+            size = file.stat().st_size
         except OSError as error:
-            raise CheckpointError(
-                f"{path / record.name} is missing or cannot be read: {error.strerror}",
-                fix="check that the whole checkpoint folder is visible from this machine",
-            ) from error
+            what = f"{file} is missing or cannot be read: {error.strerror}"
+            fix = "check that the whole checkpoint folder is visible from this machine"
+            raise CheckpointError(what, fix=fix) from error
         if size != record.bytes:
-            raise CheckpointError(
-                f"{path / record.name} is truncated", expected=f"{record.bytes} bytes", found=size
-            )
+            raise CheckpointError(f"{file} is truncated", expected=f"{record.bytes} bytes", found=size)
     if verify:
         load = [0] * group.size
         mine: list[FileRecord] = []
@@ -164,40 +194,3 @@ def _check_share(path: Path, manifest: Manifest, group: Group, verify: bool) -> 
                 mine.append(record)
         with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(lambda record: check_file(path, record), mine))
-
-
-def _fill(
-    source: Checkpoint,
-    reader: Reader,
-    into: LocalState,
-    group: Group,
-    notices: list[str],
-    optimizer: bool,
-    moments: bool,
-) -> LoadedState:
-    error = ""
-    filled = None
-    try:
-        filled = reader.fill(optimizer=optimizer, moments=moments)
-    except Exception as reason:
-        error = describe(
-            f"reading {source.folder} failed half way: {type(reason).__name__}: {reason}",
-            rank=group.ranks[group.rank],
-            fix="the engine's state is mixed now: load another checkpoint before training on",
-        )
-    errors = [e for e in all_gather_object(error, group, label="checkpoint read") if e]
-    if errors:
-        raise CheckpointError(errors[0])
-    assert filled is not None
-    left_out = source.left_out()
-    return LoadedState(
-        path=str(source.folder),
-        tag=source.tag,
-        stage=source.stage,
-        flats=filled.flats,
-        param_groups=tuple(source.param_groups),
-        train=source.train_state(into.grid.rank),
-        missing=filled.missing,
-        unexpected=filled.unexpected,
-        notices=tuple(notices) + filled.notices + ((left_out,) if left_out else ()),
-    )

@@ -1,76 +1,103 @@
-"""Fills the tensors that a rank wants from a source of any layout, reading only the bytes that it needs."""
+"""What a checkpoint gives to a module and its optimizer: two ways, chosen by what the module is.
+
+    Reader         values by name into the tensors that a rank holds, of any layout, only the bytes that it needs
+    saved_module   the state dict that the module gave when it was saved, for the regions of it whose own code loads
+                   them (hooks, overridden loading, extra state)
+
+Nothing is read before it is copied; a state dict of a whole model costs no memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
-from zeropipe.checkpoint.save.records import FP32, PARAM, FlatState, LoadedFlat, LocalState
-from zeropipe.checkpoint.saved_module import Regions
+from zeropipe.checkpoint.save.records import (
+    FP32,
+    PARAM,
+    FlatState,
+    LoadedFlat,
+    LoadedState,
+    LocalState,
+    ModelState,
+    ModuleRest,
+)
 from zeropipe.checkpoint.sources.data import Checkpoint, Flat, Value, chosen
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.copy_plan import copies_of
-from zeropipe.layout.flat import FlatShards, Piece
+from zeropipe.layout.flat import Piece, TensorSpec
 from zeropipe.runtime.optimizers.state_kinds import Shared, named_numbers
 
+Read = Callable[[int, int], torch.Tensor]  # [start, stop) of the flattened tensor: 1D, new memory
 
-@dataclass(slots=True)
-class _Report:
-    missing: list[str] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
+_FACTS = frozenset(
+    [
+        "shape", "size", "dtype", "device", "layout", "numel", "nelement", "dim", "ndim", "ndimension", "__len__",
+        "is_meta", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_leaf", "requires_grad", "grad", "grad_fn",
+        "is_floating_point", "is_complex", "element_size", "itemsize", "nbytes", "get_device", "is_nested",
+        "__hash__", "__format__", "_is_param", "names", "has_names", "is_mps", "is_xpu", "is_mkldnn",
+    ]
+)  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Filled:
-    flats: dict[str, LoadedFlat]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    notices: tuple[str, ...]
+def wanted_shapes(into: LocalState) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a rank holds something of."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in into.model.tensors.items()}
+    return shapes | {spec.name: spec.shape for flat in into.flats for spec in flat.layout.tensors}
 
 
 class Reader:
-    """Reads one checkpoint, as this rank sees it (``parallel.seen_from``), for one rank."""
+    """Reads one checkpoint, as this rank sees it (``parallel.seen_from``), for one rank: only the bytes it needs."""
 
     def __init__(self, source: Checkpoint, into: LocalState) -> None:
-        self._source = source
+        self.source = source
         self._into = into
-        # Name -> other names of the same tensor: the source's, then the destination's.
+
+        # A tensor may be called otherwise there. Name -> its other names: the source's, then the destination's.
         self._aliases: dict[str, list[str]] = {}
         for names in (source.tied, into.model.tied, into.model.peer_names):
             for alias, first in names.items():
                 self._aliases.setdefault(first, []).append(alias)
         self._regions = Regions(into.model.regions)  # the values of those are loaded by the modules' own code
-        self._report = _Report()
 
-    def fill(self, *, optimizer: bool, moments: bool = True) -> Filled:
+        # What the caller is told of.
+        self._missing: list[str] = []
+        self._notices: list[str] = []
+
+    def fill(self, *, optimizer: bool = True, moments: bool = True) -> LoadedState:
         """Write into the destination's tensors in place.
 
-        ``optimizer``: fill the flats at all; ``moments=False`` fills only the masters. Shapes are checked
-        before the first byte is written. Raises CheckpointError for a tensor of another shape.
+        ``optimizer``: fill the flats at all; ``moments=False`` fills only the masters.
         """
-        # [1] Nothing is written before every shape is known to fit: a refused load leaves the engine as it was.
-        self.check_shapes()
+        source, model = self.source, self._into.model
         wanted_flats = [f for f in self._into.flats if optimizer or PARAM in f.tensors]
-        with ThreadPoolExecutor(self._source.threads) as pool:
-            # [2] Weights first: in fp32 the masters are views of them, and theirs is the last word.
-            values = pool.map(lambda item: self._fill_tensor(*item), self._into.model.tensors.items())
-            self._report.missing += [name for name in values if name]
+        with ThreadPoolExecutor(source.threads) as pool:
+            # [1] Weights first: in fp32 the masters are views of them, and theirs is the last word.
+            values = pool.map(lambda item: self._fill_tensor(*item), model.tensors.items())
+            self._missing += [name for name in values if name]
+            # [2] Shards, each kind of tensor on a thread of its own.
             flats = {flat.name: self._fill_flat(flat, moments, pool) for flat in wanted_flats}
         # [3] What the checkpoint has and nobody asked for. A tied tensor is asked for by any of its names, and what
         # lies in a region is the business of its modules' code.
-        model = self._into.model
         wanted = {*model.tensors, *model.tied, *model.excluded, *model.peer_names}
         wanted |= {t.name for f in self._into.flats for t in f.layout.tensors}
-        there = {*self._source.holders, *self._source.values}
-        first_names = {self._source.tied.get(name, name) for name in wanted}
-        others = there - wanted - first_names - set(self._source.tied)
-        unexpected = tuple(sorted(name for name in others if self._regions.of(name) is None))
-        return Filled(
-            flats, tuple(dict.fromkeys(self._report.missing)), unexpected, tuple(self._report.notices)
+        asked = wanted | {source.tied.get(name, name) for name in wanted} | source.tied.keys()
+        others = {*source.holders, *source.values} - asked
+        left_out = source.left_out()
+        return LoadedState(
+            str(source.folder),
+            source.tag,
+            source.stage,
+            flats,
+            source.param_groups,
+            source.train_state(self._into.grid.rank),
+            tuple(dict.fromkeys(self._missing)),
+            tuple(sorted(name for name in others if self._regions.of(name) is None)),
+            (*self._notices, left_out) if left_out else tuple(self._notices),
         )
 
     # Single tensors of the module.
@@ -81,8 +108,8 @@ class Reader:
 
         The name where there is none, "" where there is.
         """
-        there = self._first_name(name, self._source.holders)
-        found = chosen(there, self._module_entry(name), self._source.master(there), out.dtype)
+        there = self._first_name(name, self.source.holders)
+        found = chosen(there, self._module_entry(name), self.source.master(there), out.dtype)
         if found is None:
             return name
         if found.flat is not None and out.is_contiguous() and out.device.type == "cpu":
@@ -92,19 +119,19 @@ class Reader:
         return ""
 
     def _module_entry(self, name: str) -> Value | None:
-        values = self._source.values
+        values = self.source.values
         return next(iter(values.get(self._first_name(name, values), ())), None)
 
     def _held_by(self, name: str) -> tuple[str, list[Flat]]:
         """A tensor's name in the source, and the flats that have something of it."""
-        there = self._first_name(name, self._source.holders)
-        return there, self._source.holders.get(there, [])
+        there = self._first_name(name, self.source.holders)
+        return there, self.source.holders.get(there, [])
 
     def _first_name(self, name: str, index: Mapping[str, Any]) -> str:
         """The name under which the source keeps a tied tensor."""
         if name in index:
             return name
-        first = self._source.tied.get(name)
+        first = self.source.tied.get(name)
         if first is not None:
             return first
         return next((alias for alias in self._aliases.get(name, ()) if alias in index), name)
@@ -129,14 +156,14 @@ class Reader:
             lost = [n for n in names if n not in filled and (key in (FP32, PARAM) or n in stepped)]
             if key in (FP32, PARAM):
                 lost = [n for n in lost if self._regions.of(n) is None]
-                self._report.missing += self._from_module(flat, lost, out)
+                self._missing += self._from_module(flat, lost, out)
             elif lost and filled:
-                self._report.notices.append(
+                self._notices.append(
                     f"{key} of {len(lost)} parameter(s) is not in the checkpoint and starts at zero: {lost[0]}"
                 )
         if stepped and len(stepped) < len(names):
             new = [name for name in names if name not in stepped]
-            self._report.notices.append(
+            self._notices.append(
                 f"{len(new)} parameter(s) have no optimizer state in the checkpoint and start as new ones: {new[0]}"
             )
         return LoadedFlat(tensors, self._scalars(flat, shared) if moments else {})
@@ -144,12 +171,15 @@ class Reader:
     @torch.no_grad()
     def _fill_key(self, flat: FlatState, key: str, out: torch.Tensor, stepped: Set[str]) -> set[str]:
         """Copy one kind of tensor, moments only of what was ``stepped``; the names that it was found for."""
-        layout, found = flat.layout, self._holders(flat.layout, key)
-        if key not in (FP32, PARAM):
-            found = {at: held for at, held in found.items() if layout.tensors[at].name in stepped}
+        layout = flat.layout
+        found: dict[int, tuple[Flat, str, int]] = {}
+        for at, spec in enumerate(layout.tensors):
+            holder = self._holder(spec, key) if key in (FP32, PARAM) or spec.name in stepped else None
+            if holder is not None:
+                found[at] = holder
         # By source, so that neighbours that lie together there too are one copy.
         wanted: dict[tuple[Flat, str], list[tuple[Piece, int]]] = {}
-        for piece in layout.pieces(flat.shard):
+        for piece in layout.pieces(flat.shard) if found else ():
             if piece.tensor in found:
                 held, source_key, tensor = found[piece.tensor]
                 wanted.setdefault((held, source_key), []).append((piece, tensor))
@@ -159,21 +189,17 @@ class Reader:
                 out[copy.dst_offset : copy.dst_offset + copy.numel].copy_(
                     shard[copy.src_offset : copy.src_offset + copy.numel]
                 )
-        return {layout.tensors[index].name for index in found}
+        return {layout.tensors[at].name for at in found}
 
-    def _holders(self, layout: FlatShards, key: str) -> dict[int, tuple[Flat, str, int]]:
-        """Tensor of ``layout`` -> (the first source that has ``key`` of it, its own word for it, index there)."""
-        found: dict[int, tuple[Flat, str, int]] = {}
-        for index, spec in enumerate(layout.tensors):
-            name, holders = self._held_by(spec.name)
-            for held in holders:
-                if not _fits(held.shape_of(name), spec.shape):
-                    continue  # in a region, where code may reshape; ``check_shapes`` has refused it elsewhere
-                source_key = held.value_key if key in (FP32, PARAM) else key
-                if source_key is not None and source_key in held.keys:
-                    found[index] = (held, source_key, held.layout.index(name))
-                    break
-        return found
+    def _holder(self, spec: TensorSpec, key: str) -> tuple[Flat, str, int] | None:
+        """The first flat that has ``key`` of a tensor, its own word for that, and the tensor's index there."""
+        name, holders = self._held_by(spec.name)
+        for held in holders:
+            there = held.value_key if key in (FP32, PARAM) else key
+            # In a region code may reshape; elsewhere ``check_shapes`` has refused other shapes.
+            if there is not None and there in held.keys and _fits(held.shape_of(name), spec.shape):
+                return held, there, held.layout.index(name)
+        return None
 
     def _from_module(self, flat: FlatState, names: list[str], out: torch.Tensor) -> list[str]:
         """Masters that the source does not have (saved without an optimizer, or frozen) from its module; the names
@@ -200,32 +226,146 @@ class Reader:
         numbers = named_numbers(list(shared), list(shared.values()), [spec.numel for spec in specs])
         for spec in specs:
             name, holders = self._held_by(spec.name)
-            for held in holders:
-                further = held.further(name, spec.name)
-                numbers |= {key: value for key, value in further.items() if key not in numbers}
+            for key, value in (item for held in holders for item in held.further(name, spec.name).items()):
+                numbers.setdefault(key, value)
         return numbers
 
-    def check_shapes(self) -> None:
-        """Raises CheckpointError for a tensor of another shape; nothing has been written by then."""
-        wanted: dict[str, tuple[int, ...]] = {n: tuple(t.shape) for n, t in self._into.model.tensors.items()}
-        for flat in self._into.flats:
-            wanted |= {t.name: t.shape for t in flat.layout.tensors}
+    def check_shapes(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError for a tensor of another shape, so that a refused load leaves the engine as it was."""
+        source = self.source
         for name, shape in wanted.items():
-            for found in self._shapes_there(name) if self._regions.of(name) is None else ():
-                if not _fits(found, shape):
+            if self._regions.of(name) is not None:
+                continue
+            found = [value.shape for value in source.values.get(name, ())]
+            for there in (*found, *(flat.shape_of(name) for flat in source.holders.get(name, ()))):
+                if not _fits(there, shape):
                     raise CheckpointError(
-                        f"{name} in {self._source.folder} does not fit the model",
+                        f"{name} in {source.folder} does not fit the model",
                         expected=shape,
-                        found=found,
+                        found=there,
                         fix="load into the model that was saved; nothing has been changed",
                     )
-
-    def _shapes_there(self, name: str) -> list[tuple[int, ...]]:
-        source = self._source
-        shapes = [value.shape for value in source.values.get(name, ())]
-        return shapes + [flat.shape_of(name) for flat in source.holders.get(name, ())]
 
 
 def _fits(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """A scalar may have been stored as one element; anything else must match."""
     return found == shape or (found in ((), (1,)) and shape in ((), (1,)))
+
+
+# For modules' own code.
+
+
+class Regions:
+    """Parts of a module tree by their prefixes, as in a state dict's keys: ``""`` is all, ``blocks.0.`` a block."""
+
+    def __init__(self, prefixes: Iterable[str]) -> None:
+        self._prefixes = frozenset(prefixes)
+
+    def of(self, key: str) -> str | None:
+        if not self._prefixes:
+            return None
+        return next((prefix for prefix in _prefixes_of(key) if prefix in self._prefixes), None)
+
+
+def _prefixes_of(key: str) -> Iterator[str]:
+    yield ""
+    at = key.find(".")
+    while at >= 0:
+        yield key[: at + 1]
+        at = key.find(".", at + 1)
+
+
+def saved_module(
+    source: Checkpoint, model: ModelState, rest: ModuleRest, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Any]:
+    """Key -> tensor or extra state, for the keys inside of the regions of ``model`` (see there).
+
+    ``rest``: the source's. ``dtypes``: of the parameters that will take the values; what was saved in another one is
+    read from its master.
+    """
+    inside = Regions(model.regions)
+    # A tensor comes under the name that it is kept by, under those that are tied to it, and under ours where DeepSpeed
+    # calls it otherwise.
+    names = dict.fromkeys((*source.values, *(n for n in source.holders if n not in rest.hidden)))
+    aliases = {name: name for name in names}
+    aliases |= {
+        o: first for o, first in source.tied.items() if first in source.values or source.master(first)
+    }
+    aliases |= {ours: peer for peer, ours in model.peer_names.items() if peer in names and ours not in names}
+    tensors: dict[str, Any] = {}
+    for key, name in aliases.items():
+        if inside.of(key) is not None:
+            value = next(iter(source.values.get(name, ())), None)
+            kept = None if value is None else getattr(torch, value.dtype)
+            weight = chosen(name, value, source.master(name), dtypes.get(key, kept))
+            if weight is not None:
+                tensors[key] = stored(weight.shape, weight.dtype, weight.run)
+    return tensors | {key: value for key, value in rest.extra.items() if inside.of(key) is not None}
+
+
+class Stored(torch.Tensor):
+    """A tensor of a checkpoint that is read when it is used, so that a state dict of a whole model costs no memory.
+
+    ``shape``, ``dtype`` and ``device`` are known at once. Copying it into a parameter, or a run of its elements into a
+    shard, reads what is copied and keeps nothing. Any other use reads the whole and keeps it, as it may be written to.
+    """
+
+    _read: Read
+    _start: int  # of its elements in what ``_read`` counts
+    _value: torch.Tensor | None  # once it was used as a whole
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        kwargs = kwargs or {}
+        first = args[0] if args and isinstance(args[0], Stored) else None
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in _FACTS:
+                return func(*args, **kwargs)
+            if first is not None and first._value is None:
+                if name == "detach":
+                    return first
+                if name in ("reshape", "view", "flatten") and args[1:] in ((-1,), ((-1,),), ()):
+                    return _made((first.numel(),), first.dtype, first._read, first._start)
+                run = args[1] if name == "__getitem__" and first.dim() == 1 else None
+                if isinstance(run, slice) and run.step in (None, 1):
+                    start, stop, _ = run.indices(len(first))
+                    return first._read(first._start + start, first._start + max(start, stop))
+            copied = name == "copy_" and first is None
+            args, kwargs = tree_map_only(Stored, _once if copied else real, (args, kwargs))
+            return func(*args, **kwargs)
+
+
+def stored(shape: tuple[int, ...], dtype: torch.dtype, read: Read) -> Stored:
+    """A tensor of that shape whose elements ``read`` gives."""
+    return _made(shape, dtype, read, 0)
+
+
+def real(value: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, in memory; the same one each time. Any other tensor is given back."""
+    if not isinstance(value, Stored):
+        return value
+    if value._value is None:
+        value._value = _once(value)
+    return value._value
+
+
+def _made(shape: tuple[int, ...], dtype: torch.dtype, read: Read, start: int) -> Stored:
+    made = torch.empty((), dtype=dtype).expand(shape).as_subclass(Stored)
+    made._read, made._start, made._value = read, start, None
+    return made
+
+
+def _once(value: Stored) -> torch.Tensor:
+    if value._value is not None:
+        return value._value
+    shape = tuple(value.shape)
+    return value._read(value._start, value._start + torch.Size(shape).numel()).view(shape)

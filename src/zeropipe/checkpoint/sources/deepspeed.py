@@ -264,10 +264,8 @@ class _Folder:
         return flats
 
     def _frozen3(self, mp_rank: int, count: int) -> list[Flat]:
-        shapes = self.files[self._model_of(mp_rank)].get(k.FROZEN_PARAM_SHAPES) or {}
-        files = [self.files[self._model_of(mp_rank, dp)] for dp in range(count)] if shapes else []
-        parts = {name: [file[k.FROZEN_PARAM_FRAGMENTS][name] for file in files] for name in shapes}
-        return [Flat.frozen(name, tuple(shapes[name]), found, mp_rank) for name, found in parts.items()]
+        files = [self.files[self._model_of(mp_rank, dp)] for dp in range(count)]
+        return frozen_flats(files, mp_rank)
 
     def _whole(self, mp_rank: int) -> list[Flat]:
         """Stage 0: the module's values are the masters; the moments are found by their position."""
@@ -328,6 +326,13 @@ class _Folder:
                 fix="save it with ZeRO stage 1, which names its parameters",
             )
         return orders[members.index(mp_rank)]
+
+
+def frozen_flats(files: Sequence[Mapping[str, Any]], mp_rank: int = 0) -> list[Flat]:
+    """Frozen parameters of stage 3: the model file of each data-parallel rank has its shard of every one."""
+    shapes = files[0].get(k.FROZEN_PARAM_SHAPES) or {} if files else {}
+    parts = {name: [file[k.FROZEN_PARAM_FRAGMENTS][name] for file in files] for name in shapes}
+    return [Flat.frozen(name, tuple(shapes[name]), found, mp_rank) for name, found in parts.items()]
 
 
 def stage_orders(

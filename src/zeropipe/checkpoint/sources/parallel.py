@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from zeropipe.checkpoint.save.records import Grid
 from zeropipe.checkpoint.sources.data import Checkpoint, Flat, Last, Value, Weight, chosen, lost_file
 from zeropipe.checkpoint.universal_checkpoint import join, joining_of, split
 from zeropipe.errors import CheckpointError
@@ -25,30 +26,23 @@ from zeropipe.layout.flat import FlatShards, TensorSpec
 _Entry = TypeVar("_Entry", Value, Flat)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A model-parallel rank of a run. ``shapes``: what it holds, where known: vocabularies are padded to fit."""
-
-    tp_rank: int = 0
-    tp_degree: int = 1
-    pp_rank: int = 0
-    shapes: Mapping[str, tuple[int, ...]] | None = None
-
-
-WHOLE = Place()
-
-
-def seen_from(source: Checkpoint, place: Place, info: Mapping[str, Any] | None = None) -> Checkpoint:
+def seen_from(
+    source: Checkpoint,
+    place: Grid,
+    info: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Checkpoint:
     """``source`` with the names and shapes of one model-parallel rank.
 
     ``info``: ``universal_checkpoint_info`` of the model that loads; the checkpoint's own is used where it is None.
-    Raises CheckpointError where slices must be cut anew and neither says how.
+    ``shapes``: what the rank holds, where known: vocabularies are padded to fit. Raises CheckpointError where slices
+    must be cut anew and neither says how.
     """
-    if source.tp == place.tp_degree == source.pp == 1:
+    tp = source.tp
+    if tp == place.tp_degree == source.pp == 1:
         return source
     # [1] As it was saved: entries are chosen, none is made.
-    degrees = dict(source.degrees) | {"tp": place.tp_degree}
-    if source.tp == place.tp_degree:
+    if tp == place.tp_degree:
         module, flats = _mine(source.module, place), _mine(source.flats, place)
         return replace(source, tp_rank=place.tp_rank, module=module, flats=flats)
     # [2] Cut anew. What the module says now comes before what it said when it was saved.
@@ -56,21 +50,27 @@ def seen_from(source: Checkpoint, place: Place, info: Mapping[str, Any] | None =
     if rules is None:
         raise CheckpointError(
             f"{source.folder} holds slices of tensors, and nothing says how they make a whole",
-            expected=f"tensor-parallel degree {source.tp}, as saved",
+            expected=f"tensor-parallel degree {tp}, as saved",
             found=place.tp_degree,
             fix="give the module a `universal_checkpoint_info` (a dict of patterns, or a function that returns "
             "it), or mark its parameters with Megatron's `tensor_model_parallel` and `partition_dim`",
         )
-    cut, tp, folder = _Cut(source.folder, place, rules, Last()), source.tp, source.folder
-    module = tuple(cut.value(name, _slices(name, held, tp, folder)) for name, held in source.values.items())
-    flats = tuple(cut.flat(name, _slices(name, held, tp, folder)) for name, held in source.holders.items())
-    # Tensors are put together when they are read: one at a time.
-    return replace(source, tp_rank=place.tp_rank, module=module, flats=flats, degrees=degrees, threads=1)
+    cut, folder = _Cut(source.folder, place, rules, shapes or {}, Last()), source.folder
+    return replace(
+        source,
+        tp_rank=place.tp_rank,
+        degrees=dict(source.degrees) | {"tp": place.tp_degree},
+        module=tuple(
+            cut.value(name, _slices(name, held, tp, folder)) for name, held in source.values.items()
+        ),
+        flats=tuple(cut.flat(name, _slices(name, held, tp, folder)) for name, held in source.holders.items()),
+        threads=1,  # tensors are put together when they are read: one at a time
+    )
 
 
 def joined(source: Checkpoint) -> Checkpoint:
     """``source`` with whole tensors, whatever it was saved at."""
-    return seen_from(source, WHOLE)
+    return seen_from(source, Grid())
 
 
 def weights(source: Checkpoint, *, exclude_frozen: bool = False) -> Iterator[Weight]:
@@ -87,7 +87,7 @@ def weights(source: Checkpoint, *, exclude_frozen: bool = False) -> Iterator[Wei
             yield weight
 
 
-def _mine(entries: Sequence[_Entry], place: Place) -> tuple[_Entry, ...]:
+def _mine(entries: Sequence[_Entry], place: Grid) -> tuple[_Entry, ...]:
     own = [e for e in entries if e.mp_rank % place.tp_degree == place.tp_rank]
     return tuple(sorted(own, key=lambda e: e.mp_rank // place.tp_degree != place.pp_rank))
 
@@ -111,8 +111,9 @@ class _Cut:
     """Another tensor-parallel degree: every tensor becomes a flat of one shard, joined and cut when it is read."""
 
     folder: Path
-    place: Place
+    place: Grid
     rules: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
     last: Last
 
     def value(self, name: str, held: list[Value]) -> Value:
@@ -150,6 +151,6 @@ class _Cut:
         except CheckpointError as error:
             raise CheckpointError(f"{name} in {self.folder}: {error}") from error
         # A vocabulary is padded to what this run holds, not to what the saved one did.
-        held = (place.shapes or {}).get(name)
+        held = self.shapes.get(name)
         rows = held[0] * place.tp_degree if held and how.vocabulary is not None else None
         return split(whole, how, place.tp_rank, place.tp_degree, rows)

@@ -9,8 +9,9 @@ Every parameter is a flat of one shard. Read and written with one parameter in m
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,16 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
-from zeropipe.checkpoint.save.contents import OURS
+from zeropipe.checkpoint.save.contents import OURS, model_file
 from zeropipe.checkpoint.save.files import load_torch, replace_text, write_torch
 from zeropipe.checkpoint.save.ownership import replacing
-from zeropipe.checkpoint.save.peer_keys import KNOWN_KEYS, PEER_VERSION, model_file
+from zeropipe.checkpoint.save.peer_keys import PEER_VERSION
 from zeropipe.checkpoint.save.plain import decode, encode, is_plain, lowered
-from zeropipe.checkpoint.save.records import CLIENT, FP32, ModuleRest, TrainState
+from zeropipe.checkpoint.save.records import CLIENT, FP32, TrainState
 from zeropipe.checkpoint.save.tags import LATEST_UNIVERSAL
 from zeropipe.checkpoint.save.words import rest_back, rest_words, training_back, training_words
-from zeropipe.checkpoint.sources.data import (
-    STEP,
-    Checkpoint,
-    Flat,
-    Value,
-    Weight,
-    counts_of,
-    dtype_name,
-    plain_of,
-)
+from zeropipe.checkpoint.sources.data import STEP, Checkpoint, Files, Flat, Weight, dtype_name, united
+from zeropipe.checkpoint.sources.deepspeed import frozen_flats, parse_deepspeed
 from zeropipe.checkpoint.sources.parallel import joined, weights
 from zeropipe.checkpoint.universal_checkpoint import Joining, as_info, joining_of, rules_in
 from zeropipe.errors import CheckpointError
@@ -43,116 +36,96 @@ from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.paths import inside
 
 _OUR_FILE = "zeropipe_state.pt"
+_NOT_THE_CLIENTS = (k.UNIVERSAL_CHECKPOINT_INFO, OURS)  # further keys of a universal model file
 
 
 def parse_universal(folder: Path, tag: str, *, trust: bool = False) -> Checkpoint:
     """A folder with ``zero/NAME/*.pt``. Raises CheckpointError when it has no model file beside them."""
-    return _Folder(folder, trust).checkpoint(tag)
-
-
-class _Folder:
-    """Where things lie in the files."""
-
-    def __init__(self, folder: Path, trust: bool) -> None:
-        self._folder = folder
-        self._trust = trust
-        self._models = sorted(folder.glob("*mp_rank_*_model_states.pt"))
-        if not self._models:
-            raise CheckpointError(
-                f"{folder} has a folder `zero` but no model file", expected="mp_rank_00_model_states.pt"
-            )
-        self._model: Any = load_torch(self._models[0], trust=trust)
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._group: dict[str, int] = {}
-        for path in self._models:  # each pipeline stage's file names its own parameters
-            groups = load_torch(path, trust=trust).get(k.PARAM_SHAPES) or []
-            self._group |= {name: index for index, names in enumerate(groups) for name in names}
-            self._shapes |= {name: tuple(shape) for names in groups for name, shape in names.items()}
-
-    def checkpoint(self, tag: str) -> Checkpoint:
-        model, file = self._model, self._models[0].name
-        tied: dict[str, str] = dict(model.get("shared_params") or {})
-        buffers = set(model.get(k.BUFFER_NAMES) or ())
-        module = {n: t for n, t in (model.get("module") or {}).items() if isinstance(t, torch.Tensor)}
-        fragments = self._frozen_fragments()
-        # Asked for by name, not listed: a name with a slash is a folder in a folder.
-        names = sorted({*self._group, *module, *fragments})
-        places = {name: inside(self._folder / "zero", name, "a tensor's name") for name in names}
-        folders = {name: path for name, path in places.items() if path.is_dir()}
-        shapes = model.get(k.FROZEN_PARAM_SHAPES) or {}
-        flats = [self._flat(n, p) for n, p in folders.items() if n in self._group]
-        flats += [Flat.frozen(n, tuple(shapes[n]), p) for n, p in fragments.items() if n not in folders]
-        kinds = dict.fromkeys(self._group, "param") | dict.fromkeys(buffers, "buffer")
-        values = tuple(
-            Value.of(n, t, kinds.get(n, "frozen"), file)
-            for n, t in module.items()
-            if n not in tied and n not in fragments and (t.numel() or n in buffers or n not in folders)
+    # Shorter names first: rank 10 comes after rank 9.
+    names = sorted((p.name for p in folder.glob("*mp_rank_*_model_states.pt")), key=lambda n: (len(n), n))
+    if not names:
+        raise CheckpointError(
+            f"{folder} has a folder `zero` but no model file", expected="mp_rank_00_model_states.pt"
         )
-        return Checkpoint(
-            self._folder,
-            tag,
-            0,
-            next((e.dtype for e in values if e.kind == "param"), "float32"),
-            str((model.get("ds_config") or {}).get("optimizer", {}).get("type", "")),
-            len(self._ours.get("per_rank") or [None]),
-            {"dp": int(model.get("dp_world_size", 1)), "tp": 1, "pp": 1},
-            values,
-            tuple(flats),
-            tied,
-            lambda: self._common.get(k.PARAM_GROUPS) or (),
-            partial(self._rules, flats),
-            self._rest,
-            self._train_state,
-        )
+    # Its model files are those of an ordinary checkpoint: what they hold beside parameters is read as there.
+    plain = parse_deepspeed(folder, tag, trust=trust, unchecked=True)
+    files = Files(folder, trust)
+    models = [files[name] for name in names]
+    params = _Params(folder, trust, models)
+    shards = [m for n, m in zip(names, models, strict=True) if n.startswith(k.ZERO_FILE_PREFIX)]
+    # Stage 3 leaves frozen parameters in shards, and the converter leaves them where they are.
+    frozen = {flat.name: flat for flat in frozen_flats(shards if len(shards) == len(models) else [])}
+    own = [value for value in plain.module if value.file == names[0]]
+    # Asked for by name, not listed: a name with a slash is a folder in a folder.
+    known = sorted({*params.group, *frozen, *(value.name for value in own)})
+    places = {name: inside(folder / "zero", name, "a tensor's name") for name in known}
+    folders = {name: path for name, path in places.items() if path.is_dir()}
+    flats = [params.flat(name, path) for name, path in folders.items() if name in params.group]
+    values = tuple(
+        value if value.kind == "buffer" or value.name in params.group else replace(value, kind="frozen")
+        for value in own
+        if value.name not in frozen
+        and (value.kind == "buffer" or value.name not in folders or torch.Size(value.shape).numel())
+    )
+    words = models[0].get(OURS) or {}
 
-    # What stands beside the tensors.
-
-    def _rules(self, flats: list[Flat]) -> Mapping[str, Any] | None:
-        """The model file's rules, else those that the parameters' own files give: DeepSpeed writes only these."""
-        given = rules_in(self._model)
-        if given is not None:
-            return given
-        said = ((f.name, self._folder / "zero" / f.name / f"{FP32}.pt") for f in flats)
-        return as_info((n, Joining.said(load_torch(p, trust=self._trust))) for n, p in said) or None
-
-    def _rest(self, tp_rank: int) -> ModuleRest:
-        return rest_back(self._model.get(OURS) or {}, plain_of(self._model.get("module") or {}))
-
-    def _train_state(self, rank: int) -> TrainState:
-        model, ours, per_rank = self._model, self._ours, self._ours.get("per_rank") or []
-        # What is left of the model file's keys is the client's own state: DeepSpeed keeps both at one level.
-        known = KNOWN_KEYS | {k.UNIVERSAL_CHECKPOINT_INFO, OURS}
-        rest = {
-            CLIENT: {key: value for key, value in model.items() if key not in known},
-            "micro_steps": int(ours.get("micro_steps") or 0),
+    def train_state(rank: int) -> TrainState:
+        train, per_rank = plain.train_state(rank), params.ours.get("per_rank") or []
+        ours = {
+            # A model file has the client's keys and its own at one level.
+            CLIENT: {n: v for n, v in train.client_state.items() if n not in _NOT_THE_CLIENTS},
+            "micro_steps": int(params.ours.get("micro_steps") or 0),
             "per_rank": per_rank[rank] if rank < len(per_rank) else {},
         }
-        return TrainState(**(counts_of(model) | rest | training_back(model.get(OURS) or {}, {})))
+        return replace(train, **(ours | training_back(words, {})))
+
+    return replace(
+        plain,
+        dtype=next((value.dtype for value in values if value.kind == "param"), "float32"),
+        world=len(params.ours.get("per_rank") or [None]),
+        degrees={"dp": plain.degrees["dp"], "tp": 1, "pp": 1},
+        module=values,
+        flats=(*flats, *(flat for name, flat in frozen.items() if name not in folders)),
+        read_groups=lambda: params.common.get(k.PARAM_GROUPS) or (),
+        # DeepSpeed writes rules with each parameter alone.
+        read_rules=lambda: rules_in(models[0]) or params.rules(flats),
+        rest_of=lambda tp_rank: united((plain.rest_of(0), rest_back(words, {}))),
+        train_state=train_state,
+        threads=1,
+    )
+
+
+class _Params:
+    """The folders of single parameters, and the numbers beside them."""
+
+    def __init__(self, folder: Path, trust: bool, models: Sequence[Mapping[str, Any]]) -> None:
+        self._folder = folder
+        self._trust = trust
+        self.ours = self._load_if_there(folder / _OUR_FILE)  # {} where DeepSpeed wrote the folder
+        self.group: dict[str, int] = {}  # name -> param group
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for model in models:  # each pipeline stage's file names its own parameters
+            for index, shapes in enumerate(model.get(k.PARAM_SHAPES) or []):
+                self.group |= dict.fromkeys(shapes, index)
+                self._shapes |= {name: tuple(shape) for name, shape in shapes.items()}
 
     @cached_property
-    def _common(self) -> dict[str, Any]:
+    def common(self) -> dict[str, Any]:
         return self._load_if_there(self._folder / "zero" / "optimizer_state.pt")
 
     @cached_property
-    def _ours(self) -> Mapping[str, Any]:
-        """{} where DeepSpeed wrote the folder."""
-        return self._load_if_there(self._folder / _OUR_FILE)
+    def _further(self) -> Mapping[str, dict[str, Any]]:
+        return decode(self.ours.get("numbers") or {}, "numbers", {})
 
-    @cached_property
-    def _numbers(self) -> Mapping[str, dict[str, Any]]:
-        return decode(self._ours.get("numbers") or {}, "numbers", {})
+    def rules(self, flats: list[Flat]) -> Mapping[str, Any] | None:
+        said = ((f.name, self._folder / "zero" / f.name / f"{FP32}.pt") for f in flats)
+        return as_info((n, Joining.said(load_torch(p, trust=self._trust))) for n, p in said) or None
 
-    def _load_if_there(self, path: Path) -> dict[str, Any]:
-        return load_torch(path, trust=self._trust) if path.exists() else {}
-
-    # Parameters.
-
-    def _flat(self, name: str, folder: Path) -> Flat:
-        keys = [path.stem for path in sorted(folder.glob("*.pt")) if path.stem != STEP]
-        if FP32 not in keys:
+    def flat(self, name: str, folder: Path) -> Flat:
+        # Opened for shapes and dtypes alone; the values stay in the files, which are opened anew for each.
+        tensors = {p.stem: self._read(folder, p.stem) for p in sorted(folder.glob("*.pt")) if p.stem != STEP}
+        if FP32 not in tensors:
             raise CheckpointError(f"{folder} has no fp32.pt", fix="convert the checkpoint again")
-        tensors = {key: self._read(folder, key) for key in keys}
-        # Opened for shapes and dtypes alone; the values stay in the files.
         shape = tuple(tensors[FP32].shape)
         given = self._shapes.get(name, shape)
         if torch.Size(given).numel() == tensors[FP32].numel():
@@ -160,33 +133,24 @@ class _Folder:
         layout = FlatShards((TensorSpec(name, shape, "float32"),), 1)
         dtypes = {key: dtype_name(t) for key, t in tensors.items()}
 
-        # Read anew each time: what is opened here for its shape is not kept.
         def read(shard: int, key: str) -> torch.Tensor:
             return self._read(folder, key).reshape(-1)
 
-        return Flat(name, 0, self._group[name], layout, dtypes, read, partial(self._numbers_of, name, folder))
+        return Flat(name, 0, self.group[name], layout, dtypes, read, partial(self._numbers_of, name, folder))
 
     def _numbers_of(self, name: str, folder: Path) -> dict[str, Any]:
-        further = self._numbers.get(name) or {}
+        further = self._further.get(name) or {}
         path = folder / f"{STEP}.pt"
         if path.exists():
             return {STEP: load_torch(path, trust=self._trust)} | further
         # At stage 3 DeepSpeed keeps one step count for all, beside the hyperparameters.
-        tree = self._common
+        tree = self.common
         states: dict[Any, Any] = (tree.get(k.OPTIMIZER_STATE_DICT) or tree).get("state") or {}
         found: dict[str, Any] = next((state for state in states.values() if STEP in state), {})
         return {key: value for key, value in found.items() if key == STEP} | further
 
-    def _frozen_fragments(self) -> dict[str, list[torch.Tensor]]:
-        """Frozen parameters of stage 3: the converter leaves them in shards, in every rank's model file."""
-        if not all(path.name.startswith(k.ZERO_FILE_PREFIX) for path in self._models):
-            return {}
-        found: dict[str, list[torch.Tensor]] = {}
-        for path in sorted(self._models, key=lambda path: int(path.name.split("_")[3])):
-            parts = load_torch(path, trust=self._trust).get(k.FROZEN_PARAM_FRAGMENTS) or {}
-            for name, part in parts.items():
-                found.setdefault(name, []).append(part)
-        return found
+    def _load_if_there(self, path: Path) -> dict[str, Any]:
+        return load_torch(path, trust=self._trust) if path.exists() else {}
 
     def _read(self, folder: Path, key: str) -> torch.Tensor:
         held = load_torch(folder / f"{key}.pt", trust=self._trust)
