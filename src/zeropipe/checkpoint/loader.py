@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from zeropipe.checkpoint import tags
 from zeropipe.checkpoint.reader import Reader, wanted_shapes
+from zeropipe.checkpoint.save import tags
 from zeropipe.checkpoint.save.files import THREADS, FileRecord, check_file
 from zeropipe.checkpoint.save.records import LoadedState, LocalState, Manifest, read_manifest
 from zeropipe.checkpoint.sources.data import Checkpoint

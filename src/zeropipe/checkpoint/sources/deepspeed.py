@@ -104,8 +104,9 @@ class _Folder:
         self._world = dp * mp
         self._tp = int(dims.get(k.CHECKPOINT_TP_DEGREE, mp))
         self._degrees = {"dp": dp, "tp": self._tp, "pp": int(dims.get(k.CHECKPOINT_PP_DEGREE, 1))}
-        state = self._optimizer(next(iter(self._optims.values()))) if self._optims else {k.ZERO_STAGE: 0}
-        self._stage = int(state.get(k.ZERO_STAGE, 1))
+        # What one optimizer file says for all.
+        self._first: Any = self._optimizer(next(iter(self._optims.values()))) if self._optims else {}
+        self._stage = int(self._first.get(k.ZERO_STAGE, 1)) if self._optims else 0
         self._tied: Mapping[str, str] = dict(lead.get("shared_params") or {})
         self._groups: Sequence[Mapping[str, Any]] = ()  # found with the flats
         layers = [self._layer(match) for match in filter(None, map(LAYER.match, names))]
@@ -152,12 +153,10 @@ class _Folder:
         return ModuleRest(plain_of(tree, prefix), versions)
 
     def _train_state(self, rank: int) -> TrainState:
-        lead = self._lead()
-        scaler = None
-        if self._optims:
-            found = self._optimizer(next(iter(self._optims.values()))).get(k.LOSS_SCALER)
-            if isinstance(found, LossScalerValues) and found.values().get("dynamic"):
-                scaler = found.values()
+        lead, scaler = self._lead(), None
+        found = self._first.get(k.LOSS_SCALER)
+        if isinstance(found, LossScalerValues) and found.values().get("dynamic"):
+            scaler = found.values()
         client = {key: v for key, v in lead.items() if key not in KNOWN_KEYS}
         return TrainState(loss_scaler=scaler, client_state=client, **counts_of(lead))
 
@@ -233,13 +232,10 @@ class _Folder:
             # Tensors without elements have no slice anywhere.
             names += [n for n in shapes if n not in names]
             specs = tuple(TensorSpec(n, tuple(shapes[n]), "float32") for n in names)
-            found = [_moments(own, group) for own in base]
-            shards = [
-                tensors | {FP32: state[k.SINGLE_PARTITION_OF_FP32_GROUPS][group]}
-                for state, (tensors, _) in zip(states, found, strict=True)
-            ]
+            masters = [state[k.SINGLE_PARTITION_OF_FP32_GROUPS][group] for state in states]
+            shards, numbers = _shards(masters, base, group)
             layout = FlatShards(specs, len(states), ALIGN)
-            flats.append(Flat.of(f"group{group}", mp_rank, group, layout, shards, found[0][1]))
+            flats.append(Flat.of(f"group{group}", mp_rank, group, layout, shards, numbers))
         return flats
 
     def _stage3(self, mp_rank: int, states: list[Any], base: list[Any]) -> list[Flat]:
@@ -251,15 +247,10 @@ class _Folder:
                 size = layout.shard_numel
                 while offset + size > states[0][k.FP32_FLAT_GROUPS][sub_group].numel():
                     sub_group, offset = sub_group + 1, 0
-                found = [_moments(own, sub_group) for own in base]
-                shards = [
-                    {
-                        key: t[offset : offset + size]
-                        for key, t in (tensors | {FP32: state[k.FP32_FLAT_GROUPS][sub_group]}).items()
-                    }
-                    for state, (tensors, _) in zip(states, found, strict=True)
-                ]
-                flats.append(Flat.of(name, mp_rank, group, layout, shards, found[0][1]))
+                masters = [state[k.FP32_FLAT_GROUPS][sub_group] for state in states]
+                ends, numbers = _shards(masters, base, sub_group)
+                shards = [{key: t[offset : offset + size] for key, t in end.items()} for end in ends]
+                flats.append(Flat.of(name, mp_rank, group, layout, shards, numbers))
                 offset += size
         return flats
 
@@ -368,6 +359,15 @@ def _ranks(match: re.Match[str]) -> tuple[int, int]:
 
 def _groups(state: Any) -> Sequence[Mapping[str, Any]]:
     return state.get(k.PARAM_GROUPS, ()) if isinstance(state, dict) else ()
+
+
+def _shards(
+    masters: Sequence[torch.Tensor], base: Sequence[Any], index: int
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
+    """Each rank's master and moments of one flat buffer, and the numbers that all have."""
+    found = [_moments(own, index) for own in base]
+    shards = [tensors | {FP32: master} for master, (tensors, _) in zip(masters, found, strict=True)]
+    return shards, found[0][1]
 
 
 def _moments(

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint import constants as k
-from zeropipe.checkpoint.save.contents import OURS, model_file
+from zeropipe.checkpoint.save.contents import OURS
 from zeropipe.checkpoint.save.files import load_torch, replace_text, write_torch
 from zeropipe.checkpoint.save.ownership import replacing
-from zeropipe.checkpoint.save.peer_keys import PEER_VERSION
+from zeropipe.checkpoint.save.peer_keys import PEER_VERSION, model_file
 from zeropipe.checkpoint.save.plain import decode, encode, is_plain, lowered
 from zeropipe.checkpoint.save.records import CLIENT, FP32, TrainState
 from zeropipe.checkpoint.save.tags import LATEST_UNIVERSAL
