@@ -277,12 +277,10 @@ class _Folder:
                 found=count,
                 fix="build the optimizer with the same param groups as when it was saved",
             )
-        values: dict[int, torch.Tensor] = {}
-        for index, name in enumerate(names):
-            # A copy of a tied layer, which another stage has too, has no name.
-            if index in state["state"] and name != "":
-                layer = self._layers.get((name, mp_rank % self._tp))
-                values[index] = tree["module"].get(name) if layer is None else layer.read()
+        layers = {name: e.read() for (name, at), e in self._layers.items() if at == mp_rank % self._tp}
+        held: dict[str, Any] = {**(tree.get("module") or {}), **layers}
+        # A copy of a tied layer, which another stage has too, has no name.
+        values = {i: held.get(name) for i, name in enumerate(names) if name and i in state["state"]}
         known = {index: tuple(value.shape) for index, value in values.items() if value is not None}
         states = ((shape, shapes_in(state["state"][index])) for index, shape in known.items())
         per_element = per_element_keys(None, states)
