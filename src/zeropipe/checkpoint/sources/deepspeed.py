@@ -280,7 +280,9 @@ class _Folder:
         layers = {name: e.read() for (name, at), e in self._layers.items() if at == mp_rank % self._tp}
         held: dict[str, Any] = {**(tree.get("module") or {}), **layers}
         # A copy of a tied layer, which another stage has too, has no name.
-        values = {i: held.get(name) for i, name in enumerate(names) if name and i in state["state"]}
+        values: dict[int, Any] = {
+            i: held.get(name) for i, name in enumerate(names) if name and i in state["state"]
+        }
         known = {index: tuple(value.shape) for index, value in values.items() if value is not None}
         states = ((shape, shapes_in(state["state"][index])) for index, shape in known.items())
         per_element = per_element_keys(None, states)

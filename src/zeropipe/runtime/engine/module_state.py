@@ -22,9 +22,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from zeropipe.checkpoint.reader import Regions, Stored, real
 from zeropipe.checkpoint.save.files import new_file, temporary
 from zeropipe.checkpoint.save.records import ModelState
-from zeropipe.checkpoint.reader import Regions, Stored, real
 from zeropipe.comm.collectives import broadcast_object
 from zeropipe.errors import CheckpointError
 from zeropipe.runtime.engine.parts import Parts
