@@ -283,9 +283,8 @@ class _Folder:
         values: dict[int, Any] = {
             i: held.get(name) for i, name in enumerate(names) if name and i in state["state"]
         }
-        known = {index: tuple(value.shape) for index, value in values.items() if value is not None}
-        states = ((shape, shapes_in(state["state"][index])) for index, shape in known.items())
-        per_element = per_element_keys(None, states)
+        known = {i: tuple(value.shape) for i, value in values.items() if value is not None}
+        per_element = per_element_keys(None, ((s, shapes_in(state["state"][i])) for i, s in known.items()))
         flats = []
         for index, value in values.items():
             tensors, scalars = _moments(state, index, per_element)
