@@ -15,7 +15,7 @@ it away. Guarded gathers say and meet on their own (``point_to_point.py``); call
             DesyncError                         DesyncError
 
 No rank waits for ever, whatever its control flow does. The words of a group on a channel are one sequence, and each
-rank compares in that sequence, from its first word not yet compared. [1] to [6] below are the proof.
+rank compares in that sequence, from its first word not yet compared. [1] to [7] below are the proof.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -35,7 +35,7 @@ from zeropipe.comm.group import Group
 from zeropipe.comm.messages import WORDS, peers, receive_from, send_to, start, tag_of
 from zeropipe.comm.native import all_gather_object
 from zeropipe.comm.record import SEAM, Call, Work
-from zeropipe.errors import DesyncError
+from zeropipe.errors import CommunicationError, DesyncError
 
 _NOTE_BYTES = 8
 _TEXT_BYTES = 192 - _NOTE_BYTES  # of a label its end, which tells layers apart
@@ -74,6 +74,30 @@ def leave(
     if patience is not None:
         talk.hand_on(patience)
     return partial(_met, word)
+
+
+def leave_all(
+    what: str,
+    error: BaseException,
+    circles: Iterable[Group],
+    met: Collection[Group],
+    *,
+    channel: int = 0,
+    patience: timedelta | None = None,
+) -> list[Callable[[], int]]:
+    """``leave`` those of ``circles`` who do not know of ``error``, which takes this rank away from all of them.
+
+    ``met``: the circles in which it was met, if it is one of the protocol itself. Never raises: the error says more.
+    """
+    # [7] An error of the protocol every member has at the same word, see [3]. To leave as well would be a word that
+    # waits in the sequence for the members' next one, and parts them again.
+    known = met if isinstance(error, DesyncError | CommunicationError) else ()
+    left = []
+    for circle in circles:
+        if circle not in known:
+            with suppress(Exception):  # connections may be gone
+                left.append(leave(what, circle, channel=channel, patience=patience))
+    return left
 
 
 def _met(word: Word) -> int:

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from zeropipe.comm.agreement import leave, meet
+from zeropipe.comm.agreement import leave_all, meet
 from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
-from zeropipe.errors import CommunicationError, DesyncError, UsageError
+from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.gather.edits import Fingerprint, fingerprint, take_moved
 from zeropipe.runtime.zero.gather.parameter import shard_parameter
 from zeropipe.runtime.zero.gather.shards import Builder, Hold, Shards, shards_among, shards_of
@@ -270,10 +270,8 @@ class Build:
         self.stop()
         for frame in self._frames:
             self._drop(frame)
-        if not isinstance(error, DesyncError | CommunicationError):
-            with suppress(Exception):
-                said = f"{self.what} raised {type(error).__name__}: {error}"
-                leave(said, self.place.group, channel=GATHER)
+        said = f"{self.what} raised {type(error).__name__}: {error}"
+        leave_all(said, error, [self.place.group], [self.place.group], channel=GATHER)
 
     def _round(self, modules: list[torch.nn.Module]) -> None:
         """Cast the shards of ``modules`` to what they work in, but for those that an engine has taken over by now, or

@@ -12,7 +12,7 @@ comes after such a meeting, so that every peer is on its way to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
@@ -21,7 +21,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from zeropipe.comm.agreement import leave, meet
+from zeropipe.comm.agreement import leave_all, meet
 from zeropipe.comm.group import Group
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.gather.edits import join
@@ -111,17 +111,13 @@ class Peers:
         """Tell the peers, who would wait for this rank, that it has raised; they may have, too."""
         if self._told or self.silent:
             return
-        circles = self.circles
-        # Not those in which everybody has the error: a DesyncError heard in a gather is known among those who share
-        # the shards, a broken gather as well (in two hops, only on one node).
-        if isinstance(error, DesyncError):
-            circles = [] if self._parted else circles[1:]
-        elif isinstance(error, CommunicationError) and self.group.hops is None:
-            circles = circles[1:]
-        for circle in circles:
-            with suppress(RuntimeError):  # connections may be gone; the error itself says more
-                said = f"{type(error).__name__} raised in {where}"
-                self._told.append(leave(said, circle, channel=GATHER, patience=PATIENCE))
+        # A DesyncError heard in a gather is known among those who share the shards, a broken gather as well (in two
+        # hops, only on one node); one heard in the last circle that met, in all.
+        met = self.circles if self._parted and isinstance(error, DesyncError) else self.circles[:1]
+        if isinstance(error, CommunicationError) and self.group.hops is not None:
+            met = []
+        said = f"{type(error).__name__} raised in {where}"
+        self._told = leave_all(said, error, self.circles, met, channel=GATHER, patience=PATIENCE)
 
 
 class Coordinator:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.comm.agreement import leave, meet
+from zeropipe.comm.agreement import leave_all, meet
 from zeropipe.errors import CommunicationError, DesyncError
 from zeropipe.runtime.zero.gather.edits import take_moved
 from zeropipe.runtime.zero.gather.parameter import AwayValue
@@ -206,11 +206,10 @@ class Fetching:
             for circle in circles if self._recurse else ():
                 meet(f"the end of the state of {type(self.of).__name__}", circle, channel=GATHER)
             return
-        # Of an error of the protocol those who share the shards know: their gathers met the word that this rank did.
-        gathered = sharing if isinstance(error, DesyncError) else {}
-        known = circles if isinstance(error, CommunicationError) else gathered
-        what = f"state dict: {type(error).__name__} raised"
-        for heard in [leave(what, circle, channel=GATHER) for circle in circles if circle not in known]:
+        met = sharing if isinstance(error, DesyncError) else circles  # words are met in gathers
+        for heard in leave_all(
+            f"state dict: {type(error).__name__} raised", error, circles, met, channel=GATHER
+        ):
             with suppress(DesyncError, CommunicationError):
                 heard()
 

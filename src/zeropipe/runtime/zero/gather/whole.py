@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from zeropipe.comm.agreement import leave, meet
+from zeropipe.comm.agreement import leave_all, meet
 from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
-from zeropipe.errors import CommunicationError, DesyncError, UsageError
+from zeropipe.errors import DesyncError, UsageError
 from zeropipe.runtime.zero.gather.coordinator import in_backward
 from zeropipe.runtime.zero.gather.edits import Fingerprint, fingerprint, is_moved, take_moved
 from zeropipe.runtime.zero.gather.shards import Hold, Shards, shards_among, shards_of
@@ -239,10 +239,9 @@ class GatheredParameters:
                 members: list[_Sharded | _Whole] = [*whole, *held]
                 for member in members:
                     member.restore()
-                # Of an error of the protocol itself those who share the shards know already.
-                for group in () if isinstance(error, DesyncError | CommunicationError) else _by_group(held):
-                    with suppress(Exception):
-                        leave(f"GatheredParameters raised {type(error).__name__}", group, channel=GATHER)
+                groups = _by_group(held)
+                said = f"GatheredParameters raised {type(error).__name__}"
+                leave_all(said, error, groups, groups, channel=GATHER)
             elif self.modifier_rank is None:
                 self._check(held)
                 self._leave("leave GatheredParameters unedited", held)
