@@ -161,7 +161,7 @@ def test_no_class_writes_anothers_attributes(files: list[File]) -> None:
         "runtime/zero/gather/hooks.py": setters,
         "runtime/zero/gather/sharded_model.py": setters,
         "runtime/zero/gather/state_dict.py": "a module's values change hands between two builders",
-        "runtime/zero/gather/whole.py": "the record that a parameter carries",
+        "runtime/zero/param.py": "the record that a parameter carries",
         "runtime/zero/hold/optimizer.py": "the record that a parameter carries, and what is kept apart",
         "runtime/zero/hold/step_*.py": "a step moves parameters between the common count and those kept apart",
     }

@@ -24,9 +24,9 @@ from zeropipe.runtime.engine.face import Face
 from zeropipe.runtime.engine.parts import Parts, Steps
 from zeropipe.runtime.engine.report import Reporter
 from zeropipe.runtime.engine.scaling import Scaling
-from zeropipe.runtime.zero.gather.whole import forget_whole, know_whole
 from zeropipe.runtime.zero.hold.offload_states import Offloaded
 from zeropipe.runtime.zero.hold.row_norms import RowNorms
+from zeropipe.runtime.zero.param import forget_whole, know_whole
 
 
 class DeepSpeedEngine(Face):

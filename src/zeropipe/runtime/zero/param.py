@@ -201,3 +201,34 @@ def shards_at(param: torch.Tensor) -> Cut | None:
 
 def is_sharded(param: torch.Tensor) -> bool:
     return shards_at(param) is not None
+
+
+def carry(param: torch.Tensor, record: ZeroParam | None) -> None:
+    """Let ``param`` carry ``record``; None: nothing any more."""
+    if record is None:
+        del param._zero  # type: ignore[attr-defined]
+    else:
+        param._zero = record  # type: ignore[attr-defined]
+
+
+def know_whole(module: torch.nn.Module, group: Group) -> None:
+    """Let the parameters that ``group``'s ranks hold whole, and that no optimizer trains, be known as such."""
+    for name, param in module.named_parameters():
+        if zero_param(param) is None:
+            carry(param, ZeroParam(name, group=group))
+
+
+def forget_whole(module: torch.nn.Module) -> None:
+    """Undo ``know_whole``."""
+    for param in module.parameters():
+        known = zero_param(param)
+        if known is not None and known.group is not None:
+            carry(param, None)
+
+
+def holders(param: torch.Tensor) -> Group | None:
+    """The ranks that hold ``param`` whole; None where it is shards, or no engine's."""
+    known = zero_param(param)
+    if known is None or known.shards is not None:
+        return None
+    return known.group if known.trained is None else known.trained.group

@@ -29,7 +29,7 @@ from zeropipe.runtime.zero.gather.parameter import shard_parameter
 from zeropipe.runtime.zero.gather.shards import Builder, Hold, Shards, shards_among, shards_of
 from zeropipe.runtime.zero.gather.state_dict import install_state_dict
 from zeropipe.runtime.zero.hold.offload import Arena
-from zeropipe.runtime.zero.param import GATHER
+from zeropipe.runtime.zero.param import GATHER, carry
 from zeropipe.tensor.model import overlapping, shared_memory, was_prepared, working_dtypes
 
 # Elements that stay gathered after a use; older ones are put back while the constructor runs on.
@@ -196,7 +196,7 @@ class Build:
         if shards.gathered and not (fetched.param.dtype == shards.dtype and take_moved(shards)):
             # It was given memory of another shape: it is whole now, and will be cut anew with those of its module.
             LEASES.drop(shards)
-            del fetched.param._zero  # type: ignore[attr-defined]
+            carry(fetched.param, None)
             return
         if not fetched.before.matches(shards.full):
             # What a constructor writes may be random: the value of rank 0 counts.

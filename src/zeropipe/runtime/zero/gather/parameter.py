@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from zeropipe.comm.group import Group
 from zeropipe.errors import UnavailableParameterError, UsageError
 from zeropipe.runtime.zero.gather.shards import Builder, Shards
-from zeropipe.runtime.zero.param import State, ZeroParam, ZeroParamStatus
+from zeropipe.runtime.zero.param import State, ZeroParam, ZeroParamStatus, carry
 
 _DATA: Any = torch.Tensor.data  # type: ignore[misc]  # what reads and sets it without telling anybody
 
@@ -155,7 +155,7 @@ class ShardedParameter(torch.nn.Parameter):
         elif shards.conductor is None or shards.building:
             empty = torch.empty(0, dtype=shards.dtype, device=shards.full.device)
             copy = torch.nn.Parameter(empty, self.requires_grad)
-            copy._zero = ZeroParam(shards.name, shards=shards.twin(_Face(copy)))  # type: ignore[attr-defined]
+            carry(copy, ZeroParam(shards.name, shards=shards.twin(_Face(copy))))
         else:
             raise _unavailable(shards, "copy.deepcopy")
         memo[id(self)] = copy
@@ -378,5 +378,5 @@ def shard_parameter(
 ) -> Shards:
     """Cut ``param`` (the same value on every rank) into shards and free the whole. Not collective."""
     shards = Shards(_Face(param), name, ident, group, everyone, builder)
-    param._zero = ZeroParam(name, shards=shards)  # type: ignore[attr-defined]
+    carry(param, ZeroParam(name, shards=shards))
     return shards

@@ -24,7 +24,7 @@ from zeropipe.runtime.zero.gather.whole import GatheredParameters
 from zeropipe.runtime.zero.hold.offload import Offload
 from zeropipe.runtime.zero.hold.reducer import Reducer
 from zeropipe.runtime.zero.marks import hide_external_parameters
-from zeropipe.runtime.zero.param import Need, is_trained
+from zeropipe.runtime.zero.param import Need, carry, is_trained
 from zeropipe.runtime.zero.replication import Replication
 
 # Elements at least (24 MiB of fp32): with less in flight a rank often waits for a peer.
@@ -254,7 +254,7 @@ def unshard_module(module: torch.nn.Module) -> torch.nn.Module:
         LEASES.drop(shards)
         param.__class__ = torch.nn.Parameter
         param.data = whole
-        del param._zero  # type: ignore[attr-defined]
+        carry(param, None)
     # All that stands on modules themselves; the hooks of units went with their engine.
     for child in module.modules():
         remove_state_dict(child)

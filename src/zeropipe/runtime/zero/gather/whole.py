@@ -29,7 +29,7 @@ from zeropipe.runtime.zero.gather.coordinator import in_backward
 from zeropipe.runtime.zero.gather.edits import Fingerprint, fingerprint, is_moved, take_moved
 from zeropipe.runtime.zero.gather.shards import Hold, Shards, shards_among, shards_of
 from zeropipe.runtime.zero.marks import register_external_parameter
-from zeropipe.runtime.zero.param import GATHER, Need, ZeroParam, zero_param
+from zeropipe.runtime.zero.param import GATHER, Need, holders, zero_param
 
 Params = torch.nn.Parameter | torch.nn.Module | Iterable[torch.nn.Parameter | None] | None
 
@@ -354,29 +354,3 @@ def _keep_for_gradient(shards: Shards) -> None:
     hold = shards.hold()
     handles.append(shards.param.register_post_accumulate_grad_hook(let_go))
     torch.autograd.Variable._execution_engine.queue_callback(let_go)  # if none comes
-
-
-# ---- what every rank holds whole ----
-
-
-def know_whole(module: torch.nn.Module, group: Group) -> None:
-    """Let the parameters that ``group``'s ranks hold whole, and that no optimizer trains, be known as such."""
-    for name, param in module.named_parameters():
-        if zero_param(param) is None:
-            param._zero = ZeroParam(name, group=group)  # type: ignore[attr-defined]
-
-
-def forget_whole(module: torch.nn.Module) -> None:
-    """Undo ``know_whole``."""
-    for param in module.parameters():
-        known = zero_param(param)
-        if known is not None and known.group is not None:
-            del param._zero  # type: ignore[attr-defined]
-
-
-def holders(param: torch.Tensor) -> Group | None:
-    """The ranks that hold ``param`` whole; None where it is shards, or no engine's."""
-    known = zero_param(param)
-    if known is None or known.shards is not None:
-        return None
-    return known.group if known.trained is None else known.trained.group

@@ -34,7 +34,7 @@ from zeropipe.runtime.zero.hold.shard_values import ShardValues
 from zeropipe.runtime.zero.hold.stepping import Stepping, Update
 from zeropipe.runtime.zero.hold.survey import Figures, bind, refuse, survey, unused_everywhere
 from zeropipe.runtime.zero.hold.values import FlatValues
-from zeropipe.runtime.zero.param import ZeroParam, shards_at
+from zeropipe.runtime.zero.param import ZeroParam, carry, shards_at
 from zeropipe.tensor.norms import NonFinite, clip_coefficient
 
 
@@ -275,9 +275,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             for param in partition.params:
                 one, shards = trained_of(param), shards_at(param)
                 if one is not None and one.partition is partition:
-                    del param._zero  # type: ignore[attr-defined]
-                    if shards is not None:
-                        param._zero = ZeroParam(shards.name, shards=shards)  # type: ignore[attr-defined]
+                    carry(param, None if shards is None else ZeroParam(shards.name, shards=shards))
         for param_group, params in zip(self.optimizer.param_groups, self._given, strict=True):
             param_group["params"] = params
         self.optimizer.state.clear()
@@ -362,7 +360,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Let each parameter know who trains it."""
         for index, (name, param) in enumerate(zip(partition.names, partition.params, strict=True)):
             one = Trained(name, index, partition, store, self.reducer, lambda: self.loss_scale)
-            param._zero = ZeroParam(name, one, shards_at(param))  # type: ignore[attr-defined]
+            carry(param, ZeroParam(name, one, shards_at(param)))
 
 
 # ``zero_grad`` of the torch optimizer that the user still holds clears what the engine has taken over too: its param
