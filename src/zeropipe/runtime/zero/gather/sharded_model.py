@@ -92,6 +92,8 @@ class ShardedModel:
 
     def conduct(self, reducer: Reducer) -> None:
         """Let the reductions of gradients and the gathers of parameters take care of each other."""
+        # A rank that waits for a reduction while its peer waits for it in a gather would wait for ever: gathers carry
+        # how far each rank's reductions are, and the reducer waits for no more.
         reducer.conductor = self.coordinator
         self.coordinator.reductions = reducer
 
@@ -109,6 +111,7 @@ class ShardedModel:
         with them, until ``zero.unshard_module`` makes them whole."""
         self.hooks.remove()
         self.coordinator.end_backward(step=True)
+        # What stayed for this engine's sake is freed, unless another or a user's context still holds it.
         for shards in self.persistent:
             shards.stay(False)
             shards.release_if_idle()
@@ -124,6 +127,7 @@ class ShardedModel:
             kept = shards.own.master is not None or is_trained(shards.param)
             if not kept and offload.is_remote(shards.full.device):
                 by_dtype.setdefault(shards.dtype, []).append(shards)
+        # One place for all of a dtype: one pinned block, or one file, instead of one for each parameter.
         for dtype, members in by_dtype.items():
             layout = flat_shards(((s.name, (s.shard_numel,), "") for s in members), 1)
             flat = offload.source(layout.numel, dtype, members[0].full.device)
@@ -134,6 +138,7 @@ class ShardedModel:
 
     def _persist(self, sharding: Sharding) -> list[Shards]:
         """Gather the small parameters once and for all, as far as the model's threshold allows."""
+        # First come, first served in the order of the model, which is the same on every rank, as a gather needs all.
         chosen, total = [], 0
         for shards in self.shards:
             small = shards.numel <= sharding.param_persistence_threshold
@@ -169,6 +174,7 @@ def shard_module(
                 fix="give zero.Init (or MiCS_Init) the configuration that initialize gets, and around a "
                 "PipelineModule also mpu=PipelineParallelGrid(topology)",
             )
+        # Also those of zero.Init, which could not know the model's names.
         shards.adopt(name, ident, within, group)
         shards.cast(dtypes.get(param, shards.dtype), place.device)
         made.append(shards)
@@ -189,6 +195,7 @@ def unsharded(
     gathered = GatheredParameters(model, modifier_rank, enabled=enabled)
     with ExitStack() as stack:
         stack.enter_context(gathered)
+        # No gather will follow in which a rank that runs other modules would be missed: words are left unsaid.
         for conductor in dict.fromkeys(shards.conductor for shards in shards_among(gathered.params)):
             if conductor is not None:
                 stack.enter_context(conductor.silent())
@@ -216,12 +223,12 @@ def unshard(module: torch.nn.Module) -> Unsharding:
         ahead.wait()
 
     Repeating it changes nothing. Edits are dropped by ``reshard``: edit inside ``GatheredParameters``.
-    On gloo a gather in two hops is waited for: what this rank does next may be to wait for a rank that needs it.
     """
     found = shards_in(module)
     for shards in found:
         shards.start_gather()
         shards.pin(True)
+    # On gloo a gather in two hops is waited for: what this rank does next may be to wait for a rank that needs it.
     for shards in found:
         shards.finish_gather(unless_alone=True)
     return Unsharding(module, found)
@@ -247,6 +254,7 @@ def unshard_module(module: torch.nn.Module) -> torch.nn.Module:
                 f"unshard_module: an engine uses parameter '{shards.name}'",
                 fix="call engine.destroy() first, or use 'with zero.unsharded(model):'",
             )
+    # One by one, so that no more than one parameter is there twice.
     for shards in found:
         param = shards.param
         whole = shards.whole()

@@ -94,6 +94,7 @@ def _gather_whole(module: torch.nn.Module, state: Any, prefix: str, metadata: An
         elif isinstance(value, AwayValue) or (value is not param and _shows(shards, value)):
             wanted[key] = shards  # with ``keep_vars`` the value is the parameter itself
     _meet(wanted.values())
+    # One at a time: what all of them take is the state dict's own memory, which the caller has asked for.
     for key, shards in wanted.items():
         state[key] = shards.whole(asked=state)
     if using is not None:
@@ -132,6 +133,8 @@ def _cut_shards(
     """[3]"""
     metadata["assign_to_params_buffers"] = False  # a shard cannot be replaced by the tensor that is loaded
     for name, _, shards in _own(module):
+        # Whole: torch copies into the value itself, of which the shards would not learn. Away: torch sees the whole
+        # shape, so that its checks and messages are the usual ones, and the copy comes to ``Shards.write``.
         if shards.state in (State.WHOLE, State.INFLIGHT):
             value = state.get(prefix + name)
             if not isinstance(value, torch.Tensor):
@@ -189,13 +192,16 @@ class Fetching:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.active = False
+        # [1] Uses are again the affair of whoever fetches outside.
         self._instead.close()
         for shards in self._shards:
             shards.end_loading()
         self.let_go(keep=error is None)
+        # [2] Those that were whole before, persistent or held by somebody else, were fetched by nobody.
         if error is None:
-            for shards in self._shards:  # those that were whole before: persistent, or held by somebody else
+            for shards in self._shards:
                 _take_writes(shards)
+        # [3] Last, since until here a rank may raise.
         self._say_how_it_ended(error)
 
     def _say_how_it_ended(self, error: BaseException | None) -> None:
@@ -221,6 +227,7 @@ class Fetching:
 
     def keep_copies(self, state: Any) -> None:
         """Replace tensors in ``state`` that lie in gathered values by copies, before those are freed."""
+        # By their memory: a class's own code may have put in a view, a part, or the value under another name.
         homes = {hold.shards.full.untyped_storage().data_ptr(): hold.shards for hold in self._held}
         for key, value in state.items() if homes else ():
             if not isinstance(value, torch.Tensor) or shards_of(value) is not None:
