@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zeropipe.comm.group import init_distributed
-from zeropipe.config.parse import parse_config
+from zeropipe.config.parse import only_one, parse_config
 from zeropipe.errors import ConfigError
 from zeropipe.runtime.engine.build import build, shared_fate
 from zeropipe.runtime.engine.engine import DeepSpeedEngine
@@ -65,7 +65,9 @@ def initialize(
             "initialize: model", expected="a torch.nn.Module", found=found, fix="pass model=your module"
         )
     with shared_fate(group=None):
-        parsed = parse_config(_find_config(args, config, config_params))
+        named = getattr(args, "deepspeed_config", None)
+        given = {"config": config, "config_params": config_params, "args.deepspeed_config": named}
+        parsed = parse_config(only_one(given))
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     parts = build(
         model,
@@ -91,20 +93,3 @@ def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument("--deepspeed_config", default=None, type=str, help="the engine's JSON configuration")
     return parser
-
-
-def _find_config(args: Any, config: Any, config_params: Any) -> Any:
-    """The one configuration given; raises ConfigError for none or for several."""
-    every = {
-        "config": config,
-        "config_params": config_params,
-        "args.deepspeed_config": getattr(args, "deepspeed_config", None),
-    }
-    given = {name: value for name, value in every.items() if value is not None}
-    if len(given) > 1 and any(value is not config for value in given.values()):
-        raise ConfigError(
-            f"initialize: configuration given twice, as {' and '.join(given)}. Fix: give one of them"
-        )
-    if not given:
-        raise ConfigError("initialize: no configuration. Fix: pass config= a dict or the path of a JSON file")
-    return next(iter(given.values()))

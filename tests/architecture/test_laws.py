@@ -13,6 +13,7 @@ import pytest
 from tests.architecture import rules, structure
 from tests.architecture.rules import File, Violation
 from tests.architecture.structure import Found
+from tests.architecture.walk import returns, walk
 
 Rule = Callable[[File], Iterator[Violation]]
 TreeRule = Callable[[Sequence[File]], Iterator[Found]]
@@ -184,3 +185,11 @@ def test_folders_are_short(files: list[File]) -> None:
         "runtime/zero/hold": "offloading and stepping are two ideas in two files each",
     }
     check_tree(files, structure.is_full, allowed)
+
+
+def test_the_way_from_initialize_to_the_engine_is_short() -> None:
+    """One list of steps, in which no file is gone back to for a decision that belongs with another."""
+    way = walk()
+    told = "\n".join(f"{stop.path}: {', '.join(stop.functions)}" for stop in way)
+    assert way[-1].path == "runtime/engine/engine.py", told
+    assert len(way) <= 20 and returns(way) <= 5, f"{len(way)} stops, {returns(way)} returns\n{told}"

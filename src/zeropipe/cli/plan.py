@@ -18,8 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zeropipe.config import reference as reference_text
-from zeropipe.config.batch import ACCUMULATION, MICRO, TRAIN, solve_batch
-from zeropipe.config.checks import check_world
+from zeropipe.config.batch import ACCUMULATION, MICRO, TRAIN, check_world, solve_batch
 from zeropipe.config.parse import parse_config
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, ScheduleError

@@ -1,9 +1,13 @@
-"""Solves the batch triple: samples per step = micro batch x accumulation steps x data-parallel ranks."""
+"""What the number of data-parallel ranks decides: the batch triple, and whether shard groups divide it.
+
+samples per step = micro batch x accumulation steps x ranks
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError
 
 TRAIN = "train_batch_size"
@@ -92,3 +96,20 @@ def _indivisible(text: str, train: int, micro: int | None, gas: int | None, worl
         found=train,
         fix=", or ".join(ways),
     )
+
+
+def check_world(config: Config, world: int) -> None:
+    """Check what depends on the number of data-parallel ranks. Raises ConfigError."""
+    zero = config.zero_optimization
+    for name, size, off in (
+        ("mics_shard_size", zero.mics_shard_size, -1),
+        ("zero_hpz_partition_size", zero.zero_hpz_partition_size, 1),
+    ):
+        if zero.stage == 3 and size > 0 and size != off and world % size:
+            divisors = ", ".join(str(d) for d in range(1, world + 1) if world % d == 0)
+            raise ConfigError(
+                f"config key 'zero_optimization.{name}'",
+                expected=f"a divisor of the world size {world}",
+                found=size,
+                fix=f"use one of {divisors}",
+            )

@@ -33,23 +33,6 @@ def check_config(config: Config, auto: Collection[str]) -> dict[str, str]:
     return idle | _idle_at_this_stage(config)
 
 
-def check_world(config: Config, world: int) -> None:
-    """Check what depends on the number of data-parallel ranks. Raises ConfigError."""
-    zero = config.zero_optimization
-    for name, size, off in (
-        ("mics_shard_size", zero.mics_shard_size, -1),
-        ("zero_hpz_partition_size", zero.zero_hpz_partition_size, 1),
-    ):
-        if zero.stage == 3 and size > 0 and size != off and world % size:
-            divisors = ", ".join(str(d) for d in range(1, world + 1) if world % d == 0)
-            raise ConfigError(
-                f"config key '{_ZERO}.{name}'",
-                expected=f"a divisor of the world size {world}",
-                found=size,
-                fix=f"use one of {divisors}",
-            )
-
-
 def _marks_in_use(model: BaseModel, prefix: str) -> Iterator[tuple[str, Mark, Any]]:
     for name, info in type(model).model_fields.items():
         value, path = getattr(model, name), f"{prefix}{name}"

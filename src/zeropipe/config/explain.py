@@ -37,12 +37,12 @@ _OFTEN_MISPLACED = ("zero_optimization", "fp16")
 # Keys, before validation.
 
 
-def check_keys(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Split the known from the foreign: (the known part, names of foreign top-level keys).
+def check_keys(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...], frozenset[str]]:
+    """What of ``config`` has a value of its own, the foreign top-level keys, and the paths of those that are "auto".
 
     Raises ConfigError on an unknown key inside a section, and on a top-level key that was meant to be a known one.
     """
-    known, foreign = dict[str, Any](), []
+    known, foreign, auto = dict[str, Any](), [], set[str]()
     for name, value in config.items():
         if name in Config.model_fields:
             known[name] = value
@@ -53,9 +53,36 @@ def check_keys(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]
         elif name not in _SILENT:
             _check_foreign(name, value)
             foreign.append(name)
-    for name, value in known.items():
-        _check_section(Config, name, value, name)
-    return known, tuple(foreign)
+    return _set(Config, known, "", auto), tuple(foreign), frozenset(auto)
+
+
+def _set(model: type[BaseModel] | None, section: dict[str, Any], path: str, auto: set[str]) -> dict[str, Any]:
+    """A copy of ``section`` without "auto" values and null sections. ``model``: None inside a plain value."""
+    kept = {}
+    for name, value in section.items():
+        where = f"{path}.{name}" if path else name
+        if model is not None and name not in model.model_fields:
+            raise ConfigError(_unknown(model, str(name), value, path))
+        inner = None if model is None else section_of(model, name)
+        if isinstance(value, str) and value == AUTO:
+            auto.add(where)
+        elif isinstance(value, dict):
+            kept[name] = _set(inner, value, where, auto)
+        elif inner is not None and value is not None:
+            raise ConfigError(
+                f"config key {where!r} is a section",
+                expected="an object {...}",
+                found=repr(value),
+                fix=f'write "{name}": {{{_main_key(inner, value)}}}',
+            )
+        # JSON's null leaves a section, and a dict of arguments, to their defaults; of other keys it is a value.
+        elif (
+            value is not None
+            or model is None
+            or not isinstance(model.model_fields[name].default, dict | BaseModel)
+        ):
+            kept[name] = value
+    return kept
 
 
 def _check_foreign(name: str, value: Any) -> None:
@@ -73,23 +100,6 @@ def _check_foreign(name: str, value: Any) -> None:
             return
         meant, fix = f"{owner}.{plain}", f'put it inside its section: "{owner}": {{"{plain}": ...}}'
     raise ConfigError(f"unknown config key {name!r} (value {value!r}) looks like {meant!r}", fix=fix)
-
-
-def _check_section(parent: type[BaseModel], name: str, value: Any, path: str) -> None:
-    model = section_of(parent, name)
-    if model is None or value is None or value == AUTO:
-        return
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"config key {path!r} is a section",
-            expected="an object {...}",
-            found=repr(value),
-            fix=f'write "{name}": {{{_main_key(model, value)}}}',
-        )
-    for inner, inner_value in value.items():
-        if inner not in model.model_fields:
-            raise ConfigError(_unknown(model, str(inner), inner_value, path))
-        _check_section(model, inner, inner_value, f"{path}.{inner}")
 
 
 def _main_key(model: type[BaseModel], value: Any) -> str:

@@ -287,9 +287,20 @@ class Config(Section):
     _auto: frozenset[str] = PrivateAttr(default=frozenset())
     _notices: tuple[Notice, ...] = PrivateAttr(default=())
 
-    def parsed_from(self, raw: dict[str, Any], auto: frozenset[str], notices: tuple[Notice, ...]) -> Config:
-        """This configuration, which now knows what it was made from; for the parser."""
-        self._raw, self._auto, self._notices = raw, auto, notices
+    def parsed_from(
+        self,
+        raw: dict[str, Any],
+        auto: frozenset[str],
+        foreign: tuple[str, ...],
+        idle: dict[str, str],
+        renamed: dict[str, str],
+    ) -> Config:
+        """This configuration, which now knows what it was made from; for the parser.
+
+        ``foreign``: names at the top level. ``idle``: key -> what happens instead. ``renamed``: old -> new name.
+        """
+        self._raw, self._auto = raw, auto
+        self._notices = tuple(_notices(foreign, idle, renamed))
         return self
 
     @property
@@ -330,3 +341,21 @@ def _flatten(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flatten(inner, f"{path}.")
         else:
             yield path, inner
+
+
+def _notices(foreign: tuple[str, ...], idle: dict[str, str], renamed: dict[str, str]) -> Iterator[Notice]:
+    if foreign:
+        text = f"passed over {len(foreign)} key(s) that zeropipe does not know: {', '.join(foreign)}"
+        dotted = next((name for name in foreign if "." in name), None)
+        if dotted:
+            nested = dotted.replace(".", " -> ")
+            text += f" (a dotted name is not read as a path: write {nested} as nested objects)"
+        yield Notice(NoticeKind.FOREIGN, foreign, f"configuration: {text}")
+    if idle:
+        listed = "; ".join(f"{name} ({why})" for name, why in idle.items())
+        text = f"configuration: these keys have no effect here: {listed}"
+        yield Notice(NoticeKind.NO_EFFECT, tuple(idle), text)
+    if renamed:
+        listed = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
+        text = f"configuration: old names read as new ones: {listed}"
+        yield Notice(NoticeKind.RENAMED, tuple(renamed), text)

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from zeropipe.config.batch import solve_batch
-from zeropipe.config.checks import check_world
+from zeropipe.config.batch import check_world, solve_batch
 from zeropipe.config.parse import parse_config
 from zeropipe.errors import ConfigError
 

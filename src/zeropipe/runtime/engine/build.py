@@ -12,8 +12,7 @@ import torch
 
 from zeropipe.comm.agreement import agree
 from zeropipe.comm.group import SELF, Group, world
-from zeropipe.config.batch import solve_batch
-from zeropipe.config.checks import check_world
+from zeropipe.config.batch import check_world, solve_batch
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
 from zeropipe.runtime import lr_schedules
@@ -51,7 +50,7 @@ from zeropipe.runtime.zero.hold.policy import (
 from zeropipe.runtime.zero.hold.survey import Communicates
 from zeropipe.runtime.zero.marks import leaf_modules
 from zeropipe.runtime.zero.param import is_sharded, is_trained
-from zeropipe.runtime.zero.replication import Replication, shard_size
+from zeropipe.runtime.zero.replication import shard_size
 
 _log = logging.getLogger("zeropipe")
 _OUTCOME = "the outcome of initialize"
@@ -81,15 +80,15 @@ def build(
 
     # [1] Each rank by itself, and whatever one cannot do is told to the others before they wait for it.
     with shared_fate(group):
+        device = pick_device(args)
+        model_group, counts = model_parts(model, mpu)
         check_world(config, group.size)
         micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
         clock = Clock(solve_batch(config.train_batch_size, micro, accumulation, group.size))
-        policy = policy_of(config)
-        device = pick_device(args)
-        model_group, counts = model_parts(model, mpu)
         dtypes = decide_dtypes(model, device, config, model_group)
         refuse_shared_memory(model)
         place_module(model, device, dtypes)
+        policy = policy_of(config)
         base = make_optimizer(optimizer, model, model_parameters, config, policy, device)
         schedule = make_scheduler(lr_scheduler, base, config)
         check_room(model, group, config, policy, dtypes)
@@ -109,8 +108,7 @@ def build(
     agree({_OUTCOME: "prepared", **items}, group)
 
     # [3] Shards first: the optimizer takes the parameters as they are from then on.
-    replicas = replication(config, group, mesh)
-    sharded = shard_model(model, group, device, config, dtypes, replicas)
+    sharded = shard_model(model, group, mesh, device, config, dtypes)
     zero: ZeroOptimizer | None = None
     if base is not None:
         options = StepOptions(
@@ -120,7 +118,7 @@ def build(
             refuse_unused=not config.zero_optimization.ignore_unused_parameters,
             model_group=model_group,
             counts=counts,
-            replicas=replicas.replicas,
+            replicas=SELF if sharded is None else sharded.parts.replicas,
         )
         names = {param: name for name, param in model.named_parameters()}
         zero = ZeroOptimizer(
@@ -210,12 +208,12 @@ def scaler_of(config: Config) -> LossScaler | DynamicLossScaler | None:
 def shard_model(
     module: torch.nn.Module,
     group: Group,
+    mesh: Any,
     device: torch.device,
     config: Config,
     dtypes: Dtypes,
-    parts: Replication | None = None,
 ) -> ShardedModel | None:
-    """At stage 3, make the module's parameters shards; None at the other stages."""
+    """At stage 3, make the module's parameters shards; None at the other stages. Collective."""
     zero = config.zero_optimization
     if zero.stage != 3:
         sharded = next((name for name, param in module.named_parameters() if is_sharded(param)), None)
@@ -237,6 +235,7 @@ def shard_model(
         apply_sees_whole=zero.override_module_apply,
     )
     leaves = leaf_modules(module, zero.leaf_module)
+    parts = replication(config.zero_optimization, group, mesh)
     return ShardedModel(module, group, sharding, device, dtypes.tensors, leaves, parts)
 
 

@@ -15,7 +15,7 @@ import torch
 from zeropipe.checkpoint.save.records import Grid
 from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import SELF, Group, from_process_group, world
-from zeropipe.config.schema import Config
+from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
 from zeropipe.runtime.zero.param import is_sharded, is_trained
 from zeropipe.runtime.zero.replication import Replication, replicated, shard_size, with_hops
@@ -48,11 +48,8 @@ def data_parallel_group(mpu: Any, mesh: Any) -> Group:
     return from_process_group(mesh.get_group("data_parallel" if "data_parallel" in names else 0))
 
 
-def replication(config: Config, group: Group, mesh: Any) -> Replication:
+def replication(zero: ZeroOptimization, group: Group, mesh: Any) -> Replication:
     """Which ranks of ``group`` share one copy of the shards at stage 3, from the config or a 2-D mesh; collective."""
-    zero = config.zero_optimization
-    if zero.stage != 3:
-        return Replication(group)
     size = shard_size(zero)
     pair = None if mesh is None or not hasattr(mesh, "get_group") else _mesh_pair(mesh)
     if pair is None:
