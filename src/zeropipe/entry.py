@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from zeropipe.comm.group import init_distributed
-from zeropipe.config.parse import only_one, parse_config
+from zeropipe.config.parse import Source, only_one, parse_config
+from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError
+from zeropipe.given import (
+    DataLike,
+    Mesh,
+    Mpu,
+    Namespace,
+    OptimizerLike,
+    ParametersLike,
+    ScheduleLike,
+)
 from zeropipe.runtime.engine.build import build, shared_fate
 from zeropipe.runtime.engine.engine import DeepSpeedEngine
 from zeropipe.runtime.pipe.engine import PipelineEngine
@@ -20,19 +31,19 @@ from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 
 @collecting_later()
 def initialize(
-    args: Any = None,
+    args: Namespace = None,
     model: torch.nn.Module | None = None,
-    optimizer: Any = None,
-    model_parameters: Any = None,
-    training_data: Any = None,
-    lr_scheduler: Any = None,
+    optimizer: OptimizerLike = None,
+    model_parameters: ParametersLike = None,
+    training_data: DataLike = None,
+    lr_scheduler: ScheduleLike = None,
     distributed_port: int | None = None,
-    mpu: Any = None,
+    mpu: Mpu = None,
     dist_init_required: bool | None = None,
-    collate_fn: Any = None,
-    config: Any = None,
-    mesh_param: Any = None,
-    config_params: Any = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: Source | Config = None,
+    mesh_param: Mesh = None,
+    config_params: Source | Config = None,
 ) -> tuple[DeepSpeedEngine, ZeroOptimizer | None, Any, Any]:
     """Make an engine of ``model``; collective over all ranks.
 

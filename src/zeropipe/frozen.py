@@ -6,8 +6,10 @@ from dataclasses import fields
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
+from zeropipe.given import Anything, Json
 
-def to_json(value: Any) -> Any:
+
+def to_json(value: Anything) -> Any:
     """``value`` in JSON's words: a dataclass as an object, a tuple as a list, anything else as it is."""
     if _is_record(value):
         kind: Any = type(value)
@@ -15,11 +17,12 @@ def to_json(value: Any) -> Any:
     return list(map(to_json, value)) if isinstance(value, tuple) else value
 
 
-def from_json(kind: Any, data: Any) -> Any:
+def from_json(kind: Anything, data: Json) -> Any:
     """What ``to_json`` was given, of the type ``kind``. Raises KeyError or TypeError where ``data`` is not of it."""
     if _is_record(kind):
         return kind(**{name: from_json(of, data[name]) for name, of in _types(kind).items()})
-    if get_origin(kind) is tuple:
+    origin: Any = get_origin(kind)
+    if origin is tuple:
         return tuple(from_json(get_args(kind)[0], item) for item in data)
     return data
 

@@ -372,3 +372,29 @@ def unfinished(file: File) -> Iterator[Violation]:
     for number, line in enumerate(file.text.splitlines(), 1):
         if re.search(r"\b(TODO|FIXME|XXX|HACK)\b", line):
             yield number, line.strip()
+
+
+def takes_anything(file: File) -> Iterator[Violation]:
+    """An argument of a public function that is typed ``Any``: its type, or a name of ``given.py`` that says why not."""
+    for node, public in _with_publicity(file.tree, True):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if public and (not node.name.startswith("_") or node.name == "__init__"):
+            for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+                if arg.annotation is not None and _is_any(arg.annotation):
+                    yield arg.lineno, f"{node.name}({arg.arg}: {ast.unparse(arg.annotation)})"
+
+
+def _with_publicity(node: ast.AST, public: bool) -> Iterator[tuple[ast.AST, bool]]:
+    """Everything in modules and classes, but not inside functions; and whether only public classes are around it."""
+    for inner in ast.iter_child_nodes(node):
+        yield inner, public
+        if isinstance(inner, ast.ClassDef):
+            yield from _with_publicity(inner, public and not inner.name.startswith("_"))
+
+
+def _is_any(annotation: ast.expr) -> bool:
+    """``Any``, alone or beside other types, of which it makes nothing more."""
+    if isinstance(annotation, ast.BinOp):
+        return _is_any(annotation.left) or _is_any(annotation.right)
+    return dotted(annotation) in ("Any", "typing.Any")

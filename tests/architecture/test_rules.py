@@ -89,6 +89,10 @@ CASES = [
     (rules.prints, "print(1)", "printer(1)"),
     (rules.prints, "sys.stdout.write('x')", "file.write('x')"),
     (rules.unfinished, "# TO" + "DO: later", "# to do so is right"),
+    (rules.takes_anything, "def f(x: Any): ...", "def f(x: Tree, *args: Any, **kwargs: Any) -> Any: ..."),
+    (rules.takes_anything, "class A:\n    def __init__(self, x: int | Any): ...", "def _f(x: Any): ..."),
+    (rules.takes_anything, "def f(*, x: typing.Any): ...", "class _A:\n    def f(self, x: Any): ..."),
+    (rules.takes_anything, "async def f(x: Any): ...", "def f(x: dict[str, Any]):\n    def g(y: Any): ..."),
 ]
 
 

@@ -18,10 +18,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
+from zeropipe.given import Json
+
 AUTO = "auto"
 
 
-def key(default: Any, text: str, **limits: Any) -> Any:
+def key(default: Json, text: str, **limits: Any) -> Any:
     """A configuration key: its default, what it does, and the limits of its value."""
     return Field(default=default, description=text, **limits)
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from zeropipe.errors import CheckpointError, UsageError
+from zeropipe.given import DataLike
 
 
 class _From(Sampler[int]):
@@ -168,7 +169,7 @@ class RepeatingLoader:
     Raises UsageError when the loader is empty, rather than turn for ever.
     """
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: DataLike) -> None:
         self.loader = loader
         self._iterator: Iterator[Any] = iter(())
 

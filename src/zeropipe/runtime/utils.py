@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from zeropipe.comm.group import world
+from zeropipe.given import Tree
 from zeropipe.utils.logging import logger
 
 
@@ -30,7 +31,7 @@ def collecting_later() -> Iterator[None]:
 
 
 def move_to_device(
-    item: Any, device: torch.device | str, criterion_func: Callable[[Any], bool] = torch.is_tensor
+    item: Tree, device: torch.device | str, criterion_func: Callable[[Any], bool] = torch.is_tensor
 ) -> Any:
     """``item`` on ``device``: what ``criterion_func`` accepts, also inside lists, tuples and dicts."""
     if criterion_func(item):

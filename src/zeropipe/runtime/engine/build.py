@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -15,6 +15,7 @@ from zeropipe.comm.group import SELF, Group, world
 from zeropipe.config.batch import check_world, solve_batch
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
+from zeropipe.given import DataLike, Mesh, Mpu, Namespace, OptimizerLike, ParametersLike, ScheduleLike
 from zeropipe.runtime import lr_schedules
 from zeropipe.runtime.dataloader import ZeroDataLoader
 from zeropipe.runtime.engine.dtypes import (
@@ -60,14 +61,14 @@ def build(
     model: torch.nn.Module,
     config: Config,
     *,
-    optimizer: Any = None,
-    model_parameters: Any = None,
-    training_data: Any = None,
-    lr_scheduler: Any = None,
-    mpu: Any = None,
-    mesh: Any = None,
-    collate_fn: Any = None,
-    args: Any = None,
+    optimizer: OptimizerLike = None,
+    model_parameters: ParametersLike = None,
+    training_data: DataLike = None,
+    lr_scheduler: ScheduleLike = None,
+    mpu: Mpu = None,
+    mesh: Mesh = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    args: Namespace = None,
 ) -> Parts:
     """The parts of an engine, of what a user gave ``initialize``; collective over all ranks."""
     stages = SELF
@@ -208,7 +209,7 @@ def scaler_of(config: Config) -> LossScaler | DynamicLossScaler | None:
 def shard_model(
     module: torch.nn.Module,
     group: Group,
-    mesh: Any,
+    mesh: Mesh,
     device: torch.device,
     config: Config,
     dtypes: Dtypes,
@@ -249,9 +250,9 @@ def check_room(module: torch.nn.Module, group: Group, config: Config, policy: Po
 
 
 def make_optimizer(
-    asked: Any,
+    asked: OptimizerLike,
     module: torch.nn.Module,
-    parameters: Any,
+    parameters: ParametersLike,
     config: Config,
     policy: Policy,
     device: torch.device,
@@ -297,7 +298,7 @@ def make_optimizer(
     return optimizer
 
 
-def make_scheduler(given: Any, optimizer: torch.optim.Optimizer | None, config: Config) -> Any:
+def make_scheduler(given: ScheduleLike, optimizer: torch.optim.Optimizer | None, config: Config) -> Any:
     """The schedule: the given one, one from a callable of the torch optimizer, one from the config, or None."""
     if optimizer is None:
         return None

@@ -10,6 +10,7 @@ its ``scaling``; ``face`` has what users ask of it beside these calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from zeropipe.errors import UsageError
+from zeropipe.given import DataLike
 from zeropipe.runtime.dataloader import ZeroDataLoader
 from zeropipe.runtime.engine.checkpoints import Checkpoints
 from zeropipe.runtime.engine.dtypes import DTYPES
@@ -151,12 +153,12 @@ class DeepSpeedEngine(Face):
 
     def deepspeed_io(
         self,
-        dataset: Any,
+        dataset: DataLike,
         batch_size: int | None = None,
         route: str = "train",
         pin_memory: bool = False,
-        data_sampler: Any = None,
-        collate_fn: Any = None,
+        data_sampler: DataLike = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
         num_local_io_workers: int | None = None,
     ) -> ZeroDataLoader:
         """A loader of this rank's micro-batches of ``dataset``; shuffled where ``route`` is ``train``."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from zeropipe.given import DataLike, ScheduleLike
 from zeropipe.runtime.engine.checkpoints import Checkpoints
 from zeropipe.runtime.engine.module_state import load_weights, module_state, save_weights, whole_weights
 from zeropipe.runtime.engine.parts import Clock, Parts
@@ -38,7 +39,7 @@ class Face(torch.nn.Module):
         return self._parts.lr_scheduler
 
     @lr_scheduler.setter
-    def lr_scheduler(self, schedule: Any) -> None:
+    def lr_scheduler(self, schedule: ScheduleLike) -> None:
         self._parts.take_schedule(schedule)
 
     @property
@@ -46,7 +47,7 @@ class Face(torch.nn.Module):
         return self._parts.training_dataloader
 
     @training_dataloader.setter
-    def training_dataloader(self, loader: Any) -> None:
+    def training_dataloader(self, loader: DataLike) -> None:
         self._parts.take_loader(loader)
 
     @property

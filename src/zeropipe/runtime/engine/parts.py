@@ -20,6 +20,7 @@ from zeropipe.comm.group import SELF, Group
 from zeropipe.config.batch import BatchSizes
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UsageError
+from zeropipe.given import DataLike, ScheduleLike
 from zeropipe.runtime.engine.dtypes import MixedInputs
 from zeropipe.runtime.lr_schedules.base import step_schedule
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
@@ -146,10 +147,10 @@ class Parts:
             )
         return self.optimizer
 
-    def take_schedule(self, schedule: Any) -> None:
+    def take_schedule(self, schedule: ScheduleLike) -> None:
         self.lr_scheduler = schedule
 
-    def take_loader(self, loader: Any) -> None:
+    def take_loader(self, loader: DataLike) -> None:
         self.training_dataloader = loader
 
     def drop(self) -> None:
@@ -174,7 +175,7 @@ class Steps:
         self._passes = 0  # of the reducer, when the current micro-step began
         self._left = Left.NOTHING
 
-    def end(self, schedule: Any, arguments: dict[str, Any] | None) -> bool:
+    def end(self, schedule: ScheduleLike, arguments: dict[str, Any] | None) -> bool:
         """End the micro-step; whether an optimizer step was tried, of which has to be told (then call ``told``)."""
         optimizer, reducer = self._optimizer, self._optimizer.reducer
         # [1] The rest of a step that raised after the optimizer had stepped. With no backward since, that is all.

@@ -17,6 +17,7 @@ from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import SELF, Group, from_process_group, world
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
+from zeropipe.given import Mesh, Mpu, Namespace
 from zeropipe.runtime.zero.param import is_sharded, is_trained
 from zeropipe.runtime.zero.replication import Replication, replicated, shard_size, with_hops
 
@@ -24,7 +25,7 @@ _SLICE_RANK = ("get_tensor_model_parallel_rank", "get_slice_parallel_rank")
 _SLICES = ("get_tensor_model_parallel_world_size", "get_slice_parallel_world_size")
 
 
-def data_parallel_group(mpu: Any, mesh: Any) -> Group:
+def data_parallel_group(mpu: Mpu, mesh: Mesh) -> Group:
     """The ranks that hold replicas of this rank's part of the model: from ``mpu``, a device mesh, or all."""
     own = getattr(mpu, "data_group", None)
     if isinstance(own, Group):
@@ -48,7 +49,7 @@ def data_parallel_group(mpu: Any, mesh: Any) -> Group:
     return from_process_group(mesh.get_group("data_parallel" if "data_parallel" in names else 0))
 
 
-def replication(zero: ZeroOptimization, group: Group, mesh: Any) -> Replication:
+def replication(zero: ZeroOptimization, group: Group, mesh: Mesh) -> Replication:
     """Which ranks of ``group`` share one copy of the shards at stage 3, from the config or a 2-D mesh; collective."""
     size = shard_size(zero)
     pair = None if mesh is None or not hasattr(mesh, "get_group") else _mesh_pair(mesh)
@@ -74,7 +75,7 @@ def _mesh_pair(mesh: Any) -> tuple[str, str] | None:
 
 
 def model_parts(
-    module: torch.nn.Module, mpu: Any
+    module: torch.nn.Module, mpu: Mpu
 ) -> tuple[Group, Callable[[torch.nn.Parameter], bool] | None]:
     """The ranks that hold the other parts of this replica, and which parameters count here in a norm over them."""
     if mpu is None:
@@ -97,7 +98,7 @@ def model_parts(
     return group, counts
 
 
-def grid_of(group: Group, mpu: Any) -> Grid:
+def grid_of(group: Group, mpu: Mpu) -> Grid:
     """This rank's place, as checkpoints name it."""
     if mpu is None:
         return Grid(group.rank, group.size, group.rank, group.size)
@@ -115,7 +116,7 @@ def _ask(mpu: Any, *names: str, default: int = 0) -> int:
     return default if found is None else int(found())
 
 
-def pick_device(args: Any = None) -> torch.device:
+def pick_device(args: Namespace = None) -> torch.device:
     """This rank's GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")

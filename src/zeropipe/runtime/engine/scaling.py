@@ -28,6 +28,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from zeropipe.errors import UsageError
+from zeropipe.given import Tree
 from zeropipe.runtime.zero.param import is_trained
 
 
@@ -85,7 +86,7 @@ class Scaling:
     def factor(self) -> float:
         return self.loss_scale() / self.accumulation_steps()
 
-    def enter(self, inputs: Any) -> None:
+    def enter(self, inputs: Tree) -> None:
         """Have gradients leave through ``inputs`` (any nest of containers that torch's pytree knows) as true ones.
 
         Not through what was computed from parameters of an engine, where they are converted when they arrive.

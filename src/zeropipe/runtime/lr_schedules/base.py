@@ -15,9 +15,10 @@ import torch
 from torch.optim import Optimizer
 
 from zeropipe.errors import CheckpointError, ConfigError, UsageError
+from zeropipe.given import OptimizerLike, ScheduleLike
 
 
-def get_torch_optimizer(optimizer: Any) -> Optimizer:
+def get_torch_optimizer(optimizer: OptimizerLike) -> Optimizer:
     """``optimizer`` itself, or the torch optimizer that it wraps as ``.optimizer``. Raises UsageError else."""
     for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
         if isinstance(candidate, Optimizer):
@@ -63,7 +64,7 @@ class Schedule(ABC):
     optimizer; each ``step()`` writes those of the next iteration. A ``lr`` that is a tensor is filled in place.
     """
 
-    def __init__(self, optimizer: Any, last_batch_iteration: int = -1) -> None:
+    def __init__(self, optimizer: OptimizerLike, last_batch_iteration: int = -1) -> None:
         self.optimizer = get_torch_optimizer(optimizer)
         self.last_batch_iteration = last_batch_iteration
         self._last_lr: list[float] | None = None
@@ -134,7 +135,9 @@ class Schedule(ABC):
         self._last_lr = self.get_lr() if self.last_batch_iteration >= 0 else None
 
 
-def step_schedule(schedule: Any, param_groups: Sequence[dict[str, Any]], arguments: dict[str, Any]) -> None:
+def step_schedule(
+    schedule: ScheduleLike, param_groups: Sequence[dict[str, Any]], arguments: dict[str, Any]
+) -> None:
     """``schedule.step(**arguments)``; where that raises, it and ``param_groups`` are as they were."""
     # Shallow: schedules replace what they count, and a copy of all would cost every step.
     before = [(vars(part), dict(vars(part))) for part in _parts(schedule)]

@@ -23,6 +23,7 @@ from torch.optim import lr_scheduler as torch_schedules
 from torch.optim.lr_scheduler import LRScheduler
 
 from zeropipe.errors import ConfigError
+from zeropipe.given import OptimizerLike
 from zeropipe.runtime.lr_schedules.base import Schedule, get_torch_optimizer, per_group, positive
 from zeropipe.runtime.lr_schedules.config import VALID_LR_SCHEDULES, WARMUP_LINEAR_RATE, WARMUP_LOG_RATE
 
@@ -68,7 +69,7 @@ class WarmupLR(_Warmup):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         warmup_min_lr: float | Sequence[float] = 0.0,
         warmup_max_lr: float | Sequence[float] | None = None,
         warmup_num_steps: int = 1000,
@@ -97,7 +98,7 @@ class WarmupDecayLR(WarmupLR):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         total_num_steps: int,
         warmup_min_lr: float | Sequence[float] = 0.0,
         warmup_max_lr: float | Sequence[float] | None = 0.001,
@@ -125,7 +126,7 @@ class WarmupCosineLR(_Warmup):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         total_num_steps: int,
         warmup_min_ratio: float = 0.0,
         warmup_num_steps: int = 1000,
@@ -169,7 +170,7 @@ class LRRangeTest(Schedule):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         lr_range_test_min_lr: float | Sequence[float] = 1e-3,
         lr_range_test_step_size: int = 2000,
         lr_range_test_step_rate: float = 1.0,
@@ -205,7 +206,7 @@ class OneCycle(Schedule):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         cycle_min_lr: float | Sequence[float],
         cycle_max_lr: float | Sequence[float],
         decay_lr_rate: float = 0.0,
@@ -319,7 +320,9 @@ def _find(name: str) -> type[Any]:
     )
 
 
-def build(name: str, optimizer: Any, params: Mapping[str, Any] | None = None) -> Schedule | LRScheduler:
+def build(
+    name: str, optimizer: OptimizerLike, params: Mapping[str, Any] | None = None
+) -> Schedule | LRScheduler:
     """The schedule ``name`` on ``optimizer`` (a torch optimizer, or an object with one as ``.optimizer``).
 
     Raises ConfigError for a name or a parameter that is not known, and for one that is missing.
