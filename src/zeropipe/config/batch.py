@@ -32,10 +32,8 @@ class BatchSizes:
 
 
 def solve_batch(train: int | None, micro: int | None, gas: int | None, world: int) -> BatchSizes:
-    """Complete the triple from what is given, for ``world`` data-parallel ranks.
+    """Complete the triple from what is given, for ``world`` data-parallel ranks. One size alone: no accumulation.
 
-    One size alone means no accumulation. Nothing at all means one sample per rank: engines that only do inference
-    are built from configurations without any batch size, and never use it.
     Raises ConfigError naming all four numbers, with numbers that would work.
     """
     sizes = {TRAIN: train, MICRO: micro, ACCUMULATION: gas, "world size": world}
@@ -55,6 +53,7 @@ def solve_batch(train: int | None, micro: int | None, gas: int | None, world: in
                 f"{given}: the accumulation alone does not say how many samples",
                 fix=f"add {MICRO}, for example 1, which makes {TRAIN} {gas * world}",
             )
+        # Engines that only do inference are built without any batch size, and never use it: one sample per rank.
         micro = 1
     # [2] Without the whole there is nothing to contradict.
     if train is None:
@@ -68,6 +67,7 @@ def solve_batch(train: int | None, micro: int | None, gas: int | None, world: in
             raise _indivisible(given, train, micro, gas, world)
         micro, gas = (share, gas or 1) if micro is None else (micro, share)
     if train != micro * gas * world:
+        # Each of the three may be the one that is wrong; those that no whole number mends are left out.
         ways = [f"set {TRAIN} to {micro * gas * world}"]
         for name, other in ((ACCUMULATION, micro), (MICRO, gas)):
             if train % (other * world) == 0:
@@ -100,6 +100,7 @@ def _indivisible(text: str, train: int, micro: int | None, gas: int | None, worl
 
 def check_world(config: Config, world: int) -> None:
     """Check what depends on the number of data-parallel ranks. Raises ConfigError."""
+    # A parameter's shards are dealt out evenly: a group that is smaller than the others would hold other shards.
     zero = config.zero_optimization
     for name, size, off in (
         ("mics_shard_size", zero.mics_shard_size, -1),

@@ -20,6 +20,7 @@ def check_config(config: Config, auto: Collection[str]) -> dict[str, str]:
     ``auto``: paths of the keys that are left to other software, so that it is no contradiction to lack them.
     Raises ConfigError for a use that would change results and is not offered, and for contradictions.
     """
+    # [1] Keys one by one. A key without effect is passed over, unless results would differ from what it asks for.
     idle: dict[str, str] = {}
     for path, mark, value in _marks_in_use(config, ""):
         if mark.fix is not None:
@@ -27,6 +28,7 @@ def check_config(config: Config, auto: Collection[str]) -> dict[str, str]:
                 f"config key {path!r} = {_short(value)} is not offered: {mark.why}", fix=mark.fix
             )
         idle[path] = mark.why
+    # [2] Keys together. [3] What another stage would do.
     _check_precision(config)
     _check_parts(config, auto)
     _check_placement(config)
@@ -61,6 +63,7 @@ def _check_precision(config: Config) -> None:
             "config keys 'fp16.auto_cast' and 'torch_autocast.enabled' are both true, and each casts inputs",
             fix="set 'fp16.auto_cast' to false",
         )
+    # The key says again what the sections say; where they differ, neither is to be believed.
     chosen = config.data_types.param_dtype
     if chosen not in (None, config.precision):
         raise ConfigError(
@@ -85,6 +88,7 @@ def _check_parts(config: Config, auto: Collection[str]) -> None:
                 f"config key '{name}.type' is missing beside '{name}.params' = {_short(part.params)}",
                 fix=f'add "type", for example "{example}", or remove {name!r}',
             )
+    # What Accelerate writes for none is taken.
     size = config.tensor_parallel.get("autotp_size", 0)
     if size not in (0, 1, None, "auto"):
         raise ConfigError(
@@ -92,6 +96,8 @@ def _check_parts(config: Config, auto: Collection[str]) -> None:
             expected="0 or 1: there is no automatic tensor parallelism",
             fix="remove the section 'tensor_parallel', and use ZeRO stage 3 or the pipeline",
         )
+    # Constructors take both, so nothing else would complain: the one is another norm on a shard, the other no number
+    # until the first step.
     params = config.optimizer.params
     norm = params.get("max_grad_norm")
     if norm:

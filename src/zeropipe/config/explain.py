@@ -91,6 +91,7 @@ def _check_foreign(name: str, value: Any) -> None:
     plain = name.lower().replace("-", "_")
     close = difflib.get_close_matches(plain, Config.model_fields, n=1, cutoff=_TOP_LEVEL_CUTOFF)
     meant = plain if plain in Config.model_fields else _MEANT.get(plain) or (close[0] if close else None)
+    # A key of another program, or one that was meant to stand in a section, where at the top level it does nothing.
     if meant is not None:
         fix = f"rename it to {meant!r}, or remove it"
     else:
@@ -131,7 +132,8 @@ def _unknown(model: type[BaseModel], name: str, value: Any, path: str) -> str:
 
 def _owners(model: type[BaseModel], name: str, path: str) -> Iterator[str]:
     """The sections that have a key of this name; "" is the top level."""
-    if name in ("enabled", "type", "params"):  # every other section has one
+    # Every other section has one of these, so they say nothing.
+    if name in ("enabled", "type", "params"):
         return
     if name in model.model_fields:
         yield path
@@ -188,6 +190,7 @@ def _line(item: Any) -> str:
 
 
 def _fix(names: list[str], value: Any) -> str:
+    # Down the path as far as it is keys: below a plain value, ``optimizer.params`` for one, nothing has a default.
     info: FieldInfo | None = None
     model: type[BaseModel] | None = Config
     for name in names:

@@ -88,6 +88,7 @@ _Model = TypeVar("_Model", bound=type[Section])
 def with_keys_without_effect(section: str) -> Callable[[_Model], _Model]:
     """Add to a section's model the keys that the data file has for it; ``""`` is the top level."""
 
+    # 90 of 195 keys: as lines of the schema they would hide those that do something.
     def extended(model: _Model) -> _Model:
         fields: dict[str, Any] = {
             name: _field(entry) for name, entry in _keys_without_effect()[section].items()
@@ -106,6 +107,7 @@ def _keys_without_effect() -> dict[str, dict[str, dict[str, Any]]]:
 
 def _field(entry: dict[str, Any]) -> tuple[Any, Any]:
     """A key of the data file as pydantic wants it. A list as its type is a choice of words."""
+    # With a ``fix`` it is refused, without one passed over: the two never stand together.
     kind = entry["type"]
     why, fix = (entry["refused"], entry["fix"]) if "refused" in entry else (entry["instead"], None)
     mark = Mark(why, fix, _IN_USE[entry["in_use"]] if "in_use" in entry else None)

@@ -80,6 +80,7 @@ def read_source(source: Source) -> dict[str, Any]:
         return source
     if isinstance(source, Mapping):
         return _plain(source)
+    # A path never begins with a brace.
     if isinstance(source, str) and source.lstrip().startswith("{"):
         return parse_json(source, "the JSON text given as config")
     if isinstance(source, str | os.PathLike):
@@ -161,6 +162,7 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 
 
 def _diagnose(text: str, error: json.JSONDecodeError) -> tuple[str, str]:
+    # What people write from Python and JavaScript; Python's parser says only what it would have liked instead.
     rest, before = text[error.pos :], text[: error.pos].rstrip()
     if not text.strip():
         return "the file is empty", "write {} for all defaults"
@@ -201,6 +203,7 @@ def modernize(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
 
     Raises ConfigError where the old and the new name are both given and disagree.
     """
+    # Copies as far as something is renamed: the user's dict stays as it was given, clients read it again.
     config, names = dict(raw), dict[str, str]()
     if config.pop("fp32_allreduce", False) is True:
         _put(config, "communication_data_type", "fp32", "fp32_allreduce", names)
@@ -209,6 +212,7 @@ def modernize(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         # The first form of the section was a switch for what is now stage 1.
         names[f"{_ZERO}: {str(zero).lower()}"] = f"{_ZERO}.stage"
         zero = {"stage": int(zero)}
+    # Where the section is no object, a rename into it has no place; the check of keys says what is wrong there.
     sections = {"": config}
     if isinstance(zero, dict):
         sections[_ZERO] = config[_ZERO] = dict(zero)

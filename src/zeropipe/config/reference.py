@@ -73,6 +73,7 @@ def _meaning(info: FieldInfo) -> str:
 
 def type_name(info: FieldInfo) -> str:
     """The JSON type of a key, with its limits, in words."""
+    # pydantic keeps limits among the metadata, each as an object with an attribute of that name.
     name = _type_name(info.annotation)
     limits = []
     for item in info.metadata:

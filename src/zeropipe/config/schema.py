@@ -283,6 +283,7 @@ class Config(Section):
     tensor_parallel: dict[str, Any] = key({}, "Tensor parallelism; only autotp_size 0 or 1 is accepted.")
 
     # What the JSON itself does not say; no two configurations differ by these.
+    # Private to pydantic, so that the model's keys are exactly the JSON's.
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
     _auto: frozenset[str] = PrivateAttr(default=frozenset())
     _notices: tuple[Notice, ...] = PrivateAttr(default=())

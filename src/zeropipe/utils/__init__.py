@@ -9,26 +9,6 @@ from zeropipe.utils.logging import logger as logger
 
 if TYPE_CHECKING:
     from zeropipe.runtime.dataloader import RepeatingLoader as RepeatingLoader
-    from zeropipe.runtime.zero.hold.access import safe_get_full_fp32_param as safe_get_full_fp32_param
-    from zeropipe.runtime.zero.hold.access import safe_get_full_grad as safe_get_full_grad
-    from zeropipe.runtime.zero.hold.access import (
-        safe_get_full_optimizer_state as safe_get_full_optimizer_state,
-    )
-    from zeropipe.runtime.zero.hold.access import safe_get_local_fp32_param as safe_get_local_fp32_param
-    from zeropipe.runtime.zero.hold.access import safe_get_local_grad as safe_get_local_grad
-    from zeropipe.runtime.zero.hold.access import (
-        safe_get_local_optimizer_state as safe_get_local_optimizer_state,
-    )
-    from zeropipe.runtime.zero.hold.access import safe_set_full_fp32_param as safe_set_full_fp32_param
-    from zeropipe.runtime.zero.hold.access import safe_set_full_grad as safe_set_full_grad
-    from zeropipe.runtime.zero.hold.access import (
-        safe_set_full_optimizer_state as safe_set_full_optimizer_state,
-    )
-    from zeropipe.runtime.zero.hold.access import safe_set_local_fp32_param as safe_set_local_fp32_param
-    from zeropipe.runtime.zero.hold.access import safe_set_local_grad as safe_set_local_grad
-    from zeropipe.runtime.zero.hold.access import (
-        safe_set_local_optimizer_state as safe_set_local_optimizer_state,
-    )
     from zeropipe.runtime.zero.marks import get_z3_leaf_modules as get_z3_leaf_modules
     from zeropipe.runtime.zero.marks import set_z3_leaf_module as set_z3_leaf_module
     from zeropipe.runtime.zero.marks import set_z3_leaf_modules as set_z3_leaf_modules
@@ -37,5 +17,6 @@ if TYPE_CHECKING:
     from zeropipe.runtime.zero.marks import z3_leaf_parameter as z3_leaf_parameter
     from zeropipe.utils.init_on_device import OnDevice as OnDevice
     from zeropipe.utils.logging import log_dist as log_dist
+    from zeropipe.utils.tensor_fragment import *  # noqa: F403
 
 __getattr__, __dir__ = lazy(__name__)

@@ -126,6 +126,7 @@ def build(
             base, names, group, policy, options, lambda: clock.is_boundary, lambda: clock.micro_steps
         )
     if sharded is not None:
+        # The two wings meet here: gathers go in one order with reductions, and read where masters live.
         if zero is not None:
             sharded.conduct(zero.reducer)
             zero.parameter_offload = ParameterOffload(sharded.hooks)
@@ -152,14 +153,12 @@ def build(
 
 @contextmanager
 def shared_fate(group: Group | None) -> Iterator[None]:
-    """A rank that fails alone in here tells the others, which would wait for it in their next collective.
-
-    ``group`` None: the world, if it has been started.
-    """
+    """A rank that fails alone in here tells the others. ``group`` None: the world, if it has been started."""
+    # They would wait for it in their next collective, which is ``agree``: there they read its error in its place.
     try:
         yield
     except Exception as error:
-        with suppress(Exception):
+        with suppress(Exception):  # the error to raise is the first, also where nobody can be told
             agree({_OUTCOME: f"{type(error).__name__}: {error}"}, group or world())
         raise
 
@@ -242,6 +241,7 @@ def shard_model(
 
 def check_room(module: torch.nn.Module, group: Group, config: Config, policy: Policy, dtypes: Dtypes) -> None:
     """Raise OffloadError unless the folders that the config names are there and have room for the state."""
+    # Before anything is cut: a disk that fills up in the middle of it leaves a model in pieces.
     numels: Counter[torch.dtype] = Counter()
     for param in module.parameters():
         numels[dtypes.of(param)] += int(getattr(param, "ds_numel", param.numel()))
@@ -275,6 +275,7 @@ def make_optimizer(
         optimizer = asked(params)
     if not isinstance(optimizer, torch.optim.Optimizer):
         what, expected = "initialize: optimizer", "a torch.optim.Optimizer"
+        # What was given is no optimizer, or what it gave when it was called.
         if callable(asked):
             what, fix = f"{what} returned, when it was called, no optimizer", "return one from the callable"
         else:
@@ -283,6 +284,7 @@ def make_optimizer(
         raise ConfigError(what, expected=expected, found=type(optimizer).__name__, fix=fix)
     check_params(optimizer, module)
     kind = require_shardable(optimizer, zero.stage, config.zero_allow_untested_optimizer)
+    # A step from files reads runs of elements, and a norm over a tensor is not to be had from runs.
     if kind != "elementwise" and policy.optimizer_place is Place.FILE:
         raise UnsupportedOptimizerError(
             f"{type(optimizer).__name__} cannot step piece by piece on files",
@@ -303,6 +305,7 @@ def make_scheduler(given: ScheduleLike, optimizer: torch.optim.Optimizer | None,
     if optimizer is None:
         return None
     if given is not None:
+        # A schedule may be callable itself; a class has ``step`` too, and is not one yet.
         is_factory = isinstance(given, type) or (callable(given) and not hasattr(given, "step"))
         return given(optimizer) if is_factory else given
     if config.scheduler.type is None:
@@ -314,6 +317,7 @@ def digest(
     module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: Config
 ) -> dict[str, str]:
     """What all ranks must agree on before the first step, most telling first."""
+    # The first difference is the one that is told, so what explains the others comes before them.
     items = {f"config key {key}": str(value) for key, value in config.settings().items()}
     names = {}
     for index, (name, param) in enumerate(module.named_parameters()):
@@ -330,6 +334,7 @@ def digest(
     if optimizer is not None:
         items["optimizer"] = type(optimizer).__name__
         for index, group in enumerate(optimizer.param_groups):
+            # Tensors and hooks among the settings have no text that two ranks share.
             plain = {k: v for k, v in group.items() if isinstance(v, int | float | str | tuple)}
             items[f"param group {index}"] = ", ".join(names[param] for param in group["params"])
             items[f"settings of param group {index}"] = str(plain)

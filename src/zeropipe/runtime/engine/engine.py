@@ -59,9 +59,11 @@ class DeepSpeedEngine(Face):
             if parts.sharded is None:
                 self._rows = RowNorms(parts.module, parts.group)
                 parts.optimizer.reducer.at_boundary = self._rows.join
+        # The engine is a module that was made just now; its mode is that of the user's.
         self.train(parts.module.training)
 
     def __getattr__(self, name: str) -> Any:
+        # torch's own look-up among parameters and submodules first, then the user's module.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -80,6 +82,7 @@ class DeepSpeedEngine(Face):
             self.optimizer.wake()
             self._scaling.enter((args, kwargs))
             phase = self.report.phase("forward")
+        # After the inputs are known as they are: gradients leave through the user's own tensors, not through copies.
         fp16 = self._parts.config.fp16
         if fp16.enabled and fp16.auto_cast:
             args, kwargs = tree_map_only(
@@ -103,6 +106,7 @@ class DeepSpeedEngine(Face):
             raise UsageError("backward: loss", expected="a tensor with one element", found=found)
         steps = self.gradient_accumulation_steps() if scale_wrt_gas else 1
         factor = optimizer.loss_scale / steps
+        # Told as it is: what is logged is what the user's own loss function says.
         self.report.loss(loss)
         scaling = self._scaling
         with (
@@ -134,9 +138,11 @@ class DeepSpeedEngine(Face):
 
     def _end_micro_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         assert self._steps is not None, "there is an optimizer"
+        # An asynchronous save that failed is told where all ranks are about to meet anyway.
         if self.clock.is_boundary:
             self.checkpoints.saver.raise_pending()
         self.offload.bring_back(self.optimizer)
+        # Telling may raise too (a full disk under a monitor); the step is not told twice then, nor taken twice.
         with self.report.phase("step"):
             tried = self._steps.end(self.lr_scheduler, lr_kwargs)
         if tried:
@@ -191,6 +197,7 @@ class DeepSpeedEngine(Face):
     def destroy(self) -> None:
         """Remove every hook and buffer; the module works on as a plain module. May be called again."""
         parts = self._parts
+        # The optimizer gives parameters their values back before what gathers them is gone.
         if parts.optimizer is not None:
             parts.optimizer.destroy()
         if self._rows is not None:
@@ -206,6 +213,7 @@ class DeepSpeedEngine(Face):
         self.checkpoints.saver.wait()
 
     def _autocast(self) -> AbstractContextManager[Any]:
+        # Where torch casts by itself, an error about dtypes has another cause than tensors that the model keeps wide.
         autocast = self._parts.config.torch_autocast
         if not autocast.enabled:
             return self._parts.mixed or nullcontext()

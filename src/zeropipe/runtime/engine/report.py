@@ -61,6 +61,7 @@ class Reporter:
 
     def phase(self, name: str) -> AbstractContextManager[object]:
         """Around one phase of a micro-step: it is timed where ``wall_clock_breakdown`` asks for it."""
+        # A step lasts from the first phase of its first micro-step on: what a program does before is none of it.
         if not self._in_step and self.throughput is not None:
             self._in_step = True
             self.throughput.start()
@@ -79,6 +80,7 @@ class Reporter:
             self.throughput.batch_size = self._clock.batch.train_batch_size
             self.throughput.stop()
         self._in_step = False
+        # Only now are scalars read, which waits for the device: once a step, and only where somebody listens.
         losses, self._losses = self._losses, []
         step = self._clock.global_steps
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -163,6 +165,7 @@ def _budget(optimizer: ZeroOptimizer, partition: Partition) -> tuple[int, int, i
     accumulated = (optimizer.policy.accumulate_dtype or partition.dtype).itemsize
     _, values, copied = partition.values.stored()
     grads = (own if optimizer.policy.shards_gradients else whole) * accumulated
+    # Before the first step there are none to count; what Adam will make is promised all the same.
     moments = len(partition.state.keys())
     if not optimizer.optimizer.state:
         moments = _ADAM_MOMENTS if "betas" in optimizer.defaults else 0
@@ -190,6 +193,7 @@ def _bytes(tensors: Iterable[torch.Tensor], counted: set[int]) -> int:
     """Bytes of the storages behind ``tensors`` that are not in ``counted`` yet, and are added to it."""
     total = 0
     for tensor in tensors:
+        # A sparse gradient has no storage; of it the values count.
         if tensor.layout != torch.strided:
             total += tensor._values().numel() * tensor.element_size()
             continue

@@ -2,8 +2,7 @@
 
 An engine takes gradients over in units of its *factor*: loss scale / accumulation steps. ``engine.backward`` puts
 that factor on the loss. A plain ``loss.backward()`` puts none on, so the engine multiplies what arrives at its
-parameters: whatever the loss came through (an output of any type, an attribute, a gradient of a gradient) its
-gradients end there, and ``torch.autograd.grad``, ``torch.func`` and other models see true ones.
+parameters, and ``torch.autograd.grad``, ``torch.func`` and other models see true gradients.
 
 What is under way      arrives as      multiplied by
 nothing (plain)        true            factor; an error in fp16, whose small gradients are lost by then
@@ -50,26 +49,24 @@ class ScaledBackward:
 
 
 class Backwards:
-    """The scaled backwards under way in this process. Each lives as long as whoever started it holds it."""
+    """The scaled backwards under way in this process."""
 
     def __init__(self) -> None:
+        # Each lives as long as whoever started it holds it: one that raised inside of autograd has nobody to end it.
         self._running: list[weakref.ref[ScaledBackward]] = []
 
     def begin(self, backward: ScaledBackward) -> None:
         self._running.append(weakref.ref(backward))
 
     def end(self, backward: ScaledBackward) -> None:
-        """It is over, although a traceback may still hold it."""
-        self._running = [one for one in self._running if one() is not backward]
+        # Said, and not left to the reference: a traceback may still hold it.
+        alive = [(one, one()) for one in self._running]
+        self._running = [one for one, found in alive if found is not None and found is not backward]
 
     def latest(self) -> ScaledBackward | None:
         """The innermost; None while no scaled backward is under way."""
-        while self._running:
-            found = self._running[-1]()
-            if found is not None:
-                return found
-            self._running.pop()
-        return None
+        alive = (found for one in reversed(self._running) if (found := one()) is not None)
+        return next(alive, None)
 
 
 BACKWARDS = Backwards()
@@ -87,10 +84,8 @@ class Scaling:
         return self.loss_scale() / self.accumulation_steps()
 
     def enter(self, inputs: Tree) -> None:
-        """Have gradients leave through ``inputs`` (any nest of containers that torch's pytree knows) as true ones.
-
-        Not through what was computed from parameters of an engine, where they are converted when they arrive.
-        """
+        """Have gradients leave through ``inputs`` (any nest of containers that torch's pytree knows) as true ones."""
+        # What was computed from parameters of an engine is none of the outside: there they are converted on arrival.
         if self.factor == 1.0 or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return
         for tensor in tree_leaves(inputs):
@@ -100,7 +95,8 @@ class Scaling:
                     tensor.register_hook(_take_off)
 
     def scaled(self, loss: torch.Tensor, factor: float) -> torch.Tensor:
-        """``factor`` times ``loss``, in fp32 at least: the scaled loss of an fp16 model would overflow by itself."""
+        """``factor`` times ``loss``."""
+        # In fp32 at least: the scaled loss of an fp16 model would overflow by itself.
         wide = loss if loss.dtype in (torch.float32, torch.float64) else loss.float()
         return loss if factor == 1.0 else wide * factor
 
@@ -116,6 +112,7 @@ class Scaling:
         node: Any = None if loss is None else loss.grad_fn
         backward = ScaledBackward(self, factor, factor, self.loss_scale(), node)
         if hasattr(node, "scaling"):  # made by ``scale``
+            # Another engine's factor is in the loss already: what arrives here carries both.
             if node.scaling is self:
                 raise UsageError(
                     "engine.backward: the loss went through engine.scale already and would be scaled twice. Fix: call "
@@ -135,8 +132,10 @@ class Scaling:
         Raises UsageError if the loss scale was not in its loss.
         """
         running = BACKWARDS.latest()
+        # [1] Its own backward: nothing is missing, but for what another engine's scale has put on top.
         if running is not None and running.owner is self:
             return running.due / running.factor
+        # [2] Without the loss scale small gradients of fp16 are zero by now, and no factor brings them back.
         if self.loss_scale() != 1.0 and (running is None or running.scale == 1.0):
             whose = "a plain backward" if running is None else "the backward of an engine without loss scale"
             raise UsageError(
@@ -160,6 +159,7 @@ def _leads_to_engine(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is, or was computed from, a parameter that an engine trains."""
     if is_trained(tensor):
         return True
+    # Autograd's graph backwards, by hand: a recursion would end at a thousand layers.
     found, waiting = set(), [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -186,6 +186,7 @@ class _Mark(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
         running = BACKWARDS.latest()
+        # A plain backward that came through here is the scaled one; under ``engine.backward`` it is known already.
         if running is None:
             backward = ScaledBackward(ctx.scaling, ctx.factor, ctx.factor, ctx.scale)
             BACKWARDS.begin(backward)
