@@ -11,8 +11,7 @@ from tests.dist.pipe_models import BASE_SEED, batches, loss_of, plain, specs
 from zeropipe.comm.record import record
 from zeropipe.runtime.pipe.batch import Batch
 from zeropipe.runtime.pipe.executor import Executor, Stage
-from zeropipe.runtime.pipe.instructions import Instruction, Op
-from zeropipe.runtime.pipe.lowering import queues, with_sharding, with_transfers
+from zeropipe.runtime.pipe.instructions import Instruction, Op, queues, with_sharding, with_transfers
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.schedule import KINDS, find_kind, make_schedule
@@ -35,7 +34,7 @@ def build(world: int, schedule: str, chunks: int | None, layers: list[Any], **kw
 def execute(module: PipelineModule, name: str, data: list[Any]) -> Batch:
     """Run ``data``; gradients stay in ``.grad``."""
     schedule = make_schedule(name, module.num_stages, len(data), module.num_chunks)
-    tied = {s for plan, _, _ in module.tie_plans() if len(plan.ranks) > 1 for s in plan.stages}
+    tied = {s for plan in module.tie_plans() if plan.crosses for s in plan.stages}
     schedule = with_transfers(with_sharding(schedule, tied_stages=tied))
     stages = {s: Stage(s, lambda v, s=s: module.run_stage(s, v)) for s in module.stages}
     mailbox = Mailbox(module.grid.links, torch.device("cpu"), module.dynamic_shape)
@@ -45,7 +44,7 @@ def execute(module: PipelineModule, name: str, data: list[Any]) -> Batch:
         Op.REDUCE_GRAD: reduced.append,
     }
     batch = batch_of(data)
-    Executor(schedule, module.grid.stage_id, stages, mailbox, table).run(batch)
+    assert Executor(schedule, module.grid.stage_id, stages, mailbox, table).run(batch) is None
     assert all(stage.alive == 0 for stage in stages.values())
     # Once for all stages of the rank, when the last of them is complete; what the table lacks does nothing.
     assert reduced == [s for s in schedule.ranks[module.grid.stage_id] if s.op is Op.REDUCE_GRAD][-1:]
@@ -114,9 +113,9 @@ def messages(rank: int, world: int) -> tuple[int, int]:
     stages = {s: Stage(s, lambda v, s=s: module.run_stage(s, v)) for s in module.stages}
     mailbox = Mailbox(module.grid.links, torch.device("cpu"), False)
     executor = Executor(schedule, rank, stages, mailbox, {})
-    executor.run(batch_of(data))  # tells the forms
+    assert executor.run(batch_of(data)) is None  # tells the forms
     with record() as events:
-        executor.run(batch_of(data))
+        assert executor.run(batch_of(data)) is None
     sends = [event for event in events if event.op == "send"]
     own = [m for (source, _), q in queues(schedule).items() if source == rank for m in q]
     assert len(sends) == len(own)

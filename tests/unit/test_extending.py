@@ -70,7 +70,7 @@ for stage in (1, 3):
 )
 
 SCHEDULE = Addition(
-    "runtime/pipe/schedules/one_by_one.py",
+    "runtime/pipe/one_by_one.py",
     '''"""A micro-batch goes all the way forward and back before the next one starts: no overlap, the least memory."""
 
 from zeropipe.runtime.pipe.instructions import Op, Schedule
@@ -86,7 +86,7 @@ def one_by_one(ranks, micro_batches, chunks=1):
         "runtime/pipe/schedule.py": (
             (
                 "from zeropipe.runtime.pipe.simulate import",
-                "from zeropipe.runtime.pipe.schedules.one_by_one import one_by_one\n"
+                "from zeropipe.runtime.pipe.one_by_one import one_by_one\n"
                 "from zeropipe.runtime.pipe.simulate import",
             ),
             (

@@ -24,8 +24,7 @@ from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, ScheduleError
 
 if TYPE_CHECKING:
-    from zeropipe.runtime.pipe.schedules.costs import Costs
-    from zeropipe.runtime.pipe.simulate import Simulation
+    from zeropipe.runtime.pipe.simulate import Costs, Simulation
 
 _BEST_CHUNKS = 4
 _MOST_STEPS = 2**14  # a few seconds: schedules that are played out take longer than linear time
@@ -209,8 +208,7 @@ def pipe_plan(
 ) -> None:
     """Simulate a schedule: its grid, bubble, and peak activations."""
     from zeropipe.runtime.pipe import schedule as schedules
-    from zeropipe.runtime.pipe.schedules.costs import Costs
-    from zeropipe.runtime.pipe.simulate import simulate
+    from zeropipe.runtime.pipe.simulate import Costs, simulate
 
     for option, value in (("--memory", memory), ("--activation-bytes", activation_bytes)):
         if value is not None and not value >= 0:  # neither is nan

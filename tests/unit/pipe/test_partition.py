@@ -7,9 +7,9 @@ from zeropipe.errors import ConfigError, UsageError
 from zeropipe.runtime.pipe.layers import LayerFacts, LayerSpec, TiedLayerSpec, partition
 
 FACTS = [
-    LayerFacts("Embedding", parameters=100, memory=900, nanoseconds=1),
-    *[LayerFacts("Block", parameters=10, memory=100, nanoseconds=50)] * 6,
-    LayerFacts("Head", parameters=100, memory=100, nanoseconds=60),
+    LayerFacts("Embedding", parameters=100, memory=900, profile=1),
+    *[LayerFacts("Block", parameters=10, memory=100, profile=50)] * 6,
+    LayerFacts("Head", parameters=100, memory=100, profile=60),
 ]
 
 

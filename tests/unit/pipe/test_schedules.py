@@ -7,12 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zeropipe.errors import ScheduleError
-from zeropipe.runtime.pipe.instructions import Instruction, Op, Schedule, made_by, needed_by
-from zeropipe.runtime.pipe.lowering import queues, with_transfers
+from zeropipe.runtime.pipe.instructions import (
+    Instruction,
+    Op,
+    Schedule,
+    known_taken,
+    queues,
+    with_transfers,
+)
 from zeropipe.runtime.pipe.schedule import KINDS, choose, find_kind, make_schedule
-from zeropipe.runtime.pipe.schedules.costs import Costs
-from zeropipe.runtime.pipe.schedules.zero_bubble import zbv
-from zeropipe.runtime.pipe.simulate import simulate
+from zeropipe.runtime.pipe.simulate import Costs, simulate
+from zeropipe.runtime.pipe.zero_bubble import zbv
 
 NAMES = [kind.name for kind in KINDS]
 ZERO_BUBBLE = ("zb-h1", "interleaved-zb", "zbv")
@@ -44,15 +49,30 @@ def test_bubble_and_peak_meet_the_published_figures(name, chunks):
 def test_what_a_step_makes_is_what_the_next_stage_needs(name):
     """One rule says it of compute steps and of the transfers between them, in both directions."""
     schedule = make_schedule(name, 3, 4)
-    count = schedule.num_stages
-    made = [made_by(step, count) for step in schedule.steps()]
-    needed = [needed_by(step, count) for step in schedule.steps()]
+    made = [schedule.made_by(step) for step in schedule.steps()]
+    needed = [schedule.needed_by(step) for step in schedule.steps()]
     messages = {message for message in made if message is not None}
     assert messages == {message for message in needed if message is not None}
     assert len(messages) == sum(message is not None for message in made)  # nothing is made twice
     for message in messages:
         assert abs(message.target - message.source) == 1
-        assert made_by(message.send, count) == message == needed_by(message.receive, count)
+        assert schedule.made_by(message.send) == message == schedule.needed_by(message.receive)
+        assert message.ranks == (schedule.stage_rank[message.source], schedule.stage_rank[message.target])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(NAMES), st.integers(1, 6), st.integers(1, 12), st.integers(0, 3))
+def test_what_a_message_acknowledges_was_taken_and_never_becomes_less(name, ranks, micro_batches, ahead):
+    """A receive that is opened early has taken nothing yet: transfers that a schedule states change nothing."""
+    schedule = make_schedule(name, ranks, micro_batches)
+    known = known_taken(schedule)
+    assert known == known_taken(with_transfers(schedule, ahead))
+    there = queues(schedule)
+    assert known.keys() == {message for queue in there.values() for message in queue}
+    for pair, queue in there.items():
+        counts = [known[message] for message in queue]
+        assert counts == sorted(counts)
+        assert all(count <= len(there.get(pair[::-1], ())) for count in counts)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,12 +4,10 @@ import json
 
 import pytest
 
-from zeropipe.runtime.pipe.instructions import Instruction, Op, Schedule
-from zeropipe.runtime.pipe.lowering import Unshard, with_sharding
+from zeropipe.runtime.pipe.instructions import Instruction, Op, Schedule, Unshard, with_sharding
 from zeropipe.runtime.pipe.picture import chrome_trace, draw, text_grid
 from zeropipe.runtime.pipe.schedule import make_schedule
-from zeropipe.runtime.pipe.schedules.costs import Costs
-from zeropipe.runtime.pipe.simulate import simulate
+from zeropipe.runtime.pipe.simulate import Costs, simulate
 
 
 def test_text_grid_draws_gpipe():

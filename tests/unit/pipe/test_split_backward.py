@@ -45,8 +45,8 @@ def grads_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def wanted(value: Any) -> Value:
     """``value`` as the stage before hands it on, which wants the gradient of every tensor."""
-    tree, tensors = flatten(value, "a value")
-    return Value(tree, tensors, [True] * len(tensors))
+    made = flatten(value, "a value")
+    return made._replace(wanted=[True] * len(made.tensors))
 
 
 def whole(

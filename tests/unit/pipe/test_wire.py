@@ -18,14 +18,10 @@ from zeropipe.runtime.pipe.wire import (
     FAILED,
     HEAD,
     Form,
-    detached,
-    farewell,
+    Value,
     flatten,
-    form_of,
     map_tensors,
-    pack,
     rebuild,
-    views,
 )
 
 DTYPES = [
@@ -72,22 +68,25 @@ def same(a, b):
 @settings(max_examples=60, deadline=None)
 @given(values)
 def test_a_value_survives_the_wire(value):
-    tree, found = flatten(value, "a value")
-    form = form_of(detached(tree, found))
-    buffer = pack(form, found, torch.device("cpu"))
+    made = flatten(value, "a value").detached()
+    form = Form.of(made)
+    buffer = form.pack(made.tensors, torch.device("cpu"))
     told = Form.from_bytes(form.to_bytes())
     assert told == form
     assert buffer.numel() == form.nbytes
-    assert same(rebuild(told.tree, views(told, buffer)), value)
+    found = told.unpack(buffer)
+    assert found.wanted == made.wanted
+    assert same(rebuild(found.tree, found.tensors), value)
 
 
 def test_each_tensor_starts_aligned_and_the_head_says_value():
     found = [torch.ones(3), torch.ones(5, dtype=torch.bool), torch.ones(())]
-    form = form_of(detached("", found))
+    form = Form.of(Value("", found, [False] * 3))
     assert all(offset % ALIGN == 0 for offset in form.offsets)
     assert form.offsets[0] == HEAD
-    assert pack(form, found, torch.device("cpu"))[0] != FAILED
-    assert farewell(form.nbytes, torch.device("cpu")).numel() == form.nbytes
+    assert form.pack(found, torch.device("cpu"))[0] != FAILED
+    assert form.farewell(torch.device("cpu")).numel() == form.nbytes
+    assert form.farewell(torch.device("cpu"))[0] == FAILED
 
 
 @pytest.mark.parametrize("value", [object(), {1: torch.ones(1)}, {"a": {1, 2}}, torch.nn.Linear(1, 1)])
@@ -162,7 +161,7 @@ ODD = [
 @pytest.mark.parametrize("value", ODD, ids=lambda value: type(value).__name__)
 def test_containers_keep_their_class_and_attributes(value):
     """They became plain tuples and dicts, or lost their attributes, where a cut fell and only there."""
-    tree, found = flatten(value, "a value")
+    tree, found, _ = flatten(value, "a value")
     for copied in (rebuild(tree, found), map_tensors(value, torch.clone, "a value")):
         assert type(copied) is type(value)
         assert same(vars(copied), vars(value)) if hasattr(value, "__dict__") else True
@@ -173,7 +172,7 @@ def test_containers_keep_their_class_and_attributes(value):
 
 def test_a_tensor_that_is_there_twice_travels_once():
     h = torch.ones(2)
-    tree, found = flatten(Output(h=h), "a value")
+    tree, found, _ = flatten(Output(h=h), "a value")
     assert len(found) == 1
     copied = rebuild(tree, found)
     assert copied["h"] is copied.h

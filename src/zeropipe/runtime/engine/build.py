@@ -294,7 +294,7 @@ def make_optimizer(
     if isinstance(optimizer, Communicates):
         optimizer.check_stage(zero.stage)
         tie_plans: Any = getattr(module, "tie_plans", list)
-        optimizer.check_ties([plan.key for plan, _, _ in tie_plans() if len(plan.ranks) > 1])
+        optimizer.check_ties([plan.key for plan in tie_plans() if plan.crosses])
         schedule = config.scheduler.params or {}
         optimizer.check_run(schedule.get("total_num_steps"), schedule.get("warmup_num_steps"))
     return optimizer

@@ -8,7 +8,7 @@ all ranks     one small sum: who has failed, and the losses of every replica
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,9 +40,7 @@ class Data:
 
     def iterator(self, given: Iterator[Any] | None) -> Iterator[Any]:
         """The one of a batch: what its caller gave, else what was set, else the loader again and again."""
-        if given is not None:
-            return given
-        if self._iterator is None:
+        if given is None and self._iterator is None:
             loader = self._loader()
             if loader is None:
                 raise UsageError(
@@ -51,43 +49,37 @@ class Data:
                     "to initialize",
                 )
             self._iterator = RepeatingLoader(loader)
-        return self._iterator
+        found = self._iterator if given is None else given
+        assert found is not None, "one of the three"
+        return found
 
 
+@dataclass(slots=True)
 class Batch:
     """``count`` micro-batches of one run on this rank, and what the loss function returns for each.
 
-    ``source``: where the micro-batches come from, None on a rank between the ends. Each is ``(inputs, labels)``, or
-    what ``batch_fn`` makes of it. The loss function returns a scalar; or a dict with the scalar under ``loss`` and
-    other terms beside it; or a tuple whose first element is the loss. ``factor``: loss scale over micro-batches.
+    The loss function returns a scalar; or a dict with the scalar under ``loss`` and other terms beside it; or a tuple
+    whose first element is the loss.
     """
 
-    def __init__(
-        self,
-        count: int,
-        source: Callable[[], Iterator[Any] | None],
-        device: torch.device,
-        loss_fn: LossFn | None = None,
-        batch_fn: Callable[[Any], Any] | None = None,
-        factor: float = 1.0,
-        with_loss: bool = True,
-        keep_outputs: bool = False,
-    ) -> None:
-        # What goes in, and how.
-        self.count, self.with_loss = count, with_loss
-        self._source, self._device = source, device
-        self._loss_fn, self._batch_fn = loss_fn, batch_fn
-        self._factor, self._keep = factor, keep_outputs
-        self._parts: list[tuple[Any, Any]] = []  # inputs, labels
+    count: int
+    source: Callable[[], Iterator[Any] | None]  # of the micro-batches; None on a rank between the ends
+    device: torch.device
+    loss_fn: LossFn | None = None
+    batch_fn: Callable[[Any], Any] | None = None  # makes (inputs, labels) of what the source yields
+    factor: float = 1.0  # loss scale over micro-batches
+    with_loss: bool = True
+    keep_outputs: bool = False
+    _parts: list[tuple[Any, Any]] = field(default_factory=list, init=False)  # inputs, labels
 
-        # What the last stage has found, in the order in which it ran the micro-batches.
-        self.outputs: list[Any] = []  # detached
-        self.values: list[torch.Tensor] = []  # [] each, detached
-        self.terms: dict[str, list[torch.Tensor]] = {}
+    # What the last stage has found, in the order in which it ran the micro-batches.
+    outputs: list[Any] = field(default_factory=list, init=False)  # detached
+    values: list[torch.Tensor] = field(default_factory=list, init=False)  # [] each, detached
+    terms: dict[str, list[torch.Tensor]] = field(default_factory=dict, init=False)
 
     def load(self) -> None:
         """Draw all micro-batches before the first instruction, so that a step has its data or does not begin."""
-        iterator = self._source()
+        iterator = self.source()
         if iterator is None:
             return
         for number in range(self.count):
@@ -101,7 +93,7 @@ class Batch:
                     found=number,
                     fix="repeat the loader, drop the last incomplete batch, or lower gradient_accumulation_steps",
                 ) from None
-            parts = given if self._batch_fn is None else self._batch_fn(given)
+            parts = given if self.batch_fn is None else self.batch_fn(given)
             if not (isinstance(parts, (tuple, list)) and len(parts) == 2):
                 length = f" of {len(parts)}" if hasattr(parts, "__len__") else ""
                 raise UsageError(
@@ -117,20 +109,20 @@ class Batch:
 
     def loss(self, micro_batch: int, output: Any) -> torch.Tensor | None:
         """What the model's output costs, scaled for backward; None where nothing is to be trained."""
-        if self._keep:
+        if self.keep_outputs:
             self.outputs.append(map_tensors(output, torch.Tensor.detach, "the model's output"))
         if not self.with_loss:
             return None
         labels = self._on_device(self._parts[micro_batch][1])
-        loss, terms = _split(output if self._loss_fn is None else self._loss_fn(output, labels))
+        loss, terms = _split(output if self.loss_fn is None else self.loss_fn(output, labels))
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-            is_tensor = isinstance(loss, torch.Tensor)
+            found = type(loss).__name__
+            if isinstance(loss, torch.Tensor):
+                found = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}"
             raise UsageError(
-                "the loss function" if self._loss_fn is not None else "the last layer (there is no loss_fn)",
+                "the loss function" if self.loss_fn is not None else "the last layer (there is no loss_fn)",
                 expected="a floating-point tensor with one element",
-                found=f"a {loss.dtype} tensor of shape {tuple(loss.shape)}"
-                if is_tensor
-                else type(loss).__name__,
+                found=found,
                 fix="return loss.mean(), a dict with the key 'loss', or pass PipelineModule(loss_fn=...)",
             )
         self.values.append(loss.detach().reshape(()))
@@ -146,7 +138,7 @@ class Batch:
             )
         loss = loss.reshape(())
         # In fp32 at least: the scaled loss of an fp16 model would overflow by itself.
-        return loss if self._factor == 1.0 else _wide(loss) * self._factor
+        return loss if self.factor == 1.0 else _wide(loss) * self.factor
 
     def row(self, names: list[str], how: str | None) -> torch.Tensor:
         """fp64?, the loss (``how``: avg or sum), the mean of each named term, the loss by micro-batch; 1D, fp64."""
@@ -157,9 +149,9 @@ class Batch:
         return torch.stack([one.to("cpu", torch.float64) for one in (is_wide, loss, *means, *values)])
 
     def _on_device(self, value: Any) -> Any:
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return value
-        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(self._device), value)
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.device), value)
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:
@@ -197,11 +189,31 @@ class Outcome:
 
 
 class Settlement:
-    """Ends each batch of a pipeline on all ranks alike; collective over the world. ``last``: the rank of the loss."""
+    """Ends each batch of a pipeline on all ranks alike; collective over the world. ``last``: the rank of the loss.
+
+        whole  --attempt-->  under way  --settle: all ranks have agreed on its end-->  whole
+
+    Under way, messages may be there that nobody would take: whoever raises there has ended the pipeline for good.
+    """
 
     def __init__(self, grid: PipelineParallelGrid, device: torch.device, last: int) -> None:
         self._grid, self._device, self._last = grid, device, last
         self._names: list[str] = []  # of the loss function's other terms, as all ranks know them
+        self._whole = True
+
+    def need_whole(self, call: str) -> None:
+        """Raises UsageError where an earlier batch never came to its end."""
+        if not self._whole:
+            raise UsageError(
+                f"engine.{call}: this pipeline has stopped",
+                rank=self._grid.global_rank,
+                fix="a rank or its connection was lost in an earlier batch; restart from a checkpoint",
+            )
+
+    def attempt(self, run: Callable[[Batch], BaseException | None], batch: Batch) -> BaseException | None:
+        """Run ``batch``; what has failed, for `settle`."""
+        self._whole = False
+        return run(batch)
 
     def settle(
         self, batch: Batch, how: str | None, failure: BaseException | None = None, first: bool = False
@@ -229,7 +241,13 @@ class Settlement:
         figures = figures.to(self._device)
         all_reduce(figures, world(), label="losses")
         *failed, news = figures[:head].tolist()
-        # [2] somebody failed: each rank raises what it knows
+        if news and failure is None and not any(failed):
+            # [2] the terms changed: all ranks saw it in the sum, take over the new names, and sum again
+            failure = self._learn(mine if speaks else None)
+            if failure is None:
+                return self.settle(batch, how)
+        # [3] the last of the collectives is over; each rank raises what it knows
+        self._whole = True
         if failure is not None:
             return failure
         if any(failed):
@@ -239,9 +257,6 @@ class Settlement:
                 rank=grid.global_rank,
                 fix="read the traceback of the rank that failed; no message was lost, so the next batch may follow",
             )
-        # [3] the terms changed: all ranks saw it in the sum, take over the new names, and sum again
-        if news:
-            return self._learn(mine if speaks else None) or self.settle(batch, how)
         # [4] the mean of this slice's replicas
         rows = figures[head:].view(grid.model_parallel_size, grid.data_parallel_size, width)
         return self._average(rows[grid.slice_parallel_id], batch.count)
@@ -259,12 +274,11 @@ class Settlement:
     def _learn(self, mine: list[str] | None) -> UsageError | None:
         """Take over the names of the terms, which have changed."""
         gathered = all_gather_object(mine, world(), label="loss terms")
-        everyone = {rank: names for rank, names in enumerate(gathered) if names is not None}
-        first = next(iter(everyone.values()))
-        for rank, names in everyone.items():
+        (one, first), *others = ((rank, names) for rank, names in enumerate(gathered) if names is not None)
+        for rank, names in others:
             if names != first:
                 return UsageError(
-                    f"the loss function returned other terms on rank {rank} than on rank {next(iter(everyone))}",
+                    f"the loss function returned other terms on rank {rank} than on rank {one}",
                     expected=first,
                     found=names,
                     fix="return the same terms on every replica",

@@ -1,10 +1,15 @@
-"""The pipeline engine: one call trains on a whole batch; schedule, stages and ZeRO meet here and nowhere else."""
+"""The pipeline engine: one call trains on a whole batch; schedule, stages and ZeRO meet here and nowhere else.
+
+A batch goes through three hands: the schedule says what each rank does in which order, the executor does it, and the
+settlement makes one end of it on all ranks. Only the third may decide that a rank raises.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,19 +18,29 @@ import torch
 
 from zeropipe.comm.agreement import agree
 from zeropipe.comm.collectives import all_gather_object, barrier
+from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
 from zeropipe.runtime.engine.engine import DeepSpeedEngine
 from zeropipe.runtime.engine.parts import Parts
-from zeropipe.runtime.engine.stages import stage_table
 from zeropipe.runtime.pipe.batch import Batch, Data, Outcome, Settlement
-from zeropipe.runtime.pipe.executor import Executor, Stage
-from zeropipe.runtime.pipe.instructions import Schedule
-from zeropipe.runtime.pipe.lowering import Unshard, with_sharding, with_transfers
+from zeropipe.runtime.pipe.executor import Effect, Executor, Stage
+from zeropipe.runtime.pipe.instructions import (
+    Instruction,
+    Op,
+    Schedule,
+    Unshard,
+    with_sharding,
+    with_transfers,
+)
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.p2p import Mailbox
+from zeropipe.runtime.pipe.picture import chrome_trace, draw
 from zeropipe.runtime.pipe.schedule import make_schedule
 from zeropipe.runtime.pipe.simulate import Event, simulate
-from zeropipe.runtime.pipe.topology import PipelineParallelGrid
+from zeropipe.runtime.pipe.tied import sum_gradients
+from zeropipe.runtime.zero.gather.shards import Hold, Shards, shards_of
+from zeropipe.runtime.zero.hold.access import trained_of
+from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 
 # What one module has and a pipeline has not, as it runs whole batches, and what to call instead.
 _INSTEAD = {
@@ -73,7 +88,6 @@ class PipelineEngine(DeepSpeedEngine):
             self._sharded.hooks.remove()
         self._table = {} if self.optimizer is None else stage_table(module, self.optimizer)
         self._settlement = Settlement(self.grid, self.device, self._last_rank)
-        self._broken = False
         agree(
             {"pipeline schedule": str(self.schedule), "loss scale": str(self.loss_scale)},
             self.grid.model_group,
@@ -92,16 +106,21 @@ class PipelineEngine(DeepSpeedEngine):
         the others raise too, no rank steps, and the batch's gradients are forgotten: the next call starts anew.
         """
         optimizer = self._parts.need_optimizer("train_batch")
-        self._need_whole("train_batch")
+        self._settlement.need_whole("train_batch")
         self.train()
         optimizer.wake()
         executor = self._training_executor()
         count = executor.schedule.micro_batches
         factor = self.loss_scale / count
         batch = self._batch(data_iter, count, factor=factor)
-        with self.report.phase("forward"), self._scaling.running(factor), optimizer.reducer.local_only():
-            failure = self._run(executor, batch)
-        outcome = self._settle(self._mailbox, failure, batch, "avg")
+        with (
+            self.report.phase("forward"),
+            self._scaling.running(factor),
+            optimizer.reducer.local_only(),
+            self._autocast(),
+        ):
+            failure = self._settlement.attempt(executor.run, batch)
+        outcome = self._settle(executor, failure, batch, "avg")
         self.loss_terms = outcome.terms
         self.report.loss(outcome.loss)
         # A step follows a batch always, whatever boundary a user has set for what he runs on another engine.
@@ -134,21 +153,19 @@ class PipelineEngine(DeepSpeedEngine):
             raise UsageError(
                 "eval_batch: reduce_output", expected="'avg', 'sum' or None", found=repr(reduce_output)
             )
-        self._need_whole("eval_batch")
+        self._settlement.need_whole("eval_batch")
         was_training = self.module.training
         self.eval()
         try:
-            plan = with_sharding(
-                self._plan(num_micro_batches or self._micro_batches()).forward_only(), self._unshard
-            )
-            count = plan.micro_batches
+            plan = self._plan(num_micro_batches or self.gradient_accumulation_steps()).forward_only()
+            executor = self._executor_of(with_sharding(plan, self._unshard), self._eval_mailbox)
             self._eval_mailbox.forget_forms()
-            batch = self._batch(data_iter, count, with_loss=compute_loss, keep_outputs=return_logits)
-            executor = Executor(
-                with_transfers(plan), self.grid.stage_id, self._stages, self._eval_mailbox, self._table
+            batch = self._batch(
+                data_iter, plan.micro_batches, with_loss=compute_loss, keep_outputs=return_logits
             )
-            failure = self._run(executor, batch)
-            outcome = self._settle(self._eval_mailbox, failure, batch, reduce_output)
+            with self._autocast():
+                failure = self._settlement.attempt(executor.run, batch)
+            outcome = self._settle(executor, failure, batch, reduce_output)
         finally:
             self.train(was_training)
         loss: Any = None
@@ -162,28 +179,23 @@ class PipelineEngine(DeepSpeedEngine):
     @property
     def schedule(self) -> Schedule:
         """The plan of a training batch: compute, and the instructions of sharded stages."""
-        return with_sharding(
-            self._plan(self._micro_batches()), self._unshard, tied_stages=self._tied_stages()
-        )
+        plan = self._plan(self.gradient_accumulation_steps())
+        tied = {s for tie in self.module.tie_plans() if tie.crosses for s in tie.stages}
+        return with_sharding(plan, self._unshard, tied_stages=tied)
 
     def set_schedule(self, schedule: Schedule | str) -> None:
         """Take another plan: a name, a text, or a `Schedule`. It must cut the model as the module does."""
-        plan = (
-            schedule
-            if isinstance(schedule, Schedule)
-            else make_schedule(
-                schedule, self.grid.pipe_parallel_size, self._micro_batches(), self.module.num_chunks
-            )
-        )
+        count, ranks, module = self.gradient_accumulation_steps(), self.num_stages, self.module
+        if isinstance(schedule, Schedule):
+            plan = schedule
+        else:
+            plan = make_schedule(schedule, ranks, count, module.num_chunks)
         simulate(plan)  # a malformed one, or one that deadlocks, is refused here
-        mine = tuple(
-            self.module.placement.rank(s, self.grid.pipe_parallel_size)
-            for s in range(self.module.total_stages)
-        )
-        if plan.stage_rank != mine or plan.micro_batches != self._micro_batches():
+        mine = tuple(module.placement.rank(stage, ranks) for stage in range(module.total_stages))
+        if plan.stage_rank != mine or plan.micro_batches != count:
             raise UsageError(
                 "the schedule does not fit this engine",
-                expected=f"stages on ranks {mine}, {self._micro_batches()} micro-batches",
+                expected=f"stages on ranks {mine}, {count} micro-batches",
                 found=f"stages on ranks {plan.stage_rank}, {plan.micro_batches} micro-batches",
                 fix="build PipelineModule with that schedule's name and chunks",
             )
@@ -191,14 +203,19 @@ class PipelineEngine(DeepSpeedEngine):
 
     def pipeline_events(self) -> list[Event]:
         """What every rank of this pipeline did in the latest batch, in seconds from the first step; collective."""
-        return _together([] if self._executor is None else self._executor.events, self.grid)
+        return _together([] if self._executor is None else self._executor.events, self.grid.pipe_group)
 
     def pipeline_timeline(self, path: str | os.PathLike[str]) -> list[Event]:
         """Write the latest batch as a picture (PNG, SVG) or a browser's trace (JSON); collective.
 
         It is drawn as ``zeropipe pipe plan`` draws a plan. Returns the events.
         """
-        return _drawn(self.pipeline_events(), self.grid, self.schedule.name, path)
+        events = self.pipeline_events()
+        if self.grid.global_rank == 0 and str(path).endswith(".json"):
+            Path(path).write_text(chrome_trace(events, self.num_stages, microseconds=1e6))
+        elif self.grid.global_rank == 0:
+            draw(events, self.num_stages, path, f"{self.schedule.name}, measured", unit="seconds")
+        return events
 
     # What users set and ask.
 
@@ -253,24 +270,19 @@ class PipelineEngine(DeepSpeedEngine):
     def _runner(self, stage: int) -> Callable[[Any], Any]:
         return lambda value: self.module.run_stage(stage, value)
 
-    def _micro_batches(self) -> int:
-        return self.gradient_accumulation_steps()
-
     def _plan(self, micro_batches: int) -> Schedule:
         if self._own is not None and self._own.micro_batches >= micro_batches:
             return self._own.only(micro_batches)
-        return make_schedule(self._name, self.grid.pipe_parallel_size, micro_batches, self._chunks)
-
-    def _tied_stages(self) -> set[int]:
-        return {s for plan, _, _ in self.module.tie_plans() if len(plan.ranks) > 1 for s in plan.stages}
+        return make_schedule(self._name, self.num_stages, micro_batches, self._chunks)
 
     def _training_executor(self) -> Executor:
-        made = self._executor
-        if made is None or made.schedule.micro_batches != self._micro_batches():
-            plan = with_transfers(self.schedule)
-            made = Executor(plan, self.grid.stage_id, self._stages, self._mailbox, self._table)
-            self._executor = made
-        return made
+        count = self.gradient_accumulation_steps()
+        if self._executor is None or self._executor.schedule.micro_batches != count:
+            self._executor = self._executor_of(self.schedule, self._mailbox)
+        return self._executor
+
+    def _executor_of(self, plan: Schedule, mailbox: Mailbox) -> Executor:
+        return Executor(with_transfers(plan), self.grid.stage_id, self._stages, mailbox, self._table)
 
     def _batch(self, iterator: Iterator[Any] | None, count: int, **given: Any) -> Batch:
         # A rank between the two ends needs no data, and its program may have none.
@@ -278,46 +290,18 @@ class PipelineEngine(DeepSpeedEngine):
         source = partial(self._data.iterator, iterator) if ends else lambda: None
         return Batch(count, source, self.device, self.module.loss_fn, self._data.batch_fn, **given)
 
-    def _run(self, executor: Executor, batch: Batch) -> BaseException | None:
-        """Run a batch; what has failed, if the ranks may still agree on it."""
-        try:
-            with self._autocast():
-                executor.run(batch)
-        except BaseException as error:
-            if not executor.kept:
-                self._broken = True  # messages may be on their way that nobody will take
-                raise
-            return error
-        return None
-
     def _settle(
-        self,
-        mailbox: Mailbox,
-        failure: BaseException | None,
-        batch: Batch,
-        how: str | None,
+        self, executor: Executor, failure: BaseException | None, batch: Batch, how: str | None
     ) -> Outcome:
         """End a batch on all ranks alike, with its losses or an error."""
-        try:
-            found = self._settlement.settle(
-                batch, how, failure, first=failure is not None and not mailbox.heard_of_failure
-            )
-        except BaseException:
-            self._broken = True
-            raise
+        mailbox = executor.mailbox
+        first = failure is not None and not mailbox.heard_of_failure
+        found = self._settlement.settle(batch, how, failure, first)
         if isinstance(found, BaseException):
             mailbox.forget_forms()
             self.zero_grad()
             raise found
         return found
-
-    def _need_whole(self, call: str) -> None:
-        if self._broken:
-            raise UsageError(
-                f"engine.{call}: this pipeline has stopped",
-                rank=self.grid.global_rank,
-                fix="a rank or its connection was lost in an earlier batch; restart from a checkpoint",
-            )
 
 
 def _joined(outputs: list[Any]) -> Any:
@@ -330,28 +314,73 @@ def _joined(outputs: list[Any]) -> Any:
     return outputs
 
 
-def _together(mine: list[Event], grid: PipelineParallelGrid) -> list[Event]:
+def _together(mine: list[Event], pipe: Group) -> list[Event]:
     """Every rank's events in one time; collective."""
-    barrier(grid.pipe_group, label="timeline")
+    barrier(pipe, label="timeline")
     clock = time.perf_counter()  # the same moment on every rank: aligns the clocks of several machines
-    everyone = all_gather_object((clock, mine), grid.pipe_group, label="timeline")
-    begin = min((e.start - at for at, events in everyone for e in events), default=0.0)
-    return [
-        Event(e.rank, e.step, e.start - at - begin, e.end - at - begin)
-        for at, events in everyone
-        for e in events
-    ]
+    everyone = all_gather_object((clock, mine), pipe, label="timeline")
+    found = [replace(e, start=e.start - at, end=e.end - at) for at, events in everyone for e in events]
+    begin = min((e.start for e in found), default=0.0)
+    return [replace(e, start=e.start - begin, end=e.end - begin) for e in found]
 
 
-def _drawn(
-    events: list[Event], grid: PipelineParallelGrid, name: str, path: str | os.PathLike[str]
-) -> list[Event]:
-    from zeropipe.runtime.pipe.picture import chrome_trace, draw
+# What the instructions that concern a whole stage do to the ZeRO optimizer's parameters.
 
-    if grid.global_rank == 0:
-        ranks = grid.pipe_parallel_size
-        if str(path).endswith(".json"):
-            Path(path).write_text(chrome_trace(events, ranks, microseconds=1e6))
-        else:
-            draw(events, ranks, path, f"{name}, measured", unit="seconds")
-    return events
+
+def stage_table(module: PipelineModule, optimizer: ZeroOptimizer) -> dict[Op, Effect]:
+    """The effects that an executor of ``module`` cannot know by itself."""
+    held: dict[int, list[Hold]] = {}  # by stage
+    return {
+        Op.UNSHARD: partial(_unshard, module, held),
+        Op.RESHARD: partial(_reshard, held),
+        Op.REDUCE_TIED: lambda step: sum_gradients(module.ties, _has_gradient, _gradient),
+        Op.REDUCE_GRAD: lambda step: optimizer.reducer.finish_window(),
+    }
+
+
+def _unshard(module: PipelineModule, held: dict[int, list[Hold]], step: Instruction) -> None:
+    # All parameters of the stage at once: their gathers travel together.
+    found = _shards(module, step.stage)
+    held.setdefault(step.stage, []).extend(shards.hold() for shards in found)
+    for shards in found:
+        shards.start_gather()
+    for shards in found:
+        shards.finish_gather()
+
+
+def _reshard(held: dict[int, list[Hold]], step: Instruction) -> None:
+    for hold in held.pop(step.stage, ()):
+        hold.release()
+
+
+def _shards(module: PipelineModule, stage: int) -> list[Shards]:
+    modules = [module.layer_module(layer) for layer in module.layers_of(stage)]
+    params = dict.fromkeys(p for m in modules if m is not None for p in m.parameters())
+    return [shards for shards in map(shards_of, params) if shards is not None]
+
+
+def _has_gradient(param: torch.nn.Parameter) -> bool:
+    """Whether a backward of this batch has reached ``param`` on this rank."""
+    one = trained_of(param)
+    if one is None or not param.requires_grad:
+        return False
+    return param.grad is not None or one.index in one.store.seen
+
+
+def _gradient(param: torch.nn.Parameter) -> torch.Tensor:
+    """The tensor that holds it, to be changed in place; zeros where there was none."""
+    one = trained_of(param)
+    assert one is not None
+    store = one.store
+    taken = store.local(one.index)
+    if taken is not None:
+        return taken
+    if param.grad is None:
+        param.grad = torch.zeros_like(param)
+    # A store that does not keep it whole leaves it in the parameter until it is reduced, unless it widens it.
+    if not store.keeps_whole and store.dtype == store.partition.dtype:
+        return param.grad
+    store.accept(one.index, keep_grad=store.keeps_whole)
+    taken = store.local(one.index)
+    assert taken is not None
+    return taken

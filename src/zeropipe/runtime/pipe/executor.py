@@ -19,20 +19,19 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from zeropipe.errors import UsageError
 from zeropipe.runtime.pipe.batch import Batch
 from zeropipe.runtime.pipe.instructions import (
-    COMPUTE,
     OF_STAGE,
     Instruction,
     Message,
     Op,
     Schedule,
-    made_by,
-    needed_by,
+    computes,
+    known_taken,
+    queues,
 )
-from zeropipe.runtime.pipe.lowering import known_taken, queues
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.simulate import Event
 from zeropipe.runtime.pipe.split_backward import Entry, SplitBackward
-from zeropipe.runtime.pipe.wire import Value, detached, flatten, rebuild
+from zeropipe.runtime.pipe.wire import Value, flatten, rebuild
 
 Effect = Callable[[Instruction], None]
 
@@ -141,7 +140,7 @@ class Executor:
     ) -> None:
         # The plan, the same in every run.
         self.schedule, self._rank = schedule, rank
-        self._stages, self._mailbox = stages, mailbox
+        self._stages, self.mailbox = stages, mailbox
         self._queues, self._known_taken = queues(schedule), known_taken(schedule)
         self._train = schedule.has_backward
         self._table: dict[Op, Effect] = {
@@ -158,24 +157,20 @@ class Executor:
         # Under way within a run.
         self._batch: Batch | None = None
         self._here: dict[Message, Value] = {}  # between two stages of this rank
-        self._seeds: dict[
-            int, torch.Tensor
-        ] = {}  # the loss's gradient with respect to itself, by micro-batch
+        self._seeds: dict[int, torch.Tensor] = {}  # by micro-batch: the gradient of the loss by itself
         self._start = 0.0  # of the step in progress
 
-        # What the latest run has left.
-        self.events: list[Event] = []  # in seconds of this process's clock
-        self.kept = True  # no message is under way and no collective half done
+        self.events: list[Event] = []  # of the latest run, in seconds of this process's clock
 
-    def run(self, batch: Batch) -> None:
-        """Do every instruction in order.
+    def run(self, batch: Batch) -> BaseException | None:
+        """Do every instruction in order; what has failed, if ranks may still agree to go on.
 
         A rank that fails computes nothing more but keeps its appointments: it answers for the messages that it owes,
-        goes on with what is collective, takes the messages that it is owed, and raises then. `kept` says whether it
-        could, so that ranks may agree to go on; what its gradients hold is worth nothing.
+        goes on with what is collective, and takes the messages that it is owed. So no message is under way and no
+        collective half done when this returns. Where a rank cannot keep them, this raises.
         """
-        self.events, self.kept, self._batch = [], False, batch
-        self._mailbox.begin(self._queues, self._known_taken)
+        self.events, self._batch = [], batch
+        self.mailbox.begin(self._queues, self._known_taken)
         line = self.schedule.ranks[self._rank]
         # One reduction for all stages of the rank: its buckets run over the borders of stages.
         reductions = [at for at, step in enumerate(line) if step.op is Op.REDUCE_GRAD]
@@ -191,23 +186,21 @@ class Executor:
                     effect(step)  # outside of _try: the others are in this collective too, or will be
                 elif failure is None:
                     failure = self._try(partial(effect, step))
-                    if step.op in COMPUTE:
+                    if computes(step):
                         self.events.append(Event(self._rank, step, self._start, time.perf_counter()))
             # Appointments kept, every message has been sent and taken; else those that are still owed here are.
             if failure is None:
-                self._mailbox.finish()
+                self.mailbox.finish()
             else:
-                self._mailbox.clear()
+                self.mailbox.clear()
         except BaseException as error:
             if failure is None:
                 self._fail()
-            self._mailbox.give_up()
+            self.mailbox.give_up()
             if failure is None:
                 raise
             raise failure from error
-        self.kept = True
-        if failure is not None:
-            raise failure
+        return failure
 
     def _try(self, do: Callable[[], None]) -> BaseException | None:
         try:
@@ -219,67 +212,65 @@ class Executor:
 
     def _fail(self) -> None:
         # First the word to the others, who wait for it; then what this batch holds: its gradients are worth nothing.
-        self._mailbox.say_failed()
+        self.mailbox.say_failed()
         for stage in self._stages.values():
             stage.drop()
         self._here.clear()
         self._seeds.clear()
 
     def _forward(self, step: Instruction) -> None:
-        assert step.micro_batch is not None
+        m, stage = self._at(step)
         assert self._batch is not None
-        m, stage = step.micro_batch, self._stages[step.stage]
         # [1] in: the first stage takes data, the others what the stage before has made; [2] they compute
-        need = needed_by(step, self.schedule.num_stages)
+        need, made = self.schedule.needed_by(step), self.schedule.made_by(step)
         if need is None:
             output = stage.begin(m, self._batch.inputs(m), self._train)
         else:
             output = stage.forward(m, self._take(need), self._train)
         # [3] on: the last stage's output into the loss, the others' to the stage after
-        made = made_by(step, self.schedule.num_stages)
         if made is None:
             loss = self._batch.loss(m, output)
             if self._train and loss is not None:
                 stage.hold_output(m, [loss])
                 self._seeds[m] = torch.ones_like(loss)
             return
-        tree, tensors = flatten(output, f"the output of stage {step.stage}")
+        value = flatten(output, f"the output of stage {step.stage}")
         if self._train:
-            stage.hold_output(m, tensors)
-        self._give(made, detached(tree, tensors))
+            stage.hold_output(m, value.tensors)
+        self._give(made, value.detached())
 
     def _backward(self, step: Instruction) -> None:
-        assert step.micro_batch is not None
-        m, stage = step.micro_batch, self._stages[step.stage]
-        # [1] in: backward begins at the loss, or goes on from the stage after
-        need = needed_by(step, self.schedule.num_stages)
+        m, stage = self._at(step)
+        # [1] in: backward begins at the loss, or goes on from the stage after; [2] the layers
+        need, made = self.schedule.needed_by(step), self.schedule.made_by(step)
         grads = [self._seeds.pop(m)] if need is None else self._take(need).tensors
         found = stage.backward(m, grads) if step.op is Op.BACKWARD else stage.backward_input(m, grads)
         # [3] on: the first stage has nobody to tell
-        made = made_by(step, self.schedule.num_stages)
         if made is not None:
-            self._give(made, detached("", found))
+            self._give(made, Value("", found, [False] * len(found)))
 
     def _backward_weight(self, step: Instruction) -> None:
-        assert step.micro_batch is not None
-        self._stages[step.stage].backward_weight(step.micro_batch)
+        m, stage = self._at(step)
+        stage.backward_weight(m)
+
+    def _open(self, step: Instruction) -> None:
+        message = self.schedule.needed_by(step)
+        assert message is not None, "a stage receives from its neighbours alone"
+        self.mailbox.open(message)
+
+    def _at(self, step: Instruction) -> tuple[int, Stage]:
+        assert step.micro_batch is not None, "every step of a micro-batch names it"
+        return step.micro_batch, self._stages[step.stage]
 
     def _take(self, message: Message) -> Value:
-        source = self.schedule.stage_rank[message.source]
-        if source == self._rank:
+        if not message.crosses:
             return self._here.pop(message)
-        value = self._mailbox.receive(message, source)
+        value = self.mailbox.receive(message)
         self._start = time.perf_counter()  # what was spent waiting is idle time, not the step's
         return value
 
     def _give(self, message: Message, value: Value) -> None:
-        target = self.schedule.stage_rank[message.target]
-        if target == self._rank:
-            self._here[message] = value
+        if message.crosses:
+            self.mailbox.send(message, value)
         else:
-            self._mailbox.send(message, target, value)
-
-    def _open(self, step: Instruction) -> None:
-        message = needed_by(step, self.schedule.num_stages)
-        assert message is not None
-        self._mailbox.open(message, self.schedule.stage_rank[message.source])
+            self._here[message] = value

@@ -11,16 +11,18 @@ rank* runs one stage, or several (*chunks*). An instruction names its stage, wha
     2SEND_F0 2RECV_F0 2SEND_B0 2RECV_B0           an activation, or its gradient, leaves or reaches stage 2
 
 A schedule is one line for each rank, comma separated; lines that open with ``#`` are remarks. The vocabulary is
-that of ``torch.distributed.pipelining``, so its exported schedules can be read.
+that of ``torch.distributed.pipelining``, so its exported schedules can be read. One need only say what is computed:
+`with_transfers` and `with_sharding` add the rest before it runs.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
+from itertools import pairwise
 from typing import NoReturn
 
 from zeropipe.errors import ScheduleError
@@ -81,6 +83,54 @@ class Instruction:
         return cls(int(found["stage"]), Op(found["op"]), None if micro_batch is None else int(micro_batch))
 
 
+def computes(step: Instruction) -> bool:
+    return step.op in COMPUTE
+
+
+# What a step makes for a neighbouring stage, or a transfer carries, and which way that goes along the model.
+_WAY = {
+    Op.FORWARD: (Op.FORWARD, 1),
+    Op.SEND_F: (Op.FORWARD, 1),
+    Op.RECV_F: (Op.FORWARD, 1),
+    Op.BACKWARD: (Op.BACKWARD, -1),
+    Op.BACKWARD_INPUT: (Op.BACKWARD, -1),
+    Op.SEND_B: (Op.BACKWARD, -1),
+    Op.RECV_B: (Op.BACKWARD, -1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What one stage hands to its neighbour; ``op`` is FORWARD (an activation) or BACKWARD (its gradient)."""
+
+    source: int  # stage
+    target: int  # stage
+    op: Op
+    micro_batch: int
+    ranks: tuple[int, int]  # who makes it, who needs it; the same rank where nothing has to be sent
+
+    @property
+    def crosses(self) -> bool:
+        return self.ranks[0] != self.ranks[1]
+
+    @property
+    def edge(self) -> tuple[int, int, Op]:
+        """What it has in common with those of other micro-batches."""
+        return self.source, self.target, self.op
+
+    @property
+    def send(self) -> Instruction:
+        return Instruction(self.source, Op.SEND_F if self.op is Op.FORWARD else Op.SEND_B, self.micro_batch)
+
+    @property
+    def receive(self) -> Instruction:
+        return Instruction(self.target, Op.RECV_F if self.op is Op.FORWARD else Op.RECV_B, self.micro_batch)
+
+    def __str__(self) -> str:
+        """``0>1 F3``: from stage 0 to stage 1, the activation of micro-batch 3."""
+        return f"{self.source}>{self.target} {self.op.value}{self.micro_batch}"
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """What each pipeline rank does, in order. Which rank runs a stage follows from who names it."""
@@ -91,7 +141,7 @@ class Schedule:
     micro_batches: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Which rank runs a stage is nowhere said: it follows from who names it, so nobody else may.
+        # Nothing else says who runs a stage, so no second rank may name it.
         owner: dict[int, int] = {}
         for rank, line in enumerate(self.ranks):
             for step in line:
@@ -133,6 +183,24 @@ class Schedule:
         """The stages that ``rank`` runs, in model order."""
         return tuple(s for s, owner in enumerate(self.stage_rank) if owner == rank)
 
+    def made_by(self, step: Instruction) -> Message | None:
+        """What ``step`` hands on to a neighbouring stage, on the same rank or another; what a SEND sends."""
+        return self._message(step, out=True)
+
+    def needed_by(self, step: Instruction) -> Message | None:
+        """What ``step`` waits for from a neighbouring stage, on the same rank or another; what a RECV receives."""
+        return self._message(step, out=False)
+
+    def _message(self, step: Instruction, out: bool) -> Message | None:
+        op, way = _WAY.get(step.op, (step.op, 0))
+        other = step.stage + (way if out else -way)
+        # Weight gradients and stage instructions tell nobody; nor has the model a stage before its first.
+        if not way or step.micro_batch is None or not 0 <= other < self.num_stages:
+            return None
+        source, target = (step.stage, other) if out else (other, step.stage)
+        ranks = self.stage_rank[source], self.stage_rank[target]
+        return Message(source, target, op, step.micro_batch, ranks)
+
     def only(self, micro_batches: int) -> Schedule:
         """The same order for the first ``micro_batches`` alone."""
         # A micro-batch depends on no other, so what is left of a valid schedule is valid.
@@ -164,52 +232,6 @@ class Schedule:
             tuple(Instruction.parse(word) for word in line.split(",") if word.strip()) for line in lines
         )
         return cls(ranks, remarks[0] if remarks and remarks[0] else "custom")
-
-
-# What a step makes for a neighbouring stage, or a transfer carries, and which way that goes along the model.
-_WAY = {
-    Op.FORWARD: (Op.FORWARD, 1),
-    Op.SEND_F: (Op.FORWARD, 1),
-    Op.RECV_F: (Op.FORWARD, 1),
-    Op.BACKWARD: (Op.BACKWARD, -1),
-    Op.BACKWARD_INPUT: (Op.BACKWARD, -1),
-    Op.SEND_B: (Op.BACKWARD, -1),
-    Op.RECV_B: (Op.BACKWARD, -1),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One transfer between neighbouring stages; ``op`` is FORWARD (activation) or BACKWARD (its gradient)."""
-
-    source: int  # stage
-    target: int  # stage
-    op: Op
-    micro_batch: int
-
-    @property
-    def send(self) -> Instruction:
-        return Instruction(self.source, Op.SEND_F if self.op is Op.FORWARD else Op.SEND_B, self.micro_batch)
-
-    @property
-    def receive(self) -> Instruction:
-        return Instruction(self.target, Op.RECV_F if self.op is Op.FORWARD else Op.RECV_B, self.micro_batch)
-
-
-def made_by(step: Instruction, num_stages: int) -> Message | None:
-    """What ``step`` hands on to a neighbouring stage, on the same rank or another; what a SEND sends."""
-    op, way = _WAY.get(step.op, (step.op, 0))
-    if not way or step.micro_batch is None or not 0 <= step.stage + way < num_stages:
-        return None
-    return Message(step.stage, step.stage + way, op, step.micro_batch)
-
-
-def needed_by(step: Instruction, num_stages: int) -> Message | None:
-    """What ``step`` waits for from a neighbouring stage, on the same rank or another; what a RECV receives."""
-    op, way = _WAY.get(step.op, (step.op, 0))
-    if not way or step.micro_batch is None or not 0 <= step.stage - way < num_stages:
-        return None
-    return Message(step.stage - way, step.stage, op, step.micro_batch)
 
 
 def check(schedule: Schedule) -> Schedule:
@@ -256,3 +278,115 @@ def _refuse(rank: int, step: Instruction, expected: str, found: object) -> NoRet
         found=found,
         fix="correct this rank's line, or take a schedule by name",
     )
+
+
+# What a schedule is given before it runs.
+#
+# Messages from rank a to rank b form one queue. The receiver takes them in the order in which the sender sends them,
+# whatever order it uses them in; that is what keeps NCCL, which matches messages by order alone, from mixing them up
+# or hanging:
+#
+#     rank 0:  0F0 0SEND_F0 0F1 0SEND_F1           queue 0 -> 1:  0F0, 0F1
+#     rank 1:  1RECV_F0 1F0 1RECV_F1 1F1 ...
+
+
+def queues(schedule: Schedule) -> dict[tuple[int, int], tuple[Message, ...]]:
+    """The messages from each rank to each other rank, in the order in which they are sent."""
+    found: defaultdict[tuple[int, int], list[Message]] = defaultdict(list)
+    for step in filter(computes, schedule.steps()):
+        made = schedule.made_by(step)
+        if made is not None and made.crosses:
+            found[made.ranks].append(made)
+    return {pair: tuple(messages) for pair, messages in found.items()}
+
+
+def known_taken(schedule: Schedule) -> dict[Message, int]:
+    """For each message: how many messages of the opposite queue its sender had taken before it made this one."""
+    # Whoever gets the message so learns, without an acknowledgement, which of its own messages have arrived.
+    place = {message: at for queue in queues(schedule).values() for at, message in enumerate(queue)}
+    taken: Counter[tuple[int, int]] = Counter()  # by the queue that they came in
+    found: dict[Message, int] = {}
+    for step in filter(computes, schedule.steps()):
+        need, made = schedule.needed_by(step), schedule.made_by(step)
+        if need in place:
+            # To take one message is to take all before it: they come in order.
+            taken[need.ranks] = max(taken[need.ranks], place[need] + 1)
+        if made in place:
+            found[made] = taken[made.ranks[::-1]]
+    return found
+
+
+def with_transfers(schedule: Schedule, ahead: int = 1) -> Schedule:
+    """Add each SEND after the step that makes the value, each RECV ``ahead`` compute steps before its use."""
+    # A RECV only opens the receive; the step that uses the value waits for it. Opened early, the transfer runs behind
+    # the compute in between.
+    waiting = {pair: deque(messages) for pair, messages in queues(schedule).items()}
+    lines = []
+    for line in schedule.ranks:
+        plain = [step for step in line if step.op not in TRANSFER]
+        places = [at for at, step in enumerate(plain) if computes(step)]
+        before, after = _Added(list), _Added(list)
+        for turn, at in enumerate(places):
+            need, made = schedule.needed_by(plain[at]), schedule.made_by(plain[at])
+            if made is not None and made.crosses:
+                after[at].append(made.send)
+            # With the message come all before it in its queue that no earlier step has asked for.
+            queue = waiting.get(need.ranks, ()) if need is not None else ()
+            while queue and need in queue:
+                before[places[max(0, turn - ahead)]].append(queue.popleft().receive)
+        lines.append(_woven(plain, before, after))
+    return Schedule(tuple(lines), schedule.name)
+
+
+class Unshard(Enum):
+    """When the sharded parameters of a stage are gathered, and what that costs in memory."""
+
+    NEVER = "never"  # parameters are not sharded
+    STEP = "step"  # once for each step: the whole stage stays gathered from first to last use
+    PHASE = "phase"  # once for each run of uses: gathered stages that rest are released
+
+
+def with_sharding(
+    schedule: Schedule, unshard: Unshard = Unshard.NEVER, gap: int = 4, tied_stages: Collection[int] = ()
+) -> Schedule:
+    """Add UNSHARD, RESHARD, REDUCE_TIED and REDUCE_GRAD to a schedule of compute steps.
+
+    ``gap``: compute steps of its rank that a stage may rest while gathered (`Unshard.PHASE`). ``tied_stages``: stages
+    that share parameters with stages of other ranks::
+
+        0UNSHARD 0F0 0F1 ... 0B1 0RESHARD 0REDUCE_GRAD       with ties: ... 0REDUCE_TIED 0REDUCE_GRAD 0RESHARD
+
+    Gradients are complete after the last backward: reduced once for each step, not for each micro-batch.
+    """
+    lines = []
+    for rank, line in enumerate(schedule.ranks):
+        before, after = _Added(list), _Added(list)
+        reduced: list[Instruction] = []
+        released: list[Instruction] = []
+        for stage in schedule.stages_of(rank):
+            # A weight gradient is a use too: autograd looks at all that its node saved, the parameter as well.
+            uses = [at for at, step in enumerate(line) if step.stage == stage and computes(step)]
+            tied = stage in tied_stages
+            rest = gap if unshard is Unshard.PHASE else len(line)
+            rests = [(a, b) for a, b in pairwise(uses) if b - a > rest]
+            firsts, lasts = [uses[0], *(b for _, b in rests)], [*(a for a, _ in rests), uses[-1]]
+            for first, last in zip(firsts, lasts, strict=True) if unshard is not Unshard.NEVER else ():
+                before[first].append(Instruction(stage, Op.UNSHARD))
+                # Tied gradients still have to be summed when the stage has been used for the last time.
+                place = released if tied and last == uses[-1] else after[last]
+                place.append(Instruction(stage, Op.RESHARD))
+            if schedule.has_backward:
+                # The first stages to end reduce while the others still compute.
+                (reduced if tied else after[uses[-1]]).append(Instruction(stage, Op.REDUCE_GRAD))
+        if reduced:
+            # One for all ties of the rank, so that every rank can take them in one order; their stages come after.
+            reduced.insert(0, Instruction(reduced[0].stage, Op.REDUCE_TIED))
+        lines.append((*_woven(line, before, after), *reduced, *released))
+    return Schedule(tuple(lines), schedule.name)
+
+
+_Added = defaultdict[int, list[Instruction]]  # by place in a line
+
+
+def _woven(line: Sequence[Instruction], before: _Added, after: _Added) -> tuple[Instruction, ...]:
+    return tuple(added for at, step in enumerate(line) for added in (*before[at], step, *after[at]))

@@ -123,9 +123,10 @@ class LayerFacts:
     """What a partition method may weigh of one layer."""
 
     name: str  # class or function name, for ``type:REGEX``
+    # Each under the name of the method that weighs it.
     parameters: int = 0  # elements
     memory: int = 0  # bytes of parameters, gradients, optimizer state and saved activations
-    nanoseconds: int = 0  # measured time of a forward
+    profile: int = 0  # nanoseconds of a forward, measured
 
 
 def weigh(layers: Sequence[Any], method: str | Sequence[int], sample: Any = None) -> list[LayerFacts]:
@@ -215,12 +216,6 @@ def _run(call: Any, value: Any) -> tuple[int, Any, float]:
 
 # Cutting.
 
-_WEIGHTS: dict[str, Callable[[LayerFacts], int]] = {
-    "parameters": lambda facts: facts.parameters,
-    "memory": lambda facts: facts.memory,
-    "profile": lambda facts: facts.nanoseconds,
-}
-
 # stages + 1 ascending layer numbers: stage s has the layers [bounds[s], bounds[s + 1])
 Bounds = tuple[int, ...]
 
@@ -243,15 +238,23 @@ def partition(
             fix=f"use at most {num_layers} stages (pipeline ranks x chunks), or split layers",
         )
     if not isinstance(method, str):
-        return _explicit(tuple(method), num_layers, stages)
+        bounds = tuple(method)
+        ascending = all(a < b for a, b in pairwise(bounds))
+        if not ascending or len(bounds) != stages + 1 or (bounds[0], bounds[-1]) != (0, num_layers):
+            raise ConfigError(
+                "partition bounds do not fit the model",
+                expected=f"{stages + 1} ascending numbers from 0 to {num_layers}",
+                found=list(bounds),
+            )
+        return bounds
     name, _, pattern = method.partition(":")
     name = name.strip().lower()
     if name == "uniform":
         return cut_evenly(num_layers, stages)
     if name == "type":
         return cut_balanced(_matches(pattern, facts(), stages), stages)
-    if name in _WEIGHTS:
-        return cut_balanced(list(map(_WEIGHTS[name], facts())), stages)
+    if name in ("parameters", "memory", "profile"):
+        return cut_balanced([getattr(one, name) for one in facts()], stages)
     raise ConfigError("unknown partition_method", expected=METHODS, found=repr(method))
 
 
@@ -271,14 +274,3 @@ def _matches(pattern: str, facts: Sequence[LayerFacts], stages: int) -> list[int
             fix="correct the expression, or use 'parameters'",
         )
     return weights
-
-
-def _explicit(bounds: Bounds, num_layers: int, stages: int) -> Bounds:
-    ascending = all(a < b for a, b in pairwise(bounds))
-    if len(bounds) != stages + 1 or bounds[0] != 0 or bounds[-1] != num_layers or not ascending:
-        raise ConfigError(
-            "partition bounds do not fit the model",
-            expected=f"{stages + 1} ascending numbers from 0 to {num_layers}",
-            found=list(bounds),
-        )
-    return bounds

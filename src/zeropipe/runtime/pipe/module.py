@@ -20,15 +20,7 @@ from zeropipe.runtime.pipe.layers import Bounds, Function, bind, build, key_of, 
 from zeropipe.runtime.pipe.layers import LayerSpec as LayerSpec
 from zeropipe.runtime.pipe.layers import TiedLayerSpec as TiedLayerSpec  # users know it under this path
 from zeropipe.runtime.pipe.schedule import find_kind
-from zeropipe.runtime.pipe.tied import (
-    Tie,
-    TiePlan,
-    make_ties,
-    plan_ties,
-    share_values,
-    sum_gradients,
-    tied_names,
-)
+from zeropipe.runtime.pipe.tied import Tie, TiePlan, make_ties, plan_ties, sum_gradients
 from zeropipe.runtime.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid, ProcessTopology
 
 LayerLike = LayerSpec | nn.Module | Callable[..., Any]
@@ -113,13 +105,13 @@ class PipelineModule(nn.Module):
             self._build(index)
 
         # Ties: planned alike on all ranks, from the modules themselves, of which only the form is kept elsewhere.
-        names = tied_names(self._given, self.tied_modules, self._grid.pipe_group)
-        self._tie_plans = plan_ties(self._given, names, self.stage_of, self.rank_of)
+        self._tie_plans = plan_ties(
+            self._given, self.tied_modules, self._grid.pipe_group, self.stage_of, self.rank_of
+        )
         for index in set(range(len(self._given))) - set(self._calls):
             if isinstance(self._given[index], nn.Module):
                 self._given[index] = deepcopy(self._given[index]).to("meta")
         self.ties: list[Tie] = make_ties(self._tie_plans, self._built, self._grid)
-        share_values(self.ties)
 
     def _build(self, index: int) -> None:
         """Build layer ``index`` and register it: under its number, a tied one under that of its first use."""
@@ -190,8 +182,8 @@ class PipelineModule(nn.Module):
         """The module of ``layer`` on this rank; None elsewhere and for plain functions."""
         return self._built.get(layer)
 
-    def tie_plans(self) -> list[tuple[TiePlan, str, int]]:
-        """Every shared weight as (plan, attribute path, layer), the same on every rank."""
+    def tie_plans(self) -> list[TiePlan]:
+        """Every shared weight, the same on every rank."""
         return self._tie_plans
 
     def is_tied_copy(self, param: nn.Parameter) -> bool:
@@ -219,20 +211,15 @@ class PipelineModule(nn.Module):
                 found=f"{self.num_chunks} stage(s) a rank, built for {self.schedule or '1f1b'!r}",
                 fix=f"PipelineModule(..., schedule={kind.name!r}), which decides which layers a rank builds",
             )
-        if "num_chunks" in section.model_fields_set and section.num_chunks != self.num_chunks:
-            raise ConfigError(
-                "config key pipeline.num_chunks differs from the module",
-                expected=self.num_chunks,
-                found=section.num_chunks,
-                fix=f"PipelineModule(..., num_chunks={section.num_chunks})",
-            )
-        if section.stages not in (None, self.num_stages):
-            raise ConfigError(
-                "config key pipeline.stages differs from the module",
-                expected=self.num_stages,
-                found=section.stages,
-                fix="remove the key, or build PipelineModule with that many stages",
-            )
+        for key, own, fix in (
+            ("num_chunks", self.num_chunks, f"PipelineModule(..., num_chunks={section.num_chunks})"),
+            ("stages", self.num_stages, "remove the key, or build PipelineModule with that many stages"),
+        ):
+            given = getattr(section, key)
+            if key in section.model_fields_set and given not in (None, own):
+                raise ConfigError(
+                    f"config key pipeline.{key} differs from the module", expected=own, found=given, fix=fix
+                )
         return kind.name, self.num_chunks
 
     # Running.
@@ -301,8 +288,8 @@ class PipelineModule(nn.Module):
             called = bind(layer, module)
             children.append(called if isinstance(called, nn.Module) else Function(called))
         # Modules that shared parameters share them again; those of a key are one module already.
-        for plan, path, index in self._tie_plans:
-            if key_of(self._given[index]) is None:
+        for plan in self._tie_plans:
+            for index, path in plan.uses if key_of(self._given[plan.uses[0][0]]) is None else ():
                 owner_path, _, last = path.rpartition(".")
                 holder = children[index].get_submodule(owner_path)
                 setattr(holder, last, shared.setdefault(plan.key, getattr(holder, last)))

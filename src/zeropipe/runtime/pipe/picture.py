@@ -6,29 +6,47 @@ import json
 import math
 from collections.abc import Sequence
 from os import PathLike
+from typing import NamedTuple
 
 from zeropipe.errors import UsageError
-from zeropipe.runtime.pipe.instructions import COMPUTE, Op
+from zeropipe.runtime.pipe.instructions import Op, computes
 from zeropipe.runtime.pipe.simulate import Event
 
-MARKS = {Op.FORWARD: "F", Op.BACKWARD: "B", Op.BACKWARD_INPUT: "I", Op.BACKWARD_WEIGHT: "W"}
-NAMES = {
-    Op.FORWARD: "forward",
-    Op.BACKWARD: "full backward",
-    Op.BACKWARD_INPUT: "input gradient",
-    Op.BACKWARD_WEIGHT: "weight gradient",
-}
-# Two tints for each kind of step: a rank's first stage is light, its last one dark.
-_TINTS = {
-    Op.FORWARD: ((0.68, 0.80, 0.94), (0.36, 0.56, 0.82)),
-    Op.BACKWARD: ((0.99, 0.80, 0.55), (0.93, 0.58, 0.22)),
-    Op.BACKWARD_INPUT: ((0.98, 0.74, 0.72), (0.87, 0.45, 0.44)),
-    Op.BACKWARD_WEIGHT: ((0.76, 0.90, 0.72), (0.46, 0.70, 0.42)),
+Tint = tuple[float, float, float]
+# How each kind of step is named and painted: a rank's first stage is light, its last one dark.
+LOOKS: dict[Op, tuple[str, Tint, Tint]] = {
+    Op.FORWARD: ("forward", (0.68, 0.80, 0.94), (0.36, 0.56, 0.82)),
+    Op.BACKWARD: ("full backward", (0.99, 0.80, 0.55), (0.93, 0.58, 0.22)),
+    Op.BACKWARD_INPUT: ("input gradient", (0.98, 0.74, 0.72), (0.87, 0.45, 0.44)),
+    Op.BACKWARD_WEIGHT: ("weight gradient", (0.76, 0.90, 0.72), (0.46, 0.70, 0.42)),
 }
 _INCH_PER_STEP = 0.24
 _WIDTH = 14.0  # inches; a longer run goes on in the next row
 _MOST_ROWS = 6
 _INCH_PER_LABEL = 0.115  # a micro-batch number of one digit at the smallest size that can be read
+
+
+class _Box(NamedTuple):
+    """A compute step as both drawings need it, in time since the first of them."""
+
+    event: Event
+    start: float
+    end: float
+    chunk: int  # which of its rank's stages this is
+    chunks: int
+
+
+def _boxes(events: Sequence[Event]) -> list[_Box]:
+    # Transfers and stage instructions have none: their time shows as idle.
+    computed = [e for e in events if computes(e.step)]
+    begin = min((e.start for e in computed), default=0.0)
+    stages: dict[int, list[int]] = {}
+    for rank, stage in sorted({(e.rank, e.step.stage) for e in computed}):
+        stages.setdefault(rank, []).append(stage)
+    return [
+        _Box(e, e.start - begin, e.end - begin, stages[e.rank].index(e.step.stage), len(stages[e.rank]))
+        for e in computed
+    ]
 
 
 def text_grid(events: Sequence[Event], ranks: int, unit: float = 1.0, columns: int | None = None) -> str:
@@ -37,21 +55,14 @@ def text_grid(events: Sequence[Event], ranks: int, unit: float = 1.0, columns: i
     A step longer than one cell goes on as dashes; a later chunk of the rank is marked by an apostrophe for each
     chunk before it; dots are idle. A run that is wider than ``columns`` characters goes on below, like text.
     """
-    # Transfers and stage instructions have no cell: their time shows as idle.
-    computed = [e for e in events if e.step.op in COMPUTE]
-    begin = min((e.start for e in computed), default=0.0)
     cells: list[dict[int, str]] = [{} for _ in range(ranks)]
-    chunk: dict[int, int] = {}  # which of its rank's stages a stage is
-    for rank in range(ranks):
-        stages = sorted({e.step.stage for e in computed if e.rank == rank})
-        chunk |= {stage: place for place, stage in enumerate(stages)}
     length = 0
-    for event in computed:
-        first = round((event.start - begin) / unit)
-        last = max(first + 1, round((event.end - begin) / unit))
-        label = f"{MARKS[event.step.op]}{event.step.micro_batch}" + "'" * chunk[event.step.stage]
-        for at in range(first, last):
-            cells[event.rank][at] = label if at == first else "--"
+    for box in _boxes(events):
+        step = box.event.step
+        first = round(box.start / unit)
+        last = max(first + 1, round(box.end / unit))
+        cells[box.event.rank] |= dict.fromkeys(range(first, last), "--")
+        cells[box.event.rank][first] = f"{step.op.value}{step.micro_batch}" + "'" * box.chunk
         length = max(length, last)
     # All cells are as wide as the widest label, so that columns are moments.
     width = max((len(label) for line in cells for label in line.values()), default=1)
@@ -77,7 +88,7 @@ def chrome_trace(events: Sequence[Event], ranks: int, microseconds: float = 1000
     rows += [
         {
             "name": str(e.step),
-            "cat": NAMES.get(e.step.op, e.step.op.value),
+            "cat": LOOKS[e.step.op][0] if computes(e.step) else e.step.op.value,
             "ph": "X",
             "pid": 0,
             "tid": e.rank,
@@ -105,12 +116,11 @@ def draw(
         raise UsageError(
             "drawing a picture needs matplotlib", fix="pip install 'zeropipe[plot]', or use --trace"
         ) from error
-    computed = [e for e in events if e.step.op in COMPUTE]
-    if not computed:
+    boxes = _boxes(events)
+    if not boxes:
         raise UsageError("nothing to draw: no compute step was recorded")
-    begin = min(e.start for e in computed)
-    length = max(e.end for e in computed) - begin
-    steps = sorted(e.end - e.start for e in computed if e.end > e.start) or [1.0]
+    length = max(box.end for box in boxes)
+    steps = sorted(box.end - box.start for box in boxes if box.end > box.start) or [1.0]
     shortest = max(steps[0], steps[len(steps) // 2] / 2)  # a measured run has a few steps of next to no time
     whole = min(_WIDTH * _MOST_ROWS, max(7.0, length / shortest * _INCH_PER_STEP))
     rows = math.ceil(whole / _WIDTH)
@@ -118,23 +128,20 @@ def draw(
     width, span = whole / rows, math.ceil(length / rows / shortest - 1e-9) * shortest
     figure = Figure(figsize=(width + 0.7, rows * (0.34 * ranks + 0.45) + 0.85), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    stages = {r: sorted({e.step.stage for e in computed if e.rank == r}) for r in range(ranks)}
     inch = width / span
     for row, axes in enumerate(figure.subplots(rows, 1, squeeze=False)[:, 0]):
         first, last = row * span, (row + 1) * span
-        for event in computed:
-            start, end = event.start - begin, event.end - begin
+        for event, start, end, chunk, chunks in boxes:
             if end <= first or start >= last:
                 continue
-            place = stages[event.rank].index(event.step.stage) / max(1, len(stages[event.rank]) - 1)
-            light, dark = _TINTS[event.step.op]
+            _, light, dark = LOOKS[event.step.op]
+            place = chunk / max(1, chunks - 1)
             tint = tuple(a + (b - a) * place for a, b in zip(light, dark, strict=True))
-            box = Rectangle((start, event.rank - 0.45), end - start, 0.9, fc=tint, ec="white", lw=0.6)
-            axes.add_patch(box)
+            low = event.rank - 0.45
+            axes.add_patch(Rectangle((start, low), end - start, 0.9, fc=tint, ec="white", lw=0.6))
             # A label that its cell cannot hold is left out; one of a step that goes on in the next row stands where
             # the middle of the step is.
-            label = str(event.step.micro_batch)
-            middle = (start + end) / 2
+            label, middle = str(event.step.micro_batch), (start + end) / 2
             fits = (end - start) * inch >= _INCH_PER_LABEL * (0.4 + 0.6 * len(label))
             if fits and first <= middle <= last:
                 axes.text(middle, event.rank, label, ha="center", va="center", fontsize=7.5)
@@ -145,9 +152,9 @@ def draw(
         axes.tick_params(left=False)
     axes.set_xlabel(f"time ({unit})")
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    kinds = [op for op in _TINTS if any(e.step.op is op for e in computed)]
+    kinds = [op for op in LOOKS if any(box.event.step.op is op for box in boxes)]
     figure.legend(
-        handles=[Patch(facecolor=_TINTS[op][0], label=NAMES[op]) for op in kinds],
+        handles=[Patch(facecolor=LOOKS[op][2], label=LOOKS[op][0]) for op in kinds],
         loc="outside lower right",
         ncols=len(kinds),
         frameon=False,

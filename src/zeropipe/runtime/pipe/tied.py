@@ -27,8 +27,14 @@ class TiePlan:
     """One shared parameter: where it lives; the same on all ranks."""
 
     key: str  # the user's key and the parameter's name, or the name of the first use
-    stages: tuple[int, ...]  # every stage that uses it, ascending
+    uses: tuple[tuple[int, str], ...]  # (layer, the parameter's path in the layer's module)
+    stages: tuple[int, ...]  # of these uses, ascending
     ranks: tuple[int, ...]  # the pipeline ranks of those stages, ascending
+
+    @property
+    def crosses(self) -> bool:
+        """Whether several ranks have copies, which must be kept equal."""
+        return len(self.ranks) > 1
 
 
 @dataclass(slots=True)
@@ -41,21 +47,29 @@ class Tie:
     owner: bool  # this rank's copy is the one that counts in norms and is saved
 
 
-def tied_names(layers: Sequence[Any], modules: Mapping[str, nn.Module], pipe: Group) -> dict[str, list[str]]:
-    """The names of all parameters of each tied module, by key; collective over the pipeline.
+def plan_ties(
+    layers: Sequence[Any],
+    modules: Mapping[str, nn.Module],
+    pipe: Group,
+    stage_of: Callable[[int], int],
+    rank_of: Callable[[int], int],
+) -> list[TiePlan]:
+    """Every shared parameter, in one order on all ranks; collective over the pipeline.
 
-    ``modules``: those of this rank. Raises UsageError, on every rank, where a ``tied_weight_attr`` is no parameter.
+    ``modules``: the tied ones that this rank has built, by key. Raises UsageError, on every rank, where a
+    ``tied_weight_attr`` is no parameter.
     """
-    specs = [layer for layer in layers if isinstance(layer, TiedLayerSpec)]
-    if not specs:
-        return {}
+    specs = {index: layer for index, layer in enumerate(layers) if isinstance(layer, TiedLayerSpec)}
     # A rank knows the modules that it has built, and every rank has to know them all: names, and what is no parameter.
     mine = {
-        key: ([name for name, _ in module.named_parameters()], list(_strange(specs, key, module)))
+        key: (
+            [name for name, _ in module.named_parameters()],
+            list(_strange([spec for spec in specs.values() if spec.key == key], module)),
+        )
         for key, module in modules.items()
     }
     names: dict[str, list[str]] = {}
-    for theirs in all_gather_object(mine, pipe, label="tied modules"):
+    for theirs in all_gather_object(mine, pipe, label="tied modules") if specs else ():
         for key, (parameters, strange) in theirs.items():
             for path, kind in strange:
                 raise UsageError(
@@ -65,12 +79,31 @@ def tied_names(layers: Sequence[Any], modules: Mapping[str, nn.Module], pipe: Gr
                     fix="set tied_weight_attr to the attribute that holds the weight",
                 )
             names[key] = parameters
-    return names
+    uses: dict[str, list[tuple[int, str]]] = {}
+    first_use: dict[int, str] = {}
+    for index, layer in enumerate(layers):
+        if index in specs:
+            for name in names[specs[index].key]:
+                uses.setdefault(f"{specs[index].key}.{name}", []).append((index, name))
+        elif isinstance(layer, nn.Module):
+            # Modules of a plain model share parameters by being the same object.
+            for name, param in layer.named_parameters():
+                key = first_use.setdefault(id(param), f"{index}.{name}")
+                uses.setdefault(key, []).append((index, name))
+
+    def places(where: Callable[[int], int], used: Sequence[tuple[int, str]]) -> tuple[int, ...]:
+        return tuple(sorted({where(index) for index, _ in used}))
+
+    return [
+        TiePlan(key, tuple(used), places(stage_of, used), places(rank_of, used))
+        for key, used in uses.items()
+        if len(used) > 1
+    ]
 
 
-def _strange(specs: Sequence[TiedLayerSpec], key: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """What stands under each ``tied_weight_attr`` of ``key`` and is no parameter: (path, class)."""
-    for path in dict.fromkeys(path for spec in specs if spec.key == key for path in spec.tied_weight_attr):
+def _strange(specs: Sequence[TiedLayerSpec], module: nn.Module) -> Iterator[tuple[str, str]]:
+    """What stands under each ``tied_weight_attr`` and is no parameter: (path, class)."""
+    for path in dict.fromkeys(path for spec in specs for path in spec.tied_weight_attr):
         found: Any = module
         for name in path.split("."):
             found = getattr(found, name, None)
@@ -78,46 +111,17 @@ def _strange(specs: Sequence[TiedLayerSpec], key: str, module: nn.Module) -> Ite
             yield f"{type(module).__name__}.{path}", type(found).__name__
 
 
-def plan_ties(
-    layers: Sequence[Any],
-    names: Mapping[str, Sequence[str]],
-    stage_of: Callable[[int], int],
-    rank_of: Callable[[int], int],
-) -> list[tuple[TiePlan, str, int]]:
-    """Every shared parameter as (plan, path in the layer, a layer that has it), in one order on all ranks.
-
-    ``names``: as `tied_names` gives them.
-    """
-    uses: dict[str, list[tuple[int, str]]] = {}
-    first_use: dict[int, str] = {}
-    for index, layer in enumerate(layers):
-        if isinstance(layer, TiedLayerSpec):
-            for name in names[layer.key]:
-                uses.setdefault(f"{layer.key}.{name}", []).append((index, name))
-        elif isinstance(layer, nn.Module):
-            # Modules of a plain model share parameters by being the same object.
-            for name, param in layer.named_parameters():
-                key = first_use.setdefault(id(param), f"{index}.{name}")
-                uses.setdefault(key, []).append((index, name))
-    found = []
-    for key, places in uses.items():
-        if len(places) > 1:
-            stages = tuple(sorted({stage_of(index) for index, _ in places}))
-            ranks = tuple(sorted({rank_of(index) for index, _ in places}))
-            found += [(TiePlan(key, stages, ranks), path, index) for index, path in places]
-    return found
-
-
 def make_ties(
-    plans: Iterable[tuple[TiePlan, str, int]],
-    modules: Mapping[int, nn.Module | None],
-    grid: PipelineParallelGrid,
+    plans: Iterable[TiePlan], modules: Mapping[int, nn.Module | None], grid: PipelineParallelGrid
 ) -> list[Tie]:
-    """The shared weights that this rank holds and another rank too; makes their groups, so collective."""
+    """The weights that this rank and another share, with the first rank's value; makes their groups, so collective.
+
+    ``modules``: those of this rank, by layer.
+    """
     groups: dict[tuple[int, ...], Group] = {}
-    found: dict[str, Tie] = {}
-    for plan, path, index in plans:
-        if len(plan.ranks) < 2:
+    ties = []
+    for plan in plans:
+        if not plan.crosses:
             continue
         if plan.ranks not in groups:
             groups[plan.ranks] = Group((grid.global_rank,), 0)
@@ -126,22 +130,19 @@ def make_ties(
                 group = new_group([pipeline[rank] for rank in plan.ranks])
                 if group is not None and grid.global_rank in pipeline:
                     groups[plan.ranks] = group
-        module = modules.get(index)
-        if module is not None and plan.key not in found:
+        here = [(module, path) for index, path in plan.uses if (module := modules.get(index)) is not None]
+        if here:
+            module, path = here[0]
             # Of the copies, that of the first rank counts in norms and is saved: one, or sums would have it twice.
             owner = grid.stage_id == plan.ranks[0]
-            found[plan.key] = Tie(plan, module.get_parameter(path), groups[plan.ranks], owner)
-    return list(found.values())
-
-
-def share_values(ties: Iterable[Tie]) -> None:
-    """Give every copy the value of the first rank; collective over each tie's group."""
+            ties.append(Tie(plan, module.get_parameter(path), groups[plan.ranks], owner))
     for tie in ties:
-        if tie.group.size > 1 and tie.param.numel():
+        if tie.param.numel():
             value = tie.param.detach().contiguous()
             broadcast(value, 0, tie.group, label=f"tied {tie.plan.key}")
             if value.data_ptr() != tie.param.data_ptr():
                 tie.param.detach().copy_(value)
+    return ties
 
 
 def sum_gradients(
@@ -156,7 +157,7 @@ def sum_gradients(
     """
     by_group: dict[Group, list[Tie]] = {}
     for tie in ties:
-        if tie.group.size > 1 and tie.param.numel():
+        if tie.param.numel():
             by_group.setdefault(tie.group, []).append(tie)
     for group, shared in by_group.items():
         # Whether anybody used it is agreed first: a sum in which one rank takes no part would hang the others.

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
+from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
 
@@ -33,11 +34,23 @@ _CONTAINERS: dict[type, str] = {tuple: "tuple", list: "list"}
 _NEW_OBJECT = copyreg.__newobj__  # type: ignore[attr-defined]
 
 
-def flatten(value: Any, where: str) -> tuple[str, list[torch.Tensor]]:
-    """The containers of ``value`` as JSON, and its tensors, each once. ``where`` names the value in errors."""
+class Value(NamedTuple):
+    """A value taken apart: `rebuild` puts ``tree`` and ``tensors`` together again."""
+
+    tree: str  # its containers as JSON
+    tensors: list[torch.Tensor]  # each once
+    wanted: list[bool]  # whether the stage that made it wants the gradient of each
+
+    def detached(self) -> Value:
+        """As it travels: without a graph."""
+        return self._replace(tensors=[t.detach() for t in self.tensors])
+
+
+def flatten(value: Any, where: str) -> Value:
+    """``value`` taken apart, its tensors still in their graph. ``where`` names it in errors."""
     parts = _Parts(where, lambda kind: _name_of(kind, where))
     tree = json.dumps(parts.take(value))
-    return tree, parts.tensors
+    return Value(tree, parts.tensors, [t.requires_grad for t in parts.tensors])
 
 
 def rebuild(tree: str, tensors: Sequence[Any]) -> Any:
@@ -196,20 +209,7 @@ def _class_of(name: str) -> Any:
     return found
 
 
-class Value(NamedTuple):
-    """A value on its way: `rebuild` puts ``tree`` and ``tensors`` together again."""
-
-    tree: str
-    tensors: list[torch.Tensor]  # without a graph
-    wanted: list[bool]  # whether the stage that made it wants the gradient of each
-
-
-def detached(tree: str, tensors: Sequence[torch.Tensor]) -> Value:
-    return Value(tree, [t.detach() for t in tensors], [t.requires_grad for t in tensors])
-
-
-@dataclass(frozen=True, slots=True)
-class TensorForm:
+class TensorForm(NamedTuple):
     """A tensor without its values."""
 
     shape: tuple[int, ...]
@@ -228,61 +228,51 @@ class Form:
     tree: str
     tensors: tuple[TensorForm, ...]
 
+    @classmethod
+    def of(cls, value: Value) -> Form:
+        flags = zip(value.tensors, value.wanted, strict=True)
+        forms = (TensorForm(tuple(t.shape), str(t.dtype).removeprefix("torch."), w) for t, w in flags)
+        return cls(value.tree, tuple(forms))
+
     @property
     def offsets(self) -> tuple[int, ...]:
         """Where each tensor starts, then where the message ends; bytes."""
-        at, found = HEAD, []
-        for tensor in self.tensors:
-            found.append(at)
-            at += -(-tensor.nbytes // ALIGN) * ALIGN
-        return (*found, at)
+        sizes = (-(-tensor.nbytes // ALIGN) * ALIGN for tensor in self.tensors)
+        return tuple(accumulate(sizes, initial=HEAD))
 
     @property
     def nbytes(self) -> int:
         return self.offsets[-1]
 
+    def pack(self, tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+        """One byte buffer (1D, nbytes) with all values."""
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        buffer[:HEAD].zero_()
+        for tensor, view in zip(tensors, self.unpack(buffer).tensors, strict=True):
+            view.copy_(tensor)
+        return buffer
+
+    def unpack(self, buffer: torch.Tensor) -> Value:
+        """The value of a message; its tensors are views of the buffer."""
+        views = [
+            buffer[start : start + t.nbytes].view(getattr(torch, t.dtype)).view(t.shape)
+            for start, t in zip(self.offsets, self.tensors, strict=False)
+        ]
+        return Value(self.tree, views, [t.needs_grad for t in self.tensors])
+
+    def farewell(self, device: torch.device) -> torch.Tensor:
+        """In the place of a message of this form: the sender has failed."""
+        buffer = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
+        buffer[0] = FAILED
+        return buffer
+
     def to_bytes(self) -> bytes:
-        rows = [[list(t.shape), t.dtype, t.needs_grad] for t in self.tensors]
-        return json.dumps([self.tree, rows]).encode()
+        return json.dumps([self.tree, self.tensors]).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Form:
         tree, rows = json.loads(data.decode())
-        return cls(tree, tuple(TensorForm(tuple(shape), dtype, grad) for shape, dtype, grad in rows))
+        return cls(tree, tuple(TensorForm(tuple(shape), *rest) for shape, *rest in rows))
 
     def __str__(self) -> str:
         return ", ".join(f"{t.dtype}{list(t.shape)}" for t in self.tensors) or "no tensors"
-
-
-def form_of(value: Value) -> Form:
-    return Form(
-        value.tree,
-        tuple(
-            TensorForm(tuple(t.shape), str(t.dtype).removeprefix("torch."), wanted)
-            for t, wanted in zip(value.tensors, value.wanted, strict=True)
-        ),
-    )
-
-
-def pack(form: Form, tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """One byte buffer (1D, form.nbytes) with all values."""
-    buffer = torch.empty(form.nbytes, dtype=torch.uint8, device=device)
-    buffer[:HEAD].zero_()
-    for tensor, view in zip(tensors, views(form, buffer), strict=True):
-        view.copy_(tensor)
-    return buffer
-
-
-def views(form: Form, buffer: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors of a message, as views of its buffer."""
-    return [
-        buffer[start : start + t.nbytes].view(getattr(torch, t.dtype)).view(t.shape)
-        for start, t in zip(form.offsets, form.tensors, strict=False)
-    ]
-
-
-def farewell(nbytes: int, device: torch.device) -> torch.Tensor:
-    """A message of the expected size that says: the sender has failed."""
-    buffer = torch.zeros(max(nbytes, HEAD), dtype=torch.uint8, device=device)
-    buffer[0] = FAILED
-    return buffer

@@ -14,7 +14,7 @@ import heapq
 from dataclasses import dataclass, field
 
 from zeropipe.runtime.pipe.instructions import Op, Schedule
-from zeropipe.runtime.pipe.schedules.costs import UNIT, Costs, Placement
+from zeropipe.runtime.pipe.simulate import UNIT, Costs, Placement
 
 F, B, INPUT, WEIGHT = Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT
 Step = tuple[int, Op, int]  # stage, op, micro-batch

@@ -1,1 +1,0 @@
-"""The schedules, one idea a file; `zeropipe.runtime.pipe.schedule` is the way in."""
