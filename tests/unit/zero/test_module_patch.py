@@ -189,3 +189,18 @@ def test_arguments_may_have_the_names_that_the_wrapper_uses():
     with patched(log):
         assert Wrapper(module=nn.ReLU(), cls="any").kind == "any"
     assert log.events[-1] == "end Wrapper 0"
+
+
+def test_patches_inside_patches_undo_themselves_where_the_innermost_fails():
+    before = snapshot()
+    outer = Log()
+
+    def broken(function: Any) -> Any:
+        raise KeyError("replacement")
+
+    with patched(outer):
+        with pytest.raises(KeyError), ModulePatch(Log().frame, broken):
+            pass
+        Child()
+    assert outer.events == ["begin Child", "end Child 2"]
+    assert snapshot() == before
