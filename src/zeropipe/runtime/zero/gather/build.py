@@ -39,7 +39,7 @@ _FREED_AT_ONCE = 32 * 2**20  # bytes freed before it is worth the walk through t
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Site:
     """Where what is built is to lie."""
 
     group: Group
@@ -91,11 +91,11 @@ class Build:
 
     def __init__(
         self,
-        place: Place,
+        site: Site,
         built: Callable[[torch.nn.Module], None] = lambda _: None,  # told of each module that is
         what: str = "zero.Init",
     ) -> None:
-        self.place, self.what = place, what
+        self.site, self.what = site, what
         self.active = True
         self._built = built
         self._ids = itertools.count()
@@ -153,7 +153,7 @@ class Build:
         time of what is on the meta device."""
         for child in module.modules():
             with self._run(_Frame(child)):
-                _materialize(child, self.place.device)
+                _materialize(child, self.site.device)
         self._name(module, lambda name, _: name)
 
     def _name(self, module: torch.nn.Module, name_of: Callable[[str, Shards], str]) -> None:
@@ -239,7 +239,7 @@ class Build:
             raise UsageError(shared_memory("zero.Init", pair))
         if whole:
             shapes = ", ".join(f"{name} {tuple(param.shape)}" for name, param in whole.values())
-            meet(f"zero.Init: {shapes}", self.place.group, channel=GATHER)
+            meet(f"zero.Init: {shapes}", self.site.group, channel=GATHER)
         for name, param in whole.values():
             self._cut(name, param)
         for module in modules:
@@ -247,13 +247,13 @@ class Build:
                 install_state_dict(module)
 
     def _cut(self, name: str, param: torch.nn.Parameter) -> None:
-        place, ident = self.place, next(self._ids)
-        shards = cut(param, f"{name}#{ident}", ident, place, self)
+        site, ident = self.site, next(self._ids)
+        shards = cut(param, f"{name}#{ident}", ident, site, self)
         self._freed.add(shards.full.numel() * shards.full.element_size())
-        if place.remote:
+        if site.remote:
             shards.live_at(shards.source.cpu(), None, remote=True)  # offload moves it on, to pinned memory
-        if place.arena is not None:
-            shards.live_at(place.arena.keep(shards.source), None, place.arena.files.let_go)
+        if site.arena is not None:
+            shards.live_at(site.arena.keep(shards.source), None, site.arena.files.let_go)
 
     # ---- [4] the end ----
 
@@ -261,7 +261,7 @@ class Build:
         outermost = self._frames[-1]
         self._settle(outermost)
         self._shard(outermost)
-        meet("the end of zero.Init", self.place.group, channel=GATHER)
+        meet("the end of zero.Init", self.site.group, channel=GATHER)
         self._round(_alive(outermost.built))
         self._freed.give_back()
 
@@ -271,18 +271,18 @@ class Build:
         for frame in self._frames:
             self._drop(frame)
         said = f"{self.what} raised {type(error).__name__}: {error}"
-        leave_all(said, error, [self.place.group], [self.place.group], channel=GATHER)
+        leave_all(said, error, [self.site.group], [self.site.group], channel=GATHER)
 
     def _round(self, modules: list[torch.nn.Module]) -> None:
         """Cast the shards of ``modules`` to what they work in, but for those that an engine has taken over by now, or
         that a constructor outside of a nested context is using."""
         # Not earlier: half of what constructors make are buffers and intermediate values, and a weight that is
         # initialized once more would be drawn in 16 bits.
-        if self.place.dtype is None:
+        if self.site.dtype is None:
             return
-        arena = self.place.arena
+        arena = self.site.arena
         params = (param for module in modules for param in module._parameters.values() if param is not None)
-        for param, dtype in working_dtypes(modules, self.place.dtype, was_prepared(params)).items():
+        for param, dtype in working_dtypes(modules, self.site.dtype, was_prepared(params)).items():
             shards = shards_of(param)
             if shards is None or shards.dtype == dtype or shards.holds or shards.conductor is not None:
                 continue
@@ -296,13 +296,13 @@ class Build:
 
 
 def cut(
-    param: torch.nn.Parameter, name: str, ident: int, place: Place, builder: Builder | None = None
+    param: torch.nn.Parameter, name: str, ident: int, site: Site, builder: Builder | None = None
 ) -> Shards:
     """Make ``param`` shards of rank 0's value; collective."""
-    value = param.detach().to(place.device).contiguous()
-    broadcast(value, 0, place.group, label=name)
+    value = param.detach().to(site.device).contiguous()
+    broadcast(value, 0, site.group, label=name)
     param.data = value
-    return shard_parameter(param, name, ident, place.within, place.group, builder)
+    return shard_parameter(param, name, ident, site.within, site.group, builder)
 
 
 def _alive(refs: list[weakref.ref[torch.nn.Module]]) -> list[torch.nn.Module]:

@@ -27,7 +27,7 @@ from zeropipe.config.parse import parse_config
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
 from zeropipe.names import lazy
-from zeropipe.runtime.zero.gather.build import Build, Place
+from zeropipe.runtime.zero.gather.build import Build, Site
 from zeropipe.runtime.zero.gather.shards import Shards, shards_in
 from zeropipe.runtime.zero.gather.state_dict import built_by
 from zeropipe.runtime.zero.gather.whole import GatheredParameters
@@ -116,7 +116,7 @@ class Init:
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         arena = arena_of(zero) if remote_device == "nvme" else None
-        self.place = Place(group, within, device, dtype, remote_device not in (None, "none"), arena)
+        self.site = Site(group, within, device, dtype, remote_device not in (None, "none"), arena)
         if module is not None:
             with self._build().block() as build:
                 build.convert(module)
@@ -140,14 +140,14 @@ class Init:
             self._entered.pop().__exit__(kind, error, trace)
 
     def _build(self) -> Build:
-        return Build(self.place, built=install_apply if self._see_apply else lambda _: None)
+        return Build(self.site, built=install_apply if self._see_apply else lambda _: None)
 
     def _constructor(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """What wraps torch's tensor constructors: looked up now, as other libraries replace it."""
         # Through the table of names: the module that they exchange it in stands above this one.
         lookup, _ = lazy("zeropipe.runtime.zero")
         wrap = lookup("zero_wrapper_for_fp_tensor_constructor")
-        dtype, device = self.place.dtype or torch.get_default_dtype(), self.place.device
+        dtype, device = self.site.dtype or torch.get_default_dtype(), self.site.device
         return lambda function: wrap(function, target_fp_dtype=dtype, target_device=device)  # type: ignore[no-any-return]
 
 
@@ -333,7 +333,7 @@ def apply(module: torch.nn.Module, fn: Callable[[torch.nn.Module], Any]) -> torc
 def _edited(shards: list[Shards]) -> Iterator[Build]:
     """Have a use of any of ``shards`` fetch it, and edits of those that are whole already reach every rank."""
     first = shards[0]
-    build = Build(Place(first.everyone, first.group, first.full.device), what="Module.apply")
+    build = Build(Site(first.everyone, first.group, first.full.device), what="Module.apply")
     here = [one for one in shards if one.gathered]
     with ExitStack() as stack:
         for group in dict.fromkeys(one.everyone for one in here):

@@ -13,7 +13,7 @@ from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
 from zeropipe.errors import UsageError
 from zeropipe.layout.flat import flat_shards
-from zeropipe.runtime.zero.gather.build import Place, cut
+from zeropipe.runtime.zero.gather.build import Site, cut
 from zeropipe.runtime.zero.gather.coordinator import Coordinator
 from zeropipe.runtime.zero.gather.fetch_plan import Budget
 from zeropipe.runtime.zero.gather.hooks import ModelHooks
@@ -76,7 +76,7 @@ class ShardedModel:
         self.group = self.parts.shard
         for part in (self.parts.shard, self.parts.replicas):
             LEASES.hold(part, self)
-        self.shards = shard_module(module, Place(group, self.group, device), dtypes or {})
+        self.shards = shard_module(module, Site(group, self.group, device), dtypes or {})
         # [2] Before units are hooked, whose sizes leave out what is gathered once and for all.
         self.persistent = self._persist(sharding)
         # [3] Each module with parameters becomes a unit.
@@ -154,17 +154,17 @@ class ShardedModel:
 
 
 def shard_module(
-    module: torch.nn.Module, place: Place, dtypes: Mapping[torch.Tensor, torch.dtype]
+    module: torch.nn.Module, site: Site, dtypes: Mapping[torch.Tensor, torch.dtype]
 ) -> list[Shards]:
-    """Make every parameter of ``module`` a shard at ``place``, with rank 0's values; collective.
+    """Make every parameter of ``module`` a shard at ``site``, with rank 0's values; collective.
 
     Parameters that zero.Init made shards already keep their values; ``dtypes``: what parameters work in, where it may
     not be their own dtype. Returns the shards in the order of ``named_parameters``.
     """
-    group, within = place.group, place.within
+    group, within = site.group, site.within
     made = []
     for ident, (name, param) in enumerate(module.named_parameters()):
-        shards = shards_of(param) or cut(param, name, ident, place)
+        shards = shards_of(param) or cut(param, name, ident, site)
         if shards.group.ranks != within.ranks:
             raise UsageError(
                 f"parameter '{name}' was made shards of other ranks",
@@ -176,7 +176,7 @@ def shard_module(
             )
         # Also those of zero.Init, which could not know the model's names.
         shards.adopt(name, ident, within, group)
-        shards.cast(dtypes.get(param, shards.dtype), place.device)
+        shards.cast(dtypes.get(param, shards.dtype), site.device)
         made.append(shards)
     for child in module.modules():
         install_state_dict(child)
