@@ -38,7 +38,7 @@ from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.gather.hooks import ParameterOffload
-from zeropipe.runtime.zero.gather.sharded_model import ShardedModel, Sharding
+from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
 from zeropipe.runtime.zero.hold.offload import Offload, check_folders
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.hold.policy import (
@@ -225,18 +225,8 @@ def shard_model(
                 fix="use stage 3, or call zero.unshard_module(model) first",
             )
         return None
-    sharding = Sharding(
-        # None leaves a budget to the model's size.
-        prefetch_bucket_size=zero.chosen("stage3_prefetch_bucket_size"),
-        max_live_parameters=zero.chosen("stage3_max_live_parameters"),
-        max_reuse_distance=zero.chosen("stage3_max_reuse_distance"),
-        param_persistence_threshold=zero.stage3_param_persistence_threshold,
-        model_persistence_threshold=zero.stage3_model_persistence_threshold,
-        apply_sees_whole=zero.override_module_apply,
-    )
-    leaves = leaf_modules(module, zero.leaf_module)
-    parts = replication(config.zero_optimization, group, mesh)
-    return ShardedModel(module, group, sharding, device, dtypes.tensors, leaves, parts)
+    parts = replication(zero, group, mesh)
+    return ShardedModel(module, group, zero, device, dtypes.tensors, parts)
 
 
 def check_room(module: torch.nn.Module, group: Group, config: Config, policy: Policy, dtypes: Dtypes) -> None:

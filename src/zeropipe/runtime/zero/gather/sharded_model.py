@@ -3,14 +3,15 @@ again: for a while, ahead of time, or for ever."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
+from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import UsageError
 from zeropipe.layout.flat import flat_shards
 from zeropipe.runtime.zero.gather.build import Site, cut
@@ -23,7 +24,7 @@ from zeropipe.runtime.zero.gather.state_dict import install_state_dict, remove_s
 from zeropipe.runtime.zero.gather.whole import GatheredParameters
 from zeropipe.runtime.zero.hold.offload import Offload
 from zeropipe.runtime.zero.hold.reducer import Reducer
-from zeropipe.runtime.zero.marks import hide_external_parameters
+from zeropipe.runtime.zero.marks import hide_external_parameters, leaf_modules
 from zeropipe.runtime.zero.param import Need, carry, is_trained
 from zeropipe.runtime.zero.replication import Replication
 
@@ -31,25 +32,15 @@ from zeropipe.runtime.zero.replication import Replication
 AUTO_PREFETCH_NUMEL = 3 * 2**21
 
 
-@dataclass(frozen=True, slots=True)
-class Sharding:
-    """The budgets of stage 3, in elements (None: chosen from the model, so that little more than two units live), and
-    what else a user chooses of it."""
-
-    prefetch_bucket_size: int | None = None
-    max_live_parameters: int | None = None
-    max_reuse_distance: int | None = None
-    param_persistence_threshold: int = 100_000  # parameters up to this stay gathered
-    model_persistence_threshold: int = 2**63 - 1  # together at most this many elements
-    apply_sees_whole: bool = True  # whether ``module.apply`` gathers what its function uses
-
-    def budget(self, largest_unit: int) -> Budget:
-        prefetch = max(largest_unit, AUTO_PREFETCH_NUMEL)
-        return Budget(
-            prefetch if self.prefetch_bucket_size is None else self.prefetch_bucket_size,
-            2**63 - 1 if self.max_live_parameters is None else self.max_live_parameters,
-            0 if self.max_reuse_distance is None else self.max_reuse_distance,
-        )
+def budget(zero: ZeroOptimization, largest_unit: int) -> Budget:
+    """In elements. What the user has not chosen follows from the model, so that little more than two units live."""
+    prefetch = zero.chosen("stage3_prefetch_bucket_size")
+    live, reuse = zero.chosen("stage3_max_live_parameters"), zero.chosen("stage3_max_reuse_distance")
+    return Budget(
+        max(largest_unit, AUTO_PREFETCH_NUMEL) if prefetch is None else prefetch,
+        2**63 - 1 if live is None else live,
+        0 if reuse is None else reuse,
+    )
 
 
 class ShardedModel:
@@ -63,10 +54,9 @@ class ShardedModel:
         self,
         module: torch.nn.Module,
         group: Group,
-        sharding: Sharding,
+        zero: ZeroOptimization,
         device: torch.device,
         dtypes: Mapping[torch.Tensor, torch.dtype] | None = None,
-        leaves: Iterable[torch.nn.Module] = (),
         parts: Replication | None = None,
     ) -> None:
         self.module = module
@@ -78,17 +68,17 @@ class ShardedModel:
             LEASES.hold(part, self)
         self.shards = shard_module(module, Site(group, self.group, device), dtypes or {})
         # [2] Before units are hooked, whose sizes leave out what is gathered once and for all.
-        self.persistent = self._persist(sharding)
+        self.persistent = self._persist(zero)
         # [3] Each module with parameters becomes a unit.
-        self.coordinator = Coordinator(self.group, sharding.budget(0), group)
-        self.hooks = ModelHooks(module, self.coordinator, leaves)
+        self.coordinator = Coordinator(self.group, budget(zero, 0), group)
+        self.hooks = ModelHooks(module, self.coordinator, leaf_modules(module, zero.leaf_module))
         # [4] Budgets that the user left open follow from the largest unit, and what may be fetched compiled from those.
         largest = max((unit.numel for unit in self.coordinator.units), default=0)
-        self.coordinator.budget = sharding.budget(largest)
-        self.hooks.compiled.budget_of = sharding.budget
+        self.coordinator.budget = budget(zero, largest)
+        self.hooks.compiled.budget_of = partial(budget, zero)
         self.hooks.compiled.look()
         for child in module.modules():
-            (install_apply if sharding.apply_sees_whole else remove_apply)(child)
+            (install_apply if zero.override_module_apply else remove_apply)(child)
 
     def conduct(self, reducer: Reducer) -> None:
         """Let the reductions of gradients and the gathers of parameters take care of each other."""
@@ -136,13 +126,13 @@ class ShardedModel:
                 offload.copy(piece, shards.source)
                 shards.live_at(piece, None, offload.let_go, offload.read_ahead, remote=True)
 
-    def _persist(self, sharding: Sharding) -> list[Shards]:
+    def _persist(self, zero: ZeroOptimization) -> list[Shards]:
         """Gather the small parameters once and for all, as far as the model's threshold allows."""
         # First come, first served in the order of the model, which is the same on every rank, as a gather needs all.
         chosen, total = [], 0
         for shards in self.shards:
-            small = shards.numel <= sharding.param_persistence_threshold
-            if small and total + shards.numel <= sharding.model_persistence_threshold:
+            small = shards.numel <= zero.stage3_param_persistence_threshold
+            if small and total + shards.numel <= zero.stage3_model_persistence_threshold:
                 total += shards.numel
                 chosen.append(shards)
         for shards in chosen:
