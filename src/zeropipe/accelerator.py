@@ -56,6 +56,7 @@ class Accelerator:
         """``tensor`` in page-locked memory; itself where there is no GPU. ``align_bytes`` has no effect."""
         return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
+    # Asked at each call: a process may see its GPU only after it has chosen it.
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda if torch.cuda.is_available() else torch.cpu, name)
 

@@ -125,6 +125,7 @@ def lazy(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
         if name in where:
             module = import_module(where[name])
             return getattr(module, name) if name in NAMES[package][where[name]] else module
+        # A module of the package that nobody has imported yet; a module that is no package has none.
         has_modules = "__path__" in vars(sys.modules[package])
         if name.startswith("_") or not has_modules or find_spec(f"{package}.{name}") is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -45,6 +45,7 @@ class _AliasLoader(Loader):
         self._path = path
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        # What it is by itself is kept until the import system has written over it.
         if self._path in MODULES:
             real = importlib.import_module(MODULES[self._path])
             self._spec = real.__spec__, getattr(real, "__loader__", None), real.__package__
@@ -67,6 +68,7 @@ class _AliasLoader(Loader):
 
 def fill(module: ModuleType, path: str) -> None:
     """Make ``module`` answer for the names that the table has under ``path``."""
+    # Looked up when they are asked for: importing all would load every subject, and take its time.
     names, prefix = NAMES[path], path + "." if path else ""
 
     def lookup(name: str) -> Any:
@@ -191,6 +193,7 @@ def install_as_deepspeed() -> ModuleType:
     Raises UsageError where the real package has been imported already, and InstallationError where the
     distribution is mixed with files of the real one.
     """
+    # Once it is imported its classes are in use: a finder that came later would hand out others beside them.
     present = sys.modules.get(ROOT)
     if present is not None and getattr(present, "__zeropipe__", False):
         return present

@@ -21,6 +21,7 @@ Row = tuple[str, str]
 
 def alias() -> str:
     """Who answers ``import deepspeed`` in a process of this environment."""
+    # Asked of the metadata first, which runs no code of a package that may be broken.
     try:
         found = next(iter(metadata.distributions(name=ROOT)), None)
         if found is None:
@@ -42,6 +43,7 @@ def software() -> Iterator[Row]:
     yield "torch", f"{torch.__version__} in {os.path.dirname(torch.__file__)}"
     yield "CUDA that torch was built for", str(torch.version.cuda or "none")
     yield "Python", f"{platform.python_version()} ({sys.executable})"
+    # Libraries whose versions decide what they ask of the name deepspeed.
     for name in (
         "numpy",
         "pydantic",

@@ -11,21 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from zeropipe.compat.hosts import Slots, choose, parse_hostfile
 from zeropipe.errors import ConfigError, ZeropipeError, describe
 
 # A file of NAME=VALUE lines, in the current folder or at home, for launches on several nodes.
 DEEPSPEED_ENVIRONMENT_NAME: Final = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
 DEFAULT_HOSTFILE: Final = "/job/hostfile"
 DEFAULT_PORT: Final = 29500
-# Flags that are taken and do nothing -> why.
+# Flags that are taken and do nothing -> (why, whether they have a value).
 _IDLE: Final = {
-    "save_pid": "the process keeps its number when it becomes torchrun",
-    "no_ssh_check": "no ssh is used",
-    "ssh_port": "no ssh is used",
-    "venv_script": "activate the environment before you start",
-    "launcher_args": "torchrun is the only launcher",
+    "save_pid": ("the process keeps its number when it becomes torchrun", False),
+    "no_ssh_check": ("no ssh is used", False),
+    "ssh_port": ("no ssh is used", True),
+    "venv_script": ("activate the environment before you start", True),
+    "launcher_args": ("torchrun is the only launcher", True),
 }
+
+
+Slots = dict[str, tuple[int, ...]]  # host -> the indices of its devices, in hostfile order
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bind_cores_to_rank", action="store_true", help="divide the cores among the ranks")
     add("--bind_core_list", default="", help="cores to use, such as 0-3,8")
     add("--launcher", default="", help="for several nodes: only torchrun, started on every node")
-    add("--launcher_args", default="", help="has no effect")
     add("--autotuning", default="", help="not offered")
-    add("--save_pid", action="store_true", help="has no effect")
-    add("--no_ssh_check", action="store_true", help="has no effect")
-    add("--ssh_port", type=int, help="has no effect")
-    add("--venv_script", help="has no effect")
+    for name, (why, has_value) in _IDLE.items():
+        add(f"--{name}", action="store" if has_value else "store_true", help=f"has no effect: {why}")
     add("--log_level", default="info", help="has no effect")
     add("-q", "--quiet", action="store_true", help="do not name flags without effect")
     add("user_script", help="the training script")
@@ -97,6 +96,7 @@ def plan(options: argparse.Namespace, hosts: Slots | None, devices: int, cores: 
         raise ConfigError("--autotuning is not part of zeropipe", fix="start the script without it")
     if options.module and options.no_python:
         raise ConfigError("--module and --no_python exclude each other", fix="give one of them")
+    # [1] Where: hosts and slots, and which of the hosts this is. Nothing is started on others.
     chosen = choose(
         _pool(options, hosts, devices), options.include, options.exclude, options.num_nodes, options.num_gpus
     )
@@ -105,6 +105,7 @@ def plan(options: argparse.Namespace, hosts: Slots | None, devices: int, cores: 
     if several and not options.no_ssh:
         raise ConfigError(_on_every_node(options, chosen))
     rank = _node_rank(options, names) if several else 0
+    # [2] How the processes find each other: alone on a free port that torchrun picks, or at an address all know.
     slots = chosen[names[rank]]
     arguments = [f"--nnodes={len(names)}", f"--nproc-per-node={len(slots)}"]
     if several or options.master_port is not None or options.master_addr:
@@ -115,7 +116,7 @@ def plan(options: argparse.Namespace, hosts: Slots | None, devices: int, cores: 
         arguments.append("--standalone")
     if options.enable_each_rank_log:
         arguments += [f"--log-dir={options.enable_each_rank_log}", "--redirects=3"]
-    arguments += _kind_of_script(options)
+    # [3] What scripts for DeepSpeed's launcher read.
     environment = {"LOCAL_SIZE": str(len(slots)), "CROSS_RANK": str(rank), "CROSS_SIZE": str(len(names))}
     # All of them need no choice, and one that was made outside stays.
     if devices and slots != tuple(range(devices)):
@@ -131,6 +132,7 @@ def plan(options: argparse.Namespace, hosts: Slots | None, devices: int, cores: 
 
 def _pool(options: argparse.Namespace, hosts: Slots | None, devices: int) -> Slots:
     """The slots of every host that there is: those of the hostfile, or of as many nodes like this one."""
+    # Without GPUs a slot is a process, of which there may be any number.
     if hosts is not None:
         return hosts
     slots = tuple(range(devices or options.num_gpus or _cpu_slots(options)))
@@ -157,15 +159,12 @@ def _node_rank(options: argparse.Namespace, names: list[str]) -> int:
     return int(rank)
 
 
-def _kind_of_script(options: argparse.Namespace) -> list[str]:
-    """torchrun's flag for what the script is, if it needs one."""
-    return ["--module"] if options.module else ["--no-python"] if options.no_python else []
-
-
 def _script(options: argparse.Namespace) -> list[str]:
-    """The script and its arguments, as torchrun takes them: it fills in ``${...}``."""
+    """The script and its arguments, as torchrun takes them."""
+    kind = ["--module"] if options.module else ["--no-python"] if options.no_python else []
+    # torchrun fills in ``${...}``, so every other dollar is doubled.
     local_rank = [] if options.no_local_rank else ["--local_rank=${local_rank}"]
-    return [options.user_script, *local_rank, *(one.replace("$", "$$") for one in options.user_args)]
+    return [*kind, options.user_script, *local_rank, *(one.replace("$", "$$") for one in options.user_args)]
 
 
 def _on_every_node(options: argparse.Namespace, chosen: Slots) -> str:
@@ -174,7 +173,6 @@ def _on_every_node(options: argparse.Namespace, chosen: Slots) -> str:
     lines = [
         f"{name}: torchrun --nnodes={len(names)} --node-rank={rank} --nproc-per-node={len(chosen[name])} "
         f"--master-addr={address} --master-port={options.master_port or DEFAULT_PORT} "
-        + "".join(f"{flag} " for flag in _kind_of_script(options))
         + shlex.join(_script(options))
         for rank, name in enumerate(names)
     ]
@@ -183,6 +181,111 @@ def _on_every_node(options: argparse.Namespace, chosen: Slots) -> str:
         fix="start it on every node with --no_ssh --node_rank=K --master_addr=HOST, or, on\n  "
         + "\n  ".join(lines),
     )
+
+
+# ---- which slots of which hosts ----
+
+
+def parse_hostfile(text: str, name: str = "hostfile") -> Slots:
+    """``host slots=N`` lines; ``#`` begins a comment. Raises ConfigError for another line or a repeated host."""
+    hosts: Slots = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        # Exactly two words: what else stands there (a user, a port) would be passed over in silence.
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        host, slots = words[0], words[1:]
+        count = slots[0].removeprefix("slots=") if len(slots) == 1 and slots[0].startswith("slots=") else ""
+        if not count.isdecimal() or host in hosts:
+            raise ConfigError(
+                f"{name}, line {number}",
+                expected="a host once, as 'name slots=N'",
+                found=repr(line),
+                fix="correct the line",
+            )
+        hosts[host] = tuple(range(int(count)))
+    if not hosts:
+        raise ConfigError(f"{name} names no host", fix="write a line such as 'localhost slots=2'")
+    return hosts
+
+
+def parse_filter(text: str, flag: str) -> dict[str, tuple[int, ...] | None]:
+    """``host[:slot,slot...]`` joined by ``@``; None for all slots. Raises ConfigError for another form."""
+    found: dict[str, tuple[int, ...] | None] = {}
+    for part in text.split("@"):
+        host, colon, slots = part.strip().partition(":")
+        numbers = slots.split(",")
+        if not host or host in found or (colon and not all(n.strip().isdecimal() for n in numbers)):
+            raise ConfigError(
+                flag, expected="host:slot,slot@host:slot", found=repr(text), fix=f"{flag}=localhost:0,1"
+            )
+        found[host] = tuple(sorted({int(n) for n in numbers})) if colon else None
+    return found
+
+
+def choose(
+    hosts: Mapping[str, tuple[int, ...]],
+    include: str = "",
+    exclude: str = "",
+    num_nodes: int | None = None,
+    num_gpus: int | None = None,
+) -> Slots:
+    """The hosts and slots that are left; hosts without any are left out.
+
+    Raises ConfigError for filters that exclude each other, name what is not there, or leave nothing.
+    """
+    if include and exclude:
+        raise ConfigError("--include and --exclude exclude each other", fix="give one of them")
+    if (include or exclude) and (num_nodes is not None or num_gpus is not None):
+        raise ConfigError(
+            "--include and --exclude say which slots are used; --num_nodes and --num_gpus say it again",
+            fix="remove --num_nodes and --num_gpus",
+        )
+    named = (
+        parse_filter(include or exclude, "--include" if include else "--exclude")
+        if include or exclude
+        else {}
+    )
+    for host, slots in named.items():
+        missing = host not in hosts or set(slots or ()) - set(hosts[host])
+        if missing:
+            known = ", ".join(f"{name}:{','.join(map(str, there))}" for name, there in hosts.items())
+            shown = host if slots is None else f"{host}:{','.join(map(str, slots))}"
+            raise ConfigError(
+                "--include" if include else "--exclude",
+                expected=f"slots of {known}",
+                found=shown,
+                fix="name hosts and slots that exist",
+            )
+    # --include keeps what it names, --exclude what it does not; a host without slots means all of its slots.
+    left: Slots = {}
+    for host, there in hosts.items():
+        listed = named.get(host, ())
+        if include:
+            left[host] = there if listed is None else listed
+        else:
+            left[host] = () if listed is None else tuple(s for s in there if s not in listed)
+    left = {host: there for host, there in left.items() if there}
+    if num_nodes is not None:
+        _check_count("--num_nodes", num_nodes, len(left), "hosts")
+        left = dict(list(left.items())[:num_nodes])
+    if num_gpus is not None:
+        for host, there in left.items():
+            _check_count("--num_gpus", num_gpus, len(there), f"slots on {host}")
+        left = {host: there[:num_gpus] for host, there in left.items()}
+    if not left:
+        raise ConfigError("no slot is left to run on", fix="widen --include, or narrow --exclude")
+    return left
+
+
+def _check_count(flag: str, wanted: int, there: int, what: str) -> None:
+    if not 0 < wanted <= there:
+        raise ConfigError(
+            flag, expected=f"1 to {there} ({what})", found=wanted, fix=f"lower it, or leave {flag} out"
+        )
+
+
+# ---- what this node has, and becoming torchrun ----
 
 
 def read_environment_file(folders: Sequence[Path]) -> dict[str, str]:
@@ -220,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         launch = plan(options, hosts, _devices(options), sorted(os.sched_getaffinity(0)))
     except ZeropipeError as error:
         sys.exit(f"deepspeed: error: {error}")
-    idle = [f"--{name} ({why})" for name, why in _IDLE.items() if getattr(options, name)]
+    idle = [f"--{name} ({why})" for name, (why, _) in _IDLE.items() if getattr(options, name)]
     if idle and not options.quiet:
         sys.stderr.writelines([f"deepspeed: without effect: {'; '.join(idle)}\n"])
     environment = {**os.environ, **launch.environment}

@@ -101,6 +101,7 @@ class ZeroDataLoader:
         if not self._resume:
             self._consumed = 0
         self._resume = False
+        # By seed and epoch, so that what workers draw is the same in a run that was resumed.
         self._generator.manual_seed(self.seed + self.epoch)
         return self._stream() if self._sampler is None else self._map(self._sampler)
 
@@ -152,6 +153,7 @@ class ZeroDataLoader:
                 found=f"keys {', '.join(map(str, state))}",
                 fix="resume with the dataset that was trained on, or do not load its position",
             )
+        # Places are counted over all ranks: their number and the batch may be others now.
         self.epoch = int(state["epoch"])
         self.seed = int(state.get("seed", self.seed))
         if self._sampler is not None:

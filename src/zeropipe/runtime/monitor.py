@@ -80,6 +80,7 @@ class WandbWriter:
         self._run: Any = module.init(project=section.project, group=section.group, entity=section.team)
 
     def write(self, events: list[tuple[str, float, int]]) -> None:
+        # One call a step: Weights & Biases counts its calls as steps.
         by_step: dict[int, dict[str, float]] = {}
         for name, value, step in events:
             by_step.setdefault(step, {})[name] = value
@@ -114,6 +115,7 @@ class MonitorMaster:
         return bool(self._writers)
 
     def write_events(self, events: Iterable[Event]) -> None:
+        # Numbers may be tensors: reading one waits for its device, so not where nobody writes it.
         if not self._writers:
             return
         plain = [(name, float(value), int(step)) for name, value, step in events]
@@ -126,6 +128,7 @@ class MonitorMaster:
 
     def close(self) -> None:
         """Close all writers; what is written afterwards is dropped. It may be called again."""
+        # First out of use: a writer that raises here is not closed again.
         writers, self._writers = self._writers, []
         for writer in writers:
             writer.close()

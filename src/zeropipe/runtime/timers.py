@@ -18,6 +18,7 @@ WARM_UP = 2
 
 def synchronizing_clock(device: torch.device | str | None = None, clock: Clock = time.perf_counter) -> Clock:
     """``clock``, read when the work queued on ``device`` is done; a CPU has none queued."""
+    # A kernel is queued when its call returns; what is timed without waiting is the queueing.
     if device is None or torch.device(device).type != "cuda":
         return clock
 
@@ -168,6 +169,7 @@ class ThroughputTimer:
         if self._since is None:
             raise UsageError("the throughput timer is not running", fix="call start() first")
         seconds, self._since = self._clock() - self._since, None
+        # Not even counted: a first step of minutes would stay in the mean of a whole run.
         if self._skip > 0:
             self._skip -= 1
             return

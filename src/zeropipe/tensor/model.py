@@ -86,6 +86,7 @@ def buffers_of_weights(
             tensors = (t for t in buffers if t is not None and t.dtype.is_floating_point)
             found.update(dict.fromkeys(tensors, wanted[weight]))
 
+    # Each of torch's three ways keeps its buffers elsewhere, and names none of them alike.
     for module in modules:
         if isinstance(module, ParametrizationList):
             go_with(getattr(module, "original", getattr(module, "original0", None)), module.buffers())
@@ -157,6 +158,7 @@ def _share_an_element(a: torch.Tensor, b: torch.Tensor, apart: int) -> bool:
     # Not if only one is contiguous: it may lie in a hole of the other, as a single element does between two.
     if (a.is_contiguous() and b.is_contiguous()) or a.itemsize != b.itemsize or apart % a.itemsize:
         return True
+    # Marked element by element: strides may interleave in any way, and these few are small or odd.
     start = apart // a.itemsize
     ends = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 for t in (a, b)]
     taken = torch.zeros(max(ends[0], start + ends[1]), dtype=torch.bool)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeropipe.compat.hosts import Slots, choose, parse_filter, parse_hostfile
+from zeropipe.compat.runner import Slots, choose, parse_filter, parse_hostfile
 from zeropipe.errors import ConfigError
 
 TWO: Slots = {"worker-0": (0, 1, 2, 3), "worker-1": (0, 1)}

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from zeropipe.compat import runner
-from zeropipe.compat.hosts import Slots
-from zeropipe.compat.runner import Launch, build_parser, parse_cores, plan
+from zeropipe.compat.runner import Launch, Slots, build_parser, parse_cores, plan
 from zeropipe.errors import ConfigError
 
 TWO: Slots = {"worker-0": (0, 1, 2, 3), "worker-1": (0, 1, 2, 3)}

@@ -27,6 +27,7 @@ _SLICES = ("get_tensor_model_parallel_world_size", "get_slice_parallel_world_siz
 
 def data_parallel_group(mpu: Mpu, mesh: Mesh) -> Group:
     """The ranks that hold replicas of this rank's part of the model: from ``mpu``, a device mesh, or all."""
+    # Ours is a group already; others have torch's process groups.
     own = getattr(mpu, "data_group", None)
     if isinstance(own, Group):
         return own
@@ -133,6 +134,7 @@ def synchronize_module(module: torch.nn.Module, group: Group) -> None:
         if is_trained(tensor) or is_sharded(tensor) or tensor.numel() == 0:
             continue
         data = tensor.detach()
+        # What lies in pieces (an expanded buffer, a transposed weight) travels as a copy.
         whole = data.contiguous()
         broadcast(whole, 0, group, label="initial values")
         if whole.data_ptr() != data.data_ptr():

@@ -80,6 +80,7 @@ class Schedule(ABC):
 
     def _write(self) -> None:
         """Put this iteration's values into the optimizer's param groups."""
+        # Groups are counted each time: one that came later would train at whatever its rate was, for ever.
         groups, lrs = self.optimizer.param_groups, self.get_lr()
         if len(groups) != len(lrs):
             raise UsageError(
@@ -108,6 +109,7 @@ class Schedule(ABC):
 
     def step(self, last_batch_iteration: int | None = None) -> None:
         """Go on to the next iteration, or to the one given, and write its values."""
+        # An iteration that is given may lie anywhere: values depend on it alone, not on the way there.
         if last_batch_iteration is None:
             last_batch_iteration = self.last_batch_iteration + 1
         self.last_batch_iteration = last_batch_iteration
@@ -170,6 +172,7 @@ def _parts(schedule: Any) -> Iterator[Any]:
             continue
         seen.add(id(part))
         yield part
+        # Found by what they can do: those of other libraries have no class in common.
         for value in vars(part).values():
             for inner in value if isinstance(value, (list, tuple)) else (value,):
                 if (

@@ -112,6 +112,7 @@ def get_config_from_args(args: argparse.Namespace) -> tuple[dict[str, Any] | Non
         return None, "--lr_schedule not specified on command line"
     if name not in _USED_BY:
         return None, f"{name} is not supported LR schedule"
+    # None stands for "not given", so that the constructor's own value holds.
     given = ((key, getattr(args, key, None)) for key, _, _ in _USED_BY[name])
     return {"type": name, "params": {key: value for key, value in given if value is not None}}, None
 
@@ -127,6 +128,7 @@ def get_lr_from_config(config: Mapping[str, Any]) -> tuple[float | None, str]:
         return None, f"{name} is not a valid LR schedule"
     if name == WARMUP_COSINE_LR:
         return None, f"{name} scales the optimizer's own learning rate, so its params have none"
+    # The rate that training begins with once the warm-up, or the search, is over.
     key = {LR_RANGE_TEST: LR_RANGE_TEST_MIN_LR, ONE_CYCLE: CYCLE_MAX_LR}.get(name, WARMUP_MAX_LR)
     if key not in params:
         return None, f"{key} not defined in LR schedule params"

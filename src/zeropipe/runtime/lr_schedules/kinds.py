@@ -150,6 +150,7 @@ class WarmupCosineLR(_Warmup):
             return 0.0
         if iteration < self.warmup_num_steps:
             return self.warmup_min_ratio + (1.0 - self.warmup_min_ratio) * self._rise(iteration)
+        # The first step after the warm-up is one step down already, as in DeepSpeed.
         falling = self.total_num_steps - self.warmup_num_steps
         done = iteration - self.warmup_num_steps + 1
         if done >= falling:
@@ -186,6 +187,7 @@ class LRRangeTest(Schedule):
         self._start()
 
     def _lrs(self, iteration: int) -> list[float]:
+        # Counted from 1: the first step has grown already.
         done = iteration + 1
         intervals = done // self.step_size if self.staircase else done / self.step_size
         return [lr * (1 + self.step_rate * intervals) for lr in self.min_lr]
@@ -308,6 +310,7 @@ def _find(name: str) -> type[Any]:
             f"scheduler.type {name!r} cannot be made from a configuration: {_NOT_FROM_JSON[name]}",
             fix="make it in your code and pass it as lr_scheduler= to initialize()",
         )
+    # Read from torch as it is installed: schedules come and go with its versions.
     torchs = {n: c for n, c in vars(torch_schedules).items() if n[0] != "_" and n not in _NOT_FROM_JSON}
     torchs = {n: c for n, c in torchs.items() if isinstance(c, type) and issubclass(c, LRScheduler)}
     if name in torchs:
@@ -327,6 +330,7 @@ def build(
 
     Raises ConfigError for a name or a parameter that is not known, and for one that is missing.
     """
+    # Judged by the constructor's own signature, so that a schedule says in one place what it takes.
     cls, given = _find(name), dict(params or {})
     known = [p for p in inspect.signature(cls).parameters.values() if p.name != "optimizer"]
     names = [p.name for p in known]
