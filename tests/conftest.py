@@ -40,7 +40,7 @@ def native_pool() -> Iterator[Pools]:
     pools.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pool(request: pytest.FixtureRequest) -> Pools:
     """``pool(world).run(function, *args)``: see ``tests/helpers/pool.py``. A test that is marked ``native`` runs a
     second time on the native rung, and with the option ``--native`` every test runs there alone."""
@@ -56,7 +56,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     both = metafunc.definition.get_closest_marker("native") and not metafunc.config.getoption("--native")
     if "pool" in metafunc.fixturenames and both:
-        metafunc.parametrize("pool", ["gloo_pool", "native_pool"], ids=["gloo", "native"], indirect=True)
+        metafunc.parametrize(
+            "pool", ["gloo_pool", "native_pool"], ids=["gloo", "native"], indirect=True, scope="session"
+        )
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

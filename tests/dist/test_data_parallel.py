@@ -22,6 +22,7 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=0.01, weight_decay=0.1, fused=True)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_are_one_plain_process_that_accumulates(pool, stage, world):
@@ -60,6 +61,7 @@ def _batches(world: int, step: int) -> list[Any]:
     return global_batches(gpt_batch, step, world)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(
     "options",
     [
@@ -80,6 +82,7 @@ def test_options_of_traffic_do_not_change_a_bit(pool, options):
         assert_bitwise(ours[1]["weights"], reference[0]["weights"])
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("gas", [1, 2, 4])
 def test_plain_backward_gives_the_same(pool, stage, gas):

@@ -93,12 +93,14 @@ def stages(rank: int, size: int, name: str, config: dict[str, Any]) -> None:
         assert torch.isfinite(a.float()).all()
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("name", ["OneBitAdam", "OneBitLamb", "ZeroOneAdam"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_stage_1_is_stage_0_to_the_bit(pool: Pools, name: str, size: int) -> None:
     pool(size).run(stages, name, {})
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(
     "config",
     [
@@ -319,6 +321,7 @@ def pipeline(rank: int, size: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.native
 def test_pipeline(pool: Pools) -> None:
     pool(4).run(pipeline)
 

@@ -93,6 +93,7 @@ def sliced(rank: int, world: int, pp: int, mp: int, dp: int, stage: int) -> tupl
     return losses, engine.get_global_grad_norm()
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(("pp", "mp", "dp", "stage"), [(2, 2, 1, 1), (1, 2, 2, 2), (2, 2, 1, 3)])
 def test_tensor_slices_train_like_the_whole(pool, pp, mp, dp, stage):
     alone = pool(1).run(sliced, 1, 1, 1, stage)[0]
@@ -107,6 +108,7 @@ def falls(rank: int, world: int, settings: dict[str, Any], schedule: str) -> lis
     return [engine.train_batch(iter(data)).item() for _ in range(8)]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("settings", "schedule"),
     [

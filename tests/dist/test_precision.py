@@ -40,6 +40,7 @@ def every_stage(rank: int, world: int, model: Any, extra: dict[str, Any], gas: i
     return results
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("extra", [BF16, FP16, STATIC], ids=["bf16", "fp16", "static scale"])
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 @pytest.mark.parametrize("world", [2, 3])

@@ -46,6 +46,7 @@ def sharded(rank, size, kind):
     return master.detach(), [(e.op, e.bytes) for e in events]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("kind", ["muon", "lamb"])
 def test_ranks_equal_one_process(pool, kind, size):
@@ -64,6 +65,7 @@ def test_ranks_equal_one_process(pool, kind, size):
         assert all(events == [("all_reduce", 2 * 8 * len(start))] * len(grads) for _, events in results)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_muon_by_config_is_the_same_bits_at_every_stage(pool, world_size):
     section = {"type": "Muon", "params": {"lr": 0.02, "adam_lr": 0.003, "weight_decay": 0.1}}

@@ -37,6 +37,7 @@ def train3(rank: int, world: int, factory: Any, make: Any, settings: dict[str, A
     return {"weights": weights, "losses": losses}
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("options", [{}, NOTHING_PERSISTS], ids=["persistent", "nothing persists"])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("model", ["gpt", "nasty"])

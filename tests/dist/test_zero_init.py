@@ -182,6 +182,7 @@ def train_both(rank: int, world: int, kind: str, how: str, settings: dict[str, A
     return losses, {name: weights[name] for name, _ in model.named_parameters()}
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("how", ["init", "existing", "mix"])
 @pytest.mark.parametrize("kind", ["gpt", "nasty"])
 def test_an_engine_trains_it_to_the_same_bits(pool, kind, how):

@@ -32,6 +32,7 @@ def _batches(world: int, gas: int, step: int) -> list[Any]:
     return global_batches(gpt_batch, step, world, gas)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(("world", "size", "gas"), [(4, 2, 1), (4, 2, 2), (3, 1, 2)])
 def test_groups_times_replicas_is_the_referee(pool, world, size, gas):
     clip = 0.5  # below every norm of the run: the norm over shards and replicas must count each element once
@@ -56,6 +57,7 @@ def _same_batch(step: int, rank: int, micro: int) -> Any:
     return gpt_batch(step)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("reach", ["mics_shard_size", "zero_hpz_partition_size", "mesh"])
 def test_parameters_stay_in_their_group_and_gradients_cross_once(pool, reach):
     for events, shard, replicas in pool(4).run(_events, reach):
@@ -168,6 +170,7 @@ def _refused(rank: int, world: int) -> str:
     return next(part for part in ("use one of 1, 3",) if part in str(error.value))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("name", ["MiCS_Init", "Init"])
 def test_a_model_built_as_shards_in_groups_trains_to_the_same_bits(pool, name):
     expected = pool(4).run(train3, gpt, gpt_batch, mics(4, 2), 2)

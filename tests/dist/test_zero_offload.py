@@ -41,6 +41,7 @@ def test_cpu_is_the_same_place_on_a_cpu_run(pool, stage):
 PLACES = [("cpu", "cpu"), ("nvme", "none"), ("none", "nvme"), ("nvme", "nvme")]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(("optimizer", "param"), PLACES)
 @pytest.mark.parametrize("model", ["gpt", "nasty"])
 def test_not_a_bit_changes(pool, tmp_path, model, optimizer, param):
@@ -54,6 +55,7 @@ def test_not_a_bit_changes(pool, tmp_path, model, optimizer, param):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(("optimizer", "param"), PLACES[1:])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_not_a_bit_changes_in_16_bits(pool, tmp_path, precision, optimizer, param):

@@ -103,8 +103,8 @@ class Log:
 
     def _logged_method(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def logged(pg: Any, outputs: Sequence[Any], *args: Any) -> Any:
-            for output in outputs:
-                self._add(pg, ("all_gather", output.nbytes, str(output.dtype)))
+            sizes = "+".join(str(output.nbytes) for output in outputs)
+            self._add(pg, (f"all_gather of {sizes}", sum(o.nbytes for o in outputs), str(outputs[0].dtype)))
             return call(pg, outputs, *args)
 
         return logged

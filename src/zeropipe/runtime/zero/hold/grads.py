@@ -199,7 +199,7 @@ class GradStore:
         room = values.room(bucket)
         if self.keeps_whole and dtype == self.dtype:
             self._fill(bucket, held, fresh)
-            wire = self.buffer[bucket.start : bucket.start + bucket.numel]
+            wire = self.buffer[room.start : room.start + room.numel]
         else:
             found = [(index, self._source(index, held)) for index in bucket.tensors]
             sources = [(index, source) for index, source in found if source is not None]

@@ -134,10 +134,13 @@ class FlatValues:
         return bucket.spans
 
     def room(self, bucket: Bucket) -> Room:
-        """The bucket as one run."""
-        stop, size = bucket.start + bucket.numel, self.layout.shard_numel
+        """The bucket as one run; that of the last parameter takes the padding along, so that a bucket of all is cut
+        as the flat is."""
+        layout, stop = self.layout, bucket.start + bucket.numel
+        stop = layout.padded_numel if stop == layout.numel else stop
+        size = layout.shard_numel
         first, last = (min(max(at - self.shard * size, 0), size) for at in (bucket.start, stop))
-        return Room(bucket.start, bucket.numel, size, slice(first, last))
+        return Room(bucket.start, stop - bucket.start, size, slice(first, last))
 
     def put(self, source: torch.Tensor, index: int, wire: torch.Tensor, bucket: Bucket) -> None:
         """Parameter ``index``'s elements (1D) into their place in the bucket's run."""
