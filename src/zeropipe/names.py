@@ -29,7 +29,7 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
         "zeropipe": {
             "zeropipe.accelerator": ("get_accelerator",),
             "zeropipe.comm.group": ("init_distributed",),
-            "zeropipe.config.parse": ("DeepSpeedConfig",),
+            "zeropipe.compat.configuration": ("DeepSpeedConfig",),
             "zeropipe.entry": ("initialize", "add_config_arguments"),
             "zeropipe.runtime.base_optimizer": ("DeepSpeedOptimizer",),
             "zeropipe.runtime.engine": ("DeepSpeedEngine",),

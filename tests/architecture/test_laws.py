@@ -186,7 +186,8 @@ def test_no_class_writes_anothers_attributes(files: list[File]) -> None:
 
 
 def test_only_parsers_ask_for_kinds(files: list[File]) -> None:
-    check_tree(files, structure.asks_for_our_class, {})
+    allowed = {"compat/optimizers.py": "scripts ask isinstance of an optimizer: these classes answer"}
+    check_tree(files, structure.asks_for_our_class, allowed)
 
 
 def test_nothing_is_cast(files: list[File]) -> None:

@@ -7,6 +7,7 @@ patch would not be seen. So a loader here returns the module that exists.
 
 from __future__ import annotations
 
+import dis
 import importlib
 import importlib.util
 import sys
@@ -16,22 +17,21 @@ from importlib import metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
-from zeropipe.compat.table import ABSENT, MODULES, NAMES, VERSION
-from zeropipe.errors import InstallationError, UsageError, describe
+from zeropipe.compat.absent import ROOT, message, stand_in
+from zeropipe.compat.table import ABSENT, BESIDE, MODULES, NAMES, VERSION
+from zeropipe.errors import InstallationError, UsageError
 
-ROOT = "deepspeed"
+_IMPORT_FROM = dis.opmap["IMPORT_FROM"]
 
 
-def absent(path: str) -> str:
-    """The message for a name below ``deepspeed`` that zeropipe does not offer."""
-    known = next((key for key in ABSENT if path == key or path.startswith(key + ".")), None)
-    return describe(
-        f"{ROOT}.{path} is not part of zeropipe, which stands in for deepspeed here",
-        fix=None if known is None else ABSENT[known],
-    )
+def instead_of(path: str) -> str | None:
+    """What to do in place of the name ``path`` below ``deepspeed``; None where the table does not know it."""
+    while path and path not in ABSENT:
+        path = path.rpartition(".")[0]
+    return ABSENT.get(path)
 
 
 def _exists(path: str) -> bool:
@@ -39,7 +39,7 @@ def _exists(path: str) -> bool:
 
 
 class _AliasLoader(Loader):
-    """Hands out the real module of an alias, or makes the module of a table of names."""
+    """Hands out the real module of an alias, or makes the module of a table of names, or one of stand-ins."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -56,6 +56,11 @@ class _AliasLoader(Loader):
         if self._path in MODULES:
             # The import system has written the alias's spec over the module's own.
             module.__spec__, module.__loader__, module.__package__ = self._spec
+            extend(module, self._path)
+            # A module below a package of ours is its attribute and never asked for under this name: extend it now.
+            for path in BESIDE:
+                if path.rpartition(".")[0] == self._path:
+                    extend(importlib.import_module(MODULES[path]), path)
         else:
             fill(module, self._path)
 
@@ -66,29 +71,60 @@ class _AliasLoader(Loader):
         return None if loader is None else loader.get_code(loader.name)
 
 
-def fill(module: ModuleType, path: str) -> None:
-    """Make ``module`` answer for the names that the table has under ``path``."""
-    # Looked up when they are asked for: importing all would load every subject, and take its time.
-    names, prefix = NAMES[path], path + "." if path else ""
+def _find(module: ModuleType, path: str, name: str, asking: FrameType) -> Any:
+    """The ``name`` that ``module``, which stands for ``path``, does not have itself.
+
+    Raises AttributeError for one that is not offered, and ImportError where ``asking`` imports it.
+    """
+    below = f"{path}.{name}" if path else name
+    target = NAMES.get(path, {}).get(name) or BESIDE.get(path, {}).get(name)
+    if target is not None:
+        home, _, attribute = target.partition(":")
+        return getattr(importlib.import_module(home), attribute)
+    if _exists(below):
+        return importlib.import_module(f"{ROOT}.{below}")
+    if name.startswith("__"):
+        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+    fix = instead_of(below)
+    if fix is not None:
+        return stand_in(below, fix)
+    # ``from x import y`` makes its own message of an AttributeError, without the way out and with another path.
+    if asking.f_code.co_code[asking.f_lasti] == _IMPORT_FROM:
+        raise ImportError(message(below, None))
+    raise AttributeError(message(below, None))
+
+
+def extend(module: ModuleType, path: str) -> None:
+    """Have zeropipe's own ``module`` answer, after its own names, for those that only DeepSpeed users look for."""
+    own = vars(module).get("__getattr__")
 
     def lookup(name: str) -> Any:
-        below = prefix + name
-        if name in names:
-            module_name, _, attribute = names[name].partition(":")
-            value = getattr(importlib.import_module(module_name), attribute)
-        elif _exists(below):
-            value = importlib.import_module(f"{ROOT}.{below}")
-        elif name.startswith("__"):
-            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-        else:
-            raise AttributeError(absent(below))
+        if own is not None:
+            try:
+                return own(name)
+            except AttributeError:
+                pass
+        return _find(module, path, name, sys._getframe(1))
+
+    if getattr(own, "extends", None) != path:
+        lookup.extends = path  # type: ignore[attr-defined]
+        vars(module)["__getattr__"] = lookup
+
+
+def fill(module: ModuleType, path: str) -> None:
+    """Make ``module`` answer for the names that the tables have under ``path``."""
+
+    # Looked up when they are asked for: importing all would load every subject, and take its time.
+    def lookup(name: str) -> Any:
+        value = _find(module, path, name, sys._getframe(1))
         # Kept here, in the module that only the alias has: the next look-up costs nothing, and a name that a client
         # exchanges in it stays exchanged.
         setattr(module, name, value)
         return value
 
+    prefix = path + "." if path else ""
     children = {key[len(prefix) :] for key in (*MODULES, *NAMES) if key and key.startswith(prefix)}
-    offered = sorted({*names, *(child for child in children if child and "." not in child)})
+    offered = {child for child in children if child and "." not in child}.union(NAMES.get(path, ()))
     module.__doc__ = f"zeropipe, under the name {module.__name__}."
     module.__path__ = []
     vars(module).update(__getattr__=lookup, __dir__=lambda: sorted({*vars(module), *offered}))
@@ -108,14 +144,18 @@ class AliasFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of an alias. Raises ModuleNotFoundError for a name below deepspeed that is not offered."""
+        """The spec of an alias, or of stand-ins for what is declared to stay out.
+
+        Raises ModuleNotFoundError for another name below deepspeed.
+        """
         root, _, below = fullname.partition(".")
         if root != ROOT:
             return None
-        if not _exists(below):
+        known = _exists(below)
+        if not known and instead_of(below) is None:
             # Without ``name``: ``from deepspeed import x`` would hide an error that carries it.
-            raise ModuleNotFoundError(absent(below))
-        holds_more = below in NAMES or any(key.startswith(below + ".") for key in MODULES)
+            raise ModuleNotFoundError(message(below, None))
+        holds_more = not known or below in NAMES or any(key.startswith(below + ".") for key in MODULES)
         return ModuleSpec(fullname, _AliasLoader(below), origin="zeropipe", is_package=holds_more)
 
     def find_distributions(

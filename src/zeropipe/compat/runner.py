@@ -17,6 +17,8 @@ from zeropipe.errors import ConfigError, ZeropipeError, describe
 DEEPSPEED_ENVIRONMENT_NAME: Final = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
 DEFAULT_HOSTFILE: Final = "/job/hostfile"
 DEFAULT_PORT: Final = 29500
+# Beginnings of variables that other nodes need. Scripts append to it at their top; this command logs in nowhere.
+EXPORT_ENVS: Final = ["NCCL", "PYTHON", "MV2", "UCX"]
 # Flags that are taken and do nothing -> (why, whether they have a value).
 _IDLE: Final = {
     "save_pid": ("the process keeps its number when it becomes torchrun", False),
@@ -283,6 +285,25 @@ def _check_count(flag: str, wanted: int, there: int, what: str) -> None:
         raise ConfigError(
             flag, expected=f"1 to {there} ({what})", found=wanted, fix=f"lower it, or leave {flag} out"
         )
+
+
+def fetch_hostfile(hostfile_path: str) -> dict[str, int] | None:
+    """{host: number of its slots} of a hostfile, None where there is none. Raises ConfigError for a bad line."""
+    file = Path(hostfile_path)
+    if not file.is_file():
+        return None
+    return {host: len(slots) for host, slots in parse_hostfile(file.read_text(), file.name).items()}
+
+
+def parse_inclusion_exclusion(
+    resource_pool: Mapping[str, int], inclusion: str = "", exclusion: str = ""
+) -> dict[str, list[int]]:
+    """{host: the slots that are left} of {host: number of its slots}; the filters are those of the command.
+
+    Raises ConfigError for filters that exclude each other, name what is not there, or leave nothing.
+    """
+    pool = {host: tuple(range(count)) for host, count in resource_pool.items()}
+    return {host: list(slots) for host, slots in choose(pool, inclusion, exclusion).items()}
 
 
 # ---- what this node has, and becoming torchrun ----

@@ -13,7 +13,7 @@ VERSION: Final = f"{PEER_VERSION}+zeropipe.{zeropipe.__version__}"
 
 # Modules that have the same path here as there.
 _SAME = """
-    accelerator checkpoint checkpoint.constants checkpoint.deepspeed_checkpoint checkpoint.reshape_3d_utils
+    checkpoint checkpoint.constants checkpoint.deepspeed_checkpoint checkpoint.reshape_3d_utils
     checkpoint.reshape_meg_2d checkpoint.reshape_utils checkpoint.universal_checkpoint checkpoint.utils
     checkpoint.zero_checkpoint checkpointing comm pipe runtime.base_optimizer runtime.dataloader runtime.engine
     runtime.fp16 runtime.fp16.loss_scaler runtime.fp16.onebit runtime.fp16.onebit.adam runtime.fp16.onebit.lamb
@@ -42,47 +42,198 @@ MODULES: Final = MappingProxyType(
     }
 )
 
+
+def _from(module: str, names: str) -> dict[str, str]:
+    """{name: "module:name"} of names that stand in one module of ``zeropipe.compat``."""
+    return {name: f"zeropipe.compat.{module}:{name}" for name in names.split()}
+
+
+_OPTIMIZER_NAMES = """ADAGRAD_OPTIMIZER ADAM_OPTIMIZER ADAMW_OPTIMIZER LAMB_OPTIMIZER LION_OPTIMIZER MUON_OPTIMIZER
+    ONEBIT_ADAM_OPTIMIZER ONEBIT_LAMB_OPTIMIZER ZERO_ONE_ADAM_OPTIMIZER DEEPSPEED_OPTIMIZERS"""
+_TIMERS = """FORWARD_MICRO_TIMER FORWARD_GLOBAL_TIMER BACKWARD_MICRO_TIMER BACKWARD_GLOBAL_TIMER
+    BACKWARD_INNER_MICRO_TIMER BACKWARD_INNER_GLOBAL_TIMER BACKWARD_REDUCE_MICRO_TIMER BACKWARD_REDUCE_GLOBAL_TIMER
+    STEP_MICRO_TIMER STEP_GLOBAL_TIMER NoopTimer SynchronizedWallClockTimer ThroughputTimer"""
+_RNG = """_MODEL_PARALLEL_RNG_TRACKER_NAME _CUDA_RNG_STATE_TRACKER _set_cuda_rng_state
+    model_parallel_reconfigure_tp_seed detach_variable"""
+
+
+_ACCELERATOR = {
+    name: f"zeropipe.accelerator:{name}"
+    for name in ("get_accelerator", "set_accelerator", "is_current_accelerator_supported")
+}
+
+
+def _estimators(stage: int) -> dict[str, str]:
+    name = f"estimate_zero{stage}_model_states_mem_needs"
+    return _from("estimators", f"{name} {name}_all_live {name}_all_cold")
+
+
 # Path below ``deepspeed`` of a package that only holds others, or names of several -> {name: "module:object"}.
 NAMES: Final = MappingProxyType(
     {
-        "": {name: f"{module}:{name}" for name, module in homes("zeropipe").items() if name != "zero"},
+        "": {name: f"{module}:{name}" for name, module in homes("zeropipe").items() if name != "zero"}
+        | _from("configuration", "DeepSpeedConfigError"),
+        "accelerator": _ACCELERATOR,
+        "accelerator.real_accelerator": _ACCELERATOR,
+        "constants": _from(
+            "facts", "TORCH_DISTRIBUTED_DEFAULT_PORT CROSS_RANK CROSS_SIZE default_pg_timeout"
+        ),
+        "env_report": dict.fromkeys(("main", "cli_main"), "zeropipe.compat.report:main"),
+        "git_version_info": _from(
+            "facts", "version git_hash git_branch accelerator_name installed_ops compatible_ops torch_info"
+        ),
         "launcher": {},
-        "ops": {},
+        "ops": {"__compatible_ops__": "zeropipe.compat.facts:compatible_ops"},
         "ops.adagrad": {"DeepSpeedCPUAdagrad": "zeropipe.ops.adagrad:DeepSpeedCPUAdagrad"},
         "ops.adam": {name: f"zeropipe.ops.adam:{name}" for name in ("DeepSpeedCPUAdam", "FusedAdam")},
         "ops.lamb": {"FusedLamb": "zeropipe.ops.lamb:FusedLamb"},
         "ops.lion": {name: f"zeropipe.ops.lion:{name}" for name in ("DeepSpeedCPULion", "FusedLion")},
-        "runtime": {},
+        "runtime": _from("optimizers", "ZeROOptimizer"),
         "runtime.activation_checkpointing": {},
+        "runtime.bf16_optimizer": _from("optimizers", "BF16_Optimizer"),
+        "runtime.config": _from(
+            "configuration", f"DeepSpeedConfig DeepSpeedConfigError DtypeEnum {_OPTIMIZER_NAMES}"
+        ),
+        "runtime.constants": _from(
+            "configuration",
+            "PIPE_REPLICATED ROUTE_TRAIN ROUTE_EVAL ROUTE_PREDICT ROUTE_ENCODE PLD_THETA PLD_GAMMA",
+        ),
+        "runtime.fp16.fused_optimizer": _from("optimizers", "FP16_Optimizer"),
+        "runtime.fp16.unfused_optimizer": _from("optimizers", "FP16_UnfusedOptimizer"),
+        "runtime.zero.stage3": _from("optimizers", "DeepSpeedZeroOptimizer_Stage3") | _estimators(3),
+        "runtime.zero.stage_1_and_2": _from("optimizers", "DeepSpeedZeroOptimizer") | _estimators(2),
+        "utils.nvtx": _from("tools", "instrument_w_nvtx"),
+        "utils.timer": _from("timers", _TIMERS),
+        "version": _from("facts", "version"),
     }
 )
 
-# What people ask for and is not here -> what to do instead.
+# Path below ``deepspeed`` of one of zeropipe's own modules -> names that only DeepSpeed users look for there.
+BESIDE: Final = MappingProxyType(
+    {
+        "checkpointing": _from("ranks", _RNG),
+        "comm": _from(
+            "ranks",
+            "get_local_rank get_world_group allgather_fn has_all_gather_into_tensor has_reduce_scatter_tensor "
+            "has_coalescing_manager has_all_reduce_coalesced mpi_discovery configure",
+        ),
+        "launcher.runner": {
+            "DLTS_HOSTFILE": "zeropipe.compat.runner:DEFAULT_HOSTFILE",
+        },
+        "runtime.dataloader": {"DeepSpeedDataLoader": "zeropipe.runtime.dataloader:ZeroDataLoader"},
+        "runtime.engine": _from("facts", "DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable"),
+        "runtime.pipe.schedule": _from(
+            "pipe_schedule",
+            "PipeSchedule TrainSchedule InferenceSchedule DataParallelSchedule PipeInstruction BufferOpInstruction "
+            "OptimizerStep ReduceGrads ReduceTiedGrads LoadMicroBatch ForwardPass BackwardPass SendActivation "
+            "RecvActivation SendGrad RecvGrad",
+        ),
+        "runtime.utils": _from(
+            "tools",
+            "set_random_seed partition_uniform partition_balanced is_model_parallel_parameter "
+            "bwc_tensor_model_parallel_rank get_global_norm get_global_norm_of_tensors clip_tensors_by_global_norm "
+            "clip_grad_norm_ align_dense_tensors all_gather_dp_groups PartitionedTensor empty_cache noop_decorator "
+            "get_ma_status ensure_directory_exists inf",
+        )
+        | _from("optimizers", "DummyOptim"),
+        "runtime.zero.config": _from("configuration", "DeepSpeedZeroConfig ZERO_OPTIMIZATION"),
+        "runtime.zero.mics": _from("optimizers", "MiCS_Optimizer"),
+        "runtime.zero.offload_config": _from("configuration", "OffloadDeviceEnum"),
+        "runtime.zero.parameter_offload": _from("optimizers", "DeepSpeedZeRoOffload is_zero_param"),
+        "utils": _from("tools", "instrument_w_nvtx set_log_level_from_string")
+        | {
+            "fragment_address": "zeropipe.utils.tensor_fragment:fragment_address",
+            "is_initialized": "zeropipe.comm:is_initialized",
+        },
+        "utils.groups": _from(
+            "ranks",
+            "mpu _get_data_parallel_group _get_data_parallel_world_size _get_data_parallel_rank "
+            "_get_broadcast_src_rank _get_model_parallel_world_size _get_zero_param_intra_parallel_group",
+        )
+        | {
+            f"_get_sequence_data_parallel_{what}": f"zeropipe.compat.ranks:_get_data_parallel_{what}"
+            for what in ("group", "rank", "world_size")
+        },
+        "utils.logging": _from("tools", "print_dist print_json_dist print_configuration should_log_le"),
+    }
+)
+
+_MOE = "write the experts as modules and mark them with set_z3_leaf_modules"
+_SERVE = "serve the exported weights with an inference engine"
+_LAYERS = "use the model's own layers"
+_TP = "use torch.distributed.tensor.parallel"
+_INSIDE = "the engine does this inside; call its public methods"
+
+# What people ask for and is not here -> what to do instead. These names, and those below them, may be imported: what
+# stands in for them says so when it is used.
 ABSENT: Final = MappingProxyType(
     {
+        "DeepSpeedTransformerConfig": _LAYERS,
+        "DeepSpeedTransformerLayer": _LAYERS,
         "autotuning": "measure a few values of train_micro_batch_size_per_gpu with your own script",
+        "comm.TorchBackend": "use torch.distributed; deepspeed.comm has its functions",
+        "comm.icdf": "use torch.special.ndtri",
+        "compile": "engine.compile() compiles the module with torch.compile",
         "compression": "compress the trained model with another library",
         "elasticity": "a checkpoint loads at any number of ranks; torchrun restarts the job",
-        "inference": "serve the exported weights with an inference engine",
-        "init_inference": "serve the exported weights with an inference engine",
+        "inference": _SERVE,
+        "init_inference": _SERVE,
+        "io": "checkpoints are written by engine.save_checkpoint, also in the background",
         "linear": "use peft for adapters",
-        "model_implementations": "serve the exported weights with an inference engine",
-        "module_inject": "use torch.distributed.tensor.parallel",
-        "moe": "write the experts as modules and mark them with set_z3_leaf_modules",
+        "model_implementations": _SERVE,
+        "module_inject": _TP,
+        "moe": _MOE,
         "monitor": "use the sections tensorboard, wandb and csv_monitor of the configuration",
         "nebula": "checkpoints go to a file system",
+        "ops.adam.multi_tensor_apply": "use torch's foreach functions",
+        "ops.aio": "nothing is compiled here; offload to nvme reads and writes files by itself",
+        "ops.deepspeed4science": "use torch.nn.functional.scaled_dot_product_attention",
         "ops.op_builder": "nothing is compiled here, so there is nothing to build",
         "ops.sparse_attention": "use torch.nn.attention.flex_attention",
-        "ops.transformer": "use the model's own layers",
+        "ops.transformer": _LAYERS,
         "profiling": "use torch.profiler, or wall_clock_breakdown in the configuration",
-        "runtime.config": "use zeropipe.config.parse.parse_config",
+        "replace_transformer_layer": _SERVE,
+        "runtime.checkpoint_engine": "engine.save_checkpoint and load_checkpoint read and write files by themselves",
         "runtime.data_pipeline": "order the data in your own dataset",
+        "runtime.domino": _TP,
+        "runtime.eigenvalue": "compute it with torch.func",
+        "runtime.engine.MoE": _MOE,
+        "runtime.engine.autocast_if_enabled": "use the section torch_autocast of the configuration",
+        "runtime.hybrid_engine": "gather with deepspeed.zero.GatheredParameters and generate",
+        "runtime.pipe.engine._tensor_bytes": "tensor.numel() * tensor.element_size()",
+        "runtime.progressive_layer_drop": "drop layers in the model's own forward",
+        "runtime.quantize": "quantize the trained model with another library",
         "runtime.sequence_parallel": "use torch.distributed.tensor.experimental.context_parallel",
-        "runtime.tensor_parallel": "use torch.distributed.tensor.parallel",
-        "runtime.zero.stage3": "engine.memory_report() has each rank's bytes beside the formula",
-        "runtime.zero.stage_1_and_2": "engine.memory_report() has each rank's bytes beside the formula",
+        "runtime.sparse_tensor": "use torch.sparse_coo_tensor",
+        "runtime.state_dict_factory": "load the files with torch.load or safetensors",
+        "runtime.tensor_parallel": _TP,
+        "runtime.utils.graph_process": "use torch.cuda.graph",
+        "runtime.zero.mics_utils": "set mics_shard_size in the configuration",
+        "runtime.zero.partition_parameters.AllGatherCoalescedHandle": _INSIDE,
+        "runtime.zero.partition_parameters.shutdown_init_context": "leave the block of deepspeed.zero.Init",
+        "runtime.zero.utils": "any torch optimizer is supported, or refused by initialize with the reason",
         "sequence": "use torch.distributed.tensor.experimental.context_parallel",
-        "tp_model_init": "use torch.distributed.tensor.parallel",
-        "utils.timer": "use wall_clock_breakdown in the configuration, or zeropipe.runtime.timers",
+        "tools": "use hooks of torch.nn.Module",
+        "tp_model_init": _TP,
+        "utils.debug": "print(zeropipe.zero.describe(model)) shows every parameter",
+        "utils.link_hp_params": "use deepspeed.utils.safe_get_full_fp32_param",
+        "utils.zero_to_fp32.parse_optim_states": "use get_fp32_state_dict_from_zero_checkpoint",
+    }
+    | {
+        f"utils.groups.{name}": _MOE
+        for name in (
+            "_create_expert_data_and_model_parallel",
+            "_get_expert_broadcast_src_rank",
+            "_get_expert_data_parallel_group",
+            "_get_expert_data_parallel_group_dict",
+            "_get_expert_data_parallel_rank",
+            "_get_expert_parallel_group",
+            "_get_expert_parallel_group_dict",
+            "_get_expert_parallel_rank",
+            "_get_expert_parallel_world_size",
+            "_get_local_all_to_all_group",
+            "_get_max_expert_parallel_group",
+            "_get_max_expert_size_name",
+        )
     }
 )

@@ -48,11 +48,6 @@ def parse_config(source: Source | Config) -> Config:
     return config.parsed_from(raw, auto, foreign, idle, renamed)
 
 
-def DeepSpeedConfig(config: Source | Config, mpu: object = None, mesh_device: object = None) -> Config:
-    """``parse_config`` under the name that scripts look up, with its arguments; only ``config`` is read."""
-    return parse_config(config)
-
-
 def only_one(every: Mapping[str, Any]) -> Any:
     """The one configuration that is there, of ``{where: configuration}``; ConfigError for none or for several."""
     given = {where: found for where, found in every.items() if found is not None}

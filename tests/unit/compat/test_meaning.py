@@ -99,7 +99,7 @@ def test_the_accelerator_names_a_device_that_torch_takes(
     assert here.current_device() == 1 and here.communication_backend_name() == "nccl"
     assert here.supported_dtypes() == [torch.float32, torch.float16]
     assert not here.on_accelerator(tensor) and not here.is_synchronized_device()
-    assert here.synchronize is torch.cuda.synchronize
+    assert here.nvtx is torch.cuda.nvtx
     with pytest.raises(AttributeError):
         _ = here.nothing_like_it
 
@@ -206,4 +206,8 @@ def test_a_configuration_is_read_under_the_name_that_scripts_import():
     """Scripts that import the name told their users to install deepspeed, and ended with exit code 0."""
     config = zeropipe.DeepSpeedConfig({"train_batch_size": 4, "bf16": {"enabled": True}}, mpu=None)
     assert (config.train_batch_size, config.bf16.enabled) == (4, True)
-    assert zeropipe.DeepSpeedConfig(config) is config
+    assert (config.zero_optimization_stage, config.zero_enabled, config.bfloat16_enabled) == (0, False, True)
+    assert (config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps) == (4, 1)
+    assert config == config._param_dict == {"train_batch_size": 4, "bf16": {"enabled": True}}
+    with pytest.raises(zeropipe.compat.configuration.DeepSpeedConfigError, match="train_batch_size"):
+        zeropipe.DeepSpeedConfig({"train_batch_size": 0})
