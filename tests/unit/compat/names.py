@@ -94,3 +94,12 @@ MEMBERS = (
     Name("optimizer.parameter_offload, module.ds_external_parameters, param.ds_active_sub_modules", "trl", "hooks off while it generates", "tests/dist/test_zero3_clients.py::test_generation_without_hooks_leaves_training_as_it_was"),
     Name("param.ds_numel, .ds_shape, .ds_status, .partition_numel, shape [0] while away", "peft, trl, transformers, lightning", "facts", f"{_GATHER}::test_a_parameter_that_is_away"),
 )  # fmt: skip
+
+# Asked for too, by features that zeropipe does not have: stand-ins, which say so when they are used. And one name that
+# clients ask for only where deepspeed is not installed.
+OTHERS = (
+    "runtime.sequence_parallel.ulysses_sp.UlyssesSPAttentionHF",
+    "runtime.sequence_parallel.ulysses_sp.UlyssesSPDataLoaderAdapter",
+    "tp_model_init",
+    "utils.is_initialized",
+)
