@@ -124,7 +124,10 @@ def test_public_arguments_have_types(files: list[File]) -> None:
         "runtime/fp16/*": later,
         "runtime/optimizers/*": later,
         "runtime/pipe/*": later,
-        "runtime/zero/*": later,
+        "runtime/zero/gather/hooks.py": later,
+        "runtime/zero/gather/shards.py": later,
+        "runtime/zero/gather/unit_hooks.py": later,
+        "runtime/zero/hold/*": later,
     }
     check(files, rules.takes_anything, allowed)
 

@@ -14,7 +14,7 @@ is how checkpoints are made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -44,7 +44,7 @@ def install_state_dict(module: torch.nn.Module) -> None:
         module.register_load_state_dict_post_hook(_hide_shapes)
 
 
-def is_ours(hook: Any) -> bool:
+def is_ours(hook: object) -> bool:
     """Whether a state dict hook is one of those that ``install_state_dict`` puts on a module."""
     return getattr(hook, "hook", hook) in (_let_use, _gather_whole, _cut_shards, _hide_shapes)
 
@@ -225,7 +225,7 @@ class Fetching:
         shards.gather()
         self._held.append(shards.hold())
 
-    def keep_copies(self, state: Any) -> None:
+    def keep_copies(self, state: MutableMapping[str, Any]) -> None:
         """Replace tensors in ``state`` that lie in gathered values by copies, before those are freed."""
         # By their memory: a class's own code may have put in a view, a part, or the value under another name.
         homes = {hold.shards.full.untyped_storage().data_ptr(): hold.shards for hold in self._held}
