@@ -62,7 +62,7 @@ def remove_state_dict(module: torch.nn.Module) -> None:
 
 
 def _let_use(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
-    """[1]"""
+    """[1] Before ``module`` puts its own state into a state dict."""
     saving = ("_save_to_state_dict", "get_extra_state")
     if all(getattr(type(module), name) is getattr(torch.nn.Module, name) for name in saving):
         return
@@ -81,7 +81,7 @@ def _at_a_part(shards: Shards, key: str) -> bool:
 
 
 def _gather_whole(module: torch.nn.Module, state: Any, prefix: str, metadata: Any) -> None:
-    """[2] What the module itself has made of its parameters stays."""
+    """[2] After it has, and those below it. What the module itself has made of its parameters stays."""
     wanted = {}
     using: Fetching | None = None
     for name, param, shards in _own(module):
@@ -130,7 +130,7 @@ def _cut_shards(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """[3]"""
+    """[3] Before torch loads ``module``'s own parameters."""
     metadata["assign_to_params_buffers"] = False  # a shard cannot be replaced by the tensor that is loaded
     for name, _, shards in _own(module):
         # Whole: torch copies into the value itself, of which the shards would not learn. Away: torch sees the whole
@@ -147,7 +147,7 @@ def _cut_shards(
 
 
 def _hide_shapes(module: torch.nn.Module, incompatible: Any) -> None:
-    """[4]"""
+    """[4] After it has, and those below it."""
     for _, _, shards in _own(module):
         shards.end_loading()  # a shape that did not fit, or a load that raised
 
@@ -213,9 +213,8 @@ class Fetching:
                 meet(f"the end of the state of {type(self.of).__name__}", circle, channel=GATHER)
             return
         met = sharing if isinstance(error, DesyncError) else circles  # words are met in gathers
-        for heard in leave_all(
-            f"state dict: {type(error).__name__} raised", error, circles, met, channel=GATHER
-        ):
+        said = f"state dict: {type(error).__name__} raised"
+        for heard in leave_all(said, error, circles, met, channel=GATHER):
             with suppress(DesyncError, CommunicationError):
                 heard()
 
