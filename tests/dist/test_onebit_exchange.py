@@ -187,8 +187,8 @@ def many_tensors(rank: int, size: int, node_size: int) -> list[torch.Tensor]:
     mask[100:200] = 0
     exchange = Exchange(SPECS, Topology(world(), node_size), torch.device("cpu"))
     exchange.hide(mask == 0)
-    worker_error, server_error = exchange.errors()
-    assert worker_error.numel() == exchange.worker_numel == exchange.layout.padded_numel // node_size
+    worker_error, server_error = exchange.errors().values()
+    assert worker_error.numel() == exchange.ranges["worker_error"][1] - exchange.ranges["worker_error"][0] == exchange.layout.padded_numel // node_size
     total, wanted = torch.zeros(356, dtype=torch.float64), torch.zeros(356, dtype=torch.float64)
     for step in range(4):
         values = values_of(rank, 356, step)
@@ -204,7 +204,7 @@ def many_tensors(rank: int, size: int, node_size: int) -> list[torch.Tensor]:
             exchange.decode(messages, part, start)
             assert torch.equal(part, average[start:stop])
         total += average
-    start, stop = exchange.worker_range
+    start, stop = exchange.ranges["worker_error"]
     held = torch.zeros(exchange.layout.padded_numel, dtype=torch.float64)
     held[start:stop] = worker_error
     first, last = exchange.layout.shard_range(exchange.topology.shard)
@@ -233,7 +233,7 @@ def test_many_tensors_masks_and_nodes(pool: Pools, size: int, node_size: int) ->
 
 def one_node(rank: int, size: int) -> None:
     exchange = Exchange(SPECS, Topology(world(), size), torch.device("cpu"))
-    worker_error, server_error = exchange.errors()
+    worker_error, server_error = exchange.errors().values()
     worker_error += 0.5  # as if left by a run on more nodes
     values = values_of(rank, 356)
     mean = torch.stack([values_of(r, 356) for r in range(size)]).mean(0)

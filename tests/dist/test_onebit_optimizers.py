@@ -402,6 +402,19 @@ def test_bad_options_are_named(
         cls([nn.Parameter(torch.ones(2))], **options)
 
 
+@pytest.mark.parametrize("freeze_step", [1, 2])
+def test_what_is_unfrozen_after_compression_began_is_refused(freeze_step: int) -> None:
+    """After a warm-up of one step it was taken in without a variance to divide by, and never moved."""
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2), requires_grad=False)]
+    optimizer = OnebitAdam(params, freeze_step=freeze_step)
+    for _ in range(freeze_step):
+        params[0].grad = torch.ones(3)
+        optimizer.step()
+    params[1].requires_grad_()
+    with pytest.raises(UsageError, match="became trainable after compression began"):
+        optimizer.step()
+
+
 def test_late_param_groups_and_sparse_gradients_are_refused() -> None:
     param = nn.Parameter(torch.ones(3))
     optimizer = OnebitAdam([param], freeze_step=1)

@@ -30,9 +30,8 @@ def saved(sizes: list[int], world: int) -> list[RankState]:
     for rank, exchange in enumerate(exchanges(sizes, world)):
         generator = torch.Generator().manual_seed(rank)
         lane = {"layout": exchange.layout.to_json(), "further": {"u": torch.full((sum(sizes),), float(rank))}}
-        for name, error, (start, _) in zip(
-            ERRORS, exchange.errors(), (exchange.worker_range, exchange.server_range), strict=True
-        ):
+        for name, error in exchange.errors().items():
+            start, _ = exchange.ranges[name]
             values = torch.randint(-8, 9, (error.numel(),), generator=generator).float() * world
             values[max(0, sum(sizes) - start) :] = 0
             lane[name] = values
@@ -58,7 +57,9 @@ def test_another_number_of_ranks_and_order_of_tensors_owes_the_same(
     after = owed(*([values[name] for values in taken] for name in ERRORS), numel=numel)
     assert torch.equal(before, after)
     for values, exchange in zip(taken, exchanges(sizes, new), strict=True):
-        assert [values[name].numel() for name in ERRORS] == [error.numel() for error in exchange.errors()]
+        assert {name: values[name].numel() for name in ERRORS} == {
+            name: error.numel() for name, error in exchange.errors().items()
+        }
         assert torch.equal(values["u"], torch.full((numel,), (old - 1) / 2))
 
 

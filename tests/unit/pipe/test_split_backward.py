@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from zeropipe.runtime.pipe.executor import Stage
-from zeropipe.runtime.pipe.split_backward import SplitBackward
+from zeropipe.runtime.pipe.split_backward import Backward
 from zeropipe.runtime.pipe.wire import Value, flatten
 
 
@@ -61,8 +60,9 @@ def whole(
 
 def split(model: nn.Module, x: torch.Tensor, seeds: list[torch.Tensor]) -> tuple[Any, Callable[[], None]]:
     x = x.clone().requires_grad_()
-    halves = SplitBackward([get_gradient_edge(o) for o in model(x)], seeds, [x])
-    return halves.backward_input()[0], halves.backward_weight
+    halves = Backward([x])
+    halves.expect(model(x))
+    return halves.first_half(seeds)[0], halves.second_half
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_first_stage_does_everything_in_the_second_half():
     stage = Stage(0, layer)
     out = stage.begin(0, torch.tensor([[1, 2]]), train=True)
     stage.hold_output(0, [out])
-    assert stage.backward_input(0, [torch.ones_like(out)]) == []
+    assert stage.backward(0, [torch.ones_like(out)], half=True) == []
     assert layer.weight.grad is None
     stage.backward_weight(0)
     assert layer.weight.grad.sum() == 8
@@ -143,7 +143,7 @@ def test_an_input_that_is_passed_on_and_one_that_is_not_used():
     out = stage.forward(0, wanted(values), train=True)
     stage.hold_output(0, list(out))
     seeds = [torch.ones(2, 4), torch.full((2, 4), 3.0)]
-    first, second, unused = stage.backward_input(0, seeds)
+    first, second, unused = stage.backward(0, seeds, half=True)
     stage.backward_weight(0)
     assert torch.equal(first, seeds[0] @ layer.weight)
     assert torch.equal(second, seeds[1])
@@ -157,7 +157,7 @@ def test_recomputed_layers_do_all_in_the_first_half():
     stage = Stage(1, lambda v: checkpoint(layer, v, use_reentrant=False))
     out = stage.forward(0, wanted(torch.randn(2, 4)), train=True)
     stage.hold_output(0, [out])
-    stage.backward_input(0, [torch.ones(2, 4)])
+    stage.backward(0, [torch.ones(2, 4)], half=True)
     assert layer[0].weight.grad is not None
     stage.backward_weight(0)
     assert stage.alive == 0

@@ -16,7 +16,7 @@ from tests.helpers.backward_kinds import KINDS, W
 from tests.unit.pipe.test_split_backward import wanted
 from zeropipe.errors import UsageError
 from zeropipe.runtime.pipe.executor import Stage
-from zeropipe.runtime.pipe.split_backward import SplitBackward
+from zeropipe.runtime.pipe.split_backward import Backward
 
 MICRO = 3
 DIVIDED = {  # kinds whose weights must still wait for the second half
@@ -41,8 +41,7 @@ def run(name: str, divided: bool) -> tuple[list[Any], dict[str, Any], list[Any],
     found, waited = [], True
     for i, out in enumerate(outs):
         seed = torch.sin(torch.arange(out.numel(), dtype=torch.float32).view(out.shape) + i)
-        backward = stage.backward_input if divided else stage.backward
-        found += backward(i, [seed])
+        found += stage.backward(i, [seed], half=divided)
         waited &= model.last.bias.grad is None
     if divided:
         for i in range(MICRO):
@@ -74,20 +73,22 @@ def test_a_hook_that_changes_a_gradient_in_place_too_late_is_an_error():
     mid = torch.tanh(lower(x))
     mid.register_hook(lambda g: (g.mul_(2), None)[1])
     out = mid + p
-    halves = SplitBackward([torch.autograd.graph.get_gradient_edge(out)], [torch.ones(2, 4)], [x])
-    halves.backward_input()
+    halves = Backward([x])
+    halves.expect([out])
+    halves.first_half([torch.ones(2, 4)])
     with pytest.raises(UsageError, match="changed in place"):
-        halves.backward_weight()
+        halves.second_half()
 
 
 def test_the_input_s_gradient_may_be_written_by_whoever_gets_it():
     """A stage on the same rank gets the tensor itself, and its functions may write into it."""
     x, p = torch.randn(2, 4, requires_grad=True), nn.Parameter(torch.randn(2, 4))
     out = x + p
-    halves = SplitBackward([torch.autograd.graph.get_gradient_edge(out)], [torch.ones(2, 4)], [x])
-    (grad,) = halves.backward_input()
+    halves = Backward([x])
+    halves.expect([out])
+    (grad,) = halves.first_half([torch.ones(2, 4)])
     grad.zero_()
-    halves.backward_weight()
+    halves.second_half()
     assert torch.equal(p.grad, torch.ones(2, 4))
 
 
@@ -103,5 +104,5 @@ def test_a_layer_may_change_its_input_in_place_first():
         out = stage.forward(0, wanted(value.clone()), train=True)
         stage.hold_output(0, [out])
         grads = [torch.ones_like(out)]
-        (found,) = stage.backward_input(0, grads) if divided else stage.backward(0, grads)
+        (found,) = stage.backward(0, grads, half=divided)
         assert torch.equal(found, want)

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from zeropipe.errors import UsageError
+from zeropipe.given import Anything, Tree
 from zeropipe.tensor.model import KeepsDtype
 from zeropipe.tensor.norms import clip_coefficient, total_norm
 
@@ -34,7 +35,7 @@ NORM_LAYERS: tuple[type[nn.Module], ...] = (
 )
 
 
-def cast_floating(value: Any, dtype: torch.dtype) -> Any:
+def cast_floating(value: Tree, dtype: torch.dtype) -> Any:
     """``value`` with every floating tensor in it (tuples, lists, dicts) in ``dtype``; token ids stay."""
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
@@ -237,7 +238,7 @@ def master_params_to_model_params(
         param.copy_(value)
 
 
-def to_python_float(value: Any) -> float:
+def to_python_float(value: Anything) -> float:
     """The Python number in a one-element tensor or sequence, or in a number."""
     if hasattr(value, "item"):
         return float(value.item())

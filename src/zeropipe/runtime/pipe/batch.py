@@ -16,6 +16,7 @@ import torch
 from zeropipe.comm.collectives import all_gather_object, all_reduce
 from zeropipe.comm.group import world
 from zeropipe.errors import CommunicationError, UsageError
+from zeropipe.given import Tree
 from zeropipe.runtime.dataloader import RepeatingLoader
 from zeropipe.runtime.pipe.topology import PipelineParallelGrid
 from zeropipe.runtime.pipe.wire import map_tensors
@@ -107,7 +108,7 @@ class Batch:
     def inputs(self, micro_batch: int) -> Any:
         return self._on_device(self._parts[micro_batch][0])
 
-    def loss(self, micro_batch: int, output: Any) -> torch.Tensor | None:
+    def loss(self, micro_batch: int, output: Tree) -> torch.Tensor | None:
         """What the model's output costs, scaled for backward; None where nothing is to be trained."""
         if self.keep_outputs:
             self.outputs.append(map_tensors(output, torch.Tensor.detach, "the model's output"))
@@ -149,9 +150,8 @@ class Batch:
         return torch.stack([one.to("cpu", torch.float64) for one in (is_wide, loss, *means, *values)])
 
     def _on_device(self, value: Any) -> Any:
-        if self.device.type == "cpu":
-            return value
-        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.device), value)
+        move = torch.utils._pytree.tree_map_only
+        return value if self.device.type == "cpu" else move(torch.Tensor, lambda t: t.to(self.device), value)
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from zeropipe.comm.agreement import agree
 from zeropipe.comm.collectives import all_gather_object, barrier
 from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
+from zeropipe.given import DataLike
 from zeropipe.runtime.engine.engine import DeepSpeedEngine
 from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.pipe.batch import Batch, Data, Outcome, Settlement
@@ -28,7 +29,6 @@ from zeropipe.runtime.pipe.instructions import (
     Instruction,
     Op,
     Schedule,
-    Unshard,
     with_sharding,
     with_transfers,
 )
@@ -70,24 +70,30 @@ class PipelineEngine(DeepSpeedEngine):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        module = self.module
-        interval = self._parts.config.pipeline.activation_checkpoint_interval
-        if interval:
-            module.activation_checkpoint_interval = interval
+        module, section = self.module, parts.config.pipeline
+        if section.activation_checkpoint_interval:
+            module.activation_checkpoint_interval = section.activation_checkpoint_interval
         self.grid = module.grid
-        self.loss_terms: dict[str, torch.Tensor] = {}
-        self._name, self._chunks = module.pick_schedule(self._parts.config.pipeline)
-        self._own: Schedule | None = None  # a plan that the user gave
+
+        # The plan: by name, or as the user gave it.
+        self._name, self._chunks = module.pick_schedule(section)
+        self._own: Schedule | None = None
+
+        # Who carries it out. Evaluation has a mailbox of its own, because its messages have other forms.
         self._stages = {s: Stage(s, self._runner(s)) for s in module.stages}
-        self._mailbox = Mailbox(self.grid.links, self.device, module.dynamic_shape)
-        self._eval_mailbox = Mailbox(self.grid.links, self.device, module.dynamic_shape)
-        self._executor: Executor | None = None
-        self._data = Data(lambda: self.training_dataloader)
+        self._table = {} if self.optimizer is None else stage_table(module, self.optimizer)
+        self._mailbox, self._eval_mailbox = (
+            Mailbox(self.grid.links, self.device, module.dynamic_shape) for _ in range(2)
+        )
+        self._executor: Executor | None = None  # of training, as long as the number of micro-batches holds
         if self._sharded is not None:
             # The schedule says when a stage is gathered; gathering each layer by itself would only cost messages.
             self._sharded.hooks.remove()
-        self._table = {} if self.optimizer is None else stage_table(module, self.optimizer)
+
+        # What goes in and comes out.
+        self._data = Data(lambda: self.training_dataloader)
         self._settlement = Settlement(self.grid, self.device, self._last_rank)
+        self.loss_terms: dict[str, torch.Tensor] = {}
         agree(
             {"pipeline schedule": str(self.schedule), "loss scale": str(self.loss_scale)},
             self.grid.model_group,
@@ -158,7 +164,7 @@ class PipelineEngine(DeepSpeedEngine):
         self.eval()
         try:
             plan = self._plan(num_micro_batches or self.gradient_accumulation_steps()).forward_only()
-            executor = self._executor_of(with_sharding(plan, self._unshard), self._eval_mailbox)
+            executor = self._executor_of(with_sharding(plan, self._is_sharded), self._eval_mailbox)
             self._eval_mailbox.forget_forms()
             batch = self._batch(
                 data_iter, plan.micro_batches, with_loss=compute_loss, keep_outputs=return_logits
@@ -181,7 +187,7 @@ class PipelineEngine(DeepSpeedEngine):
         """The plan of a training batch: compute, and the instructions of sharded stages."""
         plan = self._plan(self.gradient_accumulation_steps())
         tied = {s for tie in self.module.tie_plans() if tie.crosses for s in tie.stages}
-        return with_sharding(plan, self._unshard, tied_stages=tied)
+        return with_sharding(plan, self._is_sharded, tied_stages=tied)
 
     def set_schedule(self, schedule: Schedule | str) -> None:
         """Take another plan: a name, a text, or a `Schedule`. It must cut the model as the module does."""
@@ -223,7 +229,7 @@ class PipelineEngine(DeepSpeedEngine):
         """Where ``train_batch()`` without an argument takes its batches from."""
         self._data.take(iterator)
 
-    def set_dataloader(self, loader: Any) -> None:
+    def set_dataloader(self, loader: DataLike) -> None:
         self.training_dataloader = loader
         self._data.take(None)
 
@@ -247,8 +253,8 @@ class PipelineEngine(DeepSpeedEngine):
         return self.module.total_stages - 1 in self.module.stages
 
     @property
-    def _unshard(self) -> Unshard:
-        return Unshard.STEP if self._parts.config.zero_optimization.stage >= 3 else Unshard.NEVER
+    def _is_sharded(self) -> bool:
+        return self._parts.config.zero_optimization.stage >= 3
 
     @property
     def _last_rank(self) -> int:

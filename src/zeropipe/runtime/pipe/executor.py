@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from zeropipe.errors import UsageError
+from zeropipe.given import Tree
 from zeropipe.runtime.pipe.batch import Batch
 from zeropipe.runtime.pipe.instructions import (
     OF_STAGE,
@@ -30,20 +29,10 @@ from zeropipe.runtime.pipe.instructions import (
 )
 from zeropipe.runtime.pipe.p2p import Mailbox
 from zeropipe.runtime.pipe.simulate import Event
-from zeropipe.runtime.pipe.split_backward import Entry, SplitBackward
+from zeropipe.runtime.pipe.split_backward import Backward, Entry
 from zeropipe.runtime.pipe.wire import Value, flatten, rebuild
 
 Effect = Callable[[Instruction], None]
-
-
-@dataclass(slots=True)
-class _Alive:
-    """What a micro-batch leaves on a stage between forward and the last of its backward."""
-
-    inputs: list[torch.Tensor]  # leaves that require grad, in the order in which the stage before sent them
-    # Edges, not tensors: once sent, an output's memory is freed unless the graph itself saved it.
-    outputs: list[GradientEdge] = field(default_factory=list)
-    split: SplitBackward | None = None
 
 
 class Stage:
@@ -54,19 +43,20 @@ class Stage:
 
     def __init__(self, number: int, run: Callable[[Any], Any]) -> None:
         self.number, self._run = number, run
-        self._alive: dict[int, _Alive] = {}
+        # What a micro-batch leaves here between its forward and the last of its backward.
+        self._alive: dict[int, Backward] = {}
 
     @property
     def alive(self) -> int:
         """Micro-batches whose activations are held."""
         return len(self._alive)
 
-    def begin(self, micro_batch: int, data: Any, train: bool, leaves: Sequence[torch.Tensor] = ()) -> Any:
+    def begin(self, micro_batch: int, data: Tree, train: bool, leaves: Sequence[torch.Tensor] = ()) -> Any:
         """Run ``data`` through the layers as it is; gradients are wanted of ``leaves`` alone."""
         with torch.set_grad_enabled(train):
             output = self._run(data)
         if train:
-            self._alive[micro_batch] = _Alive(list(leaves))
+            self._alive[micro_batch] = Backward(leaves)
         return output
 
     def forward(self, micro_batch: int, value: Value, train: bool) -> Any:
@@ -78,37 +68,12 @@ class Stage:
 
     def hold_output(self, micro_batch: int, tensors: Sequence[torch.Tensor]) -> None:
         """Remember the outputs that gradients will come for: those of ``tensors`` that require grad."""
-        self._alive[micro_batch].outputs += [get_gradient_edge(t) for t in tensors if t.requires_grad]
+        self._alive[micro_batch].expect(tensors)
 
-    def backward(self, micro_batch: int, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The whole backward; gradients of the inputs that wanted one (zeros where nothing depends on it)."""
-        alive = self._checked(micro_batch, grads)
-        del self._alive[micro_batch]
-        # No output wants a gradient where a stage trains nothing and nobody before it does.
-        if alive.outputs:
-            torch.autograd.backward(alive.outputs, list(grads))
-        return [_or_zeros(leaf.grad, leaf) for leaf in alive.inputs]
-
-    def backward_input(self, micro_batch: int, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The first half: gradients of the inputs alone."""
-        alive = self._checked(micro_batch, grads)
-        alive.split = SplitBackward(alive.outputs, grads, alive.inputs)
-        found = alive.split.backward_input() if alive.outputs else [None] * len(alive.inputs)
-        # From here on the graph is the half's to free, piece by piece.
-        inputs, alive.outputs, alive.inputs = alive.inputs, [], []
-        return [_or_zeros(grad, leaf) for grad, leaf in zip(found, inputs, strict=True)]
-
-    def backward_weight(self, micro_batch: int) -> None:
-        """The second half: gradients of the weights."""
-        alive = self._alive.pop(micro_batch)
-        if alive.split is not None:
-            alive.split.backward_weight()
-
-    def drop(self) -> None:
-        """Forget every micro-batch under way, after a failure."""
-        self._alive.clear()
-
-    def _checked(self, micro_batch: int, grads: Sequence[torch.Tensor]) -> _Alive:
+    def backward(
+        self, micro_batch: int, grads: Sequence[torch.Tensor], half: bool = False
+    ) -> list[torch.Tensor]:
+        """The whole backward or its first ``half``; gradients of the inputs that wanted one."""
         alive = self._alive[micro_batch]
         if len(grads) != len(alive.outputs):
             raise UsageError(
@@ -117,11 +82,18 @@ class Stage:
                 found=len(grads),
                 fix="let the layers return the same tensors on every call",
             )
-        return alive
+        if half:
+            return alive.first_half(grads)
+        del self._alive[micro_batch]
+        return alive.whole(grads)
 
+    def backward_weight(self, micro_batch: int) -> None:
+        """The second half: gradients of the weights."""
+        self._alive.pop(micro_batch).second_half()
 
-def _or_zeros(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(like) if grad is None else grad
+    def drop(self) -> None:
+        """Forget every micro-batch under way, after a failure."""
+        self._alive.clear()
 
 
 class Executor:
@@ -244,7 +216,7 @@ class Executor:
         # [1] in: backward begins at the loss, or goes on from the stage after; [2] the layers
         need, made = self.schedule.needed_by(step), self.schedule.made_by(step)
         grads = [self._seeds.pop(m)] if need is None else self._take(need).tensors
-        found = stage.backward(m, grads) if step.op is Op.BACKWARD else stage.backward_input(m, grads)
+        found = stage.backward(m, grads, half=step.op is Op.BACKWARD_INPUT)
         # [3] on: the first stage has nobody to tell
         if made is not None:
             self._give(made, Value("", found, [False] * len(found)))

@@ -21,8 +21,8 @@ import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum
-from itertools import pairwise
+from enum import StrEnum
+from itertools import product
 from typing import NoReturn
 
 from zeropipe.errors import ScheduleError
@@ -239,35 +239,24 @@ def check(schedule: Schedule) -> Schedule:
     trains = schedule.has_backward
     for rank, line in enumerate(schedule.ranks):
         # A step of a micro-batch stands once; where it stands says what comes before it.
-        seen = Counter(line)
         place = {step: i for i, step in reversed(list(enumerate(line)))}
-        for step, times in seen.items():
+        for step, times in Counter(line).items():
             if times > 1 and step.micro_batch is not None:
                 _refuse(rank, step, "once", f"{times} times")
-        for stage in schedule.stages_of(rank):
-            for m in range(schedule.micro_batches):
-                _check_micro_batch(rank, place, stage, m, trains)
+        for stage, m in product(schedule.stages_of(rank), range(schedule.micro_batches)):
+            ops = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+            forward, full, inputs, weights = (Instruction(stage, op, m) for op in ops)
+            if forward not in place:
+                _refuse(rank, forward, "each stage runs each micro-batch forward", "nothing")
+            # Either one whole backward or both of its halves, and each after what it needs.
+            split = {inputs in place, weights in place}
+            if trains and ((full in place) == (True in split) or len(split) == 2):
+                given = [str(s) for s in (full, inputs, weights) if s in place] or "nothing"
+                _refuse(rank, full, f"either {full}, or {inputs} and {weights}", given)
+            for later, before in ((full, forward), (inputs, forward), (weights, inputs)):
+                if trains and later in place and place[later] < place[before]:
+                    _refuse(rank, later, f"{before} before it", "the other order")
     return schedule
-
-
-def _check_micro_batch(rank: int, place: dict[Instruction, int], stage: int, m: int, trains: bool) -> None:
-    forward, full, inputs, weights = (
-        Instruction(stage, op, m) for op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
-    )
-    if forward not in place:
-        _refuse(rank, forward, "each stage runs each micro-batch forward", "nothing")
-    if not trains:
-        return
-    # Either one whole backward or both of its halves, and each after what it needs.
-    split = {inputs in place, weights in place}
-    if (full in place) == (True in split) or len(split) == 2:
-        given = [str(s) for s in (full, inputs, weights) if s in place] or "nothing"
-        _refuse(rank, full, f"either {full}, or {inputs} and {weights}", given)
-    backward = full if full in place else inputs
-    if place[backward] < place[forward]:
-        _refuse(rank, backward, f"{forward} before it", "the other order")
-    if weights in place and place[weights] < place[inputs]:
-        _refuse(rank, weights, f"{inputs} before it", "the other order")
 
 
 def _refuse(rank: int, step: Instruction, expected: str, found: object) -> NoReturn:
@@ -338,25 +327,15 @@ def with_transfers(schedule: Schedule, ahead: int = 1) -> Schedule:
     return Schedule(tuple(lines), schedule.name)
 
 
-class Unshard(Enum):
-    """When the sharded parameters of a stage are gathered, and what that costs in memory."""
+def with_sharding(schedule: Schedule, sharded: bool = False, tied_stages: Collection[int] = ()) -> Schedule:
+    """Add REDUCE_TIED and REDUCE_GRAD to a schedule of compute steps; UNSHARD and RESHARD where stages are ``sharded``.
 
-    NEVER = "never"  # parameters are not sharded
-    STEP = "step"  # once for each step: the whole stage stays gathered from first to last use
-    PHASE = "phase"  # once for each run of uses: gathered stages that rest are released
-
-
-def with_sharding(
-    schedule: Schedule, unshard: Unshard = Unshard.NEVER, gap: int = 4, tied_stages: Collection[int] = ()
-) -> Schedule:
-    """Add UNSHARD, RESHARD, REDUCE_TIED and REDUCE_GRAD to a schedule of compute steps.
-
-    ``gap``: compute steps of its rank that a stage may rest while gathered (`Unshard.PHASE`). ``tied_stages``: stages
-    that share parameters with stages of other ranks::
+    ``tied_stages``: stages that share parameters with stages of other ranks::
 
         0UNSHARD 0F0 0F1 ... 0B1 0RESHARD 0REDUCE_GRAD       with ties: ... 0REDUCE_TIED 0REDUCE_GRAD 0RESHARD
 
-    Gradients are complete after the last backward: reduced once for each step, not for each micro-batch.
+    A stage is gathered once in a step, from its first use to its last. Gradients are complete after the last backward:
+    reduced once for each step, not for each micro-batch.
     """
     lines = []
     for rank, line in enumerate(schedule.ranks):
@@ -367,14 +346,10 @@ def with_sharding(
             # A weight gradient is a use too: autograd looks at all that its node saved, the parameter as well.
             uses = [at for at, step in enumerate(line) if step.stage == stage and computes(step)]
             tied = stage in tied_stages
-            rest = gap if unshard is Unshard.PHASE else len(line)
-            rests = [(a, b) for a, b in pairwise(uses) if b - a > rest]
-            firsts, lasts = [uses[0], *(b for _, b in rests)], [*(a for a, _ in rests), uses[-1]]
-            for first, last in zip(firsts, lasts, strict=True) if unshard is not Unshard.NEVER else ():
-                before[first].append(Instruction(stage, Op.UNSHARD))
+            if sharded:
+                before[uses[0]].append(Instruction(stage, Op.UNSHARD))
                 # Tied gradients still have to be summed when the stage has been used for the last time.
-                place = released if tied and last == uses[-1] else after[last]
-                place.append(Instruction(stage, Op.RESHARD))
+                (released if tied else after[uses[-1]]).append(Instruction(stage, Op.RESHARD))
             if schedule.has_backward:
                 # The first stages to end reduce while the others still compute.
                 (reduced if tied else after[uses[-1]]).append(Instruction(stage, Op.REDUCE_GRAD))

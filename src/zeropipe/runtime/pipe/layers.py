@@ -15,6 +15,7 @@ from torch import nn
 from zeropipe.comm.collectives import broadcast_object
 from zeropipe.comm.group import world
 from zeropipe.errors import ConfigError, UsageError
+from zeropipe.given import Tree
 from zeropipe.layout.balance import cut_balanced, cut_evenly
 
 STATE_BYTES = 16  # of an fp32 parameter under Adam: value, gradient and two moments
@@ -81,22 +82,23 @@ class TiedLayerSpec(LayerSpec):
         )
 
 
-# An entry of a model's list is a spec, a module or a function. These three are all that the rest asks of it.
+# An entry of a model's list. These three are all that the rest asks of it.
+LayerLike = LayerSpec | nn.Module | Callable[..., Any]
 
 
-def key_of(layer: Any) -> str | None:
+def key_of(layer: LayerLike) -> str | None:
     """The key under which a layer shares its module with others."""
     return layer.key if isinstance(layer, TiedLayerSpec) else None
 
 
-def build(layer: Any) -> nn.Module | None:
+def build(layer: LayerLike) -> nn.Module | None:
     """The module of ``layer``; None for a plain function."""
     if isinstance(layer, LayerSpec):
         return layer.build()
     return layer if isinstance(layer, nn.Module) else None
 
 
-def bind(layer: Any, module: nn.Module | None) -> Any:
+def bind(layer: LayerLike, module: nn.Module | None) -> Any:
     """What runs ``layer``, whose module is ``module``."""
     if module is None:
         return layer
@@ -111,7 +113,7 @@ class Function(nn.Module):
         super().__init__()
         self.function, self.module = function, module
 
-    def forward(self, value: Any) -> Any:
+    def forward(self, value: Tree) -> Any:
         return self.function(value) if self.module is None else self.function(self.module, value)
 
 
@@ -129,7 +131,7 @@ class LayerFacts:
     profile: int = 0  # nanoseconds of a forward, measured
 
 
-def weigh(layers: Sequence[Any], method: str | Sequence[int], sample: Any = None) -> list[LayerFacts]:
+def weigh(layers: Sequence[Any], method: str | Sequence[int], sample: Tree = None) -> list[LayerFacts]:
     """What ``method`` needs to know of each layer; collective for the methods that measure.
 
     ``sample``: what the first layer takes, for the methods that have to run them.
@@ -163,10 +165,9 @@ def _measure(layers: Sequence[Any], value: Any, rank: int) -> list[LayerFacts]:
             # ranks; elsewhere they end with the first parameters that are whole.
             if rank and module is not None and any(not hasattr(p, "ds_numel") for p in module.parameters()):
                 return []
-            parameters = 0 if module is None else _numel(module)
             saved, value, seconds = _run(bind(layer, module), value)
-            memory = parameters * STATE_BYTES + saved
-            found.append(LayerFacts(_name(layer), parameters, memory, int(seconds * 1e9)))
+            memory = _numel(module) * STATE_BYTES + saved
+            found.append(LayerFacts(_name(layer), _numel(module), memory, int(seconds * 1e9)))
     return found
 
 
@@ -185,12 +186,12 @@ def _count(layer: Any) -> int:
                 module = build(layer)
         except Exception:  # whatever a user's constructor raises on tensors without values
             module = build(layer)
-    return 0 if module is None else _numel(module)
+    return _numel(module)
 
 
-def _numel(module: nn.Module) -> int:
+def _numel(module: nn.Module | None) -> int:
     """Elements of all parameters; a shard of a parameter counts as the whole."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+    return sum(getattr(p, "ds_numel", p.numel()) for p in (module.parameters() if module is not None else ()))
 
 
 def _run(call: Any, value: Any) -> tuple[int, Any, float]:
@@ -221,10 +222,7 @@ Bounds = tuple[int, ...]
 
 
 def partition(
-    method: str | Sequence[int],
-    num_layers: int,
-    stages: int,
-    facts: Callable[[], Sequence[LayerFacts]],
+    method: str | Sequence[int], num_layers: int, stages: int, facts: Callable[[], Sequence[LayerFacts]]
 ) -> Bounds:
     """Bounds of ``stages`` runs of layers. ``facts`` is called only by methods that weigh layers.
 

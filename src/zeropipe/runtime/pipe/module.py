@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -16,14 +16,13 @@ from zeropipe.comm.collectives import broadcast, broadcast_object
 from zeropipe.comm.group import Group, init_distributed, world
 from zeropipe.config.schema import Pipeline
 from zeropipe.errors import ConfigError, UsageError
-from zeropipe.runtime.pipe.layers import Bounds, Function, bind, build, key_of, partition, weigh
+from zeropipe.given import Tree
+from zeropipe.runtime.pipe.layers import Bounds, Function, LayerLike, bind, build, key_of, partition, weigh
 from zeropipe.runtime.pipe.layers import LayerSpec as LayerSpec
 from zeropipe.runtime.pipe.layers import TiedLayerSpec as TiedLayerSpec  # users know it under this path
 from zeropipe.runtime.pipe.schedule import find_kind
 from zeropipe.runtime.pipe.tied import Tie, TiePlan, make_ties, plan_ties, sum_gradients
 from zeropipe.runtime.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid, ProcessTopology
-
-LayerLike = LayerSpec | nn.Module | Callable[..., Any]
 
 
 class PipelineModule(nn.Module):
@@ -65,7 +64,7 @@ class PipelineModule(nn.Module):
         dynamic_shape: bool = False,
         schedule: str | None = None,
         num_chunks: int | None = None,
-        sample_input: Any = None,
+        sample_input: Tree = None,
     ) -> None:
         super().__init__()
         init_distributed()  # adopts a world that is there
@@ -224,7 +223,7 @@ class PipelineModule(nn.Module):
 
     # Running.
 
-    def forward(self, inputs: Any) -> Any:
+    def forward(self, inputs: Tree) -> Any:
         """Run all layers; only where this rank has them all."""
         if self.num_stages > 1:
             raise UsageError(
@@ -237,21 +236,16 @@ class PipelineModule(nn.Module):
             inputs = self.run_stage(stage, inputs)
         return inputs
 
-    def run_stage(self, stage: int, value: Any) -> Any:
+    def run_stage(self, stage: int, value: Tree) -> Any:
         """Run the layers of ``stage``, which must be this rank's, on ``value``."""
         # Layers are recomputed in runs of the interval, counted from the stage's own first layer.
-        numbers = list(self.layers_of(stage))
+        numbers = self.layers_of(stage)
         step = self.activation_checkpoint_interval or len(numbers)
         for first in range(0, len(numbers), step):
             part = numbers[first : first + step]
-            run = partial(self._run_layers, part)
+            run = partial(reduce, lambda value, index: self._calls[index](value), part)
             recompute = self.recomputes and torch.is_grad_enabled() and self._may_recompute(part)
             value = self.activation_checkpoint_func(run, value) if recompute else run(value)
-        return value
-
-    def _run_layers(self, numbers: Sequence[int], value: Any) -> Any:
-        for index in numbers:
-            value = self._calls[index](value)
         return value
 
     def _may_recompute(self, numbers: Sequence[int]) -> bool:
@@ -318,28 +312,27 @@ def _fill(module: nn.Module, source: nn.Module | None, owner: int, group: Group,
     """Give ``module`` the values that the owner's ``source`` has, in the owner's dtype."""
     # Names are alike on all ranks, because all have built the same module; dtype and shape are the owner's to say:
     # the engine may have made them 16 bits wide, or cut them.
-    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    forms = None
-    if source is not None:
-        values = dict((*source.named_parameters(), *source.named_buffers()))
-        forms = {name: (values[name].dtype, tuple(values[name].shape)) for name in names}
-    forms = broadcast_object(forms, owner, group, label="layer form")
-    targets = dict((*module.named_parameters(), *module.named_buffers()))
-    for name in names:
+    targets = _tensors(module)
+    values = {} if source is None else _tensors(source)
+    mine = {name: (value.dtype, tuple(value.shape)) for name, value in values.items()}
+    forms = broadcast_object(mine, owner, group, label="layer form")
+    for name, target in targets.items():
         dtype, shape = forms[name]
-        if shape != tuple(targets[name].shape):
+        if shape != tuple(target.shape):
             raise UsageError(
                 f"to_sequential: {name} of layer {index} is not whole on the rank that trains it",
-                expected=tuple(targets[name].shape),
+                expected=tuple(target.shape),
                 found=shape,
                 fix="gather the parameters first (zeropipe.zero.GatheredParameters)",
             )
-        value = (
-            torch.empty(shape, dtype=dtype) if source is None else values[name].detach().contiguous().clone()
-        )
+        value = values[name].detach().contiguous().clone() if values else torch.empty(shape, dtype=dtype)
         if value.numel():
             broadcast(value, owner, group, label="layer values")
-        targets[name].data = value.to(targets[name].device)
+        target.data = value.to(target.device)
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict((*module.named_parameters(), *module.named_buffers()))
 
 
 def _recompute(run: Callable[[Any], Any], value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import product
 
 from zeropipe.errors import ScheduleError
 from zeropipe.runtime.pipe.instructions import Op, Schedule, check
@@ -84,52 +85,38 @@ class Kind:
     make: Callable[..., Schedule]  # (ranks, micro-batches, chunks)
     chunks: tuple[int, int]  # fewest and most chunks a rank
     default_chunks: int
-    placement: Placement
-    # Bound on activations a rank, in micro-batches through all its chunks.
-    peak: Callable[[int, int, int], float]
+    placement: Placement = Placement.LOOP
+    # Bound on activations a rank, in micro-batches through all its chunks. Rank 0 of 1F1B runs p - 1 forwards ahead and
+    # holds one more with the next.
+    peak: Callable[[int, int, int], float] = lambda p, m, v: min(p, m)
+    aliases: tuple[str, ...] = ()
     trains: bool = True
     played: bool = False  # the list scheduler makes it, so `make` also takes costs
 
 
-ANY = 1 << 30
-# Peaks: GPipe keeps every micro-batch. Rank 0 of 1F1B runs p - 1 forwards ahead and holds one more with the next; of
-# interleaved 1F1B 2 (p - 1) + (v - 1) p ahead, each of one chunk, which is 1 / v of a micro-batch.
-KINDS: tuple[Kind, ...] = (
-    Kind("gpipe", gpipe, (1, ANY), 1, Placement.LOOP, lambda p, m, v: m),
-    Kind("1f1b", one_f_one_b, (1, 1), 1, Placement.LOOP, lambda p, m, v: min(p, m)),
-    Kind(
-        "interleaved",
-        interleaved_1f1b,
-        (1, ANY),
-        2,
-        Placement.LOOP,
-        lambda p, m, v: min(m, (2 * (p - 1) + (v - 1) * p + 1) / v),
-    ),
-    Kind("zb-h1", zb_h1, (1, 1), 1, Placement.LOOP, lambda p, m, v: min(p, m)),
-    Kind(
-        "interleaved-zb", interleaved_zb, (1, ANY), 2, Placement.LOOP, lambda p, m, v: min(p, m), played=True
-    ),
-    Kind("zbv", zbv, (2, 2), 2, Placement.VEE, lambda p, m, v: min(p, m), played=True),
-    Kind("dualpipev", dualpipe_v, (2, 2), 2, Placement.VEE, lambda p, m, v: min(p + 0.5, m)),
-    Kind("inference", inference, (1, ANY), 1, Placement.LOOP, lambda p, m, v: 1, trains=False),
-)
+def _ahead_of_1f1b(p: int, m: int, v: int) -> float:
+    # 2 (p - 1) + (v - 1) p forwards ahead, each of one chunk, which is 1 / v of a micro-batch.
+    return min(m, (2 * (p - 1) + (v - 1) * p + 1) / v)
 
-_ALIASES = {
-    "one-f-one-b": "1f1b",
-    "interleaved-1f1b": "interleaved",
-    "zbh1": "zb-h1",
-    "interleaved-zero-bubble": "interleaved-zb",
-    "zb-v": "zbv",
-    "dualpipe-v": "dualpipev",
-}
+
+ANY, VEE = 1 << 30, Placement.VEE
+KINDS: tuple[Kind, ...] = (
+    Kind("gpipe", gpipe, (1, ANY), 1, peak=lambda p, m, v: m),
+    Kind("1f1b", one_f_one_b, (1, 1), 1, aliases=("one-f-one-b",)),
+    Kind("interleaved", interleaved_1f1b, (1, ANY), 2, peak=_ahead_of_1f1b, aliases=("interleaved-1f1b",)),
+    Kind("zb-h1", zb_h1, (1, 1), 1, aliases=("zbh1",)),
+    Kind("interleaved-zb", interleaved_zb, (1, ANY), 2, aliases=("interleaved-zero-bubble",), played=True),
+    Kind("zbv", zbv, (2, 2), 2, VEE, aliases=("zb-v",), played=True),
+    Kind("dualpipev", dualpipe_v, (2, 2), 2, VEE, lambda p, m, v: min(p + 0.5, m), ("dualpipe-v",)),
+    Kind("inference", inference, (1, ANY), 1, peak=lambda p, m, v: 1, trains=False),
+)
 
 
 def find_kind(name: str) -> Kind:
     """The schedule called ``name``; case and the choice of ``-`` or ``_`` do not matter."""
     plain = name.strip().lower().replace("_", "-")
-    plain = _ALIASES.get(plain, plain)
     for kind in KINDS:
-        if kind.name == plain:
+        if plain in (kind.name, *kind.aliases):
             return kind
     names = [kind.name for kind in KINDS]
     near = get_close_matches(plain, names, n=1)
@@ -200,14 +187,12 @@ def choose(
     go to the smaller peak and then to fewer chunks, because a chunk more is a transfer more.
     """
     found: list[tuple[tuple[float, float, int], Simulation]] = []
-    counts = tuple(chunks)
-    for kind in KINDS:
-        for v in counts:
-            if not kind.trains or not kind.chunks[0] <= v <= kind.chunks[1]:
-                continue
-            # A chunk takes its part of a rank's times; a transfer costs what it did, however small the stage.
-            share = (costs or UNIT).share(v)
-            plan = simulate(make_schedule(kind.name, ranks, micro_batches, v, share), share)
-            if plan.peak <= memory + 1e-9:
-                found.append(((round(plan.makespan, 9), plan.peak, v), plan))
+    for kind, v in product(KINDS, chunks):
+        if not kind.trains or not kind.chunks[0] <= v <= kind.chunks[1]:
+            continue
+        # A chunk takes its part of a rank's times; a transfer costs what it did, however small the stage.
+        share = (costs or UNIT).share(v)
+        plan = simulate(make_schedule(kind.name, ranks, micro_batches, v, share), share)
+        if plan.peak <= memory + 1e-9:
+            found.append(((round(plan.makespan, 9), plan.peak, v), plan))
     return [plan for _, plan in sorted(found, key=lambda one: one[0])]

@@ -25,6 +25,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from zeropipe.errors import UsageError
@@ -39,11 +40,11 @@ class Entry(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, leaf: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, leaf: torch.Tensor) -> torch.Tensor:
         return leaf.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: FunctionCtx, *grads: Any) -> Any:
         return grads[0]
 
 
@@ -76,51 +77,58 @@ class _Fork:
     versions: tuple[int, ...] = ()  # of their values, to see that they are still the same
 
 
-class SplitBackward:
-    """The two halves of the backward of one stage and micro-batch.
+class Backward:
+    """The backward of one stage and micro-batch, whole or in two halves.
 
-    ``outputs`` with their gradients ``grads``; ``inputs``: leaves that require grad (none for a first stage, whose
-    second half is then the whole backward). The graph is kept until the second half is done.
+    ``inputs``: leaves that require grad, in the order in which the stage before sent them (none for a first stage,
+    whose second half is then the whole backward). What the first half does not need is kept until the second is done.
     """
 
-    def __init__(
-        self,
-        outputs: Sequence[GradientEdge],
-        grads: Sequence[torch.Tensor],
-        inputs: Sequence[torch.Tensor],
-    ) -> None:
-        self._outputs, self._grads, self._inputs = list(outputs), list(grads), list(inputs)
+    def __init__(self, inputs: Sequence[torch.Tensor] = ()) -> None:
+        self.inputs = list(inputs)
+        # Edges, not tensors: once sent, an output's memory is freed unless the graph itself saved it.
+        self.outputs: list[GradientEdge] = []
+
+        # Between the halves.
         self._noted: list[_Fork] = []  # in the order in which an undivided backward runs them
         self._pending: list[tuple[GradientEdge, torch.Tensor]] = []  # gradients on their way to parameters
-        self._rest_is_whole = False
 
-    def backward_input(self) -> list[torch.Tensor | None]:
-        """The gradients of ``inputs``, None for one that no output depends on."""
-        ends = [get_gradient_edge(tensor) for tensor in self._inputs]
-        forks, to_input = _walk(self._outputs, {edge.node for edge in ends})
+    def expect(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Gradients will come for those of ``outputs`` that require grad."""
+        self.outputs += [get_gradient_edge(tensor) for tensor in outputs if tensor.requires_grad]
+
+    def whole(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The undivided backward; gradients of the inputs, zeros where no output depends on one."""
+        inputs, outputs = self._let_go()
+        # No output wants a gradient where a stage trains nothing and nobody before it does.
+        if outputs:
+            torch.autograd.backward(outputs, list(grads))
+        return _or_zeros([leaf.grad for leaf in inputs], inputs)
+
+    def first_half(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The gradients of the inputs alone."""
+        inputs, outputs = self._let_go()
+        ends = [get_gradient_edge(tensor) for tensor in inputs]
+        forks, to_input = _walk(outputs, {edge.node for edge in ends})
         reached = to_input | {edge.node for edge in ends}
-        if not any(edge.node in reached for edge in self._outputs):
-            self._rest_is_whole = True
-            return [None] * len(self._inputs)
-        outputs, grads, inputs = self._outputs, self._grads, self._inputs
-        self._outputs, self._grads, self._inputs = [], [], []
-        if not _may_be_divided(forks, to_input):
-            torch.autograd.backward(outputs, grads)
-            return [tensor.grad for tensor in inputs]
-        handles = [fork.node.register_prehook(self._note(fork)) for fork in forks]
-        try:
-            found = torch.autograd.grad(outputs, ends, grads, retain_graph=True, allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
         # An output of weights alone passes no fork.
-        self._pending = [(e, g) for e, g in zip(outputs, grads, strict=True) if e.node not in reached]
-        return self._apart(found)
+        pending = [(e, g) for e, g in zip(outputs, grads, strict=True) if e.node not in reached]
+        found: Grads = (None,) * len(inputs)
+        if len(pending) < len(outputs) and not _may_be_divided(forks, to_input):
+            torch.autograd.backward(outputs, list(grads))
+            return _or_zeros([leaf.grad for leaf in inputs], inputs)
+        if len(pending) < len(outputs):
+            handles = [fork.node.register_prehook(self._note(fork)) for fork in forks]
+            try:
+                found = torch.autograd.grad(outputs, ends, list(grads), retain_graph=True, allow_unused=True)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        self._pending = pending
+        return _or_zeros(self._apart(found), inputs)
 
-    def backward_weight(self) -> None:
+    def second_half(self) -> None:
         """Add the gradients of all parameters into their ``.grad``; the graph is freed."""
-        if self._rest_is_whole:
-            torch.autograd.backward(self._outputs, self._grads)
         if self._noted:
             anchor = torch.zeros((), requires_grad=True)
             # The anchor's edge, so that the root is run; the others are what its work may compute.
@@ -128,9 +136,13 @@ class SplitBackward:
             wanted += [edge for fork in self._noted for edge in fork.edges]
             torch.autograd.grad([_Formulas.apply(anchor, self._run_forks)], wanted, allow_unused=True)
         pending, self._pending = self._pending, []
-        self._outputs, self._grads, self._inputs = [], [], []
         if pending:
             torch.autograd.backward([edge for edge, _ in pending], [grad for _, grad in pending])
+
+    def _let_go(self) -> tuple[list[torch.Tensor], list[GradientEdge]]:
+        # From here on the graph is whose half uses it, to be freed piece by piece.
+        inputs, outputs, self.inputs, self.outputs = self.inputs, self.outputs, [], []
+        return inputs, outputs
 
     def _note(self, fork: _Fork) -> Callable[[Grads], None]:
         def hook(grads: Grads) -> None:
@@ -204,6 +216,11 @@ def _may_be_divided(forks: Sequence[_Fork], to_input: set[Node]) -> bool:
         if hooks:
             return False
     return True
+
+
+def _or_zeros(grads: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    pairs = zip(grads, like, strict=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in pairs]
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any
 
 from zeropipe.comm.group import Group, new_group, new_groups, world
 from zeropipe.errors import ConfigError, UsageError
+from zeropipe.given import ProcessGroup
 from zeropipe.runtime.pipe.p2p import Links
 
 
@@ -81,10 +82,9 @@ class ProcessTopology:
         if axis not in self.axes:
             return []
         # Ranks come in the order of the grid, so they fall into their lists in the order of the axis.
-        lists: dict[tuple[int, ...], list[int]] = {}
+        lists: dict[Any, list[int]] = {}
         for rank, where in enumerate(self._coords):
-            others = tuple(getattr(where, other) for other in self.axes if other != axis)
-            lists.setdefault(others, []).append(rank)
+            lists.setdefault(where._replace(**{axis: 0}), []).append(rank)
         return list(lists.values())
 
     def filter_match(self, **coord: int) -> list[int]:
@@ -131,7 +131,7 @@ class PipelineParallelGrid:
     ``model_group`` (all ranks that hold one replica of the model: pipe x model).
     """
 
-    def __init__(self, topology: ProcessTopology | None = None, process_group: Any = None) -> None:
+    def __init__(self, topology: ProcessTopology | None = None, process_group: ProcessGroup = None) -> None:
         everyone = world()
         self._topo = topology or PipeDataParallelTopology(1, everyone.size)
         if self._topo.world_size() != everyone.size:
@@ -161,18 +161,13 @@ class PipelineParallelGrid:
         self.data_group = self._along("data")
         self.slice_group = self._along("model")
         # Without a data axis the whole grid is one replica.
-        on_axis = "data" in self._topo.axes
-        self.model_group = new_groups(
-            [
-                self._topo.filter_match(**({"data": i} if on_axis else {}))
-                for i in range(self.data_parallel_size)
-            ]
-        )
+        places = range(self.data_parallel_size) if "data" in self._topo.axes else ()
+        replicas = [self._topo.get_axis_list("data", place) for place in places]
+        self.model_group = new_groups(replicas or [range(self.world_size)])
         self.links = Links(self.pipe_group, self._pairs())
 
     def _along(self, axis: str) -> Group:
-        lists = self._topo.get_axis_comm_lists(axis) or [[rank] for rank in range(self.world_size)]
-        return new_groups(lists)
+        return new_groups(self._topo.get_axis_comm_lists(axis) or [[r] for r in range(self.world_size)])
 
     def _pairs(self) -> dict[tuple[int, int], Group]:
         # A group for each direction between two pipeline ranks, where the backend has no tags to tell them apart.
@@ -208,8 +203,7 @@ class PipelineParallelGrid:
         here = self._topo.get_coord(self.global_rank)._asdict()
         return self._topo.get_rank(**{**here, "pipe": stage_id, **kwargs})
 
-    def get_pipe_parallel_rank(self) -> int:
-        return self.stage_id
+    get_pipe_parallel_rank = get_stage_id
 
     def get_pipe_parallel_world_size(self) -> int:
         return self.pipe_parallel_size
@@ -217,8 +211,7 @@ class PipelineParallelGrid:
     def get_pipe_parallel_group(self) -> Any:
         return self.pipe_group.pg
 
-    def get_data_parallel_rank(self) -> int:
-        return self.data_parallel_id
+    get_data_parallel_rank = get_data_parallel_id
 
     def get_data_parallel_world_size(self) -> int:
         return self.data_parallel_size

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from zeropipe.errors import UsageError
+from zeropipe.given import Tree
 
 ALIGN = 64  # bytes; enough for any vector load
 HEAD = 64  # bytes before the first tensor; the first byte says whether this is a value or a farewell
@@ -46,7 +47,7 @@ class Value(NamedTuple):
         return self._replace(tensors=[t.detach() for t in self.tensors])
 
 
-def flatten(value: Any, where: str) -> Value:
+def flatten(value: Tree, where: str) -> Value:
     """``value`` taken apart, its tensors still in their graph. ``where`` names it in errors."""
     parts = _Parts(where, lambda kind: _name_of(kind, where))
     tree = json.dumps(parts.take(value))
@@ -58,7 +59,7 @@ def rebuild(tree: str, tensors: Sequence[Any]) -> Any:
     return _put_together(json.loads(tree), tensors, _class_of)
 
 
-def map_tensors(value: Any, change: Callable[[torch.Tensor], Any], where: str) -> Any:
+def map_tensors(value: Tree, change: Callable[[torch.Tensor], Any], where: str) -> Any:
     """``value`` with ``change`` applied to each tensor; nothing leaves the process, so any class will do."""
     kinds: list[type] = []
 
@@ -161,27 +162,21 @@ def _put_together(node: dict[str, Any], tensors: Sequence[Any], find: Callable[[
         kind = find(inner[0])
         args, state, items, pairs = (_put_together(part, tensors, find) for part in inner[2:])
         made: Any = kind.__new__(kind, *args) if inner[1] else kind(*args)
-        _set_state(made, state)
+        if hasattr(made, "__setstate__") and state is not None:
+            made.__setstate__(state)
+        elif state is not None:
+            # Attributes, or a pair of those and what stands in slots.
+            attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+            if attributes:
+                made.__dict__.update(attributes)
+            for name, value in (slots or {}).items():
+                object.__setattr__(made, name, value)
         if items:
             made.extend(items)
         for key, value in pairs:
             made[key] = value
         return made
     return (tuple if word == "tuple" else list)(_put_together(child, tensors, find) for child in inner)
-
-
-def _set_state(made: Any, state: Any) -> None:
-    # As ``copy`` does it: attributes, or a pair of those and what stands in slots.
-    if state is None:
-        return
-    if hasattr(made, "__setstate__"):
-        made.__setstate__(state)
-        return
-    attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-    if attributes:
-        made.__dict__.update(attributes)
-    for name, value in (slots or {}).items():
-        object.__setattr__(made, name, value)
 
 
 def _name_of(kind: type, where: str) -> str:

@@ -11,7 +11,7 @@ rank takes its preferred ready step. What was played out cannot deadlock.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from zeropipe.runtime.pipe.instructions import Op, Schedule
 from zeropipe.runtime.pipe.simulate import UNIT, Costs, Placement
@@ -149,57 +149,48 @@ def _best(
     name: str, ranks: int, micro_batches: int, chunks: int, placement: Placement, costs: Costs
 ) -> Schedule:
     """The quickest of all preferences, the first among equals."""
-    # No rank holds more than p micro-batches through all its chunks. Early forwards can use that room up and get
-    # stuck; the last preference cannot, because it lets a micro-batch in only when another is done.
-    limit = ranks * chunks
-    preferences = _preferences(ranks, micro_batches)
-    played = [_Play(ranks, micro_batches, chunks, placement, limit, p, costs).run() for p in preferences]
-    best = min((one for one in played if one is not None), key=lambda one: one[0])
-    return Schedule(best[1].ranks, name)
-
-
-def _preferences(ranks: int, micro_batches: int) -> list[_Preference]:
     # Packs come in two sizes: p, and the even size where p would leave a small last pack.
     sizes = dict.fromkeys((ranks, -(-micro_batches // max(1, micro_batches // ranks))))
-    greedy = [
+    preferences = [
         _Preference(ops, forward, backward)
         for ops in ((INPUT, F, WEIGHT), (F, INPUT, WEIGHT))
         for forward in (*sizes, DEEP)
         for backward in (DEEP, SHALLOW)
     ]
-    return [*greedy, _Preference((INPUT, F, WEIGHT), DEEP, DEEP, admit=True)]
+    # No rank holds more than p micro-batches through all its chunks. Early forwards can use that room up and get
+    # stuck; the last preference cannot, because it lets a micro-batch in only when another is done.
+    preferences.append(_Preference((INPUT, F, WEIGHT), DEEP, DEEP, admit=True))
+    played = [_Play(ranks, micro_batches, chunks, placement, one, costs).run() for one in preferences]
+    _, lines = min((one for one in played if one is not None), key=lambda one: one[0])
+    return Schedule.made(lines, name)
 
 
-@dataclass(slots=True)
 class _Play:
     """One run of the scheduler: what is asked, and the state of every rank as time goes on."""
 
-    ranks: int
-    micro_batches: int
-    chunks: int
-    placement: Placement
-    limit: int  # activations that a rank may hold, counted in chunks, from a forward to its weight gradient
-    prefer: _Preference
-    costs: Costs = UNIT
+    def __init__(
+        self,
+        ranks: int,
+        micro_batches: int,
+        chunks: int,
+        placement: Placement,
+        prefer: _Preference,
+        costs: Costs,
+    ) -> None:
+        self.ranks, self.micro_batches, self.chunks = ranks, micro_batches, chunks
+        self.placement, self.prefer, self.costs = placement, prefer, costs
+        self.num_stages = ranks * chunks
 
-    arrives: dict[Step, float] = field(default_factory=dict)  # a result reaches the stage that needs it
-    next: dict[tuple[int, Op], int] = field(default_factory=dict)  # micro-batch of each (stage, op)
-    live: dict[int, int] = field(default_factory=dict)  # activations held by each rank, in chunks
-    lines: list[list[Step]] = field(default_factory=list)
+        self.arrives: dict[Step, float] = {}  # when a result reaches the stage that needs it
+        self.next = {(stage, op): 0 for stage in range(self.num_stages) for op in prefer.ops}  # micro-batch
+        self.live = [0] * ranks  # activations held, in chunks: from a forward to its weight gradient
+        self.lines: list[list[Step]] = [[] for _ in range(ranks)]
 
-    @property
-    def num_stages(self) -> int:
-        return self.ranks * self.chunks
-
-    def run(self) -> tuple[float, Schedule] | None:
-        """The time taken and the schedule; None where the limit leaves nothing that can run."""
-        self.next = {(stage, op): 0 for stage in range(self.num_stages) for op in self.prefer.ops}
-        self.live = dict.fromkeys(range(self.ranks), 0)
-        self.lines = [[] for _ in range(self.ranks)]
+    def run(self) -> tuple[float, list[list[Step]]] | None:
+        """The time taken and the lines of the schedule; None where the limit leaves nothing that can run."""
         left = 3 * self.micro_batches * self.num_stages
         moments = [0.0]
         free = [0.0] * self.ranks
-        end = 0.0
         while left:
             if not moments:
                 return None
@@ -209,15 +200,13 @@ class _Play:
                 heapq.heappop(moments)
             chosen = [(rank, self._choose(rank, now)) for rank in range(self.ranks) if free[rank] <= now]
             for rank, step in chosen:
-                if step is None:
-                    continue
-                free[rank] = self._take(rank, step, now)
-                end = max(end, free[rank])
-                left -= 1
-                heapq.heappush(moments, free[rank])
-                if self.costs.transfer:
-                    heapq.heappush(moments, free[rank] + self.costs.transfer)
-        return end, Schedule.made(self.lines)
+                if step is not None:
+                    free[rank] = self._take(rank, step, now)
+                    left -= 1
+                    heapq.heappush(moments, free[rank])
+                    if self.costs.transfer:
+                        heapq.heappush(moments, free[rank] + self.costs.transfer)
+        return max(free), self.lines
 
     def _choose(self, rank: int, now: float) -> Step | None:
         best: tuple[tuple[int, ...], Step] | None = None
@@ -241,9 +230,10 @@ class _Play:
         if op is F:
             if self.prefer.admit:
                 # p micro-batches under way hold at most p x chunks activations on any rank.
-                if stage == 0 and m >= self.ranks and not self._finished(m - self.ranks):
+                oldest = m - self.ranks
+                if stage == 0 and any(self.next[s, WEIGHT] <= oldest for s in range(self.num_stages)):
                     return False
-            elif self.live[rank] >= self.limit:
+            elif self.live[rank] >= self.num_stages:
                 return False
             need: Step | None = (stage - 1, op, m) if stage else None
         elif op is INPUT:
@@ -252,9 +242,6 @@ class _Play:
         else:
             return m < self.next[stage, INPUT]
         return need is None or self.arrives.get(need, float("inf")) <= now
-
-    def _finished(self, m: int) -> bool:
-        return all(self.next[stage, WEIGHT] > m for stage in range(self.num_stages))
 
     def _take(self, rank: int, step: Step, now: float) -> float:
         stage, op, _ = step

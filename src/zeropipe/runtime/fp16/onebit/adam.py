@@ -21,10 +21,9 @@ on where in a buffer it lies, and on the stage.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from zeropipe.given import Anything, ParametersLike
 from zeropipe.runtime.fp16.onebit.base import CompressedOptimizer
 from zeropipe.runtime.fp16.onebit.lane import Lane
 from zeropipe.runtime.fp16.onebit.plan import Phase, Rules
@@ -91,8 +90,8 @@ class OnebitAdam(CompressedOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        deepspeed: Any = None,
+        params: ParametersLike,
+        deepspeed: Anything = None,
         lr: float = 1e-3,
         freeze_step: int = 100000,
         bias_correction: bool = True,

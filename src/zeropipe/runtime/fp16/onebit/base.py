@@ -28,8 +28,9 @@ from torch import nn
 from zeropipe.comm import collectives
 from zeropipe.comm.group import Group, world
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError, describe
-from zeropipe.runtime.fp16.onebit.exchange import Exchange, Topology
-from zeropipe.runtime.fp16.onebit.lane import ERRORS, PHASE, Entry, Kept, Lane
+from zeropipe.given import ParametersLike
+from zeropipe.runtime.fp16.onebit.exchange import ERRORS, Topology
+from zeropipe.runtime.fp16.onebit.lane import PHASE, Entry, Kept, Lane
 from zeropipe.runtime.fp16.onebit.plan import Phase, Phases, Rules
 from zeropipe.runtime.fp16.onebit.rank_state import RankState, groups_of, is_own, own_values, shared_values
 from zeropipe.runtime.optimizers.shard_view import ShardView
@@ -42,7 +43,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
     rank_state_keys = ERRORS  # differ by rank; not shards of anything
     kept: ClassVar[Kept] = Kept()
 
-    def __init__(self, params: Any, rules: Rules, given: Mapping[str, Any], *further: str) -> None:
+    def __init__(self, params: ParametersLike, rules: Rules, given: Mapping[str, Any], *further: str) -> None:
         """``given``: the arguments of the public constructor; ``further``: those of them that a param group holds too,
         beside what all three share.
 
@@ -59,10 +60,9 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
             checks[key] = (given[key] >= 0, "at least 0", given[key])
         check_ranges(name, checks)
 
-        # What runs: ``_started`` says whether lanes exist that have stepped.
+        # What runs.
         self._phases = Phases(rules)
         self._lanes: list[Lane] = []
-        self._started = False
 
         # What an engine says before and between steps; without one the world averages, and ``step`` does it all.
         self._node_size: int = given["node_size"]
@@ -240,7 +240,8 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
             runs: list[tuple[list[nn.Parameter], ShardView | None]]
             runs = [([master], self._views[master]) for master in new if master in self._views]
             runs += [(plain, None)] if plain else []
-            if runs and self._started and self._compressed():
+            # A checkpoint may begin in the compressed phase: then no lane has stepped here yet.
+            if runs and known and self._compressed():
                 raise UsageError(
                     f"parameters of param group {index} became trainable after compression began: they have no "
                     "variance to divide by. Fix: unfreeze them during the warm-up"
@@ -248,7 +249,6 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
             self._lanes += [
                 Lane(index, options, *run, self._topology, self.kept, self.eps_mode == 0) for run in runs
             ]
-        self._started = self._phases.step > 0
         return self._topology
 
     def _compressed(self) -> bool:
@@ -314,7 +314,6 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         phases = phases or {k.removeprefix(PHASE): v for k, v in next(filter(None, told), {}).items()}
         self._phases = self._phases.resumed(phases) if phases else self._phases.forwarded(steps)
         self._lanes.clear()
-        self._started = False
         self._ready()
         for lane in self._lanes:
             mine = [entries.get(param, {}) for param in lane.params]
@@ -337,7 +336,7 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         self._refresh()
         if not self._phases.owes:
             return ""
-        if own is not None and is_own(own, self._exchanges(), self._ready()):
+        if own is not None and self._is_own(own):
             self.load_rank_states([own])
             return ""
         states = everyone()
@@ -354,10 +353,8 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         Raises CheckpointError when they belong to other parameters, or some ranks' are missing.
         """
         self._refresh()
-        topology = self._ready()
-        own = next((state for state in states if is_own(state, self._exchanges(), topology)), None)
-        alone = own is not None and len(states) == 1
-        groups = [] if alone else groups_of(states)
+        own = next((state for state in states if self._is_own(state)), None)
+        groups = groups_of(states) if own is None or len(states) > 1 else []
         if not self._phases.owes:
             return
         for number, lane in enumerate(self._lanes):
@@ -366,8 +363,8 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
                 self._restored(lane, ())
         self._publish()
 
-    def _exchanges(self) -> list[Exchange]:
-        return [lane.exchange for lane in self._lanes]
+    def _is_own(self, state: RankState) -> bool:
+        return is_own(state, [lane.exchange for lane in self._lanes], self._ready())
 
     def _publish(self) -> None:
         for lane in self._lanes:

@@ -17,11 +17,6 @@ the norm):
     s = ||y||_2 / sqrt(n)        one fp32 number
     c = s * sign(y)              what every receiver computes
     error = y - c                kept, added to the next value
-
-In which sense ``c + error = y``: ``error`` is the correctly rounded difference. In real arithmetic the sum is
-exact wherever fp32 can hold the difference, in particular for all s/2 <= |y| <= 2s (Sterbenz); elsewhere it is
-off by at most half a unit in the last place of ``error``, which is the best that an fp32 buffer can do. On an
-fp64 buffer with values that came from fp32 it is exact, bit for bit, while |y| and s are within 2**28 of each other.
 """
 
 from __future__ import annotations
@@ -38,6 +33,7 @@ from zeropipe.tensor.signs import add_signs_, pack_signs, set_signs_, sign_table
 
 # Elements per shard come in multiples of this: whole bytes, 4-byte aligned messages, whole cache lines.
 ALIGN = 64
+ERRORS = ("worker_error", "server_error")  # what each side of an exchange owes
 
 
 class Topology:
@@ -93,9 +89,14 @@ class Exchange:
         self.topology = topology
         self._table = sign_table(torch.float32, device)
 
-        # What the average is owed, by this rank's messages and by those that it sends as a server: see ``errors``.
-        self.worker_error: torch.Tensor | None = None
-        self.server_error: torch.Tensor | None = None
+        # What the average is owed, by this rank's messages and by those that it sends as a server, and which elements
+        # of the padded buffer each covers. The worker's: all of them, or this rank's part within a node.
+        self.debts: dict[str, torch.Tensor] = {}  # empty until the first average: see ``errors``
+        numel = self.layout.shard_numel * topology.nodes
+        start = topology.local * numel
+        self.ranges = dict(
+            zip(ERRORS, ((start, start + numel), self.layout.shard_range(topology.shard)), strict=True)
+        )
 
         # A message holds as many scales as the shard of most runs needs; others leave some unused.
         self._runs = [
@@ -109,34 +110,17 @@ class Exchange:
         self._hidden: torch.Tensor | None = None  # 1-D bool, layout.padded_numel
         self._counts: list[torch.Tensor | None] = [None] * self.layout.num_shards
 
-    @property
-    def worker_numel(self) -> int:
-        """Elements of the worker error: the whole padded buffer, or this rank's part of it within a node."""
-        return self.layout.shard_numel * self.topology.nodes
-
-    @property
-    def worker_range(self) -> tuple[int, int]:
-        """The elements of the padded buffer that the worker error covers."""
-        start = self.topology.local * self.worker_numel
-        return start, start + self.worker_numel
-
-    @property
-    def server_range(self) -> tuple[int, int]:
-        """The elements of the padded buffer that this rank averages."""
-        return self.layout.shard_range(self.topology.shard)
-
-    def errors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def errors(self) -> dict[str, torch.Tensor]:
         """The worker's and the server's error: 1-D float32 over their ranges, zero at first."""
-        if self.worker_error is None or self.server_error is None:
-            self.worker_error = self._table.new_zeros(self.worker_numel)
-            self.server_error = self._table.new_zeros(self.layout.shard_numel)
-        return self.worker_error, self.server_error
+        if not self.debts:
+            sizes = {name: stop - start for name, (start, stop) in self.ranges.items()}
+            self.debts = {name: self._table.new_zeros(numel) for name, numel in sizes.items()}
+        return self.debts
 
     def scale_errors(self, factor: float) -> None:
         """What is owed, in another unit."""
-        if self.worker_error is not None and self.server_error is not None:
-            self.worker_error.mul_(factor)
-            self.server_error.mul_(factor)
+        for error in self.debts.values():
+            error.mul_(factor)
 
     def hide(self, elements: torch.Tensor | None) -> None:
         """Of these elements (1-D bool, ``layout.numel``; None: of none) values, errors and results are 0 from now on.
@@ -165,7 +149,7 @@ class Exchange:
         send bits to (or the buffer is empty), the exact average (plus what the errors held) is put into ``values`` and
         None is returned.
         """
-        worker_error, server_error = self.errors()
+        worker_error, server_error = self.errors().values()
         if self.layout.numel == 0:
             return None
         if self.topology.nodes == 1:
@@ -179,7 +163,7 @@ class Exchange:
         for node in range(nodes):
             part = worker_error[node * shard_numel : (node + 1) * shard_numel]
             self._compress(part, sent[node], self.topology.local * nodes + node)
-        self._hide(worker_error, self.worker_range[0])
+        self._hide(worker_error, self.ranges["worker_error"][0])
         received = torch.empty_like(sent)
         across = self.topology.across
         collectives.all_to_all(received.view(-1), sent.view(-1), across, label=f"{label}: signs to servers")
@@ -189,7 +173,7 @@ class Exchange:
         # What was sent is on its way: its memory can carry the average.
         own = sent[0]
         self._compress(server_error, own, self.topology.shard)
-        self._hide(server_error, self.server_range[0])
+        self._hide(server_error, self.ranges["server_error"][0])
         collectives.all_gather(received.view(-1), own, across, label=f"{label}: signs to all")
         if self.topology.node_size == 1:
             return received.view(-1)
@@ -223,12 +207,12 @@ class Exchange:
         else:
             padded = worker_error.new_zeros(self.layout.padded_numel)
             padded[: values.numel()] = values
-            start, stop = self.worker_range
+            start, stop = self.ranges["worker_error"]
             node = self.topology.node
             part = padded[start:stop]
             collectives.reduce_scatter(part, padded, node, op="avg", label=f"{label}: average in node")
             worker_error += part
-        self._hide(worker_error, self.worker_range[0])
+        self._hide(worker_error, self.ranges["worker_error"][0])
 
     def _compress(self, values: torch.Tensor, message: torch.Tensor, shard: int) -> None:
         runs = self._runs[shard]
@@ -246,11 +230,11 @@ class Exchange:
             for run, scale in zip(runs, scales, strict=False):
                 add_signs_(total[run], signs, run.start, scale, self._table)
         server_error += total.div_(self.topology.nodes)
-        self._hide(server_error, self.server_range[0])
+        self._hide(server_error, self.ranges["server_error"][0])
 
     def _average_exactly(self, values: torch.Tensor, label: str) -> None:
-        size, start = self.topology.group.size, self.worker_range[0]
-        for error in self.errors():
+        size, start = self.topology.group.size, self.ranges["worker_error"][0]
+        for error in self.errors().values():
             # Left by a run on more nodes, and delivered now; times ``size``, because only this rank holds it.
             stop = min(start + error.numel(), values.numel())
             if start < stop:
@@ -284,6 +268,10 @@ def compress_(
     ``counts``: float32, one per run: how many of its elements can be other than zero (default: all of them).
     Elements outside of every run keep their value; they must be zero if they are padding.
     """
+    # In which sense c + error = y: ``error`` is the correctly rounded difference. In real arithmetic the sum is exact
+    # wherever fp32 can hold the difference, in particular for all s/2 <= |y| <= 2s (Sterbenz); elsewhere it is off by
+    # at most half a unit in the last place of ``error``, which is the best that an fp32 buffer can do. On an fp64
+    # buffer with values that came from fp32 it is exact, bit for bit, while |y| and s are within 2**28 of each other.
     pack_signs(values, out=signs)
     # A shard may hold padding alone.
     if not runs:
@@ -298,7 +286,7 @@ def compress_(
 
 def error_buffers(tensor: torch.Tensor, group: Group | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Zeroed worker and server errors for ``compressed_all_reduce`` of ``tensor``."""
-    worker, server = _of_one(tensor, group or world()).errors()
+    worker, server = _of_one(tensor, group or world()).errors().values()
     return worker[: tensor.numel()].clone(), server
 
 
@@ -310,14 +298,14 @@ def compressed_all_reduce(
     ``tensor``: any shape and floating dtype, any number of elements. ``worker_error``: 1-D float32,
     ``tensor.numel()``; ``server_error``: 1-D float32, as ``error_buffers`` makes it; both are updated.
     Returns ``tensor``, which is the same on every rank afterwards. On each rank, what it sent plus its new
-    worker error is ``tensor + worker_error`` as they were, and likewise for the server; see above for
+    worker error is ``tensor + worker_error`` as they were, and likewise for the server; see ``compress_`` for
     the exact sense. In a group of one nothing is sent, nothing is lost and the errors are delivered.
 
     Raises UsageError when an error buffer does not fit.
     """
     group = group or world()
     exchange = _of_one(tensor, group)
-    worker, server = exchange.errors()
+    worker, server = exchange.errors().values()
     for name, buffer, numel in (
         ("worker_error", worker_error, tensor.numel()),
         ("server_error", server_error, server.numel()),

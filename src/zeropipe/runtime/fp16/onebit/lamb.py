@@ -28,11 +28,11 @@ its own in the message.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from zeropipe.comm import collectives
+from zeropipe.given import Anything, ParametersLike
 from zeropipe.runtime.fp16.onebit.adam import corrections, denominator, direction, follow, move_moments
 from zeropipe.runtime.fp16.onebit.base import CompressedOptimizer, check_ranges
 from zeropipe.runtime.fp16.onebit.lane import Entry, Kept, Lane
@@ -54,8 +54,8 @@ class OnebitLamb(CompressedOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        deepspeed: Any = None,
+        params: ParametersLike,
+        deepspeed: Anything = None,
         lr: float = 1e-3,
         freeze_step: int = 100000,
         bias_correction: bool = True,

@@ -21,11 +21,10 @@ from zeropipe.comm import collectives
 from zeropipe.errors import CheckpointError, UnsupportedOptimizerError, UsageError
 from zeropipe.layout.flat import flat_shards
 from zeropipe.layout.numbers import number_of
-from zeropipe.runtime.fp16.onebit.exchange import Exchange, Topology
+from zeropipe.runtime.fp16.onebit.exchange import ERRORS, Exchange, Topology
 from zeropipe.runtime.fp16.onebit.plan import Phases
 from zeropipe.runtime.optimizers.shard_view import ShardView
 
-ERRORS = ("worker_error", "server_error")
 Entry = Mapping[str, Any]  # one parameter's (or master's) part of ``optimizer.state``
 PHASE = "phase_"  # prefix of keys in it
 
@@ -75,9 +74,7 @@ class Lane:
         self.kept = kept
         self.step, self.variance_steps = 0, 0  # variance_steps: updates of the second moment
         self.own: dict[str, torch.Tensor] = {}  # name -> 1-D float32, numel
-        self.per_tensor: dict[
-            str, torch.Tensor
-        ] = {}  # name -> float64 on the CPU, one per tensor of the layout
+        self.per_tensor: dict[str, torch.Tensor] = {}  # name -> float64, CPU, one per tensor of the layout
         self.scalars: dict[str, float] = {}
         self.shown: dict[str, Any] | None = None  # the dict in the optimizer's ``state`` that shows this lane
         self.exchange = Exchange(self.layout.tensors, topology, self.device)
@@ -114,17 +111,17 @@ class Lane:
 
     def read(self) -> torch.Tensor:  # 1-D float32, numel
         """The parameter values that this rank's state covers: a master itself, or a copy of plain parameters."""
-        if self.bound:
-            return self.params[0].detach()
-        return self._join(p.detach() for p in self.params)
+        return self.params[0].detach() if self.bound else self._join(self.params)
 
     def write(self, values: torch.Tensor) -> None:
         """Put back what ``read`` gave, after it was changed."""
-        if not self.bound:
-            for param, part in zip(self.params, self.split(values), strict=True):
+        for param, part in zip(self.params, self._by_param(values), strict=True):
+            if part.data_ptr() != param.data_ptr():
                 param.detach().copy_(part)
-        elif values.data_ptr() != self.params[0].data_ptr():
-            self.params[0].detach().copy_(values)
+
+    def _by_param(self, values: torch.Tensor) -> Sequence[torch.Tensor]:
+        """``values`` (1-D, numel) as one view per parameter, in its shape."""
+        return [values] if self.bound else self.split(values)
 
     def split(self, values: torch.Tensor) -> list[torch.Tensor]:
         """``values`` (1-D over the whole buffer) as one view per tensor of the layout, in its shape."""
@@ -168,7 +165,7 @@ class Lane:
             else tensor.detach().reshape(-1).float()
             for param, tensor in zip(self.params, tensors, strict=True)
         ]
-        return parts[0] if len(parts) == 1 and self.bound else torch.cat(parts)
+        return parts[0] if self.bound else torch.cat(parts)
 
     # -- the exchange -----------------------------------------------------------------------------------------
 
@@ -188,34 +185,30 @@ class Lane:
             values.masked_fill_((self.own["exp_avg_sq"] == 0) & (values.abs() > 2.0**-60), 0)
 
     def hiding(self) -> Exchange:
-        """The exchange, told what a bit must not speak of: elements without variance, and those of the mask.
-
-        A bit cannot say 0: what had no gradient in any dense step would get a momentum of plus or minus its tensor's
-        scale, and nothing tells how far such an element may move (its v is 0). Hidden, its momentum is exactly 0,
-        as dense Adam has it. So it is not moved now, nor thrown by a later dense step, whose denominator is
-        sqrt(0) + eps, nor by another optimizer that loads the state; and its first gradient in a dense step gives
-        m = (1 - b1) g, v = (1 - b2) g g, of which |m| / sqrt(v) = (1 - b1) / sqrt(1 - b2), what dense Adam moves
-        it by too.
-        """
+        """The exchange, told what a bit must not speak of: elements without variance, and those of the mask."""
+        # A bit cannot say 0: what had no gradient in any dense step would get a momentum of plus or minus its tensor's
+        # scale, and nothing tells how far such an element may move (its v is 0). Hidden, its momentum is exactly 0, as
+        # dense Adam has it. So it is not moved now, nor thrown by a later dense step, whose denominator is
+        # sqrt(0) + eps, nor by another optimizer that loads the state; and its first gradient in a dense step gives
+        # m = (1 - b1) g, v = (1 - b2) g g, of which |m| / sqrt(v) = (1 - b1) / sqrt(1 - b2), what dense Adam moves it
+        # by too.
         if not self._unused_known:
             assert not self.sharded, "a shard's are seen when its momentum is gathered"
-            self._see_unused(self.own["exp_avg_sq"][: self.layout.numel] == 0)
+            self._hide(self.own["exp_avg_sq"][: self.layout.numel] == 0)
         elif self.options.get("exp_avg_mask") is not self._mask:
-            self._hide()
+            self._hide(self.unused)
         return self.exchange
 
-    def _see_unused(self, unused: torch.Tensor) -> None:
-        self.unused = unused if bool(unused.any()) else None
-        self._hide()
-        self._unused_known = True
-
-    def _hide(self) -> None:
-        hidden, mask = self.unused, self.options.get("exp_avg_mask")
+    def _hide(self, unused: torch.Tensor | None) -> None:
+        """``unused``: elements without variance, 1-D bool over the whole buffer."""
+        self.unused = hidden = unused if unused is not None and bool(unused.any()) else None
+        mask = self.options.get("exp_avg_mask")
         if mask is not None:
             masked = self._flat_mask(mask) == 0
             hidden = masked if hidden is None else masked.logical_or_(hidden)
         self.exchange.hide(hidden)
-        self._mask = mask
+        # Last, so that a mask that was refused is refused again.
+        self._unused_known, self._mask = True, mask
 
     def _flat_mask(self, source: Any) -> torch.Tensor:
         """One mask for all tensors of the group, or a sequence with one (or None) for each, as one flat run."""
@@ -272,7 +265,7 @@ class Lane:
         collectives.all_gather(padded, own, self.shard_group, label="momentum to all")
         full = padded[: self.layout.numel]
         unused = full.isnan()
-        self._see_unused(unused)
+        self._hide(unused)
         return full.masked_fill_(unused, 0)
 
     # -- what is shown and saved ------------------------------------------------------------------------------
@@ -284,26 +277,24 @@ class Lane:
         The error feedback is in the rank state.
         """
         common = {"step": self.step, "variance_steps": self.variance_steps, **phases.shown(), **self.scalars}
+        views = {name: self._by_param(values) for name, values in self.own.items()}
         if self.bound:
             common |= {f"{PHASE}{key}": value for key, value in phases.to_json().items()}
             # A key for each tensor, so that a checkpoint can be cut and joined in any way without a look inside.
             for name, values in self.per_tensor.items():
                 known = zip(self._keys(name), values.tolist(), strict=True)
                 common |= {key: value for key, value in known if not math.isnan(value)}
-            self.shown = state[self.params[0]]
             # A checkpoint of a larger buffer may have left keys of other tensors.
+            self.shown = state[self.params[0]]
             self.shown.clear()
-            self.shown.update(common | self.own)
-            return
-        views: dict[str, Sequence[torch.Tensor]] = {k: self.split(value) for k, value in self.own.items()}
-        views |= {name: value.unbind() for name, value in self.per_tensor.items()}
-        if self.exchange.worker_error is not None:
-            ranges = self.exchange.worker_range, self.exchange.server_range
-            for name, error, (start, stop) in zip(ERRORS, self.exchange.errors(), ranges, strict=True):
-                # The part that belongs to each parameter: 1-D, empty where another rank has it.
-                tensors = (self.layout.tensor_range(i) for i in range(len(self.params)))
-                inside = ((min(max(a, start), stop), min(max(b, start), stop)) for a, b in tensors)
-                views[name] = [error[a - start : b - start] for a, b in inside]
+        else:
+            views |= {name: value.unbind() for name, value in self.per_tensor.items()}
+        for name, error in self.exchange.debts.items() if not self.bound else ():
+            # The part that belongs to each parameter: 1-D, empty where another rank has it.
+            start, stop = self.exchange.ranges[name]
+            tensors = (self.layout.tensor_range(i) for i in range(len(self.params)))
+            inside = ((min(max(a, start), stop), min(max(b, start), stop)) for a, b in tensors)
+            views[name] = [error[a - start : b - start] for a, b in inside]
         for number, param in enumerate(self.params):
             state[param].update(common | {name: parts[number] for name, parts in views.items()})
 
@@ -320,8 +311,7 @@ class Lane:
             # What the saving rank did by itself since the last exchange is not this rank's, so all begin there.
             if name in self.kept.later and name in self.kept.by_rank:
                 continue
-            parts = [values] if self.bound else self.split(values)
-            for part, entry, param in zip(parts, entries, self.params, strict=True):
+            for part, entry, param in zip(self._by_param(values), entries, self.params, strict=True):
                 if name not in entry:
                     continue
                 saved = entry[name]
@@ -341,13 +331,13 @@ class Lane:
         if self.late:
             further = {name: torch.tensor(self.scalars[name], dtype=torch.float64) for name in self.kept.sums}
             further |= {name: self.own[name] for name in self.kept.by_rank}
-        errors = dict(zip(ERRORS, (self.exchange.worker_error, self.exchange.server_error), strict=True))
+        errors = {name: self.exchange.debts.get(name) for name in ERRORS}
         return {"layout": self.exchange.layout.to_json(), **errors, "further": further}
 
     def take(self, values: Mapping[str, torch.Tensor]) -> bool:
         """Take over what ``rank_state`` gave, shared out anew. Whether parameters have to follow."""
         if all(name in values for name in ERRORS):
-            for name, error in zip(ERRORS, self.exchange.errors(), strict=True):
+            for name, error in self.exchange.errors().items():
                 error.copy_(values[name])
         names = [name for name in self.kept.by_rank if name in values] if self.late else []
         for name in names:

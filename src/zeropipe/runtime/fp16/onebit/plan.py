@@ -36,14 +36,16 @@ from zeropipe.errors import ConfigError
 from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.fp16.onebit.exchange import ALIGN
 
-# Config type -> proper name; the options that say which step does what, with the optimizers' defaults.
-_NAMES = {"onebitadam": "OnebitAdam", "onebitlamb": "OnebitLamb", "zerooneadam": "ZeroOneAdam"}
-_ONE_BIT = {"freeze_step": 100000}
-_ZERO_ONE = {
-    "var_freeze_step": 100000,
-    "var_update_scaler": 16,
-    "local_step_scaler": 32678,
-    "local_step_clipper": 16,
+# By proper name: the options that say which step does what, in the order of ``Rules``, with the optimizers' defaults.
+_OPTIONS = {
+    "OnebitAdam": {"freeze_step": 100000},
+    "OnebitLamb": {"freeze_step": 100000},
+    "ZeroOneAdam": {
+        "var_freeze_step": 100000,
+        "var_update_scaler": 16,
+        "local_step_scaler": 32678,
+        "local_step_clipper": 16,
+    },
 }
 _AGREEMENT = 24  # bytes: three numbers that the ranks all-reduce in every step
 _MASTER_ALIGN = 16  # elements of which a shard of stage 1 holds a multiple
@@ -210,10 +212,10 @@ def walk(state: Phases, steps: int) -> Iterator[tuple[Phase, Phases]]:
 
 def stretches(start: Phases, steps: int) -> list[tuple[int, int, Counter[Phase]]]:
     """The next ``steps`` steps, cut where the rhythm changes: (first, last, how often each phase comes)."""
-    found, first, state, rhythms = [], start.step + 1, start, []
-    for phase, after in walk(start, steps):
-        rhythms.append(((state.frozen, state.interval), phase))
-        state = after
+    walked = list(walk(start, steps))
+    before = [start, *(after for _, after in walked)]
+    rhythms = zip(((s.frozen, s.interval) for s in before), (phase for phase, _ in walked), strict=False)
+    found, first = [], start.step + 1
     for _, run in groupby(rhythms, key=itemgetter(0)):
         counts = Counter(phase for _, phase in run)
         found.append((first, first + counts.total() - 1, counts))
@@ -339,10 +341,10 @@ def compressed_bytes(job: Job) -> float:
 def plan(name: str, phases: Phases, job: Job) -> Plan:
     """The traffic of an optimizer with these phases; of ``OnebitLamb`` with its norms."""
     kinds, lamb, rows = [phase for phase, _ in walk(phases, job.steps)], name == "OnebitLamb", []
+    # At stage 1 the whole momentum is gathered where it is in shards: after a dense step, and always in one node, where
+    # nobody sends the bits of which it could be put together.
+    begun = sum(before.dense and not phase.dense for before, phase in pairwise(kinds))
     for phase, steps in Counter(kinds).items():
-        if job.world == 1:
-            rows.append(Row(phase, steps, 0, 0, 0))
-            continue
         each = 2 * _AGREEMENT * job.others
         if phase.dense:
             each += dense_bytes(job) + (job.norms(2) if lamb else 0.0)
@@ -350,12 +352,10 @@ def plan(name: str, phases: Phases, job: Job) -> Plan:
             each += compressed_bytes(job) + (job.norms(3) if lamb else 0.0)
         sent = steps * each
         if phase is Phase.COMPRESSED:
-            # At stage 1 the whole momentum, which is in shards after a dense step (and always in one node, where nobody
-            # sends the bits of which it could be put together), and LAMB's first norms.
-            begun = sum(a.dense and not b.dense for a, b in pairwise(kinds))
             times = steps if job.world == job.node_size else begun
             sent += times * job.gathered(4) + (job.norms(1) if lamb else 0.0)
-        rows.append(Row(phase, steps, round(sent), steps, 0 if phase is Phase.LOCAL else steps))
+        rounds = steps if job.world > 1 else 0
+        rows.append(Row(phase, steps, round(sent), rounds, 0 if phase is Phase.LOCAL else rounds))
     return Plan(name, stretches(phases, job.steps), tuple(rows))
 
 
@@ -369,15 +369,15 @@ def phases_of(type: str | None, params: Mapping[str, Any]) -> tuple[str, Phases]
 
     Raises ConfigError for an optimizer that does not compress.
     """
-    name = _NAMES.get((type or "").lower().replace("_", "").replace("-", ""))
-    if name is None:
-        raise ConfigError(
-            "this optimizer does not compress its communication",
-            expected="optimizer.type OneBitAdam, OneBitLamb or ZeroOneAdam",
-            found=repr(type),
-        )
-    options = _ZERO_ONE if name == "ZeroOneAdam" else _ONE_BIT
-    return name, Phases(Rules(*(params.get(key, default) for key, default in options.items())))
+    plain = (type or "").lower().replace("_", "").replace("-", "")
+    for name, options in _OPTIONS.items():
+        if name.lower() == plain:
+            return name, Phases(Rules(*(params.get(key, default) for key, default in options.items())))
+    raise ConfigError(
+        "this optimizer does not compress its communication",
+        expected="optimizer.type OneBitAdam, OneBitLamb or ZeroOneAdam",
+        found=repr(type),
+    )
 
 
 def check(phases: Phases, name: str, job: Job, warmup_steps: int | None = None) -> None:

@@ -19,8 +19,7 @@ import torch
 
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
-from zeropipe.runtime.fp16.onebit.exchange import Exchange, Topology
-from zeropipe.runtime.fp16.onebit.lane import ERRORS
+from zeropipe.runtime.fp16.onebit.exchange import ERRORS, Exchange, Topology
 
 RankState = dict[str, Any]  # world, rank, node_size: int; lanes: of each lane what ``Lane.rank_state`` gives
 Values = dict[str, torch.Tensor]  # 0-D, or 1-D over a buffer
@@ -89,7 +88,7 @@ def shared_values(groups: Sequence[Sequence[RankState]], lane: int, exchange: Ex
                 start, stop = layout.tensor_range(index)
                 full[name][start:stop] = part[name]
     # Of the whole, the elements that this rank is to deliver.
-    for name, (start, stop) in zip(ERRORS, (exchange.worker_range, exchange.server_range), strict=True):
+    for name, (start, stop) in exchange.ranges.items():
         if name in full:
             full[name] = full[name][start:stop]
     return full

@@ -22,12 +22,12 @@ updates).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from zeropipe.errors import UnsupportedOptimizerError, UsageError
+from zeropipe.given import Anything, ParametersLike
 from zeropipe.runtime.fp16.onebit.adam import adam_update, corrections, denominator, follow, move_moments
 from zeropipe.runtime.fp16.onebit.base import CompressedOptimizer
 from zeropipe.runtime.fp16.onebit.lane import Entry, Kept, Lane
@@ -57,8 +57,8 @@ class ZeroOneAdam(CompressedOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        deepspeed: Any = None,
+        params: ParametersLike,
+        deepspeed: Anything = None,
         lr: float = 1e-3,
         bias_correction: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),

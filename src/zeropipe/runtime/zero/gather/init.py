@@ -23,11 +23,9 @@ import torch
 
 from zeropipe.comm.group import Group, from_process_group, init_distributed, world
 from zeropipe.comm.leases import LEASES
-from zeropipe.config.parse import Source, parse_config
-from zeropipe.config.schema import Config
+from zeropipe.config.parse import parse_config
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
-from zeropipe.given import Anything, Mpu, ProcessGroup
 from zeropipe.names import lazy
 from zeropipe.runtime.zero.gather.build import Build, Site
 from zeropipe.runtime.zero.gather.shards import Shards, shards_in
@@ -69,20 +67,20 @@ class Init:
     def __init__(
         self,
         module: torch.nn.Module | None = None,
-        data_parallel_group: ProcessGroup = None,
+        data_parallel_group: Any = None,
         mem_efficient_linear: bool = True,
         remote_device: str | None = None,
         pin_memory: bool = False,
-        config_dict_or_path: Source | Config = None,
-        config: Source | Config = None,
+        config_dict_or_path: Any = None,
+        config: Any = None,
         enabled: bool = True,
         dtype: torch.dtype | None = None,
-        mpu: Mpu = None,
-        zero_param_parallel_group: ProcessGroup = None,
+        mpu: Any = None,
+        zero_param_parallel_group: Any = None,
         zero_quantized_weights: bool = False,
         zero_quantized_nontrainable_weights: bool = False,
-        sequence_data_parallel_group: ProcessGroup = None,
-        param_swapper: Anything = None,
+        sequence_data_parallel_group: Any = None,
+        param_swapper: Any = None,
     ) -> None:
         self._entered: list[ExitStack] = []
         source = config_dict_or_path if config_dict_or_path is not None else config
@@ -99,9 +97,8 @@ class Init:
             raise ConfigError(
                 "zero.Init: remote_device", expected="None, 'cpu' or 'nvme'", found=remote_device
             )
-        parsed = None if source is None else parse_config(source)
-        dtype = _dtype(dtype, parsed)
-        zero = None if parsed is None else parsed.zero_optimization
+        dtype = _dtype(dtype, source)
+        zero = None if source is None else parse_config(source).zero_optimization
         self._check(zero)
         if zero is not None and "stage" in zero.model_fields_set and zero.stage != 3:
             self.enabled = False
@@ -154,7 +151,7 @@ class Init:
         return lambda function: wrap(function, target_fp_dtype=dtype, target_device=device)  # type: ignore[no-any-return]
 
 
-def _group(given: ProcessGroup, mpu: Mpu) -> Group:
+def _group(given: Any, mpu: Any) -> Group:
     if isinstance(given, Group):
         return given
     if given is None and mpu is not None:
@@ -163,13 +160,14 @@ def _group(given: ProcessGroup, mpu: Mpu) -> Group:
     return world() if given is None else from_process_group(given)
 
 
-def _dtype(given: torch.dtype | None, config: Config | None) -> torch.dtype | None:
+def _dtype(given: torch.dtype | None, source: Any) -> torch.dtype | None:
     """None: each parameter keeps the dtype that it is made with."""
     if given is not None:
         if not given.is_floating_point:
             raise ConfigError("zero.Init: dtype", expected="a floating-point dtype", found=given)
         return given
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get("" if config is None else config.precision)
+    precision = "fp32" if source is None else parse_config(source).precision
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
 
 
 # ---- constructors, as they run ----
