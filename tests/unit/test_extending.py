@@ -50,8 +50,8 @@ class SignSGD(torch.optim.Optimizer):
                 "from zeropipe.runtime.optimizers.sign import SignSGD\n"
                 "from zeropipe.runtime.optimizers.shard_view import",
             ),
-            ("    Lion,\n)\n", "    Lion,\n    SignSGD,\n)\n"),
-            ('        "muon": _muon,\n', '        "muon": _muon,\n        "signsgd": _plain(SignSGD),\n'),
+            ("(*TORCHS, Lion)", "(*TORCHS, Lion, SignSGD)"),
+            ('        "Muon": _muon,\n', '        "Muon": _muon,\n        "SignSGD": _plain(SignSGD),\n'),
         )
     },
     """

@@ -36,6 +36,7 @@ from zeropipe.runtime.engine.placement import (
 )
 from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
+from zeropipe.runtime.optimizers.shard_view import Communicates
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.gather.hooks import ParameterOffload
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
@@ -48,7 +49,6 @@ from zeropipe.runtime.zero.hold.policy import (
     Policy,
     StepOptions,
 )
-from zeropipe.runtime.zero.hold.survey import Communicates
 from zeropipe.runtime.zero.marks import leaf_modules
 from zeropipe.runtime.zero.param import is_sharded, is_trained
 from zeropipe.runtime.zero.replication import shard_size
@@ -129,7 +129,7 @@ def build(
         # The two wings meet here: gathers go in one order with reductions, and read where masters live.
         if zero is not None:
             sharded.conduct(zero.reducer)
-            zero.parameter_offload = ParameterOffload(sharded.hooks)
+            zero.show_hooks(ParameterOffload(sharded.hooks))
         sharded.place(Offload(policy) if zero is None else zero.offload)
 
     # [4] What neither shards nor masters have brought from rank 0 comes now.

@@ -27,7 +27,7 @@ from zeropipe.runtime.engine.parts import Parts, Steps
 from zeropipe.runtime.engine.report import Reporter
 from zeropipe.runtime.engine.scaling import Scaling
 from zeropipe.runtime.zero.hold.offload_states import Offloaded
-from zeropipe.runtime.zero.hold.row_norms import RowNorms
+from zeropipe.runtime.zero.hold.values import RowNorms
 from zeropipe.runtime.zero.param import forget_whole, know_whole
 
 
@@ -55,10 +55,10 @@ class DeepSpeedEngine(Face):
         self._rows: RowNorms | None = None
         if parts.optimizer is not None:
             self._steps = Steps(parts.clock, parts.optimizer, parts.sharded)
-            parts.optimizer.reducer.missing_factor = self._scaling.missing
+            parts.optimizer.reducer.serve(missing_factor=self._scaling.missing)
             if parts.sharded is None:
                 self._rows = RowNorms(parts.module, parts.group)
-                parts.optimizer.reducer.at_boundary = self._rows.join
+                parts.optimizer.reducer.serve(at_boundary=self._rows.join)
         # The engine is a module that was made just now; its mode is that of the user's.
         self.train(parts.module.training)
 

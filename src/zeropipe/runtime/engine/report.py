@@ -21,9 +21,9 @@ from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.monitor import MonitorMaster
 from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
 from zeropipe.runtime.timers import PhaseTimers, ThroughputTimer, wall_clock_breakdown
+from zeropipe.runtime.zero.hold.autograd import AbsentGradient
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.hold.partition import Partition
-from zeropipe.runtime.zero.hold.shown import AbsentGradient
 
 _log = logging.getLogger("zeropipe")
 _SILENT: AbstractContextManager[None] = nullcontext()

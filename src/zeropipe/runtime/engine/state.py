@@ -23,6 +23,7 @@ from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.runtime.engine.module_state import capture, destination
 from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.engine.placement import grid_of
+from zeropipe.runtime.optimizers.shard_view import Communicates
 from zeropipe.runtime.optimizers.state_kinds import (
     Shared,
     named_numbers,
@@ -34,7 +35,6 @@ from zeropipe.runtime.optimizers.state_kinds import (
 from zeropipe.runtime.zero.gather.shards import shards_of
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.hold.partition import Partition
-from zeropipe.runtime.zero.hold.survey import Communicates
 from zeropipe.runtime.zero.param import ZeroParamStatus, is_sharded
 
 
@@ -94,14 +94,16 @@ def optimizer_flats(optimizer: ZeroOptimizer) -> Iterator[Holding]:
     """Every flat of the optimizer on this rank: per partition at stages 0 to 2, per parameter at stage 3."""
     keys = state_keys(optimizer.optimizer)
     for partition in optimizer.partitions:
-        replicas = partition.values.replicas
+        values, replicas = partition.values, partition.values.replicas
         whole = partition.flat
         # [1] What is stepped, and which of its elements: one master in runs, pieces of their own, or whole tensors.
         if whole or partition.sharded:
             owners = [partition.master] * len(partition.names) if whole else list(partition.stepped)
             held = [
-                (name, layout, shard, owner, where if whole else slice(0, layout.shard_numel))
-                for owner, (name, layout, shard, where) in zip(owners, partition.flats(), strict=False)
+                (name, layout, values.shard, owner, where if whole else slice(0, layout.shard_numel))
+                for owner, (name, layout, where) in zip(
+                    owners, values.flats(partition.group_index), strict=False
+                )
             ]
         else:
             held = [
@@ -177,7 +179,7 @@ def adopt_flats(optimizer: ZeroOptimizer, loaded: Mapping[str, LoadedFlat]) -> N
     for owner, state in moments.items():
         given, partition = kinds[owner], partitions[owner]
         base.state.pop(owner, None)
-        partition.state.set_shared([None] * len(partition.names))
+        partition.state.set_apart({})
         if all(own is None for own in given):  # saved before the first step
             continue
         if isinstance(base, Communicates):  # it counts for all its parameters together

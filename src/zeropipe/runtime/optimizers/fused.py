@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from zeropipe.errors import ConfigError
 from zeropipe.runtime.optimizers.lamb import Lamb
-from zeropipe.runtime.optimizers.shard_view import check_betas, check_not_negative
+from zeropipe.runtime.optimizers.shard_view import Stepped, check_betas, check_not_negative
 
 
-class Lion(Optimizer):
+class Lion(Stepped):
     """EvoLved Sign Momentum (arXiv 2302.06675, Algorithm 2).
 
     ``u = sign(b1 m + (1 - b1) g)``, ``m = b2 m + (1 - b2) g``, ``x = x - lr (u + weight_decay x)``. Any shape and
@@ -33,33 +33,25 @@ class Lion(Optimizer):
         check_betas(betas)
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._step_group(group, params, [p.grad for p in params])
-        return loss
-
-    def _step_group(
-        self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]
-    ) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        moments = [self.state[p]["exp_avg"] for p in params]
-        first, second = group["betas"]
-        lr = float(group["lr"])
-        update = torch._foreach_lerp(moments, grads, 1.0 - first)
-        torch._foreach_sign_(update)
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1.0 - lr * group["weight_decay"])
-        torch._foreach_add_(params, update, alpha=-lr)
-        torch._foreach_lerp_(moments, grads, 1.0 - second)
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            grads, moments = [p.grad for p in params], [self.state[p]["exp_avg"] for p in params]
+            first, second = group["betas"]
+            lr = float(group["lr"])
+            # One call for all tensors of the group; with one buffer of their size, which is gone afterwards.
+            update = torch._foreach_lerp(moments, grads, 1.0 - first)
+            torch._foreach_sign_(update)
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1.0 - lr * group["weight_decay"])
+            torch._foreach_add_(params, update, alpha=-lr)
+            # Last: the step above takes the moment as it was, by another beta.
+            torch._foreach_lerp_(moments, grads, 1.0 - second)
 
 
 FUSED_DEVICES = frozenset({"cpu", "cuda"})  # where torch >= 2.8 has a fused Adam, AdamW, SGD and Adagrad
@@ -84,6 +76,7 @@ def tensors_of(params: list[Any]) -> list[torch.Tensor]:
     return found
 
 
+# A fused step is one kernel, which has happened or not: an update of ours that raised can be gone on with for free.
 def can_fuse(params: list[Any], devices: frozenset[str] = FUSED_DEVICES) -> bool:
     return all(p.device.type in devices and torch.is_floating_point(p) for p in tensors_of(params))
 
@@ -92,43 +85,8 @@ def refuse(cls: str, key: str, value: object, fix: str) -> ConfigError:
     return ConfigError(f"{cls} does not support {key}={value!r}, which would change results", fix=fix)
 
 
-class _AdamOnShards(torch.optim.Adam):
-    """torch's fused Adam under DeepSpeed's argument names and defaults."""
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float,
-        bias_correction: bool,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        amsgrad: bool,
-        decoupled: bool,
-    ) -> None:
-        if not bias_correction:
-            raise refuse(
-                type(self).__name__, "bias_correction", False, "leave it out, or use Lamb, which has it"
-            )
-        params = held(params)
-        fused = can_fuse(params)
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            fused=fused or None,
-            decoupled_weight_decay=decoupled,
-        )
-        # Groups taken over from another optimizer keep its keys; how the step is done is ours to say.
-        for group in self.param_groups:
-            group.update(fused=fused or None, foreach=None, decoupled_weight_decay=decoupled)
-
-
-class FusedAdam(_AdamOnShards):
-    """Adam, decoupled weight decay by default (arXiv 1412.6980, 1711.05101). Elementwise.
+class FusedAdam(torch.optim.Adam):
+    """torch's fused Adam, decoupled weight decay by default (arXiv 1412.6980, 1711.05101). Elementwise.
 
     ``set_grad_none`` is accepted and has no effect. Raises ConfigError for ``bias_correction=False``.
     """
@@ -145,10 +103,21 @@ class FusedAdam(_AdamOnShards):
         amsgrad: bool = False,
         set_grad_none: bool = True,
     ) -> None:
-        super().__init__(params, lr, bias_correction, betas, eps, weight_decay, amsgrad, adam_w_mode)
+        if not bias_correction:
+            raise refuse(
+                type(self).__name__, "bias_correction", False, "leave it out, or use Lamb, which has it"
+            )
+        params = held(params)
+        ours: dict[str, Any] = {"fused": can_fuse(params) or None, "decoupled_weight_decay": adam_w_mode}
+        super().__init__(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, **ours
+        )
+        # Groups taken over from another optimizer keep its keys; how the step is done is ours to say.
+        for group in self.param_groups:
+            group.update(ours, foreach=None)
 
 
-class DeepSpeedCPUAdam(_AdamOnShards):
+class DeepSpeedCPUAdam(FusedAdam):
     """The same Adam under the name and arguments that offloading users know. Elementwise.
 
     ``fp32_optimizer_states`` is accepted and has no effect: state has the dtype of what is stepped, fp32 masters.
@@ -166,7 +135,7 @@ class DeepSpeedCPUAdam(_AdamOnShards):
         adamw_mode: bool = True,
         fp32_optimizer_states: bool = True,
     ) -> None:
-        super().__init__(model_params, lr, bias_correction, betas, eps, weight_decay, amsgrad, adamw_mode)
+        super().__init__(model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay, amsgrad)
 
 
 class DeepSpeedCPUAdagrad(torch.optim.Adagrad):

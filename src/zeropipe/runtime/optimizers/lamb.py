@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from zeropipe.comm import collectives
 from zeropipe.comm.group import Group
-from zeropipe.layout.flat import Piece
 from zeropipe.runtime.optimizers.shard_view import (
+    OnShards,
     ShardView,
     check_betas,
-    check_bound,
     check_not_negative,
     flat,
-    gradient,
     put_back,
-    view_or_whole,
 )
 
 
@@ -32,20 +27,15 @@ class _Slot:
 
     param: torch.Tensor
     view: ShardView
-    lr: float
     value: torch.Tensor  # 1-D, the parameter's elements
     update: torch.Tensor  # 1-D, the Adam direction plus weight decay
     group: dict[str, Any]
 
     def runs(self, run: torch.Tensor) -> list[torch.Tensor]:
-        return [run[piece.offset : piece.offset + piece.numel] for piece in self.pieces]
-
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        return self.view.pieces()
+        return [run[piece.offset : piece.offset + piece.numel] for piece in self.view.pieces()]
 
 
-class Lamb(Optimizer):
+class Lamb(OnShards):
     """Layer-wise Adaptive Moments (arXiv 1904.00962, Algorithm 2), whole tensors or shards.
 
     ``r = m_hat / (sqrt(v_hat) + eps) + weight_decay x``; ``x = x - lr ratio r``, where the trust ratio is
@@ -72,8 +62,6 @@ class Lamb(Optimizer):
         check_betas(betas)
         if max_coeff < min_coeff:
             raise ValueError(f"max_coeff must be at least min_coeff {min_coeff}, found {max_coeff}")
-        self._views: dict[nn.Parameter, ShardView] = {}
-        self._whole: dict[torch.Tensor, ShardView] = {}
         super().__init__(
             params,
             {
@@ -87,65 +75,46 @@ class Lamb(Optimizer):
             },
         )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copied or unpickled optimizer is unbound, as a process group cannot be copied; load_state_dict passes
-        # here too, and stays bound.
-        super().__setstate__(state)
-        for name in ("_views", "_whole"):
-            self.__dict__.setdefault(name, {})
-
-    def bind_shards(self, views: Mapping[nn.Parameter, ShardView]) -> None:
-        """Step on these 1-D masters as shards from now on, too; see ShardAware."""
-        check_bound(views)
-        self._views.update(views)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
         by_group: dict[Group, list[_Slot]] = {}
-        for group in self.param_groups:
-            for param in group["params"]:
-                slot = self._direction(param, group)
-                if slot is not None:
-                    by_group.setdefault(slot.view.group, []).append(slot)
+        for param, grad, group in self._stepped():
+            slot = self._direction(param, grad, group)
+            by_group.setdefault(slot.view.group, []).append(slot)
         for members, slots in by_group.items():
-            _apply(slots, _trust_ratios(slots, members))
-        return loss
+            # Each group's all-reduce is met by all of its members: a master has a gradient on all of them or on none.
+            for slot, ratio in zip(slots, _trust_ratios(slots, members), strict=True):
+                for piece, run in zip(slot.view.pieces(), slot.runs(slot.update), strict=True):
+                    run.mul_(ratio[piece.tensor])
+                slot.value.add_(slot.update, alpha=-float(slot.group["lr"]))
+                put_back(slot.param, slot.value)
 
-    def _direction(self, param: torch.Tensor, group: dict[str, Any]) -> _Slot | None:
-        view = view_or_whole(param, self._views, self._whole)
-        grad = gradient(param, "Lamb")
-        if grad is None:
-            return None
-        value = flat(param)
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
-        state["step"] += 1
+    def _direction(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> _Slot:
+        # [1] Adam's direction, elementwise: shards need nobody for it.
+        value, state = flat(param), self._counted(param, self.per_element_state)
         mean, square = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         first, second = group["betas"]
         mean.lerp_(grad, 1.0 - first)
         square.mul_(second).addcmul_(grad, grad, value=1.0 - second)
         step = float(state["step"])
         corrections = (1.0 - first**step, 1.0 - second**step) if group["bias_correction"] else (1.0, 1.0)
+        # The corrections are divided out of the result: no further buffer of the parameters' size.
         update = square.sqrt().div_(sqrt(corrections[1])).add_(group["eps"])
         torch.div(mean, update, out=update).div_(corrections[0])
         if group["weight_decay"]:
             update.add_(value, alpha=group["weight_decay"])
-        return _Slot(param, view, float(group["lr"]), value, update, group)
+        return _Slot(param, self._view(param), value, update, group)
 
 
 def _trust_ratios(slots: list[_Slot], group: Group) -> list[torch.Tensor]:
     """Per slot, one ratio for each tensor of its layout (1-D, fp64), from one all-reduce for all slots."""
+    # [2] The sums of squares of this rank's pieces, a column for each tensor; then of all ranks'. In fp64, so that
+    # where a tensor is cut changes its norm by less than an fp32 can show.
     counts = [len(slot.view.layout.tensors) for slot in slots]
     sums = torch.zeros(2, sum(counts), dtype=torch.float64, device=slots[0].value.device)
     for slot, column in zip(slots, sums.split(counts, dim=1), strict=True):
-        index = torch.tensor([piece.tensor for piece in slot.pieces], device=sums.device, dtype=torch.long)
+        index = torch.tensor(
+            [piece.tensor for piece in slot.view.pieces()], device=sums.device, dtype=torch.long
+        )
         if len(index):
             for row, run in zip(column, (slot.value, slot.update), strict=True):
                 wide = torch.promote_types(run.dtype, torch.float32)  # 16-bit norms would overflow or round
@@ -153,6 +122,7 @@ def _trust_ratios(slots: list[_Slot], group: Group) -> list[torch.Tensor]:
                 row[index] = norms.double().square()
     if group.size > 1:
         collectives.all_reduce(sums, group, label="lamb norms")
+    # [3] A norm of 0 says nothing of the step's length (a bias at its start, a gradient of zeros): ratio 1.
     weight, update = sums.sqrt()
     both = (weight > 0) & (update > 0)
     parts = zip(slots, (weight / update).split(counts), both.split(counts), strict=True)
@@ -160,11 +130,3 @@ def _trust_ratios(slots: list[_Slot], group: Group) -> list[torch.Tensor]:
         torch.where(known, ratio.clamp(slot.group["min_coeff"], slot.group["max_coeff"]), 1.0)
         for slot, ratio, known in parts
     ]
-
-
-def _apply(slots: list[_Slot], ratios: list[torch.Tensor]) -> None:
-    for slot, ratio in zip(slots, ratios, strict=True):
-        for piece, run in zip(slot.pieces, slot.runs(slot.update), strict=True):
-            run.mul_(ratio[piece.tensor])
-        slot.value.add_(slot.update, alpha=-slot.lr)
-        put_back(slot.param, slot.value)

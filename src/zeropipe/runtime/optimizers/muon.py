@@ -1,43 +1,248 @@
-"""Muon on 1-D shards: each matrix is put together once, by one owner, and comes out the same bits as unsharded."""
+"""Muon on 1-D shards: each matrix is put together once, by one owner, and comes out the same bits as unsharded.
+
+Who orthogonalises which matrix, and in which rounds, is a plan of pure integers, the same on every rank:
+
+    shards      |      0      |      1      |      2      |
+    matrices    |--a--|----b----|-----c-----|---d---|
+                       b: 0 and 1 hold it    c: 1 and 2 hold it
+
+The arithmetic is the same calls whether the matrix was ever cut or not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from math import sqrt
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from math import prod, sqrt
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
+from zeropipe.comm import collectives
+from zeropipe.comm.collectives import Work
 from zeropipe.comm.group import Group
-from zeropipe.errors import ConfigError, UsageError
-from zeropipe.layout.flat import FlatShards
-from zeropipe.runtime.optimizers.muon_rounds import (
-    NS_COEFFICIENTS,
-    CutMatrix,
-    MatrixSlot,
-    exchange_round,
-    is_matrix,
-    merged_runs,
-    plan_rounds,
-)
+from zeropipe.errors import UsageError
+from zeropipe.layout.flat import FlatShards, Piece
 from zeropipe.runtime.optimizers.shard_view import (
+    OnShards,
     ShardView,
     check_betas,
-    check_bound,
     check_not_negative,
     flat,
-    gradient,
     put_back,
-    view_or_whole,
 )
 
+MAX_OWNED = 2**26  # elements that one rank gathers in one round: bounds memory, 128 MiB in bf16
+
+
+@dataclass(frozen=True, slots=True)
+class CutMatrix:
+    """A matrix whose pieces lie in several shards."""
+
+    slot: int  # index into the layouts that the plan was made for
+    tensor: int  # index into that layout's tensors
+    owner: int  # the shard that orthogonalises it
+    pieces: tuple[Piece, ...]  # at most one per shard
+
+    @property
+    def numel(self) -> int:
+        return sum(piece.numel for piece in self.pieces)
+
+
 _Rounds = tuple[tuple[CutMatrix, ...], ...]
-_Plan = tuple[tuple[tuple[FlatShards, ...], tuple[tuple[int, ...], ...]], _Rounds]  # what it is for, and it
 
 
-class Muon(Optimizer):
+def plan_rounds(
+    layouts: Sequence[FlatShards], matrices: Sequence[Iterable[int]], max_owned: int = MAX_OWNED
+) -> _Rounds:
+    """The cut matrices of ``layouts`` (``matrices``: the tensors of each that are matrices), in rounds.
+
+    A round ends before any owner would gather more than ``max_owned`` elements in it; a single larger matrix
+    has a round to itself there.
+    """
+    # A matrix inside one shard needs nobody else. A cut one goes to the holder with most of it, so that least travels,
+    # or, among equals, to the one with the least to do so far.
+    work: dict[int, int] = {}  # shard -> elements to orthogonalise, of all rounds
+    load: dict[int, int] = {}  # shard -> elements, of this round
+    rounds: list[list[CutMatrix]] = [[]]
+    for slot, (layout, tensors) in enumerate(zip(layouts, matrices, strict=True)):
+        for tensor in tensors:
+            pieces = layout.tensor_pieces(tensor)
+            if len(pieces) < 2:
+                continue
+            most = max(piece.numel for piece in pieces)
+            owner = min(
+                (p.shard for p in pieces if p.numel == most), key=lambda shard: (work.get(shard, 0), shard)
+            )
+            cut = CutMatrix(slot, tensor, owner, pieces)
+            if load.get(owner, 0) and load[owner] + cut.numel > max_owned:
+                rounds.append([])
+                load = {}
+            rounds[-1].append(cut)
+            load[owner] = load.get(owner, 0) + cut.numel
+            work[owner] = work.get(owner, 0) + cut.numel
+    return tuple(tuple(cuts) for cuts in rounds if cuts)
+
+
+def is_matrix(shape: Sequence[int], use_muon: bool | None) -> bool:
+    """Whether Muon orthogonalises a tensor of this shape; ``use_muon`` None decides by the number of dims."""
+    return use_muon is not False and len(shape) >= 2
+
+
+def merged_runs(pieces: Iterable[Piece], matrices: frozenset[int]) -> tuple[list[slice], list[slice]]:
+    """The runs of a shard that hold matrices, and those that hold the rest, neighbours merged."""
+    runs: tuple[list[slice], list[slice]] = ([], [])
+    for other, kin in groupby(pieces, key=lambda piece: piece.tensor not in matrices):
+        together = list(kin)
+        last = together[-1]
+        runs[other].append(slice(together[0].offset, last.offset + last.numel))
+    return runs
+
+
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest slope at 0 that still lands near 1, by K. Jordan
+# The iteration is stable in it, so pieces travel in it too: half the bytes, same bits.
+NS_DTYPE = torch.bfloat16
+
+
+def newton_schulz(
+    matrix: torch.Tensor, steps: int, coefficients: Sequence[float], eps: float
+) -> torch.Tensor:
+    """Approximately ``U V^T`` of ``matrix = U S V^T`` (2-D, any dtype): same shape, ``NS_DTYPE``.
+
+    The quintic iteration ``X = a X + (b A + c A A) X`` with ``A = X X^T``, started at unit Frobenius norm
+    (K. Jordan, https://kellerjordan.github.io/posts/muon). It runs on the wide side up, where ``A`` is smaller.
+    """
+    # Every operation is one call on the whole matrix, so the bits do not tell where it was cut.
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.to(NS_DTYPE)
+    x = x.mT if tall else x
+    x = x / x.norm().clamp(min=eps)
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = x @ x.mT
+        mix = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, mix, x, beta=a)
+    return x.mT if tall else x
+
+
+def rows_and_cols(shape: Sequence[int]) -> tuple[int, int]:
+    """The matrix that a tensor of at least two dims is taken as: first dim by all others."""
+    return shape[0], prod(shape[1:])
+
+
+@dataclass(slots=True)
+class MatrixSlot:
+    """One parameter (or master) in the middle of a step."""
+
+    param: torch.Tensor
+    view: ShardView
+    group: dict[str, Any]
+    matrices: frozenset[int]  # tensors of the layout that Muon takes; AdamW takes the others
+    value: torch.Tensor  # 1-D, the parameter's elements
+    grad: torch.Tensor  # 1-D, the same elements
+    momentum: torch.Tensor | None  # 1-D; None where nothing in the layout is a matrix
+
+    def direction(self, run: slice) -> torch.Tensor:  # 1-D, NS_DTYPE
+        # What of the momentum goes into the iteration: elementwise, so pieces equal the whole.
+        assert self.momentum is not None
+        momentum = self.momentum[run]
+        if self.group["nesterov"]:
+            momentum = self.grad[run].lerp(momentum, self.group["momentum"])
+        return momentum.to(NS_DTYPE)
+
+    def orthogonal(self, tensor: int, direction: torch.Tensor) -> torch.Tensor:  # 1-D, NS_DTYPE
+        """The orthogonalised whole of ``tensor``, from its whole ``direction`` (1-D)."""
+        matrix = direction.view(rows_and_cols(self.view.layout.tensors[tensor].shape))
+        result = newton_schulz(
+            matrix, self.group["ns_steps"], self.group["ns_coefficients"], self.group["ns_eps"]
+        )
+        return result.reshape(-1)
+
+    def apply(self, tensor: int, run: slice, result: torch.Tensor) -> None:
+        """Step the elements ``run`` of the shard, which are ``tensor``'s, along ``result`` (1-D, as long)."""
+        rows, cols = rows_and_cols(self.view.layout.tensors[tensor].shape)
+        lr = float(self.group["lr"])
+        if self.group["adjust_lr_fn"] == "match_rms_adamw":
+            lr = lr * 0.2 * sqrt(max(rows, cols))
+        else:
+            lr = lr * sqrt(max(1.0, rows / cols))
+        self.value[run].add_(result, alpha=-lr)
+
+
+_TO_OWNER, _BACK = 1, 2  # message tags, so that the two phases never match each other
+
+
+def exchange_round(
+    slots: Sequence[MatrixSlot], cuts: Sequence[CutMatrix], group: Group
+) -> Callable[[], None]:
+    """Start sending the pieces of ``cuts``; the function that is returned finishes the round.
+
+    Every member of the group calls both, with the same ``cuts``. A member that holds no piece of them does
+    nothing.
+    """
+    # Every holder first sends its pieces, then gets the result's pieces back; both phases go through the matrices, and
+    # the holders of each, in the plan's order. As that order is total and shared, the exchange cannot deadlock, even
+    # where a backend runs one message at a time.
+    send = partial(collectives.send, group=group, label="muon", async_op=True)
+    recv = partial(collectives.recv, group=group, label="muon", async_op=True)
+    me = group.rank
+    mine = [(cut, piece) for cut in cuts for piece in cut.pieces if piece.shard == me]
+    buffers: list[torch.Tensor] = []  # per cut of mine: the whole direction if owned, else this rank's piece
+    works: list[list[Work]] = []
+    # Elementwise work is done by who holds the elements, so only directions travel, never gradients and momenta.
+    for cut, piece in mine:
+        own = slots[cut.slot].direction(_run(piece))
+        if cut.owner != me:
+            buffers.append(own)
+            works.append([send(own, cut.owner, tag=_TO_OWNER)])
+            continue
+        matrix = torch.empty(cut.numel, dtype=NS_DTYPE, device=own.device)
+        _part(matrix, piece).copy_(own)
+        buffers.append(matrix)
+        others = [other for other in cut.pieces if other.shard != me]
+        works.append([recv(_part(matrix, other), other.shard, tag=_TO_OWNER) for other in others])
+
+    def finish() -> None:
+        # [1] What is complete is orthogonalised and sent back, [2] what was sent back is applied, [3] and only then are
+        # the sends waited for: a peer may be in [1] still.
+        returns: list[Work | None] = []
+        sent: list[Work] = []
+        kept: list[torch.Tensor] = []  # results must outlive their sends
+        for (cut, piece), buffer, pending in zip(mine, buffers, works, strict=True):
+            for work in pending:
+                work.wait()
+            if cut.owner != me:
+                returns.append(recv(buffer, cut.owner, tag=_BACK))
+                continue
+            slot = slots[cut.slot]
+            result = slot.orthogonal(cut.tensor, buffer)
+            kept.append(result)
+            others = [other for other in cut.pieces if other.shard != me]
+            sent += [send(_part(result, other), other.shard, tag=_BACK) for other in others]
+            slot.apply(cut.tensor, _run(piece), _part(result, piece))
+            returns.append(None)
+        for (cut, piece), buffer, back in zip(mine, buffers, returns, strict=True):
+            if back is not None:
+                back.wait()
+                slots[cut.slot].apply(cut.tensor, _run(piece), buffer)
+        for work in sent:
+            work.wait()
+
+    return finish
+
+
+def _run(piece: Piece) -> slice:
+    return slice(piece.offset, piece.offset + piece.numel)
+
+
+def _part(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
+    return whole[piece.start : piece.start + piece.numel]
+
+
+class Muon(OnShards):
     """Momentum, orthogonalised (K. Jordan, https://kellerjordan.github.io/posts/muon), for matrices; AdamW else.
 
     ``m = lerp(m, g, 1 - momentum)``; ``o = NewtonSchulz(nesterov ? lerp(g, m, momentum) : m)``, in bfloat16;
@@ -78,9 +283,7 @@ class Muon(Optimizer):
             raise ValueError(f"adjust_lr_fn is 'original' or 'match_rms_adamw', found {adjust_lr_fn!r}")
         if len(ns_coefficients) != 3:
             raise ValueError(f"ns_coefficients are three numbers, found {ns_coefficients}")
-        self._views: dict[nn.Parameter, ShardView] = {}
-        self._whole: dict[torch.Tensor, ShardView] = {}
-        self._plans: dict[Group, _Plan] = {}
+        self._plans: dict[Group, tuple[object, _Rounds]] = {}  # (what a plan is for, the plan)
         super().__init__(
             params,
             {
@@ -99,29 +302,11 @@ class Muon(Optimizer):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copied or unpickled optimizer is unbound, as a process group cannot be copied; load_state_dict passes
-        # here too, and stays bound.
         super().__setstate__(state)
-        for name in ("_views", "_whole", "_plans"):
-            self.__dict__.setdefault(name, {})
+        self.__dict__.setdefault("_plans", {})
 
-    def bind_shards(self, views: Mapping[nn.Parameter, ShardView]) -> None:
-        """Step on these 1-D masters as shards from now on, too; see ShardAware."""
-        check_bound(views)
-        self._views.update(views)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        slots = [
-            slot
-            for group in self.param_groups
-            for param in group["params"]
-            if (slot := self._slot(param, group)) is not None
-        ]
+    def _update(self) -> None:
+        slots = [self._slot(*stepped) for stepped in self._stepped()]
         self._step_others(slots)
         by_group: dict[Group, list[MatrixSlot]] = {}
         for slot in slots:
@@ -131,16 +316,13 @@ class Muon(Optimizer):
             self._step_matrices(together, members)
         for slot in slots:
             put_back(slot.param, slot.value)
-        return loss
 
-    def _slot(self, param: torch.Tensor, group: dict[str, Any]) -> MatrixSlot | None:
-        view = view_or_whole(param, self._views, self._whole)
-        grad = gradient(param, "Muon")
-        if grad is None:
-            return None
+    def _slot(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> MatrixSlot:
+        view = self._view(param)
         tensors = view.layout.tensors
         matrices = frozenset(i for i, spec in enumerate(tensors) if is_matrix(spec.shape, group["use_muon"]))
-        if group["use_muon"] and len(matrices) < len(tensors):
+        others = len(matrices) < len(tensors)
+        if group["use_muon"] and others:
             odd = next(spec for i, spec in enumerate(tensors) if i not in matrices)
             raise UsageError(
                 f"use_muon: True on parameter {odd.name!r}",
@@ -148,22 +330,15 @@ class Muon(Optimizer):
                 found=f"shape {odd.shape}",
                 fix="put it in a param group of its own, or leave use_muon out",
             )
-        # What state exists follows from the whole layout, not from this shard: it is the same on every rank.
-        names = (["momentum_buffer"] if matrices else []) + (
-            ["exp_avg", "exp_avg_sq"] if len(matrices) < len(tensors) else []
-        )
-        state = self.state[param]
-        if "step" not in state:
-            state["step"] = torch.tensor(0.0)
-        for name in names:
-            if name not in state:
-                state[name] = torch.zeros_like(param, memory_format=torch.contiguous_format)
-        state["step"] += 1
+        # What state exists follows from the whole layout, not from this shard: it is the same on every rank, so that a
+        # checkpoint has the same tensors whoever writes it.
+        names = ["momentum_buffer"] * bool(matrices) + ["exp_avg", "exp_avg_sq"] * others
+        state = self._counted(param, names)
         momentum = state["momentum_buffer"].view(-1) if matrices else None
         return MatrixSlot(param, view, group, matrices, flat(param), grad, momentum)
 
     def _step_others(self, slots: Sequence[MatrixSlot]) -> None:
-        """AdamW (arXiv 1711.05101, Algorithm 2) on the runs that hold no matrices; elementwise."""
+        # AdamW (arXiv 1711.05101, Algorithm 2) on the runs that hold no matrices; elementwise.
         for slot in slots:
             _, runs = merged_runs(slot.view.pieces(), slot.matrices)
             if not runs:
@@ -186,19 +361,16 @@ class Muon(Optimizer):
             for run in merged_runs(slot.view.pieces(), slot.matrices)[0]:
                 slot.momentum[run].lerp_(slot.grad[run], 1.0 - slot.group["momentum"])
                 slot.value[run].mul_(1.0 - float(slot.group["lr"]) * slot.group["weight_decay"])
-        if members.size == 1:
-            _step_own(slots)
-            return
-        rounds = self._rounds(slots, members)
+        rounds = self._rounds(slots, members) if members.size > 1 else ()
         waiting = exchange_round(slots, rounds[0], members) if rounds else None
-        _step_own(slots)  # while the first round's pieces travel
+        self._step_own(slots)  # while the first round's pieces travel
         if waiting is not None:
             waiting()
         for cuts in rounds[1:]:
             exchange_round(slots, cuts, members)()
 
     def _rounds(self, slots: list[MatrixSlot], members: Group) -> _Rounds:
-        """The plan for ``slots``, kept as long as the same masters take part."""
+        # The plan is kept as long as the same masters take part.
         layouts = tuple(slot.view.layout for slot in slots)
         matrices = tuple(tuple(sorted(slot.matrices)) for slot in slots)
         known = self._plans.get(members)
@@ -206,61 +378,11 @@ class Muon(Optimizer):
             known = self._plans[members] = ((layouts, matrices), plan_rounds(layouts, matrices))
         return known[1]
 
-
-def _step_own(slots: Sequence[MatrixSlot]) -> None:
-    """The matrices that lie wholly in this shard: no communication."""
-    for slot in slots:
-        for piece in slot.view.pieces():
-            if piece.tensor in slot.matrices and piece.numel == slot.view.layout.tensors[piece.tensor].numel:
-                run = slice(piece.offset, piece.offset + piece.numel)
-                slot.apply(piece.tensor, run, slot.orthogonal(piece.tensor, slot.direction(run)))
-
-
-def split_groups(
-    groups: list[Any],
-    use_muon: bool | None = None,
-    muon_lr: float | None = None,
-    adam_lr: float | None = None,
-) -> list[dict[str, Any]]:
-    """Param groups of matrices only or of others only, in the order given, each with ``use_muon`` set.
-
-    ``groups``: tensors, (name, tensor) pairs, or group dicts. A group's own ``use_muon`` wins over a parameter's
-    attribute ``use_muon``, which wins over "at least two dims"; the argument False sends all to AdamW, True is as
-    None (a configuration's ``use_muon: true`` asserts nothing of a bias). Of a group dict that holds both kinds the
-    matrices stay in the very same dict and the others follow in a copy of it. ``muon_lr`` and ``adam_lr`` are the
-    learning rates of groups that give none of their own.
-
-    Raises ConfigError where a group or a parameter asks for Muon and has fewer than two dims.
-    """
-    listed: list[dict[str, Any]] = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
-    result: list[dict[str, Any]] = []
-    for group in listed:
-        members = group["params"]
-        members = [members] if isinstance(members, torch.Tensor) else list(members)
-        settings = {key: value for key, value in group.items() if key != "params"}
-        chosen = [_is_muon(member, group.get("use_muon"), use_muon) for member in members]
-        part: dict[str, Any] = group
-        for kind, lr in ((True, muon_lr), (False, adam_lr)):
-            mine = [member for member, choice in zip(members, chosen, strict=True) if choice is kind]
-            if not mine and (kind or members):
-                continue
-            part.update(settings, params=mine, use_muon=kind)
-            if lr is not None:
-                part.setdefault("lr", lr)
-            result.append(part)
-            part = {}
-    return result
-
-
-def _is_muon(member: Any, of_group: bool | None, of_all: bool | None) -> bool:
-    param = member[1] if isinstance(member, tuple) else member
-    shape = tuple(getattr(param, "ds_shape", param.shape))  # the true shape, also where it is sharded
-    asked = of_group if of_group is not None else getattr(param, "use_muon", None)
-    if asked and len(shape) < 2:
-        raise ConfigError(
-            "use_muon: true was asked of a parameter that is no matrix",
-            expected="at least 2 dims",
-            found=f"shape {shape}",
-            fix="leave use_muon out, so that Muon takes matrices and AdamW the others",
-        )
-    return len(shape) >= 2 and of_all is not False if asked is None else bool(asked)
+    def _step_own(self, slots: Sequence[MatrixSlot]) -> None:
+        # The matrices that lie wholly in this shard: no communication.
+        for slot in slots:
+            tensors = slot.view.layout.tensors
+            for piece in slot.view.pieces():
+                if piece.tensor in slot.matrices and piece.numel == tensors[piece.tensor].numel:
+                    result = slot.orthogonal(piece.tensor, slot.direction(_run(piece)))
+                    slot.apply(piece.tensor, _run(piece), result)

@@ -26,31 +26,18 @@ from zeropipe.runtime.optimizers.fused import (
     held,
     refuse,
 )
-from zeropipe.runtime.optimizers.muon import Muon, split_groups
+from zeropipe.runtime.optimizers.muon import Muon
 from zeropipe.runtime.optimizers.shard_view import ShardAware
+from zeropipe.runtime.optimizers.state_kinds import TORCHS
 
 Kind = Literal["elementwise", "shard_aware", "whole"]
 
-ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.SGD,
-    torch.optim.Adagrad,
-    torch.optim.RMSprop,
-    torch.optim.Adadelta,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.ASGD,
-    torch.optim.Rprop,
-    Lion,
-)
+# What the table of state names updates each element by that element's history alone, as our Lion does.
+ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (*TORCHS, Lion)
 # On a shard these compute something else, or fail: known, so no flag lets them pass.
 NEEDS_WHOLE: Mapping[str, str] = MappingProxyType(
     {
-        "LBFGS": "its line search takes inner products over all parameters",
         "Adafactor": "it factors the second moment by the rows and columns of each matrix",
-        "SparseAdam": "it takes sparse gradients only",
         "Muon": "it orthogonalises whole matrices; the optimizer type 'Muon' of the config, or "
         "zeropipe.runtime.optimizers.Muon, does so on shards",
     }
@@ -68,9 +55,19 @@ class Request:
     name: str  # as the user wrote it
     params: Mapping[str, Any]  # hyperparameters, without "auto" values
     groups: list[Any]  # tensors, (name, tensor) pairs or param-group dicts
+    device: torch.device | str | None = None  # where steps will run; None: where the parameters are
 
     def without(self, *keys: str) -> Request:
         return replace(self, params={k: v for k, v in self.params.items() if k not in keys})
+
+    def fused(self, cls: type) -> dict[str, Any]:
+        """``fused=True`` where ``cls`` has it, the devices have it, and the user has not decided otherwise."""
+        decided = {"fused", "foreach", "capturable", "differentiable"} & set(self.params)
+        here = self.device is None or torch.device(self.device).type in FUSED_DEVICES
+        # torch has Adagrad's kernel on the CPU alone.
+        where = frozenset({"cpu"}) if cls is torch.optim.Adagrad else FUSED_DEVICES
+        has = "fused" in inspect.signature(cls).parameters
+        return {"fused": True} if has and here and can_fuse(self.groups, where) and not decided else {}
 
     def make(self, cls: Callable[..., torch.optim.Optimizer], **extra: Any) -> torch.optim.Optimizer:
         """Raises ConfigError for a hyperparameter that ``cls`` does not have, or a value that it refuses."""
@@ -82,6 +79,7 @@ class Request:
         for key in self.params:
             if key not in known:
                 raise ConfigError(_unknown(f"optimizer.params.{key}", key, known, f"optimizer {self.name}"))
+        # What torch itself refuses is an error of the configuration too, and is told as one.
         try:
             return cls(self.groups, **{**extra, **self.params})
         except ConfigError:
@@ -105,8 +103,9 @@ def build_optimizer(
 
     Raises ConfigError for a name or hyperparameter that is not known, with the nearest one that is.
     """
+    # "auto" is what integrations write where their own settings would stand.
     given = {key: value for key, value in (params or {}).items() if value != "auto"}
-    request = Request(type, given, held(param_groups))
+    request = Request(type, given, held(param_groups), device)
     name = type.lower().replace("_", "").replace("-", "")
     if name in _COMPRESSED:
         try:
@@ -116,12 +115,12 @@ def build_optimizer(
                 f"optimizer {type} is not part of this installation ({error})", fix="use type Adam"
             ) from error
         return request.make(cls)
-    if name in _BUILDERS:
-        return _BUILDERS[name](request, _device_types(request.groups, device))
+    if name in _BY_NAME:
+        return _BY_NAME[name](request)
     for candidate, cls in _torch_classes().items():
         if candidate.lower() == name:
-            return request.make(cls, **_fused(request, cls, _device_types(request.groups, device)))
-    names = sorted({*_NAMES, *_torch_classes()})
+            return request.make(cls, **request.fused(cls))
+    names = sorted({*_BUILDERS, "OneBitAdam", "OneBitLamb", "ZeroOneAdam", *_torch_classes()})
     raise ConfigError(_unknown("optimizer.type", type, names, "zeropipe or torch.optim"))
 
 
@@ -133,7 +132,8 @@ def classify(optimizer: torch.optim.Optimizer) -> Kind:
     if isinstance(optimizer, ShardAware):
         return "shard_aware"
     for base in ELEMENTWISE:
-        if isinstance(optimizer, base) and _same_step(optimizer.__class__, base):
+        # torch wraps step() on first use of each class, so compare what is inside the wrappers.
+        if isinstance(optimizer, base) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(base.step):
             return "elementwise"
     return "whole"
 
@@ -168,7 +168,7 @@ def require_shardable(optimizer: torch.optim.Optimizer, stage: int, allow_untest
 
 
 def _refuse_unservable(optimizer: torch.optim.Optimizer) -> None:
-    """An engine steps on gradients that it has averaged, dense, once per step."""
+    # An engine steps on gradients that it has averaged, dense, once per step.
     cls = optimizer.__class__
     closure = inspect.signature(inspect.unwrap(cls.step)).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
@@ -184,28 +184,7 @@ def _refuse_unservable(optimizer: torch.optim.Optimizer) -> None:
     )
 
 
-def _same_step(cls: type[torch.optim.Optimizer], base: type[torch.optim.Optimizer]) -> bool:
-    # torch wraps step() on first use of each class, so compare what is inside the wrappers.
-    return inspect.unwrap(cls.step) is inspect.unwrap(base.step)
-
-
-def _device_types(groups: list[Any], device: torch.device | str | None) -> frozenset[str]:
-    """The device types that fused kernels must exist for, or none where they cannot be used."""
-    if device is not None:
-        return frozenset({torch.device(device).type})
-    return FUSED_DEVICES if can_fuse(groups) else frozenset()
-
-
-def _fused(request: Request, cls: type, devices: frozenset[str]) -> dict[str, Any]:
-    """``fused=True`` where ``cls`` has it, the devices have it, and the user has not decided otherwise."""
-    decided = {"fused", "foreach", "capturable", "differentiable"} & set(request.params)
-    where = frozenset({"cpu"}) if cls is torch.optim.Adagrad else FUSED_DEVICES
-    usable = bool(devices) and devices <= FUSED_DEVICES and can_fuse(request.groups, where)
-    has = "fused" in inspect.signature(cls).parameters
-    return {"fused": True} if usable and has and not decided else {}
-
-
-def _adam(request: Request, devices: frozenset[str]) -> torch.optim.Optimizer:
+def _adam(request: Request) -> torch.optim.Optimizer:
     """Adam and AdamW: decoupled weight decay unless ``adam_w_mode`` is false, which AdamW does not have."""
     decoupled = request.name.lower() == "adamw" or bool(request.params.get("adam_w_mode", True))
     if request.params.get("bias_correction") is False:
@@ -214,54 +193,95 @@ def _adam(request: Request, devices: frozenset[str]) -> torch.optim.Optimizer:
     # Without torch_adam, DeepSpeed's own Adam is meant: its weight decay is 0 unless given, AdamW's is 0.01.
     extra = {} if request.params.get("torch_adam") else {"weight_decay": 0.0}
     rest = request.without("adam_w_mode", "torch_adam", "bias_correction", "set_grad_none")
-    return rest.make(cls, **extra, **_fused(rest, cls, devices))
+    return rest.make(cls, **extra, **rest.fused(cls))
 
 
-def _muon(request: Request, devices: frozenset[str]) -> torch.optim.Optimizer:
+def _muon(request: Request) -> torch.optim.Optimizer:
     given = request.params
     groups = split_groups(request.groups, given.get("use_muon"), given.get("muon_lr"), given.get("adam_lr"))
     return replace(request.without("muon_lr", "adam_lr", "use_muon"), groups=groups).make(Muon)
 
 
-def _plain(cls: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-    return lambda request, devices: request.make(cls)
+def split_groups(
+    groups: list[Any],
+    use_muon: bool | None = None,
+    muon_lr: float | None = None,
+    adam_lr: float | None = None,
+) -> list[dict[str, Any]]:
+    """Param groups of matrices only or of others only, in the order given, each with ``use_muon`` set.
+
+    ``groups``: tensors, (name, tensor) pairs, or group dicts. A group's own ``use_muon`` wins over a parameter's
+    attribute ``use_muon``, which wins over "at least two dims"; the argument False sends all to AdamW, True is as
+    None (a configuration's ``use_muon: true`` asserts nothing of a bias). Of a group dict that holds both kinds the
+    matrices stay in the very same dict and the others follow in a copy of it. ``muon_lr`` and ``adam_lr`` are the
+    learning rates of groups that give none of their own.
+
+    Raises ConfigError where a group or a parameter asks for Muon and has fewer than two dims.
+    """
+    listed: list[dict[str, Any]] = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
+    result: list[dict[str, Any]] = []
+    for group in listed:
+        members = group["params"]
+        members = [members] if isinstance(members, torch.Tensor) else list(members)
+        settings = {key: value for key, value in group.items() if key != "params"}
+        chosen = [_is_muon(member, group.get("use_muon"), use_muon) for member in members]
+        # The first part stays in the very same dict, which schedulers and users know.
+        part: dict[str, Any] = group
+        for kind, lr in ((True, muon_lr), (False, adam_lr)):
+            mine = [member for member, choice in zip(members, chosen, strict=True) if choice is kind]
+            if not mine and (kind or members):
+                continue
+            part.update(settings, params=mine, use_muon=kind)
+            if lr is not None:
+                part.setdefault("lr", lr)
+            result.append(part)
+            part = {}
+    return result
 
 
-_Builder = Callable[[Request, frozenset[str]], torch.optim.Optimizer]
-_NAMES = (
-    "Adam",
-    "AdamW",
-    "FusedAdam",
-    "CPUAdam",
-    "CPUAdagrad",
-    "Lion",
-    "FusedLion",
-    "CPULion",
-    "Lamb",
-    "FusedLamb",
-    "Muon",
-    "OneBitAdam",
-    "OneBitLamb",
-    "ZeroOneAdam",
+def _is_muon(member: Any, of_group: bool | None, of_all: bool | None) -> bool:
+    param = member[1] if isinstance(member, tuple) else member
+    shape = tuple(getattr(param, "ds_shape", param.shape))  # the true shape, also where it is sharded
+    asked = of_group if of_group is not None else getattr(param, "use_muon", None)
+    if asked and len(shape) < 2:
+        raise ConfigError(
+            "use_muon: true was asked of a parameter that is no matrix",
+            expected="at least 2 dims",
+            found=f"shape {shape}",
+            fix="leave use_muon out, so that Muon takes matrices and AdamW the others",
+        )
+    return len(shape) >= 2 and of_all is not False if asked is None else bool(asked)
+
+
+def _plain(cls: Callable[..., torch.optim.Optimizer]) -> _Builder:
+    return lambda request: request.make(cls)
+
+
+_Builder = Callable[[Request], torch.optim.Optimizer]
+_CPU: Mapping[str, _Builder] = MappingProxyType(
+    {
+        "CPUAdam": _plain(DeepSpeedCPUAdam),
+        "CPUAdagrad": _plain(DeepSpeedCPUAdagrad),
+        "CPULion": _plain(DeepSpeedCPULion),
+    }
 )
 _BUILDERS: Mapping[str, _Builder] = MappingProxyType(
     {
-        "adam": _adam,
-        "adamw": _adam,
-        "fusedadam": _plain(FusedAdam),
-        "cpuadam": _plain(DeepSpeedCPUAdam),
-        "deepspeedcpuadam": _plain(DeepSpeedCPUAdam),
-        "cpuadagrad": _plain(DeepSpeedCPUAdagrad),
-        "deepspeedcpuadagrad": _plain(DeepSpeedCPUAdagrad),
-        "lion": _plain(FusedLion),
-        "fusedlion": _plain(FusedLion),
-        "cpulion": _plain(DeepSpeedCPULion),
-        "deepspeedcpulion": _plain(DeepSpeedCPULion),
-        "lamb": _plain(FusedLamb),
-        "fusedlamb": _plain(FusedLamb),
-        "muon": _muon,
+        "Adam": _adam,
+        "AdamW": _adam,
+        "FusedAdam": _plain(FusedAdam),
+        "Lion": _plain(FusedLion),
+        "FusedLion": _plain(FusedLion),
+        "Lamb": _plain(FusedLamb),
+        "FusedLamb": _plain(FusedLamb),
+        "Muon": _muon,
+        **_CPU,
     }
 )
+# Names that a config may give, in any case: those of the table, and DeepSpeed's for what steps on the host.
+_BY_NAME = {name.lower(): build for name, build in _BUILDERS.items()} | {
+    f"deepspeed{name.lower()}": build for name, build in _CPU.items()
+}
 
 
 def _torch_classes() -> dict[str, type[torch.optim.Optimizer]]:

@@ -1,13 +1,18 @@
-"""What our optimizers share: the view of the 1-D shard that they are given to step on, and range checks of options."""
+"""What our optimizers share: the view of the 1-D shard that they are given to step on, a step, and checks of options.
+
+Also what an engine may ask of any optimizer: whether it wants its shards (``ShardAware``), or exchanges by itself
+(``Communicates``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from zeropipe.comm.group import SELF, Group
 from zeropipe.errors import UsageError
@@ -25,6 +30,7 @@ class ShardView:
     shard: int
     group: Group
 
+    # Whole-tensor updates ask the group for what other shards hold: member s must be who has shard s.
     def __post_init__(self) -> None:
         if self.group.size != self.layout.num_shards or self.group.rank != self.shard:
             raise UsageError(
@@ -50,46 +56,101 @@ class ShardAware(Protocol):
     def bind_shards(self, views: Mapping[nn.Parameter, ShardView]) -> None: ...
 
 
-def whole(param: torch.Tensor) -> ShardView:
-    """The view of an ordinary, unsharded tensor: a layout of one, held by a group of one."""
-    spec = TensorSpec("", tuple(param.shape), str(param.dtype).removeprefix("torch."))
-    return ShardView(FlatShards((spec,), 1), 0, SELF)
+@runtime_checkable
+class Communicates(Protocol):
+    """An optimizer that exchanges something else than gradients in some of its steps, over the ranks it is bound to."""
+
+    communicates: bool
+
+    def check_stage(self, stage: int) -> None: ...
+    def check_ties(self, names: Sequence[str]) -> None: ...
+    def check_run(self, total_steps: object, warmup_steps: object) -> None: ...
+    def bind_communication(self, group: Group) -> None: ...
+    def wants_local_gradients(self) -> bool: ...
+    def set_local_gradient(self, master: torch.nn.Parameter, gradient: torch.Tensor) -> None: ...
+    def rank_state(self) -> dict[str, Any]: ...
+    def take_rank_states(
+        self, own: dict[str, Any] | None, everyone: Callable[[], Sequence[dict[str, Any]]]
+    ) -> str: ...
 
 
-def check_bound(views: Mapping[nn.Parameter, ShardView]) -> None:
-    """Raises UsageError where a master is not the 1-D shard that its view describes."""
-    for param, view in views.items():
-        if tuple(param.shape) != (view.layout.shard_numel,):
-            raise UsageError(
-                "a master does not have the shape of its shard",
-                rank=view.group.ranks[view.group.rank],
-                expected=(view.layout.shard_numel,),
-                found=tuple(param.shape),
-            )
+class Stepped(Optimizer):
+    """One of ours: what it does in a step is ``_update``, without gradients being recorded."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    def _update(self) -> None:
+        raise NotImplementedError
 
 
-def view_or_whole(
-    param: torch.Tensor, bound: Mapping[nn.Parameter, ShardView], cache: dict[torch.Tensor, ShardView]
-) -> ShardView:
-    """The bound view of ``param``, or that of a whole tensor (kept in ``cache``, as shapes do not change)."""
-    found = bound.get(param) if isinstance(param, nn.Parameter) else None
-    if found is not None:
+class OnShards(Stepped):
+    """One that needs whole tensors, and steps on ordinary ones or, once it is bound, on 1-D masters: ``ShardAware``."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._views: dict[Any, ShardView] = {}  # as bound
+        self._whole: dict[torch.Tensor, ShardView] = {}  # of all others: made once, as shapes do not change
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied or unpickled optimizer is unbound, as a process group cannot be copied; load_state_dict passes
+        # here too, and stays bound.
+        super().__setstate__(state)
+        for name in ("_views", "_whole"):
+            self.__dict__.setdefault(name, {})
+
+    def bind_shards(self, views: Mapping[nn.Parameter, ShardView]) -> None:
+        """Step on these 1-D masters as shards from now on, too. Raises UsageError where one is no such shard."""
+        for param, view in views.items():
+            if tuple(param.shape) != (view.layout.shard_numel,):
+                raise UsageError(
+                    "a master does not have the shape of its shard",
+                    rank=view.group.ranks[view.group.rank],
+                    expected=(view.layout.shard_numel,),
+                    found=tuple(param.shape),
+                )
+        self._views |= views
+
+    def _view(self, param: torch.Tensor) -> ShardView:
+        """The view of ``param``: as bound, or of an ordinary tensor, a layout of one that a group of one holds."""
+        found = self._views.get(param) or self._whole.get(param)
+        if found is None:
+            spec = TensorSpec("", tuple(param.shape), str(param.dtype).removeprefix("torch."))
+            found = self._whole[param] = ShardView(FlatShards((spec,), 1), 0, SELF)
         return found
-    if param not in cache:
-        cache[param] = whole(param)
-    return cache[param]
+
+    def _stepped(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+        """(parameter, its gradient as one flat run, its param group) of each that has a gradient."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if param.grad.is_sparse:
+                    name = type(self).__name__
+                    raise UsageError(
+                        f"{name} does not take sparse gradients", fix="build the embedding with sparse=False"
+                    )
+                yield param, param.grad.reshape(-1), group
+
+    def _counted(self, param: torch.Tensor, names: Sequence[str]) -> dict[str, Any]:
+        """The state of ``param``, with zeros like it under ``names``, one step further."""
+        state: dict[str, Any] = self.state[param]
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0)
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(param, memory_format=torch.contiguous_format)
+        state["step"] += 1
+        return state
 
 
-def gradient(param: torch.Tensor, name: str) -> torch.Tensor | None:  # 1-D, numel of param
-    """``param.grad`` as one flat run; None where there is none."""
-    grad = param.grad
-    if grad is None:
-        return None
-    if grad.is_sparse:
-        raise UsageError(f"{name} does not take sparse gradients. Fix: build the embedding with sparse=False")
-    return grad.reshape(-1)
-
-
+# A master is contiguous. A tensor that a user steps on without an engine (channels last, a transpose) need not be.
 def flat(param: torch.Tensor) -> torch.Tensor:  # 1-D, numel of param
     """``param`` as one run of elements: a view of it where it is contiguous, else a copy to be put back."""
     data = param.detach()
@@ -104,7 +165,7 @@ def put_back(param: torch.Tensor, run: torch.Tensor) -> None:
 
 def check_not_negative(**values: float) -> None:
     for name, value in values.items():
-        if not float(value) >= 0.0:
+        if not float(value) >= 0.0:  # also true of NaN
             raise ValueError(f"{name} must be at least 0, found {value}")
 
 

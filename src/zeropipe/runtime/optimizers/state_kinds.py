@@ -37,7 +37,7 @@ def _kinds(per_element: str, shared: str = "step", **at_birth: str) -> StateKind
     return StateKinds(frozenset(per_element.split()), frozenset(shared.split()), at_birth)
 
 
-_TABLE: Mapping[type[torch.optim.Optimizer], StateKinds] = MappingProxyType(
+TORCHS: Mapping[type[torch.optim.Optimizer], StateKinds] = MappingProxyType(
     {
         torch.optim.Adam: _kinds("exp_avg exp_avg_sq max_exp_avg_sq"),
         torch.optim.AdamW: _kinds("exp_avg exp_avg_sq max_exp_avg_sq"),
@@ -57,11 +57,12 @@ _UNKNOWN = StateKinds(frozenset())
 
 def kinds_of(optimizer: torch.optim.Optimizer | None) -> StateKinds:
     """What is declared for the optimizer's class or the nearest one that it extends."""
+    # The nearest class wins: one that brings a step of its own says what that keeps, or inherits what it keeps.
     for cls in type(optimizer).__mro__:
         if "per_element_state" in vars(cls):
             return StateKinds(frozenset(vars(cls)["per_element_state"]))
-        if cls in _TABLE:
-            return _TABLE[cls]
+        if cls in TORCHS:
+            return TORCHS[cls]
     return _UNKNOWN
 
 
@@ -73,9 +74,7 @@ def per_element_keys(
     ``optimizer`` None: not known, as in a file. What a key is for parameters of one element, others tell: give all.
     """
     kinds = kinds_of(optimizer)
-    alike: dict[
-        str, bool
-    ] = {}  # key -> whether a parameter that has more or fewer elements than one shows it
+    alike: dict[str, bool] = {}  # key -> whether a parameter that has not exactly one element shows it
     other: set[str] = set()  # keys that are not like their parameter somewhere
     for shape, state in states:
         for key, found in state.items():
@@ -85,6 +84,8 @@ def per_element_keys(
                 alike[key] = alike.get(key, False) or any(size != 1 for size in shape)
             else:
                 other.add(key)
+    # What no table names is per element where it is like its parameter everywhere. A parameter of one element alone
+    # proves nothing: a step count has that shape too, so what is declared as shared stays so.
     undeclared = {key for key in alike if key not in other and key not in kinds.per_element | kinds.shared}
     return {key for key in kinds.per_element if key in alike} | undeclared
 
@@ -118,6 +119,7 @@ def born_state(
 
 def split_shared(given: Sequence[Shared], numels: Sequence[int]) -> tuple[Shared, dict[int, Shared]]:
     """(what most elements share, what others have instead). None is the rule only where nothing was stepped."""
+    # By elements and not by parameters: what is stepped apart costs a call, and copies of what shares its lines.
     kinds: list[tuple[dict[str, Any], int]] = []  # distinct values, elements that have them
     which: list[int | None] = []
     for shared, numel in zip(given, numels, strict=True):
@@ -140,6 +142,7 @@ def same_shared(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return one is other or (one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one))
 
 
+# A count may be a tensor of one element or a number, on either device: by which version of torch it was made.
 def _equal(one: Any, other: Any) -> bool:
     if torch.is_tensor(one) or torch.is_tensor(other):
         one, other = torch.as_tensor(one), torch.as_tensor(other)
@@ -149,6 +152,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 def named_numbers(names: Sequence[str], given: Sequence[Shared], numels: Sequence[int]) -> dict[str, Any]:
     """What the tensors of a flat share, each with its ``given``, as one dict; see ``layout.numbers``."""
+    # What most share stands under its own name, as every reader of such files expects; the rest says whose it is.
     main, apart = split_shared(given, numels)
     numbers = dict(main or {})
     for index in range(len(names)) if main is None else apart:

@@ -84,7 +84,7 @@ class ShardedModel:
         """Let the reductions of gradients and the gathers of parameters take care of each other."""
         # A rank that waits for a reduction while its peer waits for it in a gather would wait for ever: gathers carry
         # how far each rank's reductions are, and the reducer waits for no more.
-        reducer.conductor = self.coordinator
+        reducer.serve(conductor=self.coordinator)
         self.coordinator.reductions = reducer
 
     def end_backward(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 
@@ -17,6 +18,13 @@ from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.reducer import Reducer
+
+
+class What(Enum):
+    """What lies like the master, besides the optimizer's state, which goes by its key."""
+
+    MASTER = "fp32 value"
+    GRADIENT = "gradient"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,49 +43,71 @@ class Trained:
         return self.partition.group
 
     def write_value(self, value: torch.Tensor) -> None:
-        self.partition.write_value(self.index, value)
+        self.write(What.MASTER, value, whole=True)
 
-    def full(self, shard: torch.Tensor) -> torch.Tensor:
-        return self.partition.values.full(shard, self.index)
-
-    def local(self, shard: torch.Tensor) -> torch.Tensor:
-        return self.partition.local(shard, self.index)
-
-    def check_shape(self, value: torch.Tensor, expected: tuple[int, ...] | None = None) -> None:
-        """Raise UsageError unless ``value`` has the shape ``expected`` (None: the parameter's)."""
-        expected = self.partition.shapes[self.index] if expected is None else expected
-        if tuple(value.shape) != expected:
-            raise UsageError(
-                f"value for parameter '{self.name}'", expected=f"shape {expected}", found=tuple(value.shape)
-            )
-
-    def gradient(self) -> torch.Tensor | None:
-        """The shard of gradients with everything reduced; None when no backward ran since the last step."""
-        if self.reducer.window_is_empty:
+    def read(self, what: What | str, whole: bool) -> torch.Tensor | None:
+        """The parameter's shape, or (not ``whole``) this rank's piece, 1D; None where there is no such thing yet."""
+        # An edit that no step has seen yet is part of the value.
+        if what is What.MASTER and whole:
+            self.partition.values.take_edit(self.index)
+        shard = self._shard(what)
+        if shard is None:
             return None
+        part = self.partition.values.full(shard, self.index) if whole else self._local(shard)
+        return part.float() / self.loss_scale() if what is What.GRADIENT else part
+
+    def write(self, what: What | str, value: torch.Tensor, whole: bool) -> None:
+        """Raises UsageError for a value of another shape, and where there is no such thing yet."""
+        if whole:
+            self._check(value, self.partition.shapes[self.index])
+        shard = self._shard(what)
+        if shard is None and what is What.GRADIENT:
+            raise UsageError(
+                f"parameter '{self.name}' has no gradient yet", fix="set it between backward and step"
+            )
+        if shard is None:
+            keys = ", ".join(sorted(self.partition.state.keys()))
+            raise UsageError(
+                f"parameter '{self.name}' has no optimizer state {what!r}",
+                expected=keys or "none before the first step",
+                fix="use one of these",
+            )
+        if not whole:
+            self._check(value, tuple(self._local(shard).shape))
+        if isinstance(what, str):
+            self.partition.state.write(what, self.index, value, whole)
+            return
+        if what is What.GRADIENT:
+            value = value * self.loss_scale()
+            self.store.seen.add(self.index)  # else a step would leave it out, as one that nobody used
+        self.partition.put(shard, self.index, value, whole)
+        if what is What.MASTER and whole:
+            self.partition.values.write(self.index, value)
+        elif what is What.MASTER:
+            # Each rank has written its own piece alone.
+            self.partition.values.publish()
+
+    def _shard(self, what: What | str) -> torch.Tensor | None:  # 1D, as the master
+        if what is What.MASTER:
+            return self.partition.master.detach()
+        if isinstance(what, str):
+            return self.partition.state.shard(what)
+        # Stages 0 and 1 reduce once per window, and this may be before its boundary: what was reduced so far goes on
+        # as one more term, see ``GradStore.reopen``.
+        if self.reducer.window_is_empty:
+            return None  # no backward ran since the last step
         self.reducer.refuse_broken()
         self.reducer.finish_window()
         return self.store.shard
 
-    def gradient_to_set(self) -> torch.Tensor:
-        """The same, for who is about to write the parameter's part. Raises UsageError where there is none."""
-        shard = self.gradient()
-        if shard is None:
-            raise UsageError(
-                f"parameter '{self.name}' has no gradient yet. Fix: set it between backward and step"
-            )
-        return shard
+    def _local(self, shard: torch.Tensor) -> torch.Tensor:
+        return self.partition.local(shard, self.index)
 
-    def state_to_set(self, key: str) -> torch.Tensor:
-        """The state ``key``, 1D as the master."""
-        shard = self.partition.state.shard(key)
-        if shard is None:
+    def _check(self, value: torch.Tensor, expected: tuple[int, ...]) -> None:
+        if tuple(value.shape) != expected:
             raise UsageError(
-                f"parameter '{self.name}' has no optimizer state {key!r}",
-                expected=", ".join(sorted(self.partition.state.keys())) or "none before the first step",
-                fix="use one of these",
+                f"value for parameter '{self.name}'", expected=f"shape {expected}", found=tuple(value.shape)
             )
-        return shard
 
 
 def trained_of(param: torch.Tensor) -> Trained | None:
@@ -89,107 +119,77 @@ def _required(param: torch.nn.Parameter) -> Trained:
     one = trained_of(param)
     if one is None:
         raise UsageError(
-            f"a parameter of shape {tuple(param.shape)} is not trained by any engine. Fix: give it to the "
-            "optimizer, or (a frozen parameter) set requires_grad before the forward pass that follows"
+            f"a parameter of shape {tuple(param.shape)} is not trained by any engine",
+            fix="give it to the optimizer, or (a frozen parameter) set requires_grad before the forward pass that "
+            "follows",
         )
     return one
 
 
+def _read(param: torch.nn.Parameter, what: What | str, whole: bool) -> torch.Tensor | None:
+    one = trained_of(param)
+    return None if one is None else one.read(what, whole)
+
+
 def safe_get_full_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:
     """The parameter's master, whole, as a new fp32 tensor of its shape; None if no optimizer trains it."""
-    one = trained_of(param)
-    if one is None:
-        return None
-    one.partition.values.take_edit(one.index)
-    return one.full(one.partition.master.detach())
+    return _read(param, What.MASTER, True)
 
 
 def safe_set_full_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Set master and parameter to ``value`` (the parameter's shape, the same on every rank)."""
-    one = _required(param)
-    one.check_shape(value)
-    one.write_value(value)
+    _required(param).write(What.MASTER, value, True)
 
 
 def safe_get_full_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
     """The averaged gradient so far, whole, as a new fp32 tensor; None before the first backward of a step."""
-    one = trained_of(param)
-    shard = None if one is None else one.gradient()
-    if one is None or shard is None:
-        return None
-    return one.full(shard).float() / one.loss_scale()
+    return _read(param, What.GRADIENT, True)
 
 
 def safe_set_full_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Set the averaged gradient to ``value`` (the parameter's shape, the same on every rank)."""
-    one = _required(param)
-    one.check_shape(value)
-    one.partition.scatter(one.gradient_to_set(), one.index, value * one.loss_scale())
-    one.store.seen.add(one.index)
+    _required(param).write(What.GRADIENT, value, True)
 
 
 def safe_get_full_optimizer_state(param: torch.nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
     """State such as ``exp_avg``, whole, as a new tensor of the parameter's shape; None before the first step."""
-    one = trained_of(param)
-    shard = None if one is None else one.partition.state.shard(optim_state_key)
-    return None if one is None or shard is None else one.full(shard)
+    return _read(param, optim_state_key, True)
 
 
 def safe_set_full_optimizer_state(
     param: torch.nn.Parameter, value: torch.Tensor, optim_state_key: str
 ) -> None:
     """Set state such as ``exp_avg`` to ``value`` (the parameter's shape, the same on every rank)."""
-    one = _required(param)
-    one.check_shape(value)
-    one.state_to_set(optim_state_key)
-    one.partition.state.write(optim_state_key, one.index, value)
+    _required(param).write(optim_state_key, value, True)
 
 
 def safe_get_local_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:
     """This rank's piece of the master: 1D, a view, empty if the shard holds none of the parameter."""
-    one = trained_of(param)
-    return None if one is None else one.local(one.partition.master.detach())
+    return _read(param, What.MASTER, False)
 
 
 def safe_set_local_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Set this rank's piece of the master (1D). Every rank must call it: the values are gathered anew."""
-    one = _required(param)
-    piece = one.local(one.partition.master.detach())
-    one.check_shape(value, tuple(piece.shape))
-    piece.copy_(value)
-    one.partition.values.publish()
+    _required(param).write(What.MASTER, value, False)
 
 
 def safe_get_local_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
     """This rank's piece of the averaged gradient as a new fp32 tensor (1D). Reduces first, so collective."""
-    one = trained_of(param)
-    shard = None if one is None else one.gradient()
-    if one is None or shard is None:
-        return None
-    return one.local(shard).float() / one.loss_scale()
+    return _read(param, What.GRADIENT, False)
 
 
 def safe_set_local_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Set this rank's piece of the averaged gradient (1D)."""
-    one = _required(param)
-    piece = one.local(one.gradient_to_set())
-    one.check_shape(value, tuple(piece.shape))
-    piece.copy_(value * one.loss_scale())
-    one.store.seen.add(one.index)
+    _required(param).write(What.GRADIENT, value, False)
 
 
 def safe_get_local_optimizer_state(param: torch.nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
     """This rank's piece of the state: 1D; None before the first step."""
-    one = trained_of(param)
-    shard = None if one is None else one.partition.state.shard(optim_state_key)
-    return None if one is None or shard is None else one.local(shard)
+    return _read(param, optim_state_key, False)
 
 
 def safe_set_local_optimizer_state(
     param: torch.nn.Parameter, value: torch.Tensor, optim_state_key: str
 ) -> None:
     """Set this rank's piece of the state (1D)."""
-    one = _required(param)
-    piece = one.local(one.state_to_set(optim_state_key))
-    one.check_shape(value, tuple(piece.shape))
-    one.partition.state.write(optim_state_key, one.index, value, local=True)
+    _required(param).write(optim_state_key, value, False)

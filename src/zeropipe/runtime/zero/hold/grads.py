@@ -10,6 +10,7 @@ stages 2, 3   the buffer is this rank's shard, as the master lies, to which ever
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import Enum
 from math import prod
 
 import torch
@@ -17,12 +18,32 @@ import torch
 from zeropipe.comm.collectives import Run, Work, all_reduce, goes_in_one, reduce_run, reduce_to_owners
 from zeropipe.comm.group import Group
 from zeropipe.layout.buckets import Bucket, Span
-from zeropipe.runtime.zero.hold.offload import HostCopies
+from zeropipe.runtime.zero.hold.autograd import Change, Shown
+from zeropipe.runtime.zero.hold.offload import HostCopies, Move
 from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.policy import Place, Policy
-from zeropipe.runtime.zero.hold.shown import Change, Shown
-from zeropipe.runtime.zero.hold.values import ALONE_NUMEL, Move
+from zeropipe.runtime.zero.hold.values import ALONE_NUMEL
 from zeropipe.runtime.zero.param import REDUCE
+
+
+class Phase(Enum):
+    """What may be done with the window's gradients now.
+
+    IDLE --a backward begins--> ADDING or REDUCING --it ends--> IDLE --a step begins--> IN_USE --it is over--> IDLE
+    """
+
+    IDLE = "between backwards"
+    ADDING = "a pass, whose gradients stay on their rank"
+    REDUCING = "a pass, whose buckets leave as they are complete"
+    IN_USE = "a step has begun to use them: none may be added"
+
+
+NEXT_PHASES = {
+    Phase.IDLE: {Phase.ADDING, Phase.REDUCING, Phase.IN_USE},
+    Phase.ADDING: {Phase.IDLE},
+    Phase.REDUCING: {Phase.IDLE},
+    Phase.IN_USE: {Phase.IDLE},
+}
 
 
 class GradStore:
@@ -88,10 +109,6 @@ class GradStore:
             whole = self.buffer if self.keeps_whole else self.shard
             self._replace(move(whole))
 
-    def let_go(self, tensor: torch.Tensor) -> None:
-        """A part of the shard was read and is not needed for a while."""
-        self.partition.offload.let_go(tensor)
-
     def view(self, index: int) -> torch.Tensor:
         """keeps_whole: parameter ``index``'s gradient in the buffer, in its shape."""
         return self._views[index]
@@ -109,6 +126,8 @@ class GradStore:
         param = self.partition.params[index]
         grad = param.grad
         assert grad is not None
+        # [1] To the buffer, where it stays visible, or where it cannot wait; [2] else it waits in its own memory, which
+        # is freed (or sent from) when its bucket goes.
         if grad.layout != torch.strided:
             grad = grad.to_dense()
         if self._views and (keep_grad or not self._may_wait(index, grad)):
@@ -134,15 +153,15 @@ class GradStore:
         self.seen.add(index)
 
     def _may_wait(self, index: int, grad: torch.Tensor) -> bool:
-        """Whether the gradient need not go through the buffer, which may hold some and may round; where nothing is
-        sent, a large one had better go while it is in cache."""
+        # Whether the gradient need not go through the buffer, which may hold some and may round; where nothing is sent,
+        # a large one had better go while it is in cache.
         if index in self._filled or (self.partition.group.size == 1 and grad.numel() >= ALONE_NUMEL):
             return False
         return grad.dtype == self.dtype or torch.promote_types(grad.dtype, self.dtype) == self.dtype
 
     def reopen(self) -> None:
-        """Make the reduced buffer one more local term: own shard times size, zero elsewhere, so that the next
-        average gives reduced + average(new)."""
+        """A pass begins: a buffer that was reduced becomes one more local term."""
+        # Own shard times size, zero elsewhere: so the next average gives reduced + average(new).
         self.take_changes(lift=True)
         if not self._reduced:
             return
@@ -157,6 +176,7 @@ class GradStore:
 
     def launch(self, bucket: Bucket) -> Work:
         """Start the reduction of ``bucket``; when the work is done the shard holds (or has added) its average."""
+        # The first of a window replaces what an earlier one left in the shard, those that follow add to it.
         held = {index: self._held.pop(index) for index in bucket.tensors if index in self._held}
         fresh = self.keeps_whole or bucket.tensors[0] not in self._written
         self._written.add(bucket.tensors[0])
@@ -216,6 +236,7 @@ class GradStore:
         work = reduce_run(run, reduced, group, op="avg", label="gradients", async_op=True, channel=channel)
         return self._stored(work, [place], [reduced], fresh)
 
+    # Stage 3 has gathers under way: reductions need no order among them.
     @property
     def _channel(self) -> int:
         return REDUCE if self.policy.shards_parameters else 0
@@ -233,7 +254,7 @@ class GradStore:
                     place.add_(reduced)
                 elif reduced is not place:
                     place.copy_(reduced)
-                self.let_go(place)
+                self.partition.offload.let_go(place)
 
         return work.then(store)
 
@@ -242,26 +263,23 @@ class GradStore:
     ) -> torch.Tensor:
         """The span's elements (they begin at ``start`` of the buffer) as they are sent; a view where that does."""
         sources = [self._source(piece.tensor, held) for piece in span.pieces]
-        if len(sources) == 1 and span.pieces[0].numel == span.numel:
-            source = sources[0]
-            if source is not None and source.dtype == dtype:
-                return source[span.pieces[0].start : span.pieces[0].start + span.numel]
-        if self.keeps_whole and not any(piece.tensor in held for piece in span.pieces):
-            for piece, source in zip(span.pieces, sources, strict=True):
-                if source is None:
-                    self._views[piece.tensor].zero_()
-            return self.buffer[start : start + span.numel].to(dtype)
-        wire = torch.empty(span.numel, dtype=dtype, device=self.partition.device)
-        if sum(piece.numel for piece in span.pieces) != span.numel:
-            wire.zero_()  # stage 3: each parameter has its own padding
+        whole = sources[0] if len(sources) == 1 and span.pieces[0].numel == span.numel else None
+        if whole is not None and whole.dtype == dtype:
+            return whole[span.pieces[0].start :][: span.numel]  # sent from where autograd put it
+        in_place = self.keeps_whole and not any(piece.tensor in held for piece in span.pieces)
+        if in_place:
+            wire = self.buffer[start : start + span.numel]
+        else:
+            wire = torch.empty(span.numel, dtype=dtype, device=self.partition.device)
+            if sum(piece.numel for piece in span.pieces) != span.numel:
+                wire.zero_()  # stage 3: each parameter has its own padding
         for piece, source in zip(span.pieces, sources, strict=True):
-            at = piece.offset - span.offset
-            part = wire[at : at + piece.numel]
+            part = wire[piece.offset - span.offset :][: piece.numel]
             if source is None:
                 part.zero_()
-            else:
+            elif not in_place:
                 part.copy_(source[piece.start : piece.start + piece.numel])
-        return wire
+        return wire.to(dtype)
 
     def _source(self, index: int, held: dict[int, torch.Tensor]) -> torch.Tensor | None:
         """Parameter ``index``'s gradient, 1D; None where there is none."""
@@ -270,7 +288,7 @@ class GradStore:
         return self._views[index].view(-1) if self.keeps_whole and index in self._filled else None
 
     def _fill(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> None:
-        """Put what waits into the buffer: whole gradients, or those of a group of one."""
+        # Whole gradients, or those of a group of one. Where none came there is an earlier window's.
         if fresh:
             for index in bucket.tensors:
                 if index not in held and index not in self._filled:
@@ -290,7 +308,7 @@ class GradStore:
                 self.shown.view(index, place)
                 continue
             place.zero_()
-            self.let_go(place)
+            self.partition.offload.let_go(place)
             if change is Change.DROPPED:
                 self.seen.discard(index)
                 self._filled.discard(index)
@@ -307,8 +325,8 @@ class GradStore:
             self.shown.view(index, self._views[index])
 
     def average_over(self, replicas: Group) -> None:
-        """Average the shard over ``replicas``, which hold the same. Averaged terms and new ones may be mixed: the
-        former are alike on all of them."""
+        """Average the shard over ``replicas``, which hold the same."""
+        # Averaged terms and new ones may be mixed: the former are alike on all of them.
         if replicas.size == 1:
             return
         paged = self.policy.optimizer_place is Place.FILE
@@ -318,7 +336,7 @@ class GradStore:
             all_reduce(wire, replicas, op="avg", label="gradients of replicas")
             if wire is not part:
                 part.copy_(wire)
-            self.let_go(part)
+            self.partition.offload.let_go(part)
 
     def settle(self) -> None:
         """A pass that reduces is over: a whole buffer holds averages."""

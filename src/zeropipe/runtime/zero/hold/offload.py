@@ -5,10 +5,7 @@ masters, moments   with parameters   pinned; steps on the CPU           mapped; 
 gradient shards    with parameters   pinned, copied while backward runs mapped
 what gathers read  the masters       a pinned copy in the parameters' dtype, or the masters where they are fp32
 
-A tensor in a file is mapped into memory, read when it is used, and let go when it is not. The file is removed from its
-folder as soon as it is open, so that whatever ends the process frees the disk. All of its blocks are taken at once, so
-that a full disk is an error here and not a signal later. A page that was let go stays in the file; the system may keep
-it in memory as long as it has nothing better to do with it.
+A tensor in a file is mapped into memory, read when it is used, and let go when it is not.
 """
 
 from __future__ import annotations
@@ -17,9 +14,8 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 
@@ -28,14 +24,9 @@ from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError, OffloadError
 from zeropipe.runtime.zero.hold.policy import Place, Policy
 
+Move = Callable[[torch.Tensor], torch.Tensor]  # how a tensor changes its place
+
 PREFIX = "zeropipe-offload-"  # of the files' names
-
-
-@dataclass(frozen=True, slots=True)
-class _Mapping:
-    memory: mmap.mmap
-    fd: int
-    start: int  # address of the first byte
 
 
 class Files:
@@ -44,7 +35,9 @@ class Files:
     def __init__(self, folder: str) -> None:
         check_folder(folder, 0)
         self.folder = folder
-        self._mappings: dict[int, _Mapping] = {}  # by the address of their first byte
+        self._mappings: dict[
+            int, tuple[mmap.mmap, int]
+        ] = {}  # (memory, fd), by the address of the first byte
         self._reader: ThreadPoolExecutor | None = None  # one thread that asks the system to read ahead
         self._closed = False
 
@@ -56,6 +49,8 @@ class Files:
         fd = -1
         try:
             fd, path = tempfile.mkstemp(prefix=PREFIX, dir=self.folder)
+            # Removed as soon as it is open, so that whatever ends the process frees the disk. All blocks are taken at
+            # once, so that a full disk is an error here and not a signal later.
             os.unlink(path)
             os.posix_fallocate(fd, 0, nbytes)
             memory = mmap.mmap(fd, nbytes)
@@ -69,7 +64,7 @@ class Files:
             ) from error
         tensor = torch.frombuffer(memory, dtype=dtype)
         start = tensor.data_ptr()
-        self._mappings[start] = _Mapping(memory, fd, start)
+        self._mappings[start] = memory, fd
         weakref.finalize(tensor.untyped_storage(), _forget_mapping, self._mappings, start, fd)
         return tensor
 
@@ -80,18 +75,20 @@ class Files:
         """Take the pages of ``tensor`` (a view of one from here) out of this process's memory, if they are there."""
         found = self._range(tensor)
         if found is not None:
-            mapping, start, length = found
-            mapping.memory.madvise(mmap.MADV_DONTNEED, start, length)
+            memory, _, start, length = found
+            # The page stays in the file; the system may keep it as long as it has nothing better to do with memory.
+            memory.madvise(mmap.MADV_DONTNEED, start, length)
 
     def read_ahead(self, tensor: torch.Tensor) -> None:
         """Let the system begin to read ``tensor`` from its disk; returns at once."""
         found = self._range(tensor)
-        if found is not None and not self._closed:
-            if self._reader is None:
-                self._reader = ThreadPoolExecutor(1, "zeropipe-read-ahead")
-            mapping, start, length = found
-            # The thread holds the tensor, so that the file stays open.
-            self._reader.submit(_advise, tensor, mapping.fd, start, length)
+        if found is None or self._closed:
+            return
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, "zeropipe-read-ahead")
+        _, fd, start, length = found
+        # The thread holds the tensor, so that the file stays open.
+        self._reader.submit(lambda _: os.posix_fadvise(fd, start, length, os.POSIX_FADV_WILLNEED), tensor)
 
     def close(self) -> None:
         """End the thread. Tensors that somebody still holds stay valid."""
@@ -100,20 +97,21 @@ class Files:
             self._reader.shutdown(wait=True)
             self._reader = None
 
-    def _range(self, tensor: torch.Tensor) -> tuple[_Mapping, int, int] | None:
-        """(mapping, first byte, bytes) of the pages that ``tensor`` lies in; None if it is not from here."""
-        mapping = self._mappings.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
-        if mapping is None:
+    def _range(self, tensor: torch.Tensor) -> tuple[mmap.mmap, int, int, int] | None:
+        """(memory, fd, first byte, bytes) of the pages that ``tensor`` lies in; None if it is not from here."""
+        home = tensor.untyped_storage().data_ptr()
+        if not tensor.numel() or home not in self._mappings:
             return None
-        first = tensor.data_ptr() - mapping.start
-        start = first // mmap.PAGESIZE * mmap.PAGESIZE
-        return mapping, start, first + tensor.numel() * tensor.element_size() - start
+        first = tensor.data_ptr() - home
+        start = first // mmap.PAGESIZE * mmap.PAGESIZE  # advice is taken for whole pages
+        return *self._mappings[home], start, first + tensor.numel() * tensor.element_size() - start
 
 
 class Arena:
     """Puts many small tensors into few files, one after the other."""
 
     def __init__(self, folder: str, chunk_bytes: int = 2**26) -> None:
+        # A file for each shard of a large model would be more descriptors than a process may have.
         self.files = Files(folder)
         self._chunk_bytes = chunk_bytes
         self._rest: dict[torch.dtype, torch.Tensor] = {}  # what is left of the last chunk
@@ -140,7 +138,7 @@ def check_folder(folder: str, nbytes: int) -> None:
         problem = f"has {_free(folder):,} bytes free, and this rank and those beside it need {nbytes:,}"
         fix = "free space there, or use another disk"
     if problem is not None:
-        raise OffloadError(f"the folder {folder!r} for offloaded state {problem}. Fix: {fix}")
+        raise OffloadError(f"the folder {folder!r} for offloaded state {problem}", fix=fix)
 
 
 def _free(folder: str) -> int:
@@ -148,11 +146,7 @@ def _free(folder: str) -> int:
     return figures.f_bavail * figures.f_frsize
 
 
-def _advise(_: torch.Tensor, fd: int, start: int, length: int) -> None:
-    os.posix_fadvise(fd, start, length, os.POSIX_FADV_WILLNEED)
-
-
-def _forget_mapping(mappings: dict[int, _Mapping], start: int, fd: int) -> None:
+def _forget_mapping(mappings: dict[int, tuple[mmap.mmap, int]], start: int, fd: int) -> None:
     mappings.pop(start, None)
     os.close(fd)
 
@@ -166,12 +160,14 @@ class Offload:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self._state_files = Files(policy.optimizer_folder) if policy.optimizer_place is Place.FILE else None
-        self._param_files = self._state_files
-        if policy.param_place is not Place.FILE:
-            self._param_files = None
-        elif self._state_files is None or policy.param_folder != policy.optimizer_folder:
-            self._param_files = Files(policy.param_folder)
+        self._files: dict[str, Files] = {}  # by folder, which masters and parameters may share
+        self._state_files = self._open(policy.optimizer_place, policy.optimizer_folder)
+        self._param_files = self._open(policy.param_place, policy.param_folder)
+
+    def _open(self, place: Place, folder: str) -> Files | None:
+        if place is Place.FILE and folder not in self._files:
+            self._files[folder] = Files(folder)
+        return self._files[folder] if place is Place.FILE else None
 
     @property
     def pages_state(self) -> bool:
@@ -207,20 +203,18 @@ class Offload:
 
     def let_go(self, tensor: torch.Tensor) -> None:
         """The elements of ``tensor`` will not be used for a while."""
-        for files in (self._state_files, self._param_files):
-            if files is not None:
-                files.let_go(tensor)
+        for files in self._files.values():
+            files.let_go(tensor)
 
     def read_ahead(self, tensor: torch.Tensor) -> None:
         """The elements of ``tensor`` will be used soon."""
-        if self._param_files is not None:
-            self._param_files.read_ahead(tensor)
-        if self._state_files is not None and self._state_files is not self._param_files:
-            self._state_files.read_ahead(tensor)
+        for files in self._files.values():
+            files.read_ahead(tensor)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """``target.copy_(source)``, 1-D, with little of either in memory at a time where they are in files."""
-        if self._state_files is None and self._param_files is None:
+        # What went through is let go part by part; in memory there is nothing to let go, and one copy is enough.
+        if not self._files:
             target.copy_(source, non_blocking=True)
             return
         for into, part in zip(target.split(_COPY_NUMEL), source.split(_COPY_NUMEL), strict=True):
@@ -229,15 +223,15 @@ class Offload:
             self.let_go(part)
 
     def close(self) -> None:
-        for files in (self._state_files, self._param_files):
-            if files is not None:
-                files.close()
+        for files in self._files.values():
+            files.close()
 
     def _zeros(
         self, numel: int, dtype: torch.dtype, device: torch.device, place: Place, files: Files | None
     ) -> torch.Tensor:
         if files is not None:
             return files.zeros(numel, dtype)
+        # Pinned, since a copy from memory that may be paged waits for the GPU; on a CPU run HOST is where all is.
         if place is Place.HOST and device.type != "cpu":
             return torch.zeros(numel, dtype=dtype, pin_memory=self.policy.pin_memory)
         return torch.zeros(numel, dtype=dtype, device=device)
@@ -246,6 +240,7 @@ class Offload:
 def check_folders(policy: Policy, numels: Mapping[torch.dtype, int], ranks: int) -> None:
     """Raise OffloadError unless the folders of ``policy`` are there and have room for this machine's shards of so
     many trained elements of each dtype among ``ranks`` ranks."""
+    # Before anything is allocated: a folder that fills up in the middle of building leaves ranks that wait.
     here = min(ranks, node_size())
     needs: dict[str, int] = {}
     if policy.optimizer_place is Place.FILE:
@@ -264,8 +259,8 @@ def arena_of(zero: ZeroOptimization | None) -> Arena:
     folder = None if zero is None else zero.offload_param.nvme_path
     if not folder:
         raise ConfigError(
-            "zero.Init: remote_device 'nvme' without a folder. Fix: pass config_dict_or_path= a config with "
-            "zero_optimization.offload_param.nvme_path"
+            "zero.Init: remote_device 'nvme' without a folder",
+            fix="pass config_dict_or_path= a config with zero_optimization.offload_param.nvme_path",
         )
     return Arena(folder)
 
@@ -280,10 +275,12 @@ class HostCopies:
 
     def store(self, place: torch.Tensor, piece: torch.Tensor, add: bool) -> None:
         """``place.copy_(piece)``, or ``place.add_(piece)``, which waits."""
+        # An addition is the CPU's, which reads what an earlier copy brings.
         if add:
             self.wait()
             place.add_(piece.to(place.device, place.dtype))
             return
+        # The copy begins when the piece is there, and the piece's memory is given to nobody else before it ends.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             place.copy_(piece, non_blocking=True)

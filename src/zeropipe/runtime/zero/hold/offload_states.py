@@ -12,8 +12,8 @@ import torch
 
 from zeropipe.errors import UsageError
 from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
+from zeropipe.runtime.zero.hold.offload import Move
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
-from zeropipe.runtime.zero.hold.values import Move
 
 
 class OffloadStateTypeEnum(StrEnum):

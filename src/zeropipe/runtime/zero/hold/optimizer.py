@@ -12,7 +12,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,17 +21,16 @@ from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
 from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
 from zeropipe.runtime.optimizers.registry import classify
-from zeropipe.runtime.optimizers.shard_view import ShardAware
+from zeropipe.runtime.optimizers.shard_view import Communicates, ShardAware
 from zeropipe.runtime.zero.hold.access import Trained, trained_of
-from zeropipe.runtime.zero.hold.arrivals import Watch
-from zeropipe.runtime.zero.hold.grads import GradStore
+from zeropipe.runtime.zero.hold.autograd import Watch
 from zeropipe.runtime.zero.hold.offload import Offload
-from zeropipe.runtime.zero.hold.partition import Partition, copy_of
+from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.policy import Policy, Scaler, StepOptions
 from zeropipe.runtime.zero.hold.reducer import Reducer
+from zeropipe.runtime.zero.hold.runs import Update
 from zeropipe.runtime.zero.hold.shard_values import ShardValues
-from zeropipe.runtime.zero.hold.stepping import Stepping, Update
-from zeropipe.runtime.zero.hold.survey import Figures, bind, refuse, survey, unused_everywhere
+from zeropipe.runtime.zero.hold.stepping import Figures, Stepping, refuse, survey, unused_everywhere
 from zeropipe.runtime.zero.hold.values import FlatValues
 from zeropipe.runtime.zero.param import ZeroParam, carry, shards_at
 from zeropipe.tensor.norms import NonFinite, clip_coefficient
@@ -70,27 +68,36 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.optimizer = optimizer
         self.policy = policy
         self.options = options
-        self.offload = Offload(policy)
-        self.overflow = False
-        self.last_nonfinite: NonFinite | None = None
-        self.partitions: list[Partition] = []
         self._names = names
         self._group = group
-        self._grad_norm: float | None = None
+
+        # What is trained: as the user gave it, by param group; what of it is frozen and waits, with its param group;
+        # the rest, and where that lives.
         self._given = [list(param_group["params"]) for param_group in optimizer.param_groups]
-        self._dormant: list[tuple[int, torch.nn.Parameter]] = []  # frozen: (param group, parameter)
-        watch = Watch(group, micro_step) if options.scaler is not None else None
-        self._own = own = bind(optimizer, policy.stage, group)
-        keeps_own = (lambda: False) if own is None else own.wants_local_gradients
-        self.reducer = Reducer(policy, is_boundary, watch, options.replicas, keeps_own, self._give_up_step)
-        install_zero_grad(optimizer, self.reducer)
+        self._dormant: list[tuple[int, torch.nn.Parameter]] = []
+        self.partitions: list[Partition] = []
+        self.offload = Offload(policy)
+
+        # How it is stepped. Stage 3 cuts each parameter by itself, so what needs whole tensors steps on the pieces.
         kind = classify(optimizer)
-        self._stepping = Stepping(optimizer, kind == "elementwise", self.offload.pages_state)
-        self._progress: _Progress | None = None  # of a step that is under way, or raised
-        # Stage 3 cuts each parameter by itself, so what needs whole tensors steps on the pieces one by one.
-        self._flat = (
-            kind == "elementwise" if policy.shards_parameters else policy.shards_optimizer or kind != "whole"
+        self._flat = kind == "elementwise" or (
+            not policy.shards_parameters and (policy.shards_optimizer or kind != "whole")
         )
+        self._stepping = Stepping(optimizer, kind == "elementwise", self.offload.pages_state)
+        self._own = optimizer if isinstance(optimizer, Communicates) else None
+        if self._own is not None:
+            self._own.bind_communication(group)
+
+        # What the last step found, and one that is under way, or raised.
+        self.overflow = False
+        self.last_nonfinite: NonFinite | None = None
+        self._grad_norm: float | None = None
+        self._progress: _Progress | None = None
+
+        watch = Watch(group, micro_step) if options.scaler is not None else None
+        keeps_own = (lambda: False) if self._own is None else self._own.wants_local_gradients
+        self.reducer = Reducer(policy, is_boundary, watch, options.replicas, keeps_own, self._give_up_step)
+        self._zero_grad = _install_zero_grad(optimizer, self.reducer)
         for index, params in enumerate(self._given):
             self._adopt(index, params)
 
@@ -138,14 +145,16 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def _give_up_step(self) -> None:
         """Before gradients are forgotten, whoever asks for it."""
         self.check_whole("zero_grad")
-        self._end_step()
+        self._progress = None
+        self.reducer.unuse()
 
     def check_whole(self, call: str) -> None:
         """Raise UsageError where a step that raised has changed some of the parameters and not others."""
-        if self._progress is not None and self._progress.update is not None and self._progress.update.changed:
+        update = None if self._progress is None else self._progress.update
+        if update is not None and update.changed:
             raise UsageError(
-                f"{call}: the last step raised after a part of the parameters was stepped. Fix: call step() again, "
-                "which goes on where it stopped, or load a checkpoint"
+                f"{call}: the last step raised after a part of the parameters was stepped",
+                fix="call step() again, which goes on where it stopped, or load a checkpoint",
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -169,8 +178,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             return result
         assert self._progress.update is not None
         self._progress.update.run()
-        self._end_step()
-        self.reducer.clear()
+        self.forget_step()
         if self.options.scaler is not None:
             self.options.scaler.update_scale(False)
         return result
@@ -185,57 +193,41 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _decide(self, progress: _Progress) -> bool:
         """Reduce and survey the window and make the update of it; False where an overflow skips it."""
+        reducer, options = self.reducer, self.options
+        # [1] Everything is reduced, and [2] all ranks know the same of it; each is collective, and done once.
         if not progress.reduced:
-            self.reducer.refuse_broken()
-            self.reducer.finish_window()
-            progress.reduced, progress.passes = True, self.reducer.passes
+            reducer.refuse_broken()
+            reducer.finish_window()
+            progress.reduced, progress.passes = True, reducer.passes
         if progress.figures is None:
-            progress.figures = self._survey(awake=sum(param.requires_grad for _, param in self._dormant))
+            awake = sum(param.requires_grad for _, param in self._dormant)
+            progress.figures = survey(reducer.stores, self._group, options, reducer.keeps_own(), awake)
         if progress.figures.woken:
-            self._wake_in_step()
-            progress.figures = self._survey()
-        norm = progress.figures.square**0.5 / self.loss_scale
-        unused = unused_everywhere(self.reducer.stores, self._group) if progress.figures.unseen else []
-        if self.options.refuse_unused:
+            self._wake(in_step=True)
+            progress.figures = survey(reducer.stores, self._group, options, reducer.keeps_own(), 0)
+        unused = unused_everywhere(reducer.stores, self._group) if progress.figures.unseen else {}
+        if options.refuse_unused:
             refuse(unused)
-        self.overflow = not norm < float("inf")  # true for inf and for NaN
-        self._grad_norm = norm
-        scaler = self.options.scaler
-        if self.overflow and (scaler is not None or self.options.skip_nonfinite):
-            self.last_nonfinite = None if self.reducer.watch is None else self.reducer.watch.find()
-            self._end_step()
-            self.reducer.clear()
-            if scaler is not None:
-                scaler.update_scale(True, self.last_nonfinite)
+
+        # [3] From here on each rank decides by itself, alike.
+        norm = self._grad_norm = progress.figures.square**0.5 / self.loss_scale
+        overflows = not norm < float("inf")  # true for inf and for NaN
+        self.overflow = overflows and (options.scaler is not None or options.skip_nonfinite)
+        if self.overflow:
+            self.last_nonfinite = None if reducer.watch is None else reducer.watch.find()
+            self.forget_step()
+            if options.scaler is not None:
+                options.scaler.update_scale(True, self.last_nonfinite)
             return False
-        self.overflow = False
-        if self.options.clip > 0:
-            clip = float(clip_coefficient(norm, self.options.clip))
-        else:
-            clip = 1.0
-        factor = clip / self.loss_scale
-        if self._own is not None and self.reducer.keeps_own():
-            progress.update = self._stepping.own_update(self._own, self.reducer.stores, factor)
-        else:
-            progress.update = self._stepping.update(self.reducer.stores, factor, unused)
-        self.reducer.use()
+        clip = float(clip_coefficient(norm, options.clip)) if options.clip > 0 else 1.0
+        own = self._own if reducer.keeps_own() else None
+        progress.update = self._stepping.update(reducer.stores, clip / self.loss_scale, unused, own)
+        reducer.use()
         return True
 
-    def _survey(self, awake: int = 0) -> Figures:
-        # A norm that decides nothing, neither a clip factor nor whether the step is taken, may be off by a rounding.
-        decides = self.options.clip > 0 or self.options.scaler is not None or self.options.skip_nonfinite
-        groups = (self._group, self.options.model_group, self.options.replicas)
-        return survey(
-            self.reducer.stores, *groups, self.options.counts, decides, self.reducer.keeps_own(), awake
-        )
-
-    def _end_step(self) -> None:
-        self._progress = None
-        self.reducer.unuse()
-
     def forget_step(self) -> None:
-        """Give up a step that raised, whatever it has changed: what it would have written is about to be replaced."""
-        self._end_step()
+        """A step is done, or given up although it may have changed something, which is about to be replaced."""
+        self._progress = None
         self.reducer.clear()
 
     def wake(self) -> None:
@@ -248,27 +240,25 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if self.policy.shards_parameters and any(param.requires_grad for _, param in self._dormant):
             self._wake()
 
-    def _wake(self) -> None:
+    def _wake(self, in_step: bool = False) -> None:
+        """``in_step``: their gradients of this window are still whole, and reduced now. Raises DesyncError, on every
+        rank, unless they are the same on all."""
+        if in_step:
+            woken = [self._names[param] for _, param in self._dormant if param.requires_grad]
+            agree({"the parameters unfrozen since the last step": ", ".join(woken) or "none"}, self._group)
         dormant, self._dormant = self._dormant, []
+        known = len(self.reducer.stores)
         for index in range(len(self._given)):
             self._adopt(index, [param for i, param in dormant if i == index])
-
-    def _wake_in_step(self) -> None:
-        """Take in what was unfrozen in this window, whose gradients are still whole; collective.
-
-        Raises DesyncError, on every rank, unless it is the same on all.
-        """
-        woken = [self._names[param] for _, param in self._dormant if param.requires_grad]
-        agree({"the parameters unfrozen since the last step": ", ".join(woken) or "none"}, self._group)
-        known = len(self.reducer.stores)
-        self._wake()
-        for store in self.reducer.stores[known:]:
+        for store in self.reducer.stores[known:] if in_step else ():
             self.reducer.reduce_late(store)
 
     def destroy(self) -> None:
         """Remove every hook and give the torch optimizer back its own parameters, without state."""
+        # Hooks first: none of what follows may be seen by a backward.
         self.reducer.arrivals.remove()
-        remove_zero_grad(self.optimizer)
+        if vars(self.optimizer).get("zero_grad") is self._zero_grad:
+            del vars(self.optimizer)["zero_grad"]
         self.forget_step()
         for partition in self.partitions:
             partition.values.release()
@@ -298,18 +288,16 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def load_state_dict(self, state: dict[str, Any], load_optimizer_states: bool = True) -> None:
         """Raises UsageError when ``state`` was made with other layouts."""
+        # Layouts as JSON name every parameter, its shape and where it is cut.
         if state["layouts"] != self._layouts():
             raise UsageError(
-                "this optimizer state belongs to other parameters, or to another number of ranks. "
-                "Fix: use engine.load_checkpoint, which reads any layout"
+                "this optimizer state belongs to other parameters, or to another number of ranks",
+                fix="use engine.load_checkpoint, which reads any layout",
             )
         if load_optimizer_states:
             self.optimizer.load_state_dict(state["base_optimizer_state"])
             for partition, apart in zip(self.partitions, state["apart"], strict=True):
-                partition.state.apart = {
-                    i: own if own is None else {key: copy_of(value) for key, value in own.items()}
-                    for i, own in apart.items()
-                }
+                partition.state.set_apart(apart)
         for partition, master in zip(self.partitions, state["fp32_masters"], strict=True):
             partition.master.detach().copy_(master)
             partition.values.publish()
@@ -317,7 +305,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             self.options.scaler.load_state_dict(state["loss_scaler"])
 
     def _layouts(self) -> list[dict[str, Any]]:
-        return [layout.to_json() for partition in self.partitions for _, layout, _, _ in partition.flats()]
+        return [layout.to_json() for p in self.partitions for _, layout, _ in p.values.flats(p.group_index)]
+
+    def show_hooks(self, parameter_offload: object) -> None:
+        """Let clients find the hooks of stage 3."""
+        self.parameter_offload = parameter_offload
 
     def take_edits(self) -> None:
         """Let what was written to parameters in place since the last step reach the masters; not collective."""
@@ -327,6 +319,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def _adopt(self, index: int, params: list[torch.nn.Parameter]) -> None:
         """Make partitions of the parameters of param group ``index``, one per dtype; frozen ones wait."""
         param_group = self.optimizer.param_groups[index]
+        # Masters take the place of parameters in the param group, which stays the object that schedulers know.
         taken = set(map(id, params))
         masters = [p for p in param_group["params"] if id(p) not in taken]
         by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
@@ -334,12 +327,14 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             if param not in self._names:
                 raise UsageError(
                     f"the optimizer's param group {index} holds a parameter of shape {tuple(param.shape)} that the "
-                    "model does not have. Fix: build the optimizer from this model's parameters()"
+                    "model does not have",
+                    fix="build the optimizer from this model's parameters()",
                 )
             if param.requires_grad:
                 by_dtype.setdefault(param.dtype, []).append(param)
             else:
                 self._dormant.append((index, param))
+        # One partition for each dtype: its master is one tensor, and its values are one buffer.
         for members in by_dtype.values():
             names = [self._names[param] for param in members]
             values: FlatValues | ShardValues
@@ -350,45 +345,28 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             partition = Partition(names, members, index, values, self.offload, self.optimizer, self._flat)
             partition.state.adopt()
             self.partitions.append(partition)
-            self._know(partition, self.reducer.add(partition))
             masters += partition.stepped
             if isinstance(self.optimizer, ShardAware):
                 self.optimizer.bind_shards(partition.views())
+            store = self.reducer.add(partition)
+            for at, (name, param) in enumerate(zip(names, members, strict=True)):
+                one = Trained(name, at, partition, store, self.reducer, lambda: self.loss_scale)
+                carry(param, ZeroParam(name, one, shards_at(param)))
         param_group["params"] = masters
 
-    def _know(self, partition: Partition, store: GradStore) -> None:
-        """Let each parameter know who trains it."""
-        for index, (name, param) in enumerate(zip(partition.names, partition.params, strict=True)):
-            one = Trained(name, index, partition, store, self.reducer, lambda: self.loss_scale)
-            carry(param, ZeroParam(name, one, shards_at(param)))
 
+def _install_zero_grad(optimizer: torch.optim.Optimizer, reducer: Reducer) -> Callable[..., None]:
+    """Let ``optimizer.zero_grad`` forget the window's gradients; returns what stands in its place, if nothing did."""
+    # Its param groups hold the masters by now, whose gradients exist only in the middle of a step. The method is kept
+    # in the optimizer's own ``__dict__``, so that its class stays as it is, and weakly: users keep it for longer.
+    optimizer_of, clear_of = weakref.ref(optimizer), weakref.WeakMethod(reducer.clear)
 
-# ``zero_grad`` of the torch optimizer that the user still holds clears what the engine has taken over too: its param
-# groups hold the masters by now, whose gradients exist only in the middle of a step. The method is kept in the
-# optimizer's own ``__dict__``, so that its class stays as it is.
-_ZERO_GRAD = "zero_grad"
+    def zero_grad(set_to_none: bool = True) -> None:
+        optimizer, clear = optimizer_of(), clear_of()
+        if optimizer is not None:
+            type(optimizer).zero_grad(optimizer, set_to_none)
+        if clear is not None:
+            clear()
 
-
-def install_zero_grad(optimizer: torch.optim.Optimizer, reducer: Reducer) -> None:
-    """Let ``optimizer.zero_grad`` forget the window's gradients."""
-    if _ZERO_GRAD not in optimizer.__dict__:
-        # Users keep the optimizer longer than the engine.
-        optimizer.__dict__[_ZERO_GRAD] = partial(_zero_grad, weakref.ref(optimizer), weakref.ref(reducer))
-
-
-def remove_zero_grad(optimizer: torch.optim.Optimizer) -> None:
-    """Undo ``install_zero_grad``."""
-    if getattr(optimizer.__dict__.get(_ZERO_GRAD), "func", None) is _zero_grad:
-        del optimizer.__dict__[_ZERO_GRAD]
-
-
-def _zero_grad(
-    optimizer_of: weakref.ref[torch.optim.Optimizer],
-    reducer_of: weakref.ref[Reducer],
-    set_to_none: bool = True,
-) -> None:
-    optimizer, reducer = optimizer_of(), reducer_of()
-    if optimizer is not None:
-        type(optimizer).zero_grad(optimizer, set_to_none)
-    if reducer is not None:
-        reducer.clear()
+    optimizer.__dict__.setdefault("zero_grad", zero_grad)
+    return zero_grad

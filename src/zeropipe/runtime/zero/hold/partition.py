@@ -18,26 +18,28 @@ that part from the rest is kept here, and a step takes each on its own count, as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 
 from zeropipe.comm.group import SELF
-from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.optimizers.shard_view import ShardView
 from zeropipe.runtime.optimizers.state_kinds import (
     Shared,
+    State,
     per_element_keys,
+    same_shared,
     shapes_in,
     split_shared,
     split_state,
     state_keys,
 )
-from zeropipe.runtime.zero.hold.offload import Offload
+from zeropipe.runtime.zero.hold.offload import Move, Offload
 from zeropipe.runtime.zero.hold.shard_values import ShardValues
-from zeropipe.runtime.zero.hold.values import FlatValues, Move
+from zeropipe.runtime.zero.hold.values import FlatValues
 
 
 class Partition:
@@ -84,19 +86,17 @@ class Partition:
         start, piece = self.segments[index].start, self.segments[index].piece
         return tensor[start : start + (0 if piece is None else piece.numel)]
 
-    def scatter(self, tensor: torch.Tensor, index: int, value: torch.Tensor) -> None:
-        """Write this rank's elements of ``value`` (the parameter's shape) into a master-sized tensor."""
+    def put(self, tensor: torch.Tensor, index: int, value: torch.Tensor, whole: bool = True) -> None:
+        """Write parameter ``index`` into a master-sized tensor: from its shape, or (not ``whole``) from this piece."""
+        place, piece = self.local(tensor, index), self.segments[index].piece
+        if not whole:
+            place.copy_(value)
+            return
         if self.device.type == "cuda":  # a copy from host memory may still be under way
             torch.cuda.current_stream(self.device).synchronize()
-        place, piece = self.local(tensor, index), self.segments[index].piece
         if piece is not None:
             place.copy_(value.detach().reshape(-1)[piece.start : piece.start + piece.numel])
         self.offload.let_go(place)
-
-    def write_value(self, index: int, value: torch.Tensor) -> None:
-        """Set parameter ``index`` to ``value`` (its shape, the same on every rank): master and values."""
-        self.scatter(self.master.detach(), index, value)
-        self.values.write(index, value)
 
     def new_state(self, dtype: torch.dtype) -> torch.Tensor:
         """Zeros for one kind of optimizer state, as the master and where that lives."""
@@ -104,37 +104,26 @@ class Partition:
             return self.offload.state(self.master.numel(), dtype, self.device)
         return torch.zeros_like(self.master, dtype=dtype, requires_grad=False)
 
-    def load_gradient(self, shard: torch.Tensor, factor: float) -> None:
-        """Set the master's gradient to ``factor`` times ``shard`` (1D, as the master); may scale it in place."""
-        grad = shard
-        if shard.dtype != self.master.dtype or shard.device != self.master.device:
-            grad = shard.to(self.master.dtype, copy=True)
-        if factor != 1.0:
-            grad.mul_(factor)
-        grad = grad.to(self.master.device)
+    def load_gradient(self, shard: torch.Tensor, factor: float, unused: Sequence[int]) -> None:
+        """Let what is stepped have ``factor`` times ``shard`` (1D, as the master) as its gradient."""
+        # A copy is scaled here; a shard that is read where it lies has been, by a job of its own (``stepping.py``).
+        grad = shard if factor == 1.0 else shard.to(self.master.dtype, copy=True).mul_(factor)
+        grad = grad.to(self.master.device, self.master.dtype)
         if self.flat:
             self.master.grad = grad
             return
-        for tensor, part in zip(self.stepped, self.pieces(grad), strict=True):
-            tensor.grad = part
+        for index, (tensor, part) in enumerate(zip(self.stepped, self.pieces(grad), strict=True)):
+            tensor.grad = None if index in unused else part
 
-    def drop_gradients(self, indices: Sequence[int] | None = None) -> None:
-        """Take the gradients off what is stepped: all of it, or (where not flat) of some parameters."""
-        if self.flat and indices is not None:
-            return
-        for index in range(len(self.stepped)) if indices is None else indices:
-            self.stepped[index].grad = None
-
-    def flats(self) -> Iterator[tuple[str, FlatShards, int, slice]]:
-        """(name, layout, shard, where it lies in a master-sized tensor) of each flat of a checkpoint."""
-        for name, layout, where in self.values.flats(self.group_index):
-            yield name, layout, self.values.shard, where
+    def drop_gradients(self) -> None:
+        for tensor in self.stepped:
+            tensor.grad = None
 
     def views(self) -> dict[torch.nn.Parameter, ShardView]:
         """What an optimizer that needs whole tensors is told of each tensor that it steps."""
         group = self.group if self.sharded else SELF
-        pairs = zip(self.stepped, self.flats(), strict=True)
-        return {tensor: ShardView(layout, shard, group) for tensor, (_, layout, shard, _) in pairs}
+        pairs = zip(self.stepped, self.values.flats(self.group_index), strict=True)
+        return {tensor: ShardView(layout, self.values.shard, group) for tensor, (_, layout, _) in pairs}
 
     def move_master(self, move: Move) -> None:
         """Let a master that is a tensor of its own be ``move`` of itself."""
@@ -142,6 +131,19 @@ class Partition:
         if not self.flat and self.stepped[0] is not self.params[0]:
             for tensor, part in zip(self.stepped, self.pieces(self.master.data), strict=True):
                 tensor.data = part
+
+
+Range = tuple[int, int]  # [start, stop): elements of the master
+
+
+@dataclass(slots=True)
+class Cohort:
+    """Parameters of a flat partition that are stepped now and share what the optimizer counts."""
+
+    shared: Shared
+    main: bool  # those that are not apart
+    members: list[int]
+    ranges: list[Range]  # this rank's elements, ascending
 
 
 class HeldState:
@@ -154,34 +156,27 @@ class HeldState:
 
     def keys(self) -> set[str]:
         """The state that is laid out like what is stepped; empty before the first step."""
-        keys = self._per_element()
-        return {key for tensor in self._partition.stepped for key in self._split(tensor, keys)[0]}
+        return {key for tensors, _ in self._split() for key in tensors}
 
     def shard(self, key: str) -> torch.Tensor | None:
         """State ``key``, 1D as the master; a copy where the optimizer steps on parts of the master."""
         partition = self._partition
-        keys = self._per_element()
-        parts = [self._split(tensor, keys)[0].get(key) for tensor in partition.stepped]
-        if all(part is None for part in parts):
-            return None
-        if partition.flat:
-            return parts[0]
-        dtype = next(part.dtype for part in parts if part is not None)
-        whole = torch.zeros_like(partition.master, dtype=dtype)
+        parts = [tensors.get(key) for tensors, _ in self._split()]
+        found = next((part for part in parts if part is not None), None)
+        if found is None or partition.flat:
+            return found
+        whole = torch.zeros_like(partition.master, dtype=found.dtype)
         for place, part in zip(partition.pieces(whole), parts, strict=True):
             if part is not None:
                 place.copy_(part)
         return whole
 
-    def write(self, key: str, index: int, value: torch.Tensor, local: bool = False) -> None:
-        """Set state ``key`` of parameter ``index`` to ``value``: its shape, or (``local``) this rank's elements."""
+    def write(self, key: str, index: int, value: torch.Tensor, whole: bool) -> None:
+        """Set state ``key`` of parameter ``index``: see ``Partition.put``."""
         partition = self._partition
         shard = self.shard(key)
         assert shard is not None, "the caller has checked that there is such state"
-        if local:
-            partition.local(shard, index).copy_(value)
-        else:
-            partition.scatter(shard, index, value)
+        partition.put(shard, index, value, whole)
         if not partition.flat:  # what was written to is a copy
             mine = self._optimizer.state[partition.stepped[index]][key]
             mine.copy_(partition.pieces(shard)[index])
@@ -190,39 +185,91 @@ class HeldState:
         """What the optimizer counts for parameter ``index``; None if it was never stepped."""
         if index in self.apart:
             return self.apart[index]
-        partition = self._partition
-        tensor = partition.stepped[0 if partition.flat else index]
-        return self._split(tensor, self._per_element())[1] if self._optimizer.state.get(tensor) else None
+        at = 0 if self._partition.flat else index
+        return self._split()[at][1] if self._optimizer.state.get(self._partition.stepped[at]) else None
 
     def of_master(self) -> tuple[dict[str, torch.Tensor], Shared]:
         """(moments of a flat master, what those parameters share that are not apart)."""
-        master = self._partition.master
-        tensors, shared = self._split(master, self._per_element())
-        return tensors, shared if self._optimizer.state.get(master) else None
+        tensors, shared = self._split()[0]
+        return tensors, shared if self._optimizer.state.get(self._partition.master) else None
+
+    def cohorts(self, unused: Sequence[int]) -> list[Cohort]:
+        """Who is stepped together in this step, the main cohort first; ``unused``: parameters that are left out."""
+        partition, (_, main) = self._partition, self.of_master()
+        # The common case costs nothing for each parameter, and goes over padding too: it holds zeros.
+        if not self.apart and not unused:
+            numel = partition.master.numel()
+            return [Cohort(main, True, list(range(len(partition.params))), [(0, numel)] if numel else [])]
+        found: dict[object, Cohort] = {}
+        for index, segment in enumerate(partition.segments):
+            if index in unused:
+                continue
+            # By identity: a value may be compared when the step is over, see ``counts_after``.
+            shared = self.apart.get(index, main)
+            key = "main" if index not in self.apart else None if shared is None else id(shared)
+            cohort = found.setdefault(key, Cohort(shared, key == "main", [], []))
+            cohort.members.append(index)
+            if cohort.ranges and cohort.ranges[-1][1] == segment.start:
+                cohort.ranges[-1] = (cohort.ranges[-1][0], segment.stop)
+            elif segment.start < segment.stop:
+                cohort.ranges.append((segment.start, segment.stop))
+        return sorted(found.values(), key=lambda cohort: not cohort.main)
+
+    def counts_after(
+        self, cohorts: Sequence[Cohort], after: Sequence[Shared], unused: Sequence[int], before: Shared
+    ) -> tuple[Shared, dict[int, Shared]]:
+        """(what the main cohort shares, what is apart) once each has counted up to ``after``; nothing is set yet.
+
+        ``before``: what the main cohort shared until now.
+        """
+        apart, main = dict(self.apart), before
+        for cohort, shared in zip(cohorts, after, strict=True):
+            if cohort.main:
+                main = shared
+                # It counts on, so those of it that were left out part from it.
+                apart |= {index: before for index in unused if index not in apart}
+            else:
+                apart |= dict.fromkeys(cohort.members, shared)
+        if apart and main is not None:  # who has caught up with it is apart no longer
+            alike = {id(s): same_shared(s, main) for s in apart.values() if s is not None}
+            apart = {i: s for i, s in apart.items() if s is None or not alike[id(s)]}
+        return main, apart
+
+    def set_counts(self, main: Shared, apart: Mapping[int, Shared], moments: State | None = None) -> None:
+        """Let the counts of a flat master be these; ``moments``: its others, where they are no longer those held."""
+        state = {**(main or {}), **(self.of_master()[0] if moments is None else moments)}
+        # An optimizer that keeps nothing has nothing to tell apart.
+        self.apart = dict(apart) if state else {}
+        if state:
+            self._optimizer.state[self._partition.master] = state
+        else:
+            self._optimizer.state.pop(self._partition.master, None)
+
+    def set_apart(self, apart: Mapping[int, Shared]) -> None:
+        """Let these parameters have counts of their own, copies of those given."""
+        # Those that were one object stay one: parameters that count together are stepped in one call.
+        copies = {id(own): None if own is None else copy_counts(own) for own in apart.values()}
+        self.apart = {index: copies[id(own)] for index, own in apart.items()}
 
     def set_shared(self, given: Sequence[Shared]) -> None:
         """Let each parameter of a flat partition have what is given for it; the moments are in place already."""
-        main, self.apart = split_shared(given, [prod(shape) for shape in self._partition.shapes])
-        state = self._optimizer.state
-        if main is None:
-            state.pop(self._partition.master, None)
-        else:
-            tensors, _ = self.of_master()
-            state[self._partition.master] = {key: copy_of(value) for key, value in main.items()} | tensors
+        main, apart = split_shared(given, [prod(shape) for shape in self._partition.shapes])
+        self.set_counts(copy_counts(main), apart)
 
-    def _per_element(self) -> set[str]:
+    def _split(self) -> list[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+        """(moments, what is shared) of each tensor that is stepped."""
         partition, state = self._partition, self._optimizer.state
-        if not partition.flat:
-            return state_keys(self._optimizer)
-        # A master is never of one element, so that it needs no others to tell by.
-        shapes = [(tuple(partition.master.shape), shapes_in(state.get(partition.master, {})))]
-        return per_element_keys(self._optimizer, shapes)
-
-    def _split(self, tensor: torch.Tensor, keys: Set[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return split_state(self._optimizer.state.get(tensor, {}), keys)
+        if partition.flat:
+            # A master is never of one element, so that it needs no others to tell by.
+            shapes = [(tuple(partition.master.shape), shapes_in(state.get(partition.master, {})))]
+            keys = per_element_keys(self._optimizer, shapes)
+        else:
+            keys = state_keys(self._optimizer)
+        return [split_state(state.get(tensor, {}), keys) for tensor in partition.stepped]
 
     def adopt(self) -> None:
         """Take over state that the optimizer already has for the parameters: whole, on every rank."""
+        # The user's optimizer may have made steps, or been given a state dict, before the engine was built.
         partition, states = self._partition, self._optimizer.state
         old = [states.pop(param, {}) for param in partition.params]
         if not any(old):
@@ -246,9 +293,10 @@ class HeldState:
         found = {i: state[key] for i, state in enumerate(states) if torch.is_tensor(state.get(key))}
         shard = self._partition.new_state(next(iter(found.values())).dtype)
         for index, value in found.items():
-            self._partition.scatter(shard, index, value)
+            self._partition.put(shard, index, value)
         return shard
 
 
-def copy_of(value: Any) -> Any:
-    return value.clone() if torch.is_tensor(value) else value
+def copy_counts(shared: Shared) -> dict[str, Any]:
+    """A copy of what parameters share, which a step may change in place; {} where they were never stepped."""
+    return {key: value.clone() if torch.is_tensor(value) else value for key, value in (shared or {}).items()}

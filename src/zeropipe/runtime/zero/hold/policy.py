@@ -11,7 +11,8 @@ import torch
 
 from zeropipe.comm.group import SELF, Group
 
-# 8 MiB of fp32: past it no algorithm gains, scratch stays small, and latency is hidden.
+# 8 MiB of fp32: past it no algorithm gains, scratch stays small, and latency is hidden: while one bucket travels the
+# next one fills.
 AUTO_BUCKET_NUMEL = 2**21
 # 64 MiB of fp32 for each of master, gradient and moments that a step reads from files.
 AUTO_SUB_GROUP_NUMEL = 2**24

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -23,15 +24,8 @@ from zeropipe.comm.collectives import Work, broadcast
 from zeropipe.comm.group import SELF, Group
 from zeropipe.errors import UsageError
 from zeropipe.layout.buckets import Bucket, Key, launch_order
-from zeropipe.runtime.zero.hold.arrivals import (
-    NEXT_PHASES,
-    Arrivals,
-    Ending,
-    Phase,
-    Watch,
-    at_end_of_backward,
-)
-from zeropipe.runtime.zero.hold.grads import GradStore
+from zeropipe.runtime.zero.hold.autograd import Arrivals, Watch, at_end_of_backward
+from zeropipe.runtime.zero.hold.grads import NEXT_PHASES, GradStore, Phase
 from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.policy import Conductor, Policy
 from zeropipe.runtime.zero.marks import z3_leaf_parameter
@@ -75,13 +69,12 @@ class Reducer:
         self.keeps_own = keeps_own
         self._before_clear = before_clear
         self.stores: list[GradStore] = []
-        self.arrivals = Arrivals(self)
+        self.arrivals: Arrivals[GradStore] = Arrivals(self)
 
-        # Set by who needs it, once: what gradients that nobody scaled for this optimizer must be multiplied by, asked
-        # as a pass begins; what is called, collectively, once a window is reduced; and stage 3's order among gathers.
-        self.missing_factor: Callable[[], float] = lambda: 1.0
-        self.at_boundary: Callable[[], None] = lambda: None
-        self.conductor: Conductor | None = None
+        # What those add who are made later, see ``serve``.
+        self._missing_factor: Callable[[], float] = lambda: 1.0
+        self._at_boundary: Callable[[], None] = lambda: None
+        self._conductor: Conductor | None = None
 
         # The window: what happened since the last step.
         self._phase = Phase.IDLE
@@ -92,11 +85,10 @@ class Reducer:
         self._broken = ""  # the backward that raised
 
         # The pass in progress, and how it was begun: a plain backward says by itself when it ends.
-        self._begun = 0  # passes, ever
         self._local_only = False
         self._explicit = False
         self._missing = 1.0  # factor of what arrives
-        self._ending: weakref.ref[Ending] | None = None  # of a plain backward
+        self._ending: weakref.ref[partial[None]] | None = None  # of a plain backward
 
         # Its buckets, in launch order; more than two on their way would hold more gradients than they hide.
         self._order: list[_Open] = []
@@ -144,13 +136,26 @@ class Reducer:
         if self._phase is Phase.IN_USE:
             self._turn(Phase.IDLE)
 
+    def serve(
+        self,
+        missing_factor: Callable[[], float] | None = None,
+        at_boundary: Callable[[], None] | None = None,
+        conductor: Conductor | None = None,
+    ) -> None:
+        """What those add who are made later. ``missing_factor``: what gradients that nobody scaled for this optimizer
+        must be multiplied by, asked as a pass begins. ``at_boundary`` is called, on all ranks, once a window is
+        reduced. ``conductor``: stage 3's order among gathers."""
+        self._missing_factor = missing_factor or self._missing_factor
+        self._at_boundary = at_boundary or self._at_boundary
+        self._conductor = conductor or self._conductor
+
     def add(self, partition: Partition) -> GradStore:
         """Hook the partition's parameters and return the store of their gradients."""
         store = GradStore(partition, self.policy)
         self.stores.append(store)
         self._order = []
         self._learned = ()
-        self.arrivals.listen(store)
+        self.arrivals.listen(store, partition.params)
         return store
 
     @contextmanager
@@ -168,16 +173,16 @@ class Reducer:
         """Around one backward: the pass ends with the block, also when no parameter got a gradient."""
         self.settle()
         before, self._explicit = self._explicit, True
-        begun = self._begun
+        passes = self.passes
         try:
             yield
             self._begin()
             self.finish_pass()
         except BaseException as error:
-            if self._begun != begun:  # else it has added nothing
+            if self._open or self.passes != passes:  # else no pass has begun, and nothing was added
                 self._broken = type(error).__name__
-            if self.conductor is not None:
-                self.conductor.tell(error, "backward")
+            if self._conductor is not None:
+                self._conductor.tell(error, "backward")
             raise
         finally:
             self._explicit = before
@@ -196,8 +201,8 @@ class Reducer:
         self.settle()
         if self._broken:
             raise UsageError(
-                f"a backward since the last step ended with {self._broken}, and its gradients are incomplete. Fix: "
-                "call engine.zero_grad(), on every rank, and run the forwards and backwards since that step again"
+                f"a backward since the last step ended with {self._broken}, and its gradients are incomplete",
+                fix="call engine.zero_grad(), on every rank, and run the forwards and backwards since that step again",
             )
 
     def finish_pass(self) -> None:
@@ -208,7 +213,8 @@ class Reducer:
         reduced = self._phase is Phase.REDUCING
         if reduced:
             # Where it raises the pass is still open: some reductions are under way.
-            self._meet("end of backward")
+            if self._conductor is not None:
+                self._conductor.meet("end of backward")
             self._reduced_passes += 1
             self._common = len(self._order)
             while self._next < len(self._order):
@@ -232,7 +238,8 @@ class Reducer:
         self.settle()
         for store in self.stores:
             store.take_changes()
-        self._meet("gradients of a step")
+        if self._conductor is not None:
+            self._conductor.meet("gradients of a step")
         if self._owes:
             self._begin(force=True)
             self.finish_pass()
@@ -240,7 +247,7 @@ class Reducer:
             for store in self.stores:
                 store.average_over(self.replicas)
             self._apart = False
-        self.at_boundary()
+        self._at_boundary()
 
     def reduce_late(self, store: GradStore) -> None:
         """Reduce the window's gradients of a store that was added after them: whole, in ``param.grad``."""
@@ -286,23 +293,23 @@ class Reducer:
 
     def take(self, store: GradStore, index: int) -> None:
         """Take over what is in ``.grad``."""
-        grad = store.partition.params[index].grad
         # None: a custom function's backward said so; this rank adds nothing to the sum.
-        given = grad is not None
+        grad = store.partition.params[index].grad
         if self.watch is not None and grad is not None:
             self.watch.look(store.partition.names[index], grad)
         if self._phase is not Phase.REDUCING:
             # Where the dtype is the parameter's own, autograd itself adds up a sharded store's gradients.
-            if given and (store.keeps_whole or store.dtype != store.partition.dtype):
+            if grad is not None and (store.keeps_whole or store.dtype != store.partition.dtype):
                 store.accept(index, keep_grad=store.keeps_whole)
             return
-        place = self._place[id(store), index]
-        if given:
+        if grad is not None:
             store.accept(index, keep_grad=False)
-        place.waiting.discard(index)
-        if place.waiting:
+        bucket = self._place[id(store), index]
+        bucket.waiting.discard(index)
+        if bucket.waiting:
             return
-        self._complete.append(place.key)
+        # It may go, but only as the next of the one order: what is complete before its turn waits.
+        self._complete.append(bucket.key)
         while self._next < len(self._order) and not self._order[self._next].waiting:
             self._launch_next()
 
@@ -315,12 +322,11 @@ class Reducer:
             return
         if self._phase is Phase.IN_USE:
             raise UsageError(
-                "backward: the last step raised before it was done, and its gradients are in use. Fix: call step() "
-                "again, which goes on where it stopped, or zero_grad() to give it up"
+                "backward: the last step raised before it was done, and its gradients are in use",
+                fix="call step() again, which goes on where it stopped, or zero_grad() to give it up",
             )
         inside = _in_backward()
-        self._missing = self.missing_factor() if inside else 1.0
-        self._begun += 1
+        self._missing = self._missing_factor() if inside else 1.0
         self._ending = None
         if inside and not self._explicit:
             self._ending = at_end_of_backward(self.finish_pass, self.arrivals.stop)
@@ -366,17 +372,16 @@ class Reducer:
 
     def _wait_down_to(self, left: int) -> None:
         """Wait until no more than ``left`` reductions are in flight, or the next one may lack a peer."""
-        free = self.conductor is None
+        # Why it may be waited for: all ranks launch in one order, so who has launched it needs nobody who waits for a
+        # later one. At stage 3 a peer may stand in a gather before it launches, which waits for this rank: there only
+        # what all are known to have launched ends by itself, and the rest is left for the end of the pass.
+        free = self._conductor is None
         while len(self._in_flight) > left:
             # Where ranks tell each other nothing (no gloo), the backend knows at least what has arrived.
             if not free and self._waited >= self._common and not self._in_flight[0].done():
                 return
             self._in_flight.popleft().wait()
             self._waited += 1
-
-    def _meet(self, what: str) -> None:
-        if self.conductor is not None:
-            self.conductor.meet(what)
 
     def _learn(self) -> None:
         """Take over the order in which rank 0's backward completed its buckets, once."""

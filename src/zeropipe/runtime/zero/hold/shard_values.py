@@ -16,8 +16,8 @@ from zeropipe.comm.collectives import Work, all_gather
 from zeropipe.comm.group import Group
 from zeropipe.layout.buckets import Bucket, Span, cut_buckets
 from zeropipe.layout.flat import FlatShards, Piece, flat_shards
-from zeropipe.runtime.zero.hold.offload import Offload
-from zeropipe.runtime.zero.hold.values import ALIGN, ALONE_NUMEL, Move, Room, Segment
+from zeropipe.runtime.zero.hold.offload import Move, Offload
+from zeropipe.runtime.zero.hold.values import ALIGN, ALONE_NUMEL, Room, Segment
 from zeropipe.runtime.zero.param import GATHER, Cut, ZeroParamStatus, shards_at
 
 
@@ -37,7 +37,7 @@ class ShardValues:
         self.cut = tuple(_shards(param) for param in params)
         self.shapes = tuple(tuple(shards.shape) for shards in self.cut)
 
-        # Who holds what.
+        # Who holds what. The master is cut in whole lines (see ALIGN), a parameter's shards need not be.
         self.group = self.cut[0].group
         self.replicas = replicas
         self.shard = self.group.rank
@@ -166,6 +166,7 @@ class ShardValues:
     def take_edits(self, sure: bool = False) -> None:
         # Only what stays gathered can have been written to; what a ``GatheredParameters`` holds is left to that.
         gathered = self._gathered()
+        # One comparison of all first, with what they showed last: a step would notice one for each small parameter.
         known, values = self._shown
         if known == _facts(gathered):
             here = self._own_elements(gathered)
@@ -242,7 +243,7 @@ def _is_gathered(shards: Cut) -> bool:
 
 
 def _facts(gathered: Sequence[Cut]) -> list[tuple[int, int]]:
-    """What changes when other parameters are gathered, or the shards are written behind the gathered values."""
+    # What changes when other parameters are gathered, or the shards are written behind the gathered values.
     return [(shards.ident, shards.renewals) for shards in gathered]
 
 

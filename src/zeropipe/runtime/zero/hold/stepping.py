@@ -1,83 +1,128 @@
-"""One update of all partitions: whole, in pieces, overlapped with messages, from files; safe to raise in the middle.
+"""A step: what all ranks must know of the gradients, then one update of all partitions, safe to raise in the middle.
 
-    jobs    edits | scale a | load a | scale b | load b | step a | step b | publish a | publish b | forget gradients
+    jobs     edits | scale a | load a | scale b | load b | step a | step b | publish a | publish b | forget gradients
+    raises     1        2        1         2        1         3        3          4           4             1
 
 An update is a list of jobs, and a job may be done again until it has returned. So the next ``step`` after one that
 raised (memory was short, a collective failed) goes on where that stopped: nothing is applied twice or left half done,
 the bits are those of a step that never raised, and ranks that did not raise wait in the very collective that is next.
+
+1   done again from its start, with the same result
+2   a job by itself, since it is the one that must not be done twice: it raises before it multiplies, or not at all
+3   a call of the optimizer. One kernel in place has happened or not; on copies, nothing has; on whole tensors, they are
+    put back, unless they are too many to be kept: then the step is torn, and says so
+4   what was sent is on its way, and is not sent again
+
+    step by itself (``runs.py``)    flat masters of elementwise optimizers
+    step together, in one call      what needs whole tensors, exchanges gradients itself, or is watched:
+
+    call 1   |  a  |#####|  c  |        a and c share a step count; what b has is kept aside and put back
+    call 2   |#####|  b  |#####|        then b, on its own count
+
+What is kept aside costs no bits: whatever the optimizer computes of a tensor's element depends on that tensor alone.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from zeropipe.comm.collectives import Work
-from zeropipe.comm.record import SEAM
+from zeropipe.comm.collectives import all_reduce
+from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
+from zeropipe.runtime.optimizers.shard_view import Communicates
+from zeropipe.runtime.optimizers.state_kinds import Shared, split_state, state_keys
 from zeropipe.runtime.zero.hold.grads import GradStore
-from zeropipe.runtime.zero.hold.partition import Partition, copy_of
-from zeropipe.runtime.zero.hold.step_runs import Job, Range, Runs, alone, is_fused, told_of_return
-from zeropipe.runtime.zero.hold.step_whole import Undo, step_whole
-from zeropipe.runtime.zero.hold.survey import Communicates, hand_over
+from zeropipe.runtime.zero.hold.partition import Cohort, Partition, copy_counts
+from zeropipe.runtime.zero.hold.policy import StepOptions
+from zeropipe.runtime.zero.hold.runs import Job, Runs, Update, leaves_early
+from zeropipe.tensor.norms import rough_squared_norm, squared_norm
 
 # Elements that a call which does not happen in one kernel may change and still be undone; a copy of that much is cheap.
 UNDO_NUMEL = 2**20
 
-Unused = Sequence[tuple[Partition, list[int]]]  # what no rank gave a gradient
+Unused = Mapping[Partition, Sequence[int]]  # the parameters that no rank gave a gradient
 
 
-class Update:
-    """What is left to do of one update."""
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Sums over all ranks, known before a step so that they decide alike."""
 
-    def __init__(self) -> None:
-        self._jobs: deque[Job] = deque()
-        self._works: list[Work] = []  # new values on their way
-        self.changed = False  # a master or a moment is no longer what it was
-        self._torn = False  # part of a call was done, and cannot be undone
+    square: float  # squared norm of the scaled gradients
+    unseen: float  # parameters without a gradient on some rank, counted there
+    woken: float  # parameters that were unfrozen since the last step, counted on each rank
 
-    def add(self, jobs: Iterable[Job]) -> None:
-        self._jobs += jobs
 
-    def run(self) -> None:
-        """Do what is left. Raises UsageError where an earlier raise left something that cannot be gone on with."""
-        if self._torn:
-            raise UsageError(
-                "the step that raised before has changed part of the optimizer's state and cannot be repeated: this "
-                "optimizer does not step in one kernel. Fix: load a checkpoint"
-            )
-        try:
-            while self._jobs:
-                more = self._jobs[0]()
-                self._jobs.popleft()
-                self._jobs.extendleft(reversed(more or ()))
-        except BaseException:
-            SEAM.keep(*self._works)  # the transport reads and writes the values, whatever becomes of this
-            raise
+def survey(stores: Sequence[GradStore], group: Group, options: StepOptions, own: bool, awake: int) -> Figures:
+    """One small collective, one more where other ranks hold other parts of the model.
 
-    def on_change(self) -> None:
-        self.changed = True
+    ``own``: gradients are each rank's own, for an optimizer that exchanges something else. All ranks still decide on
+    overflow and the clip factor together, before anything is exchanged. ``awake``: parameters unfrozen on this rank.
+    """
+    device = stores[0].partition.params[0].device if stores else torch.device("cpu")
+    # A norm that decides nothing, neither a clip factor nor whether the step is taken, may be off by a rounding.
+    decides = options.clip > 0 or options.scaler is not None or options.skip_nonfinite
+    square = squared_norm if decides or device.type != "cpu" else rough_squared_norm
+    unseen = 0 if own else sum(len(store.partition.params) - len(store.seen) for store in stores)
+    squares: torch.Tensor | float = 0.0
+    # [1] This rank's share of the sum, so that each element counts once.
+    for store in stores:
+        partition, counts = store.partition, options.counts
+        copies = [i for i, p in enumerate(partition.params) if not counts(p)] if counts else ()
+        if own:
+            # The norm of the ranks' average is not known without averaging; the root of this mean of squares is never
+            # below it. A parameter that was not seen has what an earlier window left.
+            for index in range(len(partition.params)):
+                if index not in store.seen:
+                    store.view(index).zero_()
+                elif index in copies:
+                    squares = squares - squared_norm(store.view(index).reshape(-1)) / group.size
+            squares = squares + squared_norm(store.buffer) / group.size
+        elif (options.replicas if partition.sharded else group).rank == 0:
+            whole = square(store.shard, partition.offload.let_go)
+            away = (squared_norm(partition.local(store.shard, i)) for i in copies)
+            squares = squares + whole - sum(away, start=0.0)
+    # [2] Everything that ranks must know alike, in one message.
+    if group.size == 1 and options.model_group.size == 1:
+        return Figures(float(squares), unseen, awake)
+    figures = torch.tensor([0.0, unseen, awake], dtype=torch.float64, device=device)
+    figures[0] = squares
+    all_reduce(figures, group, label="gradient norm")
+    if options.model_group.size > 1:
+        all_reduce(figures[:1], options.model_group, label="gradient norm of all stages")
+    return Figures(*figures.tolist())
 
-    def done(self, more: list[Job]) -> None:
-        """The current job will raise, but must not be done again; ``more`` follows it."""
-        self._jobs.popleft()
-        self._jobs.extendleft(reversed(more))
 
-    def tear(self) -> None:
-        self._torn = self.changed = True
+def unused_everywhere(stores: Sequence[GradStore], group: Group) -> dict[Partition, list[int]]:
+    """The parameters that no rank gave a gradient; collective."""
+    device = stores[0].partition.params[0].device if stores else torch.device("cpu")
+    flags = [index in store.seen for store in stores for index in range(len(store.partition.params))]
+    used = torch.tensor(flags, dtype=torch.int32, device=device)
+    all_reduce(used, group, op="max", label="used parameters")
+    marks = used.split([len(store.partition.params) for store in stores])
+    found = {
+        store.partition: [index for index, mark in enumerate(own.tolist()) if not mark]
+        for store, own in zip(stores, marks, strict=True)
+    }
+    return {partition: indices for partition, indices in found.items() if indices}
 
-    def send(self, partition: Partition, run: Range) -> None:
-        """Start to give every rank the new values of a run of each shard."""
-        self._works.append(partition.values.publish_run(*run))
 
-    def arrive(self) -> None:
-        while self._works:
-            self._works[0].wait()
-            self._works.pop(0)
+def refuse(unused: Unused) -> None:
+    """Raise UsageError, on every rank alike, for parameters that require a gradient and got none."""
+    pairs = [(partition, index) for partition, indices in unused.items() for index in indices]
+    names = [f"'{p.names[index]}'" for p, index in pairs if p.params[index].requires_grad]
+    if names:
+        raise UsageError(
+            f"parameters {', '.join(names)} got no gradient on any rank in this step",
+            fix="use them in the loss, freeze them with requires_grad_(False), or set "
+            "zero_optimization.ignore_unused_parameters to true",
+        )
 
 
 class Stepping:
@@ -93,122 +138,58 @@ class Stepping:
         self._pages_state = pages_state
         self._communicates = isinstance(optimizer, Communicates)
 
-    def update(self, stores: Sequence[GradStore], factor: float, unused: Unused) -> Update:
-        """What steps all partitions on ``factor`` times their gradients."""
-        left_out = {id(partition): indices for partition, indices in unused}
-        busy = [s for s in stores if len(left_out.get(id(s.partition), ())) < len(s.partition.params)]
+    def update(
+        self, stores: Sequence[GradStore], factor: float, unused: Unused, own: Communicates | None = None
+    ) -> Update:
+        """What steps all partitions on ``factor`` times their gradients.
+
+        ``own``: the optimizer, where it exchanges each rank's own gradients in this step.
+        """
+        # What nobody used at all is not stepped: its masters, moments and counts stay as they are.
+        busy = [s for s in stores if len(unused.get(s.partition, ())) < len(s.partition.params)]
         update = Update()
-        for store in stores:
-            update.add([store.partition.values.take_edits])
-        for store in () if self._pages_state else busy:
-            update.add(_load(store, factor, left_out.get(id(store.partition), ())))
-        watched = _watched(self._optimizer)
-        together: list[Partition] = []
-        sent: set[int] = set()
+        update.add(*(store.partition.values.take_edits for store in stores))
+        if own is not None:
+            update.add(partial(_hand_over, own, stores, factor))
+        elif not self._pages_state:
+            for store in busy:
+                update.add(*_load(store, factor, unused.get(store.partition, ())))
+        # Who is stepped by itself comes first, so that its new values travel while the others are stepped.
+        together = [store.partition for store in busy if self._needs_one_call(store.partition, unused)]
+        sent = []
         for store in busy:
-            partition = store.partition
-            simple = not partition.state.apart and id(partition) not in left_out
-            if not partition.flat or not self._elementwise or (watched and simple and not self._pages_state):
-                together.append(partition)
-            elif simple and not self._pages_state and self._in_one_kernel(partition):
-                update.add([partial(self._alone, update, partition)])
-            else:
-                runs = self._runs(update, store, factor, left_out.get(id(partition), ()))
-                overlaps = _overlaps(partition)
-                sent |= {id(partition)} if overlaps else set()
-                update.add(self._windows(update, runs, partition, overlaps))
+            if store.partition not in together:
+                runs = Runs(update, self._optimizer, store, factor, unused.get(store.partition, ()))
+                update.add(*runs.jobs())
+                sent += [store] if leaves_early(store.partition) else []
         if together:
-            alone = len(together) < len(busy)
-            update.add([partial(self._together, update, together, left_out, alone)])
+            others = [store.partition for store in busy if store.partition not in together]
+            update.add(partial(self._step_together, update, together, others, unused))
         for store in busy:
-            if id(store.partition) not in sent:
-                update.add(_publish(update, store.partition))
-        update.add([update.arrive])
-        update.add([store.partition.drop_gradients for store in stores])
+            if store not in sent:
+                update.add(*_publish(update, store.partition))
+        update.add(update.arrive, *(store.partition.drop_gradients for store in stores))
         return update
 
-    def own_update(self, optimizer: Communicates, stores: Sequence[GradStore], factor: float) -> Update:
-        """What steps an optimizer that exchanges each rank's own gradients by itself."""
-        update = Update()
-        for store in stores:
-            update.add([store.partition.values.take_edits])
+    def _needs_one_call(self, partition: Partition, unused: Unused) -> bool:
+        if not partition.flat or not self._elementwise:
+            return True
+        # Somebody who is told of steps is told of one; not where that would be wrong, or read whole files.
+        simple = not partition.state.apart and partition not in unused
+        return simple and not self._pages_state and _watched(self._optimizer)
 
-        def step() -> None:
-            hand_over(optimizer, stores, factor)
-            try:
-                self._optimizer.step()
-            except BaseException:
-                update.tear()
-                raise
-            update.on_change()
-
-        update.add([step])
-        for store in stores:
-            update.add(_publish(update, store.partition))
-        update.add([update.arrive])
-        return update
-
-    def _in_one_kernel(self, partition: Partition) -> bool:
-        """Whether the master is stepped as it is; not where the first state is there and pieces can travel early."""
-        overlaps = _overlaps(partition) and bool(self._optimizer.state.get(partition.master))
-        return is_fused(self._optimizer, partition.group_index) and not overlaps
-
-    def _alone(self, update: Update, partition: Partition) -> None:
-        """Step one flat master whose step is one kernel: the counts are all that a raise can leave changed."""
-        state = self._optimizer.state
-        returned: list[bool] = []
-        before = {key: copy_of(value) for key, value in (partition.state.of_master()[1] or {}).items()}
-        known = partition.master in state and bool(state[partition.master])
-        try:
-            with alone(self._optimizer, partition.group_index) as members:
-                members.append(partition.master)
-                with told_of_return(self._optimizer) as returned:
-                    self._optimizer.step()
-        except BaseException:
-            if returned:
-                update.on_change()
-                update.done([])
-            elif known:
-                state[partition.master].update(before)
-            else:
-                state.pop(partition.master, None)
-            raise
-        update.on_change()
-
-    def _runs(self, update: Update, store: GradStore, factor: float, unused: Sequence[int]) -> Runs:
-        partition = store.partition
-        if self._pages_state:
-            return Runs(
-                self._optimizer, partition, lambda: store.shard, factor, unused, update.on_change, update.done
-            )
-
-        def gradient() -> torch.Tensor:
-            assert partition.master.grad is not None
-            return partition.master.grad
-
-        return Runs(self._optimizer, partition, gradient, 1.0, unused, update.on_change, update.done)
-
-    def _windows(self, update: Update, runs: Runs, partition: Partition, overlaps: bool) -> Iterator[Job]:
-        if overlaps:
-            return runs.jobs(partition.values.runs, lambda run: partial(update.send, partition, run))
-        numel = partition.master.numel()
-        size = partition.offload.policy.sub_group_numel if self._pages_state else numel
-        windows = [(at, min(at + size, numel)) for at in range(0, numel, max(size, 1))]
-        return runs.jobs(windows, lambda window: None)
-
-    def _together(
-        self,
-        update: Update,
-        partitions: Sequence[Partition],
-        left_out: Mapping[int, Sequence[int]],
-        alone: bool,
+    def _step_together(
+        self, update: Update, partitions: Sequence[Partition], others: Sequence[Partition], unused: Unused
     ) -> None:
-        """One call for optimizers that need whole tensors, or whose steps somebody watches."""
+        """One call for each step count; what ``others`` have is not stepped."""
+        # Whole tensors may be stepped in any number of calls: what they may change is kept, unless it is too much. One
+        # that communicates cannot be undone on this rank alone.
         undo = None
         if not self._communicates and sum(p.master.numel() for p in partitions) <= UNDO_NUMEL:
-            undo = Undo(self._optimizer, [tensor for p in partitions for tensor in p.stepped])
+            undo = _Undo(self._optimizer, [tensor for p in partitions for tensor in p.stepped])
         try:
-            step_whole(self._optimizer, partitions, left_out, not self._communicates, alone)
+            with _without(self._optimizer, others):
+                self._step_whole(partitions, unused)
         except BaseException:
             if undo is None:
                 update.tear()
@@ -217,6 +198,37 @@ class Stepping:
             raise
         update.on_change()
 
+    def _step_whole(self, partitions: Sequence[Partition], unused: Unused) -> None:
+        flats = [p for p in partitions if p.flat]
+        cohorts = {p: p.state.cohorts(unused.get(p, ())) for p in flats}
+        # One that communicates has one count for all, as it wants it.
+        counting = [p for p in flats if not self._communicates and (p.state.apart or p in unused)]
+        after: dict[Partition, list[Shared]] = {p: [] for p in counting}
+        gradients = {p: p.master.grad for p in flats}
+        try:
+            for level in range(max([1, *map(len, cohorts.values())])):
+                now = [p for p in flats if level < len(cohorts[p])]
+                asides = [_Aside(self._optimizer, p, cohorts[p][level], p in counting) for p in now]
+                for p in partitions:
+                    if p.flat:
+                        p.master.grad = gradients[p] if p in now else None
+                    elif level:
+                        p.drop_gradients()  # stepped in the first call
+                self._optimizer.step()
+                for p, aside in zip(now, asides, strict=True):
+                    aside.put_back()
+                    if p in counting:
+                        after[p].append(copy_counts(p.state.of_master()[1]))
+        finally:
+            for p in flats:
+                p.master.grad = gradients[p]
+        before = {p: next((c.shared for c in cohorts[p] if c.main), None) for p in counting}
+        counts = [
+            (p, p.state.counts_after(cohorts[p], after[p], unused.get(p, ()), before[p])) for p in counting
+        ]
+        for p, (main, apart) in counts:  # all at once, so that a raise leaves none of it
+            p.state.set_counts(main, apart)
+
 
 def _load(store: GradStore, factor: float, unused: Sequence[int]) -> Iterator[Job]:
     """Set the gradients of what is stepped to ``factor`` times the store's."""
@@ -224,12 +236,19 @@ def _load(store: GradStore, factor: float, unused: Sequence[int]) -> Iterator[Jo
     in_place = shard.dtype == partition.master.dtype and shard.device == partition.master.device
     if in_place and factor != 1.0:
         yield partial(_scale, shard, factor)
-    yield partial(partition.load_gradient, shard, 1.0 if in_place else factor)
-    yield partial(partition.drop_gradients, unused)
+    yield partial(partition.load_gradient, shard, 1.0 if in_place else factor, unused)
 
 
 def _scale(shard: torch.Tensor, factor: float) -> None:
     shard.mul_(factor)
+
+
+def _hand_over(optimizer: Communicates, stores: Sequence[GradStore], factor: float) -> None:
+    """Give the optimizer ``factor`` times this rank's gradients: the whole buffer of each partition."""
+    for store in stores:
+        gradient = store.buffer if factor == 1.0 else store.buffer.float().mul_(factor)
+        master = store.partition.master
+        optimizer.set_local_gradient(master, gradient.to(master.device))
 
 
 def _publish(update: Update, partition: Partition) -> Iterator[Job]:
@@ -239,14 +258,6 @@ def _publish(update: Update, partition: Partition) -> Iterator[Job]:
             yield partial(update.send, partition, run)
     else:
         yield partition.values.publish
-
-
-def _overlaps(partition: Partition) -> bool:
-    """Whether new values are sent in several messages, each of which can leave before the next piece is stepped.
-
-    Ranks may differ in when they send: they send each other the same.
-    """
-    return partition.master.device.type == "cpu" and len(partition.values.runs) > 1
 
 
 def _watched(optimizer: torch.optim.Optimizer) -> bool:
@@ -259,3 +270,83 @@ def _watched(optimizer: torch.optim.Optimizer) -> bool:
     )
     own = vars(optimizer).get("step")  # torch's schedulers put a wrapper here that pieces do not disturb
     return any(hooks) or (own is not None and not hasattr(own, "_wrapped_by_lr_sched"))
+
+
+@contextmanager
+def _without(optimizer: torch.optim.Optimizer, partitions: Sequence[Partition]) -> Iterator[None]:
+    """Inside, the optimizer does not hold what these partitions step."""
+    away = {id(tensor) for partition in partitions for tensor in partition.stepped}
+    before = [group["params"] for group in optimizer.param_groups]
+    for group, params in zip(optimizer.param_groups, before if away else (), strict=bool(away)):
+        group["params"] = [param for param in params if id(param) not in away]
+    try:
+        yield
+    finally:
+        for group, params in zip(optimizer.param_groups, before, strict=True):
+            group["params"] = params
+
+
+class _Undo:
+    """What a call may change: copies of tensors, their gradients and their state, to be put back where it raises."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, tensors: Sequence[torch.Tensor]) -> None:
+        self._state = optimizer.state
+        self._before: list[tuple[torch.Tensor, dict[str, object]]] = []
+        self._places: list[tuple[torch.Tensor, torch.Tensor]] = []
+        keys = state_keys(optimizer)
+        for tensor in tensors:
+            if tensor.grad is None:
+                continue
+            moments, shared = split_state(optimizer.state.get(tensor, {}), keys)
+            places = [tensor.detach(), tensor.grad, *moments.values()]
+            self._places += [(place, place.clone()) for place in places if place.layout == torch.strided]
+            # The tensors themselves come back as they are; what is shared may be changed in place or replaced.
+            self._before.append((tensor, moments | copy_counts(shared)))
+
+    def restore(self) -> None:
+        for place, value in self._places:
+            place.copy_(value)
+        for tensor, state in self._before:
+            held = self._state.get(tensor)
+            if held is not None:
+                held.clear()
+                held.update(state)
+                if not state:
+                    del self._state[tensor]
+
+
+class _Aside:
+    """The elements of a master that a call is not meant for, and the count of those that it is meant for."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, partition: Partition, cohort: Cohort, own_count: bool
+    ) -> None:
+        self._partition = partition
+        self._state = optimizer.state
+        self._ranges = cohort.ranges
+        numel = partition.master.numel()
+        edges = pairwise([0, *(edge for run in cohort.ranges for edge in run), numel])
+        self._others = [(a, b) for a, b in list(edges)[::2] if a < b]  # between the ranges
+        self._known, shared = partition.state.of_master()
+        self._anew = own_count and cohort.shared is None and shared is not None
+        # What is made anew is made beside what is there, which no call touches then.
+        wholes = [partition.master.detach(), *([] if self._anew else self._known.values())]
+        self._kept = [(whole[a:b], whole[a:b].clone()) for whole in wholes for a, b in self._others]
+        if own_count:
+            state = optimizer.state[partition.master]
+            state.clear()
+            if not self._anew:
+                state.update(copy_counts(cohort.shared) | self._known)
+
+    def put_back(self) -> None:
+        for place, value in self._kept:
+            place.copy_(value)
+        for key, made in self._partition.state.of_master()[0].items():
+            old = self._known.get(key)
+            if old is None:
+                for a, b in self._others:
+                    made[a:b].zero_()
+            elif self._anew:
+                for a, b in self._ranges:
+                    old[a:b].copy_(made[a:b])
+                self._state[self._partition.master][key] = old

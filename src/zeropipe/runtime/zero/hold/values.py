@@ -9,27 +9,27 @@ of its own, and the values are rounded from it after each step. (``shard_values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 
-from zeropipe.comm.collectives import Work, all_gather, broadcast, gather_from_owners
+from zeropipe.comm.collectives import Work, all_gather, all_reduce, broadcast, gather_from_owners
 from zeropipe.comm.group import SELF, Group
 from zeropipe.errors import UsageError
 from zeropipe.layout.buckets import Bucket, Span, cut_buckets
 from zeropipe.layout.flat import FlatShards, Piece, flat_shards
+from zeropipe.runtime.zero.hold.offload import Move
 from zeropipe.runtime.zero.hold.policy import Policy
 
-# Elements of one cache line of fp32. torch's fused CPU steps handle the last numel % 16 elements in a scalar loop
+# Why 16 elements: a cache line of fp32. torch's fused CPU steps handle the last numel % 16 elements in a scalar loop
 # whose rounding differs by an ulp; a whole number of lines leaves no such rest, so that where the shards are cut
 # (stage, number of ranks, threads) never shows in the numbers.
 ALIGN = 16
 # Elements from which a message of its own costs less than a copy into a common one; only gloo sends one by one.
 ALONE_NUMEL = 2**16
-
-Move = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +86,17 @@ class FlatValues:
         self.whole_numel = self.layout.padded_numel
         self.segments = tuple(self._segment(index) for index in range(len(specs)))
 
-        # The memory. What is edited in place is told by version counters, which ``.data`` leaves alone, and by place.
+        # The memory.
         self.whole = _flatten(self.params, self.layout)  # 1D, padded_numel
         self.own = self.whole[slice(*self.layout.shard_range(self.shard))]  # 1D, shard_numel; a view
         broadcast(self.whole, 0, group, label="initial values")
         self.master = torch.nn.Parameter(self._make_master(policy))
+        self._publish_numel = policy.publish_numel
+
+        # How an edit is seen: an operation in place counts a version up, an assignment of ``.data`` (which leaves the
+        # counter alone) moves the parameter out of its place.
         self._starts = tuple(self.layout.offsets[:-1])
         self._versions = [param._version for param in self.params]
-        self._publish_numel = policy.publish_numel
 
     def _segment(self, index: int) -> Segment:
         pieces = self.layout.tensor_pieces(index)
@@ -110,6 +113,7 @@ class FlatValues:
         host = torch.empty(self.own.shape, dtype=torch.float32, pin_memory=policy.pin_memory)
         return host.copy_(self.own)
 
+    # Asked by address, since both may be moved away for a while (``move``) and come back.
     @property
     def master_is_values(self) -> bool:
         return self.master.data_ptr() == self.own.data_ptr() and self.own.numel() > 0
@@ -157,6 +161,7 @@ class FlatValues:
         """Let the parameters be what the masters say: everywhere, or where they are gathered now."""
         if self.layout.numel == 0:
             return
+        # Several messages where those of one run travel while the next is copied, and scratch stays small.
         if len(self.runs) > 1:
             for work in [self.publish_run(start, stop) for start, stop in self.runs]:
                 work.wait()
@@ -190,9 +195,9 @@ class FlatValues:
     def take_edits(self, sure: bool = False) -> None:
         """Let what was written to parameters in place, under ``no_grad``, reach the master.
 
-        Each rank takes the elements of its shard, so all must have written the same. ``sure``: look at the values,
-        whatever version counters say.
+        ``sure``: look at the values, whatever version counters say.
         """
+        # Each rank takes the elements of its shard, so all must have written the same; nothing is sent to find out.
         first, size = self.whole.data_ptr(), self.whole.element_size()
         for index, param in enumerate(self.params):
             if param.data_ptr() != first + self._starts[index] * size:
@@ -280,16 +285,16 @@ class FlatValues:
 
 
 def take_edited(master: torch.Tensor, values: torch.Tensor) -> None:
-    """Set ``master`` to ``values`` (its shape, any dtype) where these are not what it rounds to; the rest keeps its
-    bits."""
+    """Set ``master`` to ``values`` (its shape, any dtype) where somebody wrote those."""
+    # Where they are still what the master rounds to nobody did, and it keeps the bits that the rounding lost.
     new = values.to(master.device)
     master.copy_(torch.where(new == master.to(new.dtype), master, new.to(master.dtype)))
 
 
 def _flatten(params: Sequence[torch.nn.Parameter], layout: FlatShards) -> torch.Tensor:
-    """Move the parameters into one buffer, one at a time, so that at most one exists twice."""
-    first = params[0]
-    flat = torch.zeros(layout.padded_numel, dtype=first.dtype, device=first.device)
+    """Move the parameters into one buffer."""
+    flat = torch.zeros(layout.padded_numel, dtype=params[0].dtype, device=params[0].device)
+    # One at a time, so that at most one exists twice.
     for index, param in enumerate(params):
         view = flat[slice(*layout.tensor_range(index))].view(param.shape)
         view.copy_(param.detach())
@@ -302,3 +307,63 @@ def cuts(numel: int, size: int) -> Iterator[tuple[int, int]]:
     size = max(size // ALIGN, 1) * ALIGN
     for start in range(0, numel, size):
         yield start, min(start + size, numel)
+
+
+class RowNorms:
+    """Embeddings with ``max_norm`` at stages 0 to 2: rows that one rank's batch shortened are shortened on all.
+
+    Such a forward writes to the table, each rank's to the rows of its own batch, so that replicas would part. (At
+    stage 3 see ``edits.py``.)
+    """
+
+    # It is noted which rows forwards read, and at the boundary every rank takes a row from the first that read it; all
+    # that did have the same value, as shortening a row depends on nothing else. One process makes that of all batches.
+    def __init__(self, module: torch.nn.Module, group: Group) -> None:
+        self._group = group
+        self._tables = [
+            child
+            for child in module.modules()
+            if isinstance(child, torch.nn.Embedding | torch.nn.EmbeddingBag) and child.max_norm is not None
+        ]
+        self._read: dict[int, torch.Tensor] = {}  # by place in _tables: 1D, uint8, whether the row was read
+        self._handles = [
+            table.register_forward_pre_hook(partial(self._note, place))
+            for place, table in enumerate(self._tables if group.size > 1 else ())
+        ]
+
+    def remove_hooks(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _note(self, place: int, table: Any, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], torch.Tensor):
+            self._rows(place)[args[0].detach().reshape(-1).long()] = 1
+
+    def _rows(self, place: int) -> torch.Tensor:
+        weight = self._tables[place].weight
+        if place not in self._read:
+            self._read[place] = torch.zeros(weight.shape[0], dtype=torch.uint8, device=weight.device)
+        return self._read[place]
+
+    def join(self) -> None:
+        """Give every rank the rows that any has shortened since the last call."""
+        if self._group.size == 1:
+            return
+        for place, table in enumerate(self._tables):
+            self._join_one(table.weight, self._rows(place))
+        self._read.clear()
+
+    @torch.no_grad()
+    def _join_one(self, weight: torch.Tensor, mine: torch.Tensor) -> None:
+        every = mine.new_empty((self._group.size, mine.numel()))
+        all_gather(every.view(-1), mine, self._group, label="rows that forwards read")
+        rows = every.amax(0).nonzero().view(-1)
+        if not rows.numel():
+            return
+        first = every.argmax(0)[rows]  # the first rank that read each
+        # Bits, summed with zeros: the same everywhere, whatever the values are. Not all backends sum 16-bit integers.
+        kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+        bits = weight[rows].view(kind) * (first == self._group.rank)[:, None].to(kind)
+        wide = bits.int() if kind is torch.int16 else bits
+        all_reduce(wide, self._group, label="rows that forwards shortened")
+        weight[rows] = wide.to(kind).view(weight.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from zeropipe.errors import UsageError
-from zeropipe.runtime.zero.hold.shown import AbsentGradient, Change, Shown
+from zeropipe.runtime.zero.hold.autograd import AbsentGradient, Change, Shown
 
 READS: dict[str, Callable[[torch.nn.Parameter], object]] = {
     "clip_grad_norm_": lambda p: torch.nn.utils.clip_grad_norm_([p], 1.0),
