@@ -25,7 +25,6 @@ What is kept aside costs no bits: whatever the optimizer computes of a tensor's 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -154,42 +153,35 @@ class Stepping:
         elif not self._pages_state:
             for store in busy:
                 update.add(*_load(store, factor, unused.get(store.partition, ())))
-        # Who is stepped by itself comes first, so that its new values travel while the others are stepped.
-        together = [store.partition for store in busy if self._needs_one_call(store.partition, unused)]
         sent = []
-        for store in busy:
-            if store.partition not in together:
+        if busy and self._goes_in_one_call([store.partition for store in busy], unused):
+            update.add(partial(self._step_together, update, [store.partition for store in busy], unused))
+        else:
+            for store in busy:
                 runs = Runs(update, self._optimizer, store, factor, unused.get(store.partition, ()))
                 update.add(*runs.jobs())
                 sent += [store] if leaves_early(store.partition) else []
-        if together:
-            others = [store.partition for store in busy if store.partition not in together]
-            update.add(partial(self._step_together, update, together, others, unused))
         for store in busy:
             if store not in sent:
                 update.add(*_publish(update, store.partition))
         update.add(update.arrive, *(store.partition.drop_gradients for store in stores))
         return update
 
-    def _needs_one_call(self, partition: Partition, unused: Unused) -> bool:
-        if not partition.flat or not self._elementwise:
+    def _goes_in_one_call(self, partitions: Sequence[Partition], unused: Unused) -> bool:
+        if not self._elementwise:
             return True
         # Somebody who is told of steps is told of one; not where that would be wrong, or read whole files.
-        simple = not partition.state.apart and partition not in unused
-        return simple and not self._pages_state and _watched(self._optimizer)
+        simple = not self._pages_state and not any(p.state.apart or p in unused for p in partitions)
+        return simple and _watched(self._optimizer)
 
-    def _step_together(
-        self, update: Update, partitions: Sequence[Partition], others: Sequence[Partition], unused: Unused
-    ) -> None:
-        """One call for each step count; what ``others`` have is not stepped."""
+    def _step_together(self, update: Update, partitions: Sequence[Partition], unused: Unused) -> None:
         # Whole tensors may be stepped in any number of calls: what they may change is kept, unless it is too much. One
         # that communicates cannot be undone on this rank alone.
         undo = None
         if not self._communicates and sum(p.master.numel() for p in partitions) <= UNDO_NUMEL:
             undo = _Undo(self._optimizer, [tensor for p in partitions for tensor in p.stepped])
         try:
-            with _without(self._optimizer, others):
-                self._step_whole(partitions, unused)
+            self._step_whole(partitions, unused)
         except BaseException:
             if undo is None:
                 update.tear()
@@ -270,20 +262,6 @@ def _watched(optimizer: torch.optim.Optimizer) -> bool:
     )
     own = vars(optimizer).get("step")  # torch's schedulers put a wrapper here that pieces do not disturb
     return any(hooks) or (own is not None and not hasattr(own, "_wrapped_by_lr_sched"))
-
-
-@contextmanager
-def _without(optimizer: torch.optim.Optimizer, partitions: Sequence[Partition]) -> Iterator[None]:
-    """Inside, the optimizer does not hold what these partitions step."""
-    away = {id(tensor) for partition in partitions for tensor in partition.stepped}
-    before = [group["params"] for group in optimizer.param_groups]
-    for group, params in zip(optimizer.param_groups, before if away else (), strict=bool(away)):
-        group["params"] = [param for param in params if id(param) not in away]
-    try:
-        yield
-    finally:
-        for group, params in zip(optimizer.param_groups, before, strict=True):
-            group["params"] = params
 
 
 class _Undo:
