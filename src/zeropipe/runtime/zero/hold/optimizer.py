@@ -146,7 +146,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Before gradients are forgotten, whoever asks for it."""
         self.check_whole("zero_grad")
         self._progress = None
-        self.reducer.unuse()
+        self.reducer.use(False)
 
     def check_whole(self, call: str) -> None:
         """Raise UsageError where a step that raised has changed some of the parameters and not others."""
@@ -222,7 +222,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         clip = float(clip_coefficient(norm, options.clip)) if options.clip > 0 else 1.0
         own = self._own if reducer.keeps_own() else None
         progress.update = self._stepping.update(reducer.stores, clip / self.loss_scale, unused, own)
-        reducer.use()
+        reducer.use(True)
         return True
 
     def forget_step(self) -> None:

@@ -127,14 +127,10 @@ class Reducer:
         assert to in NEXT_PHASES[self._phase], f"{self._phase} cannot become {to}"
         self._phase = to
 
-    def use(self) -> None:
-        """A step begins to use the gradients: until ``unuse`` no backward may add to them."""
-        self._turn(Phase.IN_USE)
-
-    def unuse(self) -> None:
-        """It is over, or given up; nothing to do where none has begun."""
-        if self._phase is Phase.IN_USE:
-            self._turn(Phase.IDLE)
+    def use(self, begins: bool) -> None:
+        """A step begins to use the gradients, so that no backward may add to them; or it is over, if one had begun."""
+        if begins or self._phase is Phase.IN_USE:
+            self._turn(Phase.IN_USE if begins else Phase.IDLE)
 
     def serve(
         self,
