@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from zeropipe.checkpoint.sources.data import Checkpoint, Flat
+from zeropipe.checkpoint.sources.data import Checkpoint
 from zeropipe.checkpoint.sources.parallel import joined, weights
 
 
@@ -27,78 +27,62 @@ def compare(
 ) -> Iterator[Difference]:
     """Every difference in weights, moments, scalars, counters and hyperparameters; nothing if they are equal."""
     left, right = joined(left), joined(right)
+    # [1] What is read at once.
+    one, other = left.train_state(0), right.train_state(0)
     for name in ("global_steps", "global_samples", "skipped_steps", "lr_scheduler", "loss_scaler"):
-        a, b = getattr(left.train_state(0), name), getattr(right.train_state(0), name)
-        if not same(a, b):
-            yield Difference(name, "counter", f"{_short(a)} | {_short(b)}")
-    yield from _settings(left, right)
-    mine = {w.name: w for w in weights(left)}
-    theirs = {w.name: w for w in weights(right)}
-    for name in dict.fromkeys((*mine, *theirs)):
-        if name not in mine or name not in theirs:
-            if right.tied.get(name) not in mine and left.tied.get(name) not in theirs:
-                yield Difference(name, "weight", "only left" if name in mine else "only right")
-            continue
-        yield from _values(name, "weight", mine[name].read(), theirs[name].read())
-        progress(1)
-    yield from _moments(left, right)
-
-
-def _settings(left: Checkpoint, right: Checkpoint) -> Iterator[Difference]:
-    """Hyperparameters of the param groups and the client's own state."""
-    a, b = (_hyperparameters(source) for source in (left, right))
-    if len(a) != len(b):
-        yield Difference("param groups", "hyperparameters", f"{len(a)} groups | {len(b)} groups")
-    for number, (x, y) in enumerate(zip(a, b, strict=False)):
+        yield from _plain(name, "counter", getattr(one, name), getattr(other, name))
+    groups = left.hyperparameters, right.hyperparameters
+    if len(groups[0]) != len(groups[1]):
+        found = " | ".join(f"{len(side)} groups" for side in groups)
+        yield Difference("param groups", "hyperparameters", found)
+    for number, (x, y) in enumerate(zip(*groups, strict=False)):
         yield from _entries(f"param group {number}", "hyperparameter", x, y)
-    yield from _entries(
-        "client state", "client state", left.train_state(0).client_state, right.train_state(0).client_state
+    yield from _entries("client state", "client state", one.client_state, other.client_state)
+    # [2] Tensors, one of each side in memory. A tied one may be kept under another of its names.
+    weight, twin = ({w.name: w for w in weights(side)} for side in (left, right))
+    for name, only in _both(weight, twin):
+        if not only:
+            yield from _values(name, "weight", weight[name].read(), twin[name].read())
+            progress(1)
+        elif right.tied.get(name) not in weight and left.tied.get(name) not in twin:
+            yield Difference(name, "weight", only)
+    # [3] The optimizer's state, of what was ever stepped.
+    mine, theirs = (
+        {n: f for n, f in side.trained.items() if f.moments and f.numbers_of(n) is not None}
+        for side in (left, right)
     )
+    for name, only in _both(mine, theirs):
+        if only:
+            yield Difference(name, "optimizer state", only)
+            continue
+        a, b = mine[name], theirs[name]
+        for key, lone in _both(a.moments, b.moments):
+            if lone:
+                yield Difference(name, key, lone)
+            else:
+                yield from _values(name, key, a.whole(name, key), b.whole(name, key))
+        numbers, others = (flat.shared | flat.own(name) for flat in (a, b))
+        for key, _ in _both(numbers, others):
+            yield from _plain(name, key, numbers.get(key), others.get(key))
 
 
-def _hyperparameters(source: Checkpoint) -> list[dict[str, object]]:
-    """Without the parameters' names and numbers, which are not hyperparameters."""
-    return [
-        {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        for group in source.param_groups
-    ]
+def _both(left: Mapping[str, object], right: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """The keys of both, each with which side alone has it, or ""."""
+    for key in dict.fromkeys((*left, *right)):
+        yield key, "" if key in left and key in right else "only left" if key in left else "only right"
 
 
 def _entries(name: str, what: str, a: Mapping[str, object], b: Mapping[str, object]) -> Iterator[Difference]:
-    for key in dict.fromkeys((*a, *b)):
-        if key not in a or key not in b:
-            yield Difference(f"{name}: {key}", what, "only left" if key in a else "only right")
-        elif not same(a[key], b[key]):
-            yield Difference(f"{name}: {key}", what, f"{_short(a[key])} | {_short(b[key])}")
+    for key, only in _both(a, b):
+        if only:
+            yield Difference(f"{name}: {key}", what, only)
+        else:
+            yield from _plain(f"{name}: {key}", what, a[key], b[key])
 
 
-def _moments(left: Checkpoint, right: Checkpoint) -> Iterator[Difference]:
-    mine, theirs = _stepped(left), _stepped(right)
-    for name in dict.fromkeys((*mine, *theirs)):
-        if name not in mine or name not in theirs:
-            yield Difference(name, "optimizer state", "only left" if name in mine else "only right")
-            continue
-        a, b = mine[name], theirs[name]
-        for key in dict.fromkeys((*a.moments, *b.moments)):
-            if key not in a.keys or key not in b.keys:
-                yield Difference(name, key, "only left" if key in a.keys else "only right")
-                continue
-            yield from _values(name, key, a.whole(name, key), b.whole(name, key))
-        scalars_a, scalars_b = (flat.shared | flat.own(name) for flat in (a, b))
-        for key in dict.fromkeys((*scalars_a, *scalars_b)):
-            if not same(scalars_a.get(key), scalars_b.get(key)):
-                yield Difference(name, key, f"{_short(scalars_a.get(key))} | {_short(scalars_b.get(key))}")
-
-
-def _stepped(source: Checkpoint) -> dict[str, Flat]:
-    """Parameter -> the flat with its optimizer state."""
-    return {
-        spec.name: flat
-        for flat in source.flats
-        if flat.moments
-        for spec in flat.layout.tensors
-        if flat.numbers_of(spec.name) is not None
-    }
+def _plain(name: str, what: str, a: object, b: object) -> Iterator[Difference]:
+    if not same(a, b):
+        yield Difference(name, what, f"{_short(a)} | {_short(b)}")
 
 
 def _values(name: str, what: str, a: torch.Tensor, b: torch.Tensor) -> Iterator[Difference]:

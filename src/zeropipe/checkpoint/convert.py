@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
 from zeropipe.checkpoint.reader import Reader
 from zeropipe.checkpoint.save.contents import collect, write
-from zeropipe.checkpoint.save.ownership import cannot_write, discard
+from zeropipe.checkpoint.save.ownership import whole_or_nothing
 from zeropipe.checkpoint.save.records import (
     COMPUTED,
     FP32,
@@ -70,31 +69,18 @@ def convert(
         )
     root = Path(output)
     # A view for each tensor-parallel rank; the data-parallel ranks and stages of one share it, and what it has read.
-    views = {t: seen_from(source, Grid(tp_rank=t, tp_degree=tp)) for t in range(tp)}
-    grids = list(_grids(dp, tp, pp))
+    views = [seen_from(source, Grid(tp_rank=t, tp_degree=tp)) for t in range(tp)]
     tied_first = _tied_layers(source)
     parts: list[Part] = []
-    local: LocalState | None = None
-    work: Path | None = None
-    try:
-        work, hold = prepare(root, name)
-        with hold:
-            for grid in grids:
-                view, rows = views[grid.tp_rank], None
-                if pp > 1:
-                    view, rows = _stage_of(view, grid.pp_rank, source)
-                local = _as_rank(view, rows, grid, stage, tied_first)
-                parts.append(write(work, collect(local, copy=False)))
-                progress(1)
-            assert local is not None
-            return commit(root, name, work, build_manifest(name, local, parts), save_latest=True)
-    except BaseException as error:
-        if work is not None:
-            with suppress(OSError, CheckpointError):
-                discard(work)
-        if isinstance(error, OSError):
-            raise CheckpointError(cannot_write(root / name, error)) from error
-        raise
+    with whole_or_nothing(root / name, lambda: prepare(root, name)) as work:
+        for grid in _grids(dp, tp, pp):
+            view, rows = views[grid.tp_rank], None
+            if pp > 1:
+                view, rows = _stage_of(view, grid.pp_rank, source)
+            local = _as_rank(view, rows, grid, stage, tied_first)
+            parts.append(write(work, collect(local, copy=False)))
+            progress(1)
+        return commit(root, name, work, build_manifest(name, local, parts), save_latest=True)
 
 
 def _grids(dp: int, tp: int, pp: int) -> Iterator[Grid]:
@@ -144,51 +130,61 @@ def _as_rank(
     source: Checkpoint, rows: Rows | None, grid: Grid, stage: int, tied_first: set[str]
 ) -> LocalState:
     shards = grid.dp_degree if stage else 1
-    flats: list[FlatState] = []
+    # [1] What stage 3 shards one by one: frozen parameters, whether they lie in shards now or not.
+    frozen: dict[str, TensorSpec] = {}
+    if stage >= 3:
+        kept = (flat for flat in source.flats if flat.value_key == PARAM)
+        frozen = {s.name: replace(s, dtype=f.keys[PARAM]) for f in kept for s in f.layout.tensors}
+        whole = (value for value in source.module if value.kind == "frozen" and value.name not in frozen)
+        frozen |= {value.name: TensorSpec(value.name, value.shape, value.dtype) for value in whole}
+    flats = [_blank(name, (spec,), PARAM, spec.dtype, grid) for name, spec in frozen.items()]
+    # [2] What is trained: param group by param group, at stage 3 tensor by tensor.
     by_group: dict[int, list[Flat]] = {}
-    sharded: set[str] = set()
-    for entry in source.flats:
-        if entry.value_key == FP32:
-            by_group.setdefault(entry.group_index, []).append(entry)
-        elif entry.value_key == PARAM and stage >= 3:
-            (spec,) = entry.layout.tensors  # frozen parameters are sharded one by one
-            flats.append(_frozen_flat(entry.name, replace(spec, dtype=entry.keys[PARAM]), grid))
-            sharded.add(spec.name)
-    for held in source.module:
-        if stage >= 3 and held.kind == "frozen" and held.name not in sharded:
-            spec = TensorSpec(held.name, held.shape, held.dtype)
-            flats.append(_frozen_flat(held.name, spec, grid))
-            sharded.add(held.name)
+    for flat in source.flats:
+        if flat.value_key == FP32:
+            by_group.setdefault(flat.group_index, []).append(flat)
     for group, entries in sorted(by_group.items()):
-        # Pipeline stages that share a tied tensor each hold it.
-        specs = list(
-            {spec.name: spec for entry in reversed(entries) for spec in entry.layout.tensors}.values()
+        every = [spec for flat in entries for spec in flat.layout.tensors]
+        # Pipeline stages that share a tied tensor each hold it. DeepSpeed's pipelines have the tied layers before all
+        # others, and know parameters by position.
+        order = {spec.name: position for position, spec in enumerate(every)}
+        specs = sorted(
+            {spec.name: spec for spec in reversed(every)}.values(),
+            key=lambda spec: (spec.name not in tied_first, order[spec.name]),
         )
-        order = {spec.name: i for i, spec in enumerate(s for e in entries for s in e.layout.tensors)}
-        # DeepSpeed's pipelines have the tied layers before all others, and know parameters by position.
-        specs.sort(key=lambda spec: (spec.name not in tied_first, order[spec.name]))
-        together = [(f"group{group}", specs)] if stage < 3 else [(s.name, [s]) for s in specs]
-        sharded |= {s.name for s in specs} if stage >= 3 else set()
-        for name, members in together:
-            layout = FlatShards(tuple(members), shards, ALIGN if 0 < stage < 3 else 1)
-            dtype = getattr(torch, entries[0].keys[FP32])
-            tensors = {FP32: torch.zeros(layout.shard_numel, dtype=dtype)}
-            flats.append(FlatState(name, layout, grid.dp_rank if stage else 0, tensors, {}, group, 0, 1))
+        dtype = entries[0].keys[FP32]
+        together = (
+            [(spec.name, (spec,)) for spec in specs] if stage >= 3 else [(f"group{group}", tuple(specs))]
+        )
+        align = ALIGN if 0 < stage < 3 else 1
+        flats += [_blank(name, own, FP32, dtype, grid, shards, align, group) for name, own in together]
+    # [3] All of it is filled as a rank of a run fills its own; the module's values stay on the disk until then.
+    sharded = {spec.name for flat in flats for spec in flat.layout.tensors} if stage >= 3 else set()
     model = _model(source, rows, sharded, stage)
-    into = LocalState(
-        grid,
-        stage,
-        source.dtype,
-        model,
-        tuple(flats),
-        _groups(source, flats, grid),
-        source.optimizer,
+    groups = _groups(source, flats, grid)
+    into = LocalState(grid, stage, source.dtype, model, tuple(flats), groups, source.optimizer)
+    found = Reader(source, replace(into, model=replace(model, tensors={}))).fill()
+    done = (
+        replace(f, tensors=found.flats[f.name].tensors, scalars=found.flats[f.name].scalars) for f in flats
     )
-    filled = Reader(source, replace(into, model=replace(model, tensors={}))).fill(optimizer=True)
-    done = tuple(
-        replace(f, tensors=filled.flats[f.name].tensors, scalars=filled.flats[f.name].scalars) for f in flats
-    )
-    return replace(into, flats=done, train=source.train_state(grid.rank))
+    return replace(into, flats=tuple(done), train=found.train)
+
+
+def _blank(
+    name: str,
+    specs: tuple[TensorSpec, ...],
+    key: str,
+    dtype: str,
+    grid: Grid,
+    shards: int | None = None,
+    align: int = 1,
+    group: int = 0,
+) -> FlatState:
+    """A flat of this rank to fill, cut for all data-parallel ranks unless ``shards`` says otherwise."""
+    layout = FlatShards(specs, grid.dp_degree if shards is None else shards, align)
+    shard = grid.dp_rank if layout.num_shards > 1 else 0
+    values = torch.zeros(layout.shard_numel, dtype=getattr(torch, dtype))
+    return FlatState(name, layout, shard, {key: values}, {}, group)
 
 
 def _groups(source: Checkpoint, flats: list[FlatState], grid: Grid) -> tuple[dict[str, Any], ...]:
@@ -201,53 +197,34 @@ def _groups(source: Checkpoint, flats: list[FlatState], grid: Grid) -> tuple[dic
     )
 
 
-def _frozen_flat(name: str, spec: TensorSpec, grid: Grid) -> FlatState:
-    layout = FlatShards((spec,), grid.dp_degree)
-    values = torch.zeros(layout.shard_numel, dtype=getattr(torch, spec.dtype))
-    return FlatState(name, layout, grid.dp_rank, {PARAM: values})
-
-
 def _model(source: Checkpoint, rows: Rows | None, sharded: set[str], stage: int) -> ModelState:
     """The module's values, still on the disk; below stage 3 those that only shards hold are put together."""
-    tensors: dict[str, torch.Tensor] = {}
-    buffers: list[str] = []
-    frozen: list[str] = []
-    computed: list[str] = []
     rest = source.rest()
-    for entry in source.module:
-        if entry.kind == "frozen":
-            frozen.append(entry.name)
-        if entry.kind == "buffer":
-            buffers.append(entry.name)
-        if entry.kind == COMPUTED:
-            computed.append(entry.name)
-        if entry.name not in sharded:
-            tensors.setdefault(entry.name, entry.read())
-    specs: list[TensorSpec] = [s for e in source.flats if e.value_key for s in e.layout.tensors]
-    without = rest.hidden | sharded
-    lacking = {s.name: s for s in specs if s.name not in without and s.name not in tensors}
-    # What only shards hold (stage 3), put together once for a model file of a lower stage.
-    if lacking:
-        dtype = getattr(torch, source.dtype)
-        made = {name: torch.empty(spec.shape, dtype=dtype) for name, spec in lacking.items()}
-        Reader(source, LocalState(Grid(), 0, source.dtype, ModelState(made))).fill(optimizer=False)
-        tensors |= made
-    frozen += [s.name for e in source.flats if e.value_key == PARAM for s in e.layout.tensors]
-    held = {*tensors, *sharded}
-    tied = {other: name for other, name in source.tied.items() if name in held}
+    tensors = {name: held[0].read() for name, held in source.values.items() if name not in sharded}
+    for name in source.holders:
+        flat = source.master(name)
+        if flat is None or name in rest.hidden or name in sharded or name in tensors:
+            continue
+        tensors[name] = torch.empty(flat.shape_of(name), dtype=getattr(torch, source.dtype))
+        flat.run(name, flat.value_key or "", 0, tensors[name].numel(), tensors[name].view(-1))
+
+    def of(kind: str, further: Iterable[str] = ()) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*(v.name for v in source.module if v.kind == kind), *further]))
+
+    in_shards = (s.name for f in source.flats if f.value_key == PARAM for s in f.layout.tensors)
+    tied = {other: name for other, name in source.tied.items() if name in tensors or name in sharded}
     layers = list(_layer_rows(source.module) if rows is None else rows) if stage < 3 else []
     if layers and rows is None:
-        layers += [
-            (int(other.split(".", 1)[0]), other.split(".", 1)[1], name) for other, name in tied.items()
-        ]
+        split = ((other.split(".", 1), name) for other, name in tied.items())
+        layers += [(int(number), key, name) for (number, key), name in split]
     return ModelState(
         tensors,
-        tuple(dict.fromkeys(buffers)),
-        tuple(dict.fromkeys(frozen)),
+        of("buffer"),
+        of("frozen", in_shards),
         tied,
         universal_info=None if source.universal_info is None else dict(source.universal_info),
         extra=dict(rest.extra),
-        computed=tuple(dict.fromkeys(computed)),
+        computed=of(COMPUTED),
         hidden=tuple(sorted(rest.hidden)),
         versions={key: dict(value) for key, value in (rest.versions or {}).items()},
         layers=tuple(layers),

@@ -15,8 +15,8 @@ from typing import IO, Any, cast
 
 import torch
 
-from zeropipe.checkpoint.save.files import Output, load_torch, new_file, sync_folder
-from zeropipe.checkpoint.save.ownership import begin, cannot_write, clear, discard, leftovers, name_of
+from zeropipe.checkpoint.save.files import Hold, Output, load_torch, new_file, sync_folder
+from zeropipe.checkpoint.save.ownership import begin, clear, discard, leftovers, name_of, whole_or_nothing
 from zeropipe.checkpoint.sources.data import Checkpoint
 from zeropipe.checkpoint.sources.parallel import Weight, weights
 from zeropipe.errors import CheckpointError
@@ -28,24 +28,16 @@ _NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-_UNITS = {
-    "": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
+_UNITS = {"": 1, "B": 1} | {
+    f"{unit}{binary}B": base**power
+    for power, unit in enumerate("KMGT", 1)
+    for binary, base in (("", 1000), ("I", 1024))
 }
 METADATA = {"format": "pt", "writer": "zeropipe"}
 # A reader such as transformers takes the first of these names that is there. So an older export under another of them
 # has to go, but only if it is ours: its header, its index or its state dict says so.
-_ENTRIES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+_ENTRIES = tuple(
+    name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
 )
 _SHARD = re.compile(r"^(model-\d{5}-of-\d{5}\.safetensors|pytorch_model-\d{5}-of-\d{5}\.bin)$")
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
@@ -66,10 +58,7 @@ class _Item:
 def parse_size(text: str | int) -> int:
     """``5GB``, ``500MB``, ``1GiB`` or a number of bytes. Raises CheckpointError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?I?B?)\s*", str(text).upper(), re.ASCII)
-    unit = match[2] if match else None
-    size = 0
-    if match is not None and (unit in _UNITS or unit == "B"):
-        size = int(float(match[1]) * _UNITS.get(unit or "", 1))
+    size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
     if size < 1:
         raise CheckpointError("the size of a shard", expected="e.g. 5GB or 500MB", found=repr(text))
     return size
@@ -109,7 +98,7 @@ def export(
     stem, suffix = ("model", "safetensors") if safetensors else ("pytorch_model", "bin")
     dropped = {o: n for n, list_ in others.items() for o in list_} if tied == "drop" else {}
     where: dict[str, str] = {}
-    contents: dict[str, Callable[[Output], None]] = {}
+    contents: dict[str, Callable[[Output], object]] = {}
     for number, shard in enumerate(shards, 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         name = f"{stem}{part}.{suffix}"
@@ -118,28 +107,31 @@ def export(
         where |= {item.name: name for item in shard}
     if len(shards) > 1:
         metadata = {"total_size": sum(item.nbytes for item in items), "writer": METADATA["writer"]}
-        text = json.dumps({"metadata": metadata, "weight_map": where}, indent=1)
-        contents[f"{stem}.{suffix}.index.json"] = partial(_write_bytes, data=text.encode())
+        text = json.dumps({"metadata": metadata, "weight_map": where}, indent=1).encode()
+        contents[f"{stem}.{suffix}.index.json"] = lambda output: output.write(text)
     return _put(folder, contents)
 
 
-def _put(folder: Path, contents: dict[str, Callable[[Output], None]]) -> list[Path]:
+def _put(folder: Path, contents: dict[str, Callable[[Output], object]]) -> list[Path]:
     """Write the files and let them take the place of an older export; nothing is left where that fails.
 
     Several ranks may do so at once: each writes in a folder of its own, and what they put in place is the same.
     """
-    work: Path | None = None
+    old: list[Path] = []
     # Folders that are made here, the innermost first: they go again, as far as nobody has put anything there.
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
+
+    def start() -> tuple[Path, Hold]:
         folder.mkdir(parents=True, exist_ok=True)
-        old = _in_the_way(folder, tuple(contents))
+        old.extend(_in_the_way(folder, tuple(contents)))
         for path in leftovers(folder):
             if name_of(path) == _WORK:  # of an export that was killed
                 with suppress(OSError, CheckpointError):
                     clear(path)
-        work, hold = begin(folder / _WORK)
-        with hold:
+        return begin(folder / _WORK)
+
+    try:
+        with whole_or_nothing(folder, start) as work:
             for name, fill in contents.items():
                 with new_file(work / name) as output:
                     fill(output)
@@ -148,16 +140,11 @@ def _put(folder: Path, contents: dict[str, Callable[[Output], None]]) -> list[Pa
             for name in contents:
                 os.replace(work / name, folder / name)
             discard(work)
-        sync_folder(folder)
-    except BaseException as error:
-        if work is not None:
-            with suppress(OSError, CheckpointError):
-                discard(work)
+            sync_folder(folder)
+    except BaseException:
         with suppress(OSError):
             for path in made:
                 path.rmdir()
-        if isinstance(error, OSError):
-            raise CheckpointError(cannot_write(folder, error)) from error
         raise
     return [folder / name for name in contents]
 
@@ -199,10 +186,6 @@ def _write_safetensors(
         if value.numel():
             output.write(value.view(-1).view(torch.uint8).numpy().data)
         progress(item.nbytes)
-
-
-def _write_bytes(output: Output, data: bytes) -> None:
-    output.write(data)
 
 
 def _write_torch(output: Output, shard: Sequence[_Item], progress: Progress) -> None:

@@ -18,7 +18,7 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -265,6 +265,26 @@ def _is_left(path: Path) -> bool:
 
 
 @contextmanager
+def whole_or_nothing(final: Path, start: Callable[[], tuple[Path, Hold]]) -> Iterator[Path]:
+    """The work folder that ``start`` begins, held while the block runs and gone when either raises.
+
+    Raises CheckpointError, which names ``final``, where the disk refused.
+    """
+    work: Path | None = None
+    try:
+        work, hold = start()
+        with hold:
+            yield work
+    except BaseException as error:
+        if work is not None:
+            with suppress(OSError, CheckpointError):  # it does no harm but to take room
+                discard(work)
+        if isinstance(error, OSError):
+            raise CheckpointError(cannot_write(final, error)) from error
+        raise
+
+
+@contextmanager
 def replacing(output: Path, kind: str, source: Path) -> Iterator[Path]:
     """A work folder that becomes ``output`` when the block ends, and is gone when it raises.
 
@@ -273,23 +293,12 @@ def replacing(output: Path, kind: str, source: Path) -> Iterator[Path]:
     is inside it.
     """
     _check_output(output, kind, source)
-    try:
-        work, hold = begin(output)
-    except OSError as error:
-        raise CheckpointError(cannot_write(output, error)) from error
-    with hold:
-        try:
-            yield work
-            files = [str(p.relative_to(work)) for p in _walk(work) if p.name != MARK]
-            write_text(work / LISTING, json.dumps({"format": 1, "kind": kind, "files": files}, indent=1))
-            sync_folder(work)
-            publish(work, output)
-        except BaseException as error:
-            with suppress(OSError, CheckpointError):
-                discard(work)
-            if isinstance(error, OSError):
-                raise CheckpointError(cannot_write(output, error)) from error
-            raise
+    with whole_or_nothing(output, lambda: begin(output)) as work:
+        yield work
+        files = [str(p.relative_to(work)) for p in _walk(work) if p.name != MARK]
+        write_text(work / LISTING, json.dumps({"format": 1, "kind": kind, "files": files}, indent=1))
+        sync_folder(work)
+        publish(work, output)
 
 
 def _check_output(output: Path, kind: str, source: Path) -> None:

@@ -238,6 +238,11 @@ class Checkpoint:
         """Hyperparameters of each param group."""
         return tuple({key: v for key, v in group.items() if key != "params"} for group in self.read_groups())
 
+    @property
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """``param_groups`` without the names of parameters."""
+        return [{key: v for key, v in g.items() if key != "param_names"} for g in self.param_groups]
+
     @cached_property
     def universal_info(self) -> Mapping[str, Any] | None:
         """How slices of tensor-parallel ranks make a whole; None where the checkpoint does not say."""
@@ -265,6 +270,12 @@ class Checkpoint:
             for spec in flat.layout.tensors:
                 found.setdefault(spec.name, []).append(flat)
         return found
+
+    @cached_property
+    def trained(self) -> dict[str, Flat]:
+        """Parameter -> the flat with its optimizer's state; a tied one's copies on other pipeline stages are equal."""
+        flats = (flat for flat in self.flats if flat.keys.keys() - {PARAM})
+        return {spec.name: flat for flat in flats for spec in flat.layout.tensors}
 
     def master(self, name: str) -> Flat | None:
         """The flat that has the values of a tensor."""

@@ -23,7 +23,7 @@ import torch
 from zeropipe.checkpoint.save.files import new_file
 from zeropipe.checkpoint.save.ownership import replacing
 from zeropipe.checkpoint.save.plain import lowered
-from zeropipe.checkpoint.save.records import FP32, PARAM, TrainState
+from zeropipe.checkpoint.save.records import FP32, TrainState
 from zeropipe.checkpoint.save.words import rest_back, rest_words, training_back, training_words
 from zeropipe.checkpoint.sources.data import STEP, Checkpoint, Flat, Last, Value
 from zeropipe.checkpoint.sources.parallel import joined, weights
@@ -239,28 +239,21 @@ def _items(source: Checkpoint, progress: Callable[[int], None]) -> Iterator[tupl
             yield ("model", name), Lazy(weight.shape, weight.dtype, weight.read)
         progress(1)
     names: dict[int, list[str]] = {}
-    trained = [(f, spec) for f in source.flats if set(f.keys) - {PARAM} for spec in f.layout.tensors]
     # torch's loader wants state of every parameter: what was never stepped gets zeros, and a number that says so.
-    shared = (flat.numbers_of(spec.name) for flat, spec in trained)
+    shared = (flat.numbers_of(name) for name, flat in source.trained.items())
     like = next((own for own in shared if own is not None), {})
     blank = like | {key: 0 for key in like if key == STEP}
-    for flat, spec in trained:
-        names.setdefault(flat.group_index, []).append(spec.name)
-        never = flat.numbers_of(spec.name) is None
+    for name, flat in source.trained.items():
+        names.setdefault(flat.group_index, []).append(name)
+        never, shape = flat.numbers_of(name) is None, flat.shape_of(name)
         for key, dtype in flat.moments.items():
             kind = getattr(torch, dtype)
-            read = partial(flat.whole, spec.name, key)
-            if never:
-                read = partial(torch.zeros, spec.shape, dtype=kind)
-            yield ("optim", _STATE, spec.name, key), Lazy(spec.shape, kind, read)
-        for key, value in ((blank if never else {}) | flat.all_numbers_of(spec.name)).items():
+            read = partial(torch.zeros, shape, dtype=kind) if never else partial(flat.whole, name, key)
+            yield ("optim", _STATE, name, key), Lazy(shape, kind, read)
+        for key, value in ((blank if never else {}) | flat.all_numbers_of(name)).items():
             counts = key == STEP and isinstance(value, (int, float))
-            yield ("optim", _STATE, spec.name, key), torch.tensor(float(value)) if counts else value
-    groups = [
-        {k: v for k, v in lowered(group).items() if k not in ("params", "param_names")}
-        | {"params": names.get(i, [])}
-        for i, group in enumerate(source.param_groups)
-    ]
+            yield ("optim", _STATE, name, key), torch.tensor(float(value)) if counts else value
+    groups = [lowered(g) | {"params": names.get(i, [])} for i, g in enumerate(source.hyperparameters)]
     yield from flatten({"optim": {_GROUPS: groups}})
     yield (OURS,), _rest(source, kinds)
 

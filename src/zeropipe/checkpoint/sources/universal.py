@@ -174,11 +174,12 @@ def write_universal(
     rules = source.universal_info or {}
     final = Path(output)
     everything = list(weights(source))
+    masters = {name: flat for name, flat in source.trained.items() if FP32 in flat.keys}
     folders = {w.name: inside(Path("zero"), w.name, "a tensor's name") for w in everything}
 
     def one(weight: Weight, folder: Path) -> None:
         how = joining_of(weight.name, rules, weight.shape)
-        _parameter(weight, _holder(source, weight.name), folder, how.words())
+        _parameter(weight, masters.get(weight.name), folder, how.words())
         progress(1)
 
     with replacing(final, "universal", source.folder) as work:
@@ -186,15 +187,10 @@ def write_universal(
         with ThreadPoolExecutor(workers) as threads:
             list(threads.map(lambda weight: one(weight, work / folders[weight.name]), everything))
         write_torch(work / "zero" / "optimizer_state.pt", _common(source))
-        write_torch(work / _OUR_FILE, _ours(source))
-        write_torch(work / "mp_rank_00_model_states.pt", _model(source, everything))
+        write_torch(work / _OUR_FILE, _ours(source, masters))
+        write_torch(work / "mp_rank_00_model_states.pt", _model(source, everything, masters))
     replace_text(final.parent / LATEST_UNIVERSAL, final.name)
     return final
-
-
-def _holder(source: Checkpoint, name: str) -> Flat | None:
-    """The flat with the optimizer's state of a parameter."""
-    return next((flat for flat in reversed(source.holders.get(name, ())) if FP32 in flat.keys), None)
 
 
 def _parameter(weight: Weight, flat: Flat | None, folder: Path, slicing: dict[str, Any]) -> None:
@@ -212,19 +208,15 @@ def _parameter(weight: Weight, flat: Flat | None, folder: Path, slicing: dict[st
 
 
 def _common(source: Checkpoint) -> dict[str, Any]:
-    groups = [
-        {key: v for key, v in lowered(group).items() if key != "param_names"} | {"params": [index]}
-        for index, group in enumerate(source.param_groups)
-    ]
+    groups = [lowered(group) | {"params": [index]} for index, group in enumerate(source.hyperparameters)]
     return {k.PARAM_GROUPS: groups, k.ZERO_STAGE: source.stage, k.DS_VERSION: PEER_VERSION}
 
 
-def _ours(source: Checkpoint) -> dict[str, Any]:
+def _ours(source: Checkpoint, masters: Mapping[str, Flat]) -> dict[str, Any]:
     """What DeepSpeed's form has no place for: numbers of a parameter other than ``step`` (any other file in its folder
     is a tensor to DeepSpeed), and what each rank keeps for itself."""
-    held = {name: _holder(source, name) for name in source.holders}
-    of_each = {name: flat.all_numbers_of(name) for name, flat in held.items() if flat is not None}
-    further = {n: {key: v for key, v in found.items() if key != STEP} for n, found in of_each.items()}
+    numbers = {name: flat.all_numbers_of(name) for name, flat in masters.items()}
+    further = {n: {key: v for key, v in found.items() if key != STEP} for n, found in numbers.items()}
     return {
         "numbers": encode(further, "numbers", {}),
         "micro_steps": source.train_state(0).micro_steps,
@@ -232,14 +224,12 @@ def _ours(source: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _model(source: Checkpoint, everything: list[Weight]) -> dict[str, Any]:
+def _model(source: Checkpoint, everything: list[Weight], masters: Mapping[str, Flat]) -> dict[str, Any]:
     """A model file: buffers and counters; parameters are in their folders."""
     train, rest = source.train_state(0), source.rest()
     shapes: dict[int, dict[str, torch.Size]] = {}
-    for flat in source.flats:
-        if FP32 in flat.keys:
-            for spec in flat.layout.tensors:
-                shapes.setdefault(flat.group_index, {})[spec.name] = torch.Size(spec.shape)
+    for name, flat in masters.items():
+        shapes.setdefault(flat.group_index, {})[name] = torch.Size(flat.shape_of(name))
     dtype = getattr(torch, source.dtype)
     module = {w.name: w.read(dtype if w.kind != "buffer" else None) for w in everything}
     module |= {other: module[name] for other, name in source.tied.items() if name in module}
