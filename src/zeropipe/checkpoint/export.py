@@ -96,7 +96,7 @@ def export(
     shards = _cut(items, parse_size(max_shard_size))
     folder = Path(output)
     stem, suffix = ("model", "safetensors") if safetensors else ("pytorch_model", "bin")
-    dropped = {o: n for n, list_ in others.items() for o in list_} if tied == "drop" else {}
+    dropped = dict(source.tied) if tied == "drop" else {}
     where: dict[str, str] = {}
     contents: dict[str, Callable[[Output], object]] = {}
     for number, shard in enumerate(shards, 1):

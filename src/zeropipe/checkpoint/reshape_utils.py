@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -189,14 +190,10 @@ def unite(left: Any, right: Any, path: str = "") -> Any:
             both[key] = unite(left[key], value, f"{path}.{key}".lstrip(".")) if key in left else value
         return both
     if isinstance(left, list) and isinstance(right, list):
-        if all(isinstance(entry, str) for entry in (*left, *right)):
+        if all(isinstance(entry, str) for entry in (*left, *right)):  # names
             return list(dict.fromkeys((*left, *right)))
-        pairs = zip(left, right, strict=False)
-        longer = left if len(left) > len(right) else right
-        return [
-            *(unite(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(pairs)),
-            *longer[min(len(left), len(right)) :],
-        ]
+        joined = [unite(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(left, right, strict=False))]
+        return joined + left[len(joined) :] + right[len(joined) :]
     return right if left is None else left
 
 
@@ -209,23 +206,17 @@ def _unite_optimizers(left: dict[str, Any], right: dict[str, Any]) -> dict[str, 
     """Each group's parameters of the left stage and then of the right one, numbered anew in this order."""
     groups: list[dict[str, Any]] = []
     state: dict[int, Any] = {}
-    number = 0
-    empty: dict[str, Any] = {"params": []}
-    for index in range(max(len(left[k.PARAM_GROUPS]), len(right[k.PARAM_GROUPS]))):
-        members: list[int] = []
-        named: list[str] = []
-        group = dict(empty)
-        for side in (right, left):  # the left one comes last: its hyperparameters hold
-            group |= (side[k.PARAM_GROUPS][index : index + 1] or [empty])[0]
-        for side in (left, right):
-            own = (side[k.PARAM_GROUPS][index : index + 1] or [empty])[0]
-            named += own.get("param_names", [])
-            for old in own["params"]:
-                if old in side["state"]:
+    number, empty = 0, dict[str, Any](params=[])
+    for mine, theirs in zip_longest(left[k.PARAM_GROUPS], right[k.PARAM_GROUPS], fillvalue=empty):
+        first, named = number, [*mine.get("param_names", ()), *theirs.get("param_names", ())]
+        for side, group in ((left, mine), (right, theirs)):
+            for old in group["params"]:
+                if old in side["state"]:  # torch has no entry of a parameter that was never stepped
                     state[number] = side["state"][old]
-                members.append(number)
                 number += 1
-        groups.append(group | {"params": members} | ({"param_names": named} if named else {}))
+        # The left stage's hyperparameters hold.
+        members = {"params": list(range(first, number))} | ({"param_names": named} if named else {})
+        groups.append(theirs | mine | members)
     return dict(left) | {"state": state, k.PARAM_GROUPS: groups}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -98,13 +99,9 @@ class ZeROCheckpoint:
             peers = [self._load(member + dp * per_mp, keys_to_ignore) for dp in range(self.src_3d.dp_degree)]
             return self._recut(peers, dp_index, self.target_3d.dp_degree, strip_tensor_paddings)
         # [2] Fewer model-parallel ranks: theirs are other buffers, which lie end to end from now on.
-        joined: dict[str, Any] | None = None
-        for index in indices:
-            # As one of one shards, so that only its padding changes.
-            state = self._recut([self._load(index, keys_to_ignore)], 0, 1, strip_tensor_paddings)
-            joined = state if joined is None else _end_to_end(joined, state)
-        assert joined is not None
-        return joined
+        # Each is cut as one of one shards, so that only its padding changes.
+        loaded = ([self._load(index, keys_to_ignore)] for index in indices)
+        return reduce(_end_to_end, (self._recut(one, 0, 1, strip_tensor_paddings) for one in loaded))
 
     def _check_down(self, pp_index: int, tp_index: int) -> None:
         source, target = self.src_3d, self.target_3d

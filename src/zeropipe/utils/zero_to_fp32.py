@@ -125,12 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-t", "--tag", default=None, help="default: what `latest` names")
     parser.add_argument("--exclude_frozen_parameters", action="store_true", help="leave frozen ones out")
     parser.add_argument("-d", "--debug", action="store_true", help="accepted; without effect")
-    given = parser.parse_args(arguments)
-    convert_zero_checkpoint_to_fp32_state_dict(
-        given.checkpoint_dir,
-        given.output_dir,
-        max_shard_size=given.max_shard_size,
-        safe_serialization=given.safe_serialization,
-        tag=given.tag,
-        exclude_frozen_parameters=given.exclude_frozen_parameters,
-    )
+    given = vars(parser.parse_args(arguments))
+    del given["debug"]
+    convert_zero_checkpoint_to_fp32_state_dict(**given)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,14 @@ class _Folder:
     def __init__(self, folder: Path, trust: bool) -> None:
         self._folder = folder
         self._trust = trust
-        self._values: dict[str, Stored] = {}  # parameter or buffer -> its value
-        self._state: dict[str, dict[str, Stored]] = {}  # parameter -> "exp_avg", "step", ...
-        self._groups: list[dict[str, Any]] = []
         index = read_index(folder)
         ours = next((s for s in index.values() if s.key == (OURS,)), None)
-        self._ours: dict[str, Any] = {} if ours is None else self._value(ours)
-        self._sort(index)
+        self._ours: dict[str, Any] = {} if ours is None else self._read(ours)
+
+        # What the keys say. The names of weights come first: keys of optimizer state have them in the middle.
+        self._values: dict[str, Stored] = {}  # parameter or buffer -> its value
+        self._state: dict[str, dict[str, Stored]] = {}  # parameter -> "exp_avg", "step", ...
+        optimizer = list(self._take_values(index))
         if not self._values:
             raise CheckpointError(
                 f"{folder} is a DCP checkpoint without weights that can be told apart",
@@ -63,28 +64,23 @@ class _Folder:
                 found=", ".join(list(index)[:5]) or "no key",
                 fix='save {"model": get_model_state_dict(...), "optim": get_optimizer_state_dict(...)}',
             )
+        self._groups = self._take_optimizer(optimizer)
+
+        # A key that is per element for one parameter is so for all; those of one element do not tell.
+        shapes = (
+            (self._values[name].shape, {key: s.shape if s.dtype else None for key, s in state.items()})
+            for name, state in self._state.items()
+            if name in self._values
+        )
+        self._per_element = per_element_keys(None, shapes)
 
     def checkpoint(self, tag: str) -> Checkpoint:
-        ours = self._ours
+        ours, last = self._ours, Last()
         tied: Mapping[str, str] = dict(ours.get("tied") or {})
-        kinds: Mapping[str, str] = ours.get("kinds") or {}
-        module = tuple(
-            Value(
-                n,
-                s.shape,
-                s.dtype,
-                kinds.get(n, self._kind(n, s)),
-                "",
-                0,
-                partial(read_tensor, self._folder, s),
-            )
-            for n, s in self._values.items()
-            if n not in tied
-        )
+        module = tuple(self._value(n, s) for n, s in self._values.items() if n not in tied)
         # A parameter that no group names (weights alone were saved) counts to the first.
         group_of = {n: i for i, g in enumerate(self._groups) for n in g.get("params", ())}
         first = next((value.dtype for value in module if value.kind == "param"), "float32")
-        last = Last()
         return Checkpoint(
             self._folder,
             tag,
@@ -94,14 +90,21 @@ class _Folder:
             len(ours.get("per_rank") or [None]),
             dict(ours.get("degrees") or {"dp": 1, "tp": 1, "pp": 1}),
             module,
-            tuple(
-                self._flat(name, group_of.get(name, 0), last) for name in self._values if name in self._state
-            ),
+            tuple(self._flat(n, group_of.get(n, 0), last) for n in self._values if n in self._state),
             tied,
             lambda: [g | {"param_names": list(g.get("params", ()))} for g in self._groups],
             lambda: None,  # its tensors are whole
             lambda tp_rank: rest_back(ours.get("module") or {}, {}),
             self._train_state,
+        )
+
+    def _value(self, name: str, stored: Stored) -> Value:
+        # Ours says it. Else what has optimizer state is a parameter, and where nothing has, what could have some.
+        floating = stored.dtype in ("float32", "bfloat16", "float16")
+        kind = "param" if name in self._state or not self._state or floating else "buffer"
+        kind = (self._ours.get("kinds") or {}).get(name, kind)
+        return Value(
+            name, stored.shape, stored.dtype, kind, "", 0, partial(read_tensor, self._folder, stored)
         )
 
     def _flat(self, name: str, group: int, last: Last) -> Flat:
@@ -112,12 +115,11 @@ class _Folder:
             stored[FP32] = value
 
         def read(shard: int, key: str) -> torch.Tensor:
+            # A chunk is read whole, whatever run of it is wanted.
             return last.get((name, key), lambda: read_tensor(self._folder, stored[key]).reshape(-1))
 
         def read_numbers() -> dict[str, Any]:
-            found = {
-                key: read_tensor(self._folder, s) if s.dtype else self._value(s) for key, s in numbers.items()
-            }
+            found = {key: self._read(s) for key, s in numbers.items()}
             if STEP in found:  # some write it with one dim
                 found[STEP] = torch.as_tensor(found[STEP]).view(())
             return found
@@ -125,54 +127,44 @@ class _Folder:
         layout = FlatShards((TensorSpec(name, value.shape, value.dtype),), 1)
         return Flat(name, 0, group, layout, {k: s.dtype for k, s in stored.items()}, read, read_numbers)
 
-    @cached_property
-    def _per_element(self) -> set[str]:
-        """The keys of optimizer state with one value per element."""
-        return per_element_keys(
-            None,
-            (
-                (self._values[name].shape, {key: s.shape if s.dtype else None for key, s in state.items()})
-                for name, state in self._state.items()
-                if name in self._values
-            ),
-        )
-
-    def _kind(self, name: str, stored: Stored) -> str:
-        if name in self._state or not self._state:
-            return "param"
-        return "param" if stored.dtype in ("float32", "bfloat16", "float16") else "buffer"
-
     def _train_state(self, rank: int) -> TrainState:
         per_rank = self._ours.get("per_rank") or []
         train = dict(self._ours.get("train") or {}) | training_back(self._ours.get("words") or {}, {})
         return TrainState(**train, per_rank=per_rank[rank] if rank < len(per_rank) else {})
 
-    def _value(self, stored: Stored) -> Any:
+    def _read(self, stored: Stored) -> Any:
+        if stored.dtype:
+            return read_tensor(self._folder, stored)
         return read_chunk(self._folder, stored.chunks[0], trust=self._trust)
 
-    def _sort(self, index: Mapping[str, Stored]) -> None:
-        """Tell weights, optimizer state and hyperparameters apart by their keys."""
-        flat_groups: dict[str, dict[str, Any]] = {}
-        optimizer: list[tuple[Key, Stored]] = []
+    def _take_values(self, index: Mapping[str, Stored]) -> Iterator[tuple[Key, Stored]]:
+        """Keep the weights; what is the optimizer's is given back, by its key or by that key's words joined by dots."""
         for name, stored in index.items():
             key = stored.key if len(stored.key) > 1 else tuple(name.split("."))
             head, rest = str(key[0]), key[1:]
             if head in _OPTIMIZERS and rest:
                 # Whole names stand in a path of its own; a flat dict's keys are joined by dots, which names have too.
                 whole = key is stored.key and rest[0] in (_STATE, _GROUPS)
-                optimizer.append((rest if whole else (".".join(map(str, rest)),), stored))
+                yield (rest if whole else (".".join(map(str, rest)),)), stored
             elif stored.dtype and head != OURS:
                 words = rest if head in _MODELS and rest else key
                 self._values[".".join(map(str, words))] = stored
+
+    def _take_optimizer(self, optimizer: Sequence[tuple[Key, Stored]]) -> list[dict[str, Any]]:
+        """Keep the state of parameters; hyperparameters of each param group."""
+        options: dict[str, dict[str, Any]] = {}  # a group by its number, or a parameter by its name
         for key, stored in optimizer:
-            kind, owner, *parts = self._words(str(key[0])) if len(key) == 1 else key
-            if kind == _STATE and parts:
-                self._state.setdefault(str(owner), {})[".".join(map(str, parts))] = stored
-            elif kind == _GROUPS and parts:
-                value = read_tensor(self._folder, stored) if stored.dtype else self._value(stored)
-                self._take_option(owner, parts, value, flat_groups)
-        if not self._groups and flat_groups:
-            self._groups = _same_hyperparameters(flat_groups)
+            kind, owner, *words = self._words(str(key[0])) if len(key) == 1 else key
+            if kind == _STATE and words:
+                self._state.setdefault(str(owner), {})[".".join(map(str, words))] = stored
+            elif kind == _GROUPS and words:
+                into = options.setdefault(str(owner), {})
+                for word in words[:-1]:
+                    into = into.setdefault(str(word), {})
+                into[str(words[-1])] = self._read(stored)
+        numbered = {int(owner): found for owner, found in options.items() if owner.isdigit()}
+        groups = [numbered.get(number, {}) for number in range(1 + max(numbered, default=-1))]
+        return groups or _same_hyperparameters(options)
 
     def _words(self, joined: str) -> Key:
         """(head, parameter, key) of words joined by dots: the longest known name counts, else all but the last word."""
@@ -182,20 +174,6 @@ class _Folder:
             if name in self._values:
                 return words[0], name, ".".join(words[stop:])
         return words[0], ".".join(words[1:-1]), words[-1]
-
-    def _take_option(
-        self, group: str | int, words: Sequence[str | int], value: Any, flat_groups: dict[str, dict[str, Any]]
-    ) -> None:
-        """One hyperparameter, of a param group by number or of one parameter by name."""
-        if str(group).isdigit():
-            while len(self._groups) <= int(group):
-                self._groups.append({})
-            into = self._groups[int(group)]
-        else:
-            into = flat_groups.setdefault(str(group), {})
-        for word in words[:-1]:
-            into = into.setdefault(str(word), {})
-        into[str(words[-1])] = value
 
 
 def _same_hyperparameters(flat: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
