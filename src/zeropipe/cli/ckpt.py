@@ -100,12 +100,7 @@ def _shown(name: object) -> Text:
 def _tensors(source: Checkpoint) -> Table:
     table = Table("name", "shape", "kind", "stored as")
     for weight in weights(source):
-        where = (
-            "module"
-            if weight.flat is None
-            else f"{weight.flat.name} x {weight.flat.layout.num_shards} shards"
-        )
-        table.add_row(_shown(weight.name), str(weight.shape), weight.kind, _shown(where))
+        table.add_row(_shown(weight.name), str(weight.shape), weight.kind, _shown(weight.where))
     return table
 
 

@@ -14,19 +14,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from zeropipe.checkpoint.save.files import load_torch
 from zeropipe.checkpoint.save.records import COMPUTED, FP32, PARAM, ModuleRest, TrainState
 from zeropipe.errors import CheckpointError
-from zeropipe.layout.flat import FlatShards, TensorSpec
+from zeropipe.layout.flat import FlatShards
 from zeropipe.layout.numbers import NEVER_STEPPED, number_of, split_numbers
 from zeropipe.runtime.optimizers.state_kinds import Shared, of_one
 
+_Item = TypeVar("_Item")
 STEP = "step"  # the one number that other formats have a place for
 
 
@@ -46,6 +47,11 @@ class Value:
     def of(cls, name: str, tensor: torch.Tensor, kind: str, file: str, mp_rank: int = 0) -> Value:
         """Of a tensor in an opened file."""
         return cls(name, tuple(tensor.shape), dtype_name(tensor), kind, file, mp_rank, lambda: tensor)
+
+    def run(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Elements [start, stop) of it, flattened: in ``out``, which is 1D, else in new memory."""
+        run = self.read().reshape(-1)[start:stop]
+        return run.clone() if out is None else out.copy_(run)
 
 
 # Entries are themselves, whatever they are called: two flats of one name may lie on different pipeline stages.
@@ -76,14 +82,6 @@ class Flat:
         """Of tensors in opened files, by shard."""
         keys = {key: dtype_name(tensor) for key, tensor in shards[-1].items()}
         return cls(name, mp_rank, group, layout, keys, lambda shard, key: shards[shard][key], lambda: numbers)
-
-    @classmethod
-    def frozen(
-        cls, name: str, shape: tuple[int, ...], parts: Sequence[torch.Tensor], mp_rank: int = 0
-    ) -> Flat:
-        """A frozen parameter of stage 3: a fragment of it is in each data-parallel rank's model file."""
-        layout = FlatShards((TensorSpec(name, shape, dtype_name(parts[-1])),), len(parts))
-        return cls.of(name, mp_rank, 0, layout, [{PARAM: part.reshape(-1)} for part in parts], {})
 
     @property
     def value_key(self) -> str | None:
@@ -152,22 +150,14 @@ class Flat:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor of the module, to be read from its value or from the flat that has its master: one of the two."""
+    """A tensor of the module as it is read, from wherever it is."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype  # as stored
     kind: str
-    flat: Flat | None
-    value: Value | None
-
-    def run(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor: in ``out``, which is 1D, else in new memory."""
-        if self.flat is not None:
-            return self.flat.run(self.name, self.flat.value_key or "", start, stop, out)
-        assert self.value is not None
-        run = self.value.read().reshape(-1)[start:stop]
-        return run.clone() if out is None else out.copy_(run)
+    where: str  # for people
+    run: Callable[..., torch.Tensor]  # (start, stop, out=None), as of ``Value``
 
     def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The whole tensor, new memory; floating values in ``dtype`` where given."""
@@ -187,13 +177,14 @@ def chosen(
         kept: torch.dtype = getattr(torch, value.dtype)
         # A hook's value is no rounded master: it stands for itself.
         if flat is None or value.kind == COMPUTED or kept == dtype:
-            return Weight(name, value.shape, kept, value.kind, None, value)
+            return Weight(name, value.shape, kept, value.kind, "module", value.run)
     if flat is None:
         return None
     key = flat.value_key or ""
     kind = value.kind if value is not None else "frozen" if key == PARAM else "param"
     shape = flat.shape_of(name) if value is None else value.shape
-    return Weight(name, shape, getattr(torch, flat.keys[key]), kind, flat, None)
+    where = f"{flat.name} x {flat.layout.num_shards} shards"
+    return Weight(name, shape, getattr(torch, flat.keys[key]), kind, where, partial(flat.run, name, key))
 
 
 @dataclass(frozen=True)
@@ -257,19 +248,17 @@ class Checkpoint:
     @cached_property
     def values(self) -> dict[str, list[Value]]:
         """By name; several where several model-parallel ranks have it, the rank's own first."""
-        found: dict[str, list[Value]] = {}
-        for value in self.module:
-            found.setdefault(value.name, []).append(value)
-        return found
+        return _by_name((value.name, value) for value in self.module)
 
     @cached_property
     def holders(self) -> dict[str, list[Flat]]:
         """Tensor -> the flats that have something of it."""
-        found: dict[str, list[Flat]] = {}
-        for flat in self.flats:
-            for spec in flat.layout.tensors:
-                found.setdefault(spec.name, []).append(flat)
-        return found
+        return _by_name((spec.name, flat) for flat in self.flats for spec in flat.layout.tensors)
+
+    @cached_property
+    def aliases(self) -> dict[str, list[str]]:
+        """First name of a tied tensor -> its other names."""
+        return _by_name((name, other) for other, name in self.tied.items())
 
     @cached_property
     def trained(self) -> dict[str, Flat]:
@@ -281,13 +270,12 @@ class Checkpoint:
         """The flat that has the values of a tensor."""
         return next((flat for flat in self.holders.get(name, ()) if flat.value_key), None)
 
-    @cached_property
-    def aliases(self) -> dict[str, list[str]]:
-        """First name of a tied tensor -> its other names."""
-        found: dict[str, list[str]] = {}
-        for other, name in self.tied.items():
-            found.setdefault(name, []).append(other)
-        return found
+
+def _by_name(items: Iterable[tuple[str, _Item]]) -> dict[str, list[_Item]]:
+    found: dict[str, list[_Item]] = {}
+    for name, item in items:
+        found.setdefault(name, []).append(item)
+    return found
 
 
 # What parsers make entries with.

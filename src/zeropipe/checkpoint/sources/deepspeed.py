@@ -18,13 +18,14 @@ from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.save.contents import OURS
 from zeropipe.checkpoint.save.files import THREADS, LossScalerValues
 from zeropipe.checkpoint.save.peer_keys import KNOWN_KEYS
-from zeropipe.checkpoint.save.records import FP32, MANIFEST_NAME, ModuleRest, TrainState
+from zeropipe.checkpoint.save.records import FP32, MANIFEST_NAME, PARAM, ModuleRest, TrainState
 from zeropipe.checkpoint.sources.data import (
     Checkpoint,
     Files,
     Flat,
     Value,
     counts_of,
+    dtype_name,
     lost_file,
     plain_of,
     united,
@@ -92,48 +93,44 @@ class _Folder:
                 found=", ".join(names[:5]) or "nothing",
                 fix="give the folder that holds `latest`, or a tag's folder",
             )
-        # DeepSpeed hands a model file's further keys to its client, who may save them again; not these.
-        first = self._optims[min(self._optims)] if self._optims else None
-        self.is_ours = any(n.startswith("zeropipe_rank_") for n in names) or (
-            first is not None and OURS in self.files[first]
-        )
-
-        lead = self._lead()
-        dp, mp = int(lead.get("dp_world_size", 1)), int(lead.get("mp_world_size", 1))
-        dims = lead.get(k.CHECKPOINT_PARALLEL_DIMS) or {}
-        self._world = dp * mp
-        self._tp = int(dims.get(k.CHECKPOINT_TP_DEGREE, mp))
-        self._degrees = {"dp": dp, "tp": self._tp, "pp": int(dims.get(k.CHECKPOINT_PP_DEGREE, 1))}
-        # What one optimizer file says for all.
-        self._first: Any = self._optimizer(next(iter(self._optims.values()))) if self._optims else {}
-        self._stage = int(self._first.get(k.ZERO_STAGE, 1)) if self._optims else 0
-        self._tied: Mapping[str, str] = dict(lead.get("shared_params") or {})
-        self._groups: Sequence[Mapping[str, Any]] = ()  # found with the flats
-        layers = [self._layer(match) for match in filter(None, map(LAYER.match, names))]
+        self._lead: Any = self.files[self._models[min(self._models, key=lambda key: (key[1], key[0]))]]
+        self._tied: Mapping[str, str] = dict(self._lead.get("shared_params") or {})
+        dims = self._lead.get(k.CHECKPOINT_PARALLEL_DIMS) or {}
+        self._tp = int(dims.get(k.CHECKPOINT_TP_DEGREE, self._lead.get("mp_world_size", 1)))
+        self._pp = int(dims.get(k.CHECKPOINT_PP_DEGREE, 1))
+        layers = (self._layer(match) for match in map(LAYER.match, names) if match)
         self._layers = {(e.name, e.mp_rank): e for layer in layers for e in layer}
 
+        # What one optimizer file says for all.
+        first = self.files[self._optims[min(self._optims)]] if self._optims else {}
+        self._first: Any = first.get(k.OPTIMIZER_STATE_DICT) or {}
+        self._stage = int(self._first.get(k.ZERO_STAGE, 1)) if first else 0
+        self._groups: Sequence[Mapping[str, Any]] = ()  # hyperparameters, found with the flats
+        # DeepSpeed hands a model file's further keys to its client, who may save them again; not these.
+        self.is_ours = OURS in first or any(name.startswith("zeropipe_rank_") for name in names)
+
     def checkpoint(self, tag: str) -> Checkpoint:
-        ranks = sorted({mp for _, mp in self._models})
-        module = [value for mp_rank in ranks for value in self._module_of(mp_rank)] + list(
-            self._layers.values()
-        )
+        ranks, lead = sorted({mp for _, mp in self._models}), self._lead
+        module = [value for mp_rank in ranks for value in self._module_of(mp_rank)]
+        module += self._layers.values()
         flats = [flat for mp_rank in ranks for flat in self._flats_of(mp_rank)]
         dtype = next((e.dtype for e in module if e.kind == "param"), "float32")
         if any(name.startswith("bf16_") for name in self._optims.values()):
             dtype = "bfloat16"
+        dp = int(lead.get("dp_world_size", 1))
         return Checkpoint(
             self.folder,
             tag,
             self._stage,
             dtype,
-            str((self._lead().get("ds_config") or {}).get("optimizer", {}).get("type", "")),
-            self._world,
-            self._degrees,
+            str((lead.get("ds_config") or {}).get("optimizer", {}).get("type", "")),
+            dp * int(lead.get("mp_world_size", 1)),
+            {"dp": dp, "tp": self._tp, "pp": self._pp},
             tuple(module),
             tuple(flats),
             self._tied,
             lambda: self._groups,
-            lambda: rules_in(self._lead()),
+            lambda: rules_in(lead),
             self._rest,
             self._train_state,
             threads=THREADS,
@@ -153,7 +150,7 @@ class _Folder:
         return ModuleRest(plain_of(tree, prefix), versions)
 
     def _train_state(self, rank: int) -> TrainState:
-        lead, scaler = self._lead(), None
+        lead, scaler = self._lead, None
         found = self._first.get(k.LOSS_SCALER)
         if isinstance(found, LossScalerValues) and found.values().get("dynamic"):
             scaler = found.values()
@@ -161,9 +158,6 @@ class _Folder:
         return TrainState(loss_scaler=scaler, client_state=client, **counts_of(lead))
 
     # Files.
-
-    def _lead(self) -> Any:
-        return self.files[self._models[min(self._models, key=lambda key: (key[1], key[0]))]]
 
     def _optimizer(self, name: str) -> Any:
         return self.files[name][k.OPTIMIZER_STATE_DICT]
@@ -222,7 +216,9 @@ class _Folder:
         ]
         self._groups = _groups(base[0])
         if self._stage >= 3:
-            return self._stage3(mp_rank, states, base) + self._frozen3(mp_rank, count)
+            frozen = self.files[self._model_of(mp_rank)].get(k.FROZEN_PARAM_SHAPES)
+            files = [self.files[self._model_of(mp_rank, dp)] for dp in range(count if frozen else 0)]
+            return self._stage3(mp_rank, states, base) + frozen_flats(files, mp_rank)
         return self._stage12(mp_rank, states, base)
 
     def _stage12(self, mp_rank: int, states: list[Any], base: list[Any]) -> list[Flat]:
@@ -253,10 +249,6 @@ class _Folder:
                 flats.append(Flat.of(name, mp_rank, group, layout, shards, numbers))
                 offset += size
         return flats
-
-    def _frozen3(self, mp_rank: int, count: int) -> list[Flat]:
-        files = [self.files[self._model_of(mp_rank, dp)] for dp in range(count)]
-        return frozen_flats(files, mp_rank)
 
     def _whole(self, mp_rank: int) -> list[Flat]:
         """Stage 0: the module's values are the masters; the moments are found by their position."""
@@ -321,8 +313,12 @@ class _Folder:
 def frozen_flats(files: Sequence[Mapping[str, Any]], mp_rank: int = 0) -> list[Flat]:
     """Frozen parameters of stage 3: the model file of each data-parallel rank has its shard of every one."""
     shapes = files[0].get(k.FROZEN_PARAM_SHAPES) or {} if files else {}
-    parts = {name: [file[k.FROZEN_PARAM_FRAGMENTS][name] for file in files] for name in shapes}
-    return [Flat.frozen(name, tuple(shapes[name]), found, mp_rank) for name, found in parts.items()]
+    flats = []
+    for name, shape in shapes.items():
+        parts = [{PARAM: file[k.FROZEN_PARAM_FRAGMENTS][name].reshape(-1)} for file in files]
+        layout = FlatShards((TensorSpec(name, tuple(shape), dtype_name(parts[-1][PARAM])),), len(parts))
+        flats.append(Flat.of(name, mp_rank, 0, layout, parts, {}))
+    return flats
 
 
 def stage_orders(
