@@ -90,6 +90,7 @@ def _values(name: str, what: str, a: torch.Tensor, b: torch.Tensor) -> Iterator[
         yield Difference(name, what, f"shape {tuple(a.shape)} | {tuple(b.shape)}")
     elif a.dtype != b.dtype and not torch.equal(a.double(), b.double()):
         yield Difference(name, what, f"dtype {a.dtype} | {b.dtype}", _largest(a, b))
+    # ``same`` is asked last: it is slower, and only a NaN makes a difference to it.
     elif not torch.equal(a, b) and not same(a, b):
         count = int((a != b).sum())
         yield Difference(name, what, f"{count} of {a.numel()} elements", _largest(a, b))
@@ -101,6 +102,7 @@ def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def same(a: object, b: object) -> bool:
     """Equal bit for bit, through containers; NaN equals NaN."""
+    # A step count is a tensor in one format and a number in another.
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         a, b = torch.as_tensor(a), torch.as_tensor(b)
         return a.shape == b.shape and bool(

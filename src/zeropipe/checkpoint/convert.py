@@ -100,9 +100,10 @@ def _stage_of(view: Checkpoint, pp_rank: int, source: Checkpoint) -> tuple[Check
         layers = {name.split(".", 1)[0] for name in flat_names}
         own = [value for value in source.module if value.name.split(".", 1)[0] in layers]
     names = {value.name for value in own} | flat_names
+    # Cut anew, there is a flat for every tensor, of no stage any more.
     if view.tp == tp:
         flats = tuple(f for f in view.flats if f.mp_rank // tp == pp_rank)
-    else:  # cut anew, tensor by tensor
+    else:
         flats = tuple(f for f in view.flats if f.name in flat_names)
     module = tuple(value for value in view.module if value.name in names)
     return replace(view, module=module, flats=flats), _layer_rows(own)
@@ -122,6 +123,7 @@ def _tied_layers(source: Checkpoint) -> set[str]:
     """Parameters of pipelines that several layers share."""
     if not any(entry.file.startswith(LAYER_FILE_PREFIX) for entry in source.module):
         return set()
+    # Ours names tied tensors; DeepSpeed's stages hold copies of one name.
     stages = {name: {flat.mp_rank // source.tp for flat in held} for name, held in source.holders.items()}
     return set(source.tied.values()) | {name for name, found in stages.items() if len(found) > 1}
 
@@ -213,6 +215,7 @@ def _model(source: Checkpoint, rows: Rows | None, sharded: set[str], stage: int)
 
     in_shards = (s.name for f in source.flats if f.value_key == PARAM for s in f.layout.tensors)
     tied = {other: name for other, name in source.tied.items() if name in tensors or name in sharded}
+    # Files by layer, as a pipeline has them; stage 3 has only shards.
     layers = list(_layer_rows(source.module) if rows is None else rows) if stage < 3 else []
     if layers and rows is None:
         split = ((other.split(".", 1), name) for other, name in tied.items())

@@ -178,6 +178,7 @@ def _write_safetensors(
         }
         at += item.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Readers map the tensors: the format wants them to begin at a multiple of eight.
     text += b" " * (-len(text) % 8)
     output.write(len(text).to_bytes(8, "little"))
     output.write(text)
@@ -193,6 +194,7 @@ def _write_torch(output: Output, shard: Sequence[_Item], progress: Progress) -> 
     state: OrderedDict[str, torch.Tensor] = OrderedDict()
     # It says who wrote it as an attribute: its keys are the module's alone.
     state.writer = METADATA["writer"]  # type: ignore[attr-defined]
+    # A tied tensor is one tensor in the file too: torch writes a storage once.
     for item in shard:
         if id(item.weight) not in values:
             values[id(item.weight)] = item.weight.read(item.dtype)
@@ -206,6 +208,7 @@ def _in_the_way(folder: Path, new: tuple[str, ...]) -> list[Path]:
 
     Raises CheckpointError where a file that is not ours has one of these names, or would be read before them.
     """
+    # What a reader would take first of the new files: all that comes before it would hide them.
     first = min(_ENTRIES.index(name) for name in new if name in _ENTRIES)
     old: list[Path] = []
     for path in sorted(folder.iterdir()):
@@ -232,6 +235,7 @@ def _is_ours(path: Path) -> bool:
             return json.loads(path.read_text(encoding="utf-8"))["metadata"]["writer"] == METADATA["writer"]
         if path.name.endswith(".bin"):
             return getattr(load_torch(path), "writer", None) == METADATA["writer"]
+        # The header alone; its size comes first, and may be anything where the file is none of this format.
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if size < min(_MAX_HEADER, os.fstat(file.fileno()).st_size):

@@ -71,6 +71,7 @@ def open_folder(
     unchecked: bool = False,
 ) -> Checkpoint:
     """``unchecked``: read files of ours without their manifest."""
+    # By what only one form has. DeepSpeed's comes last: the others have model files like its own.
     manifest = read_manifest(path)
     if manifest is not None:
         return parse_ours(path, manifest, trust=trust)
@@ -163,17 +164,20 @@ def _checked(
     manifest = read_manifest(candidate.path)
     if manifest is not None:
         _check_share(candidate.path, manifest, group, verify)
+    # DeepSpeed's stage 0 knows parameters by their position in the optimizer: this one's is as good as any.
     order = [list(g.get("param_names") or ()) for g in into.param_groups]
     opened = open_folder(candidate.path, candidate.tag, trust=trust, order=order, unchecked=not verify)
     shapes = wanted_shapes(into)
     reader = Reader(seen_from(opened, into.grid, into.model.universal_info, shapes), into)
     reader.check_shapes(shapes)
-    reader.source.train_state(into.grid.rank)  # opens the files that hold it, so that refusals come now
+    # Opens the files that hold it, so that a refusal comes before anything is written.
+    reader.source.train_state(into.grid.rank)
     return reader
 
 
 def _check_share(path: Path, manifest: Manifest, group: Group, verify: bool) -> None:
     """Sizes of all files on every rank; the bytes of each file on one, the largest spread first."""
+    # A size costs one look, so each rank sees for itself whether it sees the whole folder.
     for record in manifest.files:
         file = path / record.name
         try:
@@ -184,6 +188,7 @@ def _check_share(path: Path, manifest: Manifest, group: Group, verify: bool) -> 
             raise CheckpointError(what, fix=fix) from error
         if size != record.bytes:
             raise CheckpointError(f"{file} is truncated", expected=f"{record.bytes} bytes", found=size)
+    # A sum costs a read of the file: the largest first, each to whoever has least, so that all end together.
     if verify:
         load = [0] * group.size
         mine: list[FileRecord] = []

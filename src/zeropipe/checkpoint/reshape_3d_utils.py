@@ -48,6 +48,8 @@ class model_3d_desc:
         fits, errors = self.can_reshape(target_3d_desc)
         if not fits:
             raise CheckpointError("; ".join(errors))
+        # [1] Each model-parallel rank brings its data-parallel peers along, [2] the two degrees are changed as if there
+        # were no others, [3] what came together in a cell is dealt out to the new peers.
         source = meg_2d_parallel_map(self.pp_degree, self.tp_degree)
         source.simple_init()
         flat = flatten_dp_dimension(source, self.pp_degree * self.tp_degree, self.dp_degree)
@@ -100,6 +102,7 @@ def get_model_3d_descriptor(dir: str) -> model_3d_desc:
     mp_files = get_files_with_prefix(models, MODEL_FILE_PREFIX)
     if not mp_files and not zero_files:
         raise CheckpointError(f"{dir} holds no checkpoint files", expected="mp_rank_XX_model_states.pt")
+    # A layer has a file of every tensor-parallel rank, whatever the model files say.
     if layers:
         tp = len(get_files_with_prefix(models, f"{layers[0].split('-')[0]}-model_"))
         pp = max(1, len(mp_files) // tp)

@@ -37,6 +37,7 @@ class ZeROCheckpoint:
         if not self.num_files:
             raise CheckpointError(f"{dir} has no ZeRO files", expected="zero_pp_rank_*_optim_states.pt")
         self.src_3d = source_3d or get_model_3d_descriptor(dir)
+        # Files are found by their number in the grid: one that lacks would shift all that follow.
         if self.src_3d.world_size() != self.num_files:
             raise CheckpointError(
                 f"{dir} does not have one optimizer file per rank",
@@ -143,6 +144,7 @@ class ZeROCheckpoint:
         every = [s[k.OPTIMIZER_STATE_DICT] for s in states]
         base = dict(inner.get(k.BASE_OPTIMIZER_STATE) or {})
         groups = inner.get(k.SINGLE_PARTITION_OF_FP32_GROUPS)
+        # Stage 3 has no flat groups; what is asked for as it is can be given all the same.
         if groups is None:
             return states[0] if len(states) == count == 1 else self._refuse()
         moments = dict(base.get("state", {}))

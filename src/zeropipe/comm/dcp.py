@@ -25,6 +25,7 @@ from zeropipe.paths import inside
 
 INDEX_NAME = ".metadata"
 _PACKAGE = "torch.distributed.checkpoint."
+# What torch's own writer puts into an index. To let any other name through would be to run what the file says.
 _ALLOWED = {
     _PACKAGE + "metadata": {
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex",
@@ -74,6 +75,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
+        # torch names values of its own by their attribute: torch.float32, torch.strided.
         found = getattr(torch, name, None) if module == "torch" else None
         if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
             return found
@@ -114,6 +116,7 @@ def _stored(name: str, found: Any, index: Any) -> Stored:
 def _chunk(name: str, start: tuple[int, ...] | None, shape: tuple[int, ...], index: Any) -> Chunk:
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
+    # By name and offset; what was written as one block may have no offset.
     place = index.storage_data.get(MetadataIndex(name, start)) or index.storage_data.get(MetadataIndex(name))
     if place is None:
         raise CheckpointError(f"the index names no place for {name} at {start}")
@@ -132,6 +135,7 @@ def read_chunk(folder: Path, chunk: Chunk, *, trust: bool = False) -> Any:
     path = inside(folder, chunk.file, "a file of the index")
     try:
         with open(path, "rb") as file:
+            # Apart from the rest of the file: torch.load looks for a directory at the end of what it is given.
             file.seek(chunk.offset)
             data = file.read(chunk.length)
         if len(data) != chunk.length:
@@ -159,6 +163,7 @@ def read_chunk(folder: Path, chunk: Chunk, *, trust: bool = False) -> Any:
 
 def read_tensor(folder: Path, stored: Stored) -> torch.Tensor:
     """A tensor put together from its chunks; new memory."""
+    # One chunk that is the whole is the tensor already: no second one of its size.
     if len(stored.chunks) == 1 and stored.chunks[0].shape == stored.shape:
         return torch.as_tensor(read_chunk(folder, stored.chunks[0]))
     whole = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
@@ -173,6 +178,7 @@ def flatten(tree: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
     if isinstance(tree, Mapping):
         for name, value in tree.items():
             yield from flatten(value, (*key, name))
+    # A list with a tensor in it is cut, so that the tensor can be sharded; numbers alone stay one value.
     elif isinstance(tree, list) and not all(map(_whole, tree)):
         for number, value in enumerate(tree):
             yield from flatten(value, (*key, number))
@@ -201,6 +207,7 @@ def write(
     described: dict[str, Any] = {}
     places: dict[Any, Any] = {}
     keys: dict[str, Key] = {}
+    # The data before the index: what an index names is on the disk.
     with create(folder / name) as file:
         for key, value in items:
             flat = ".".join(map(str, key))

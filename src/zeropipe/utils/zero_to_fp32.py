@@ -56,6 +56,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     export(
         source,
         output_dir,
+        # No limit: larger than any file.
         max_shard_size=2**62 if max_shard_size is None else max_shard_size,
         safetensors=safe_serialization,
         exclude_frozen=exclude_frozen_parameters,

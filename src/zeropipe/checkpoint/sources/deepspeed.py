@@ -205,6 +205,7 @@ class _Folder:
         if not names:
             return self._whole(mp_rank)
         listed = self._optimizer(names[min(names)]).get(k.PARTITION_COUNT, max(names) + 1)
+        # By group, for stages 1 and 2; groups of experts are shared by fewer ranks.
         count = max(listed) if isinstance(listed, (list, tuple)) else int(listed)
         for dp in range(count):
             if dp not in names:
@@ -241,6 +242,7 @@ class _Folder:
             for name, shape in shapes.items():
                 layout = FlatShards((TensorSpec(name, tuple(shape), "float32"),), len(states))
                 size = layout.shard_numel
+                # A parameter never straddles two sub-groups: what does not fit begins the next.
                 while offset + size > states[0][k.FP32_FLAT_GROUPS][sub_group].numel():
                     sub_group, offset = sub_group + 1, 0
                 masters = [state[k.FP32_FLAT_GROUPS][sub_group] for state in states]

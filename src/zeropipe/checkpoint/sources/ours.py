@@ -75,12 +75,14 @@ class _Folder:
 
     def value(self, entry: TensorEntry) -> torch.Tensor:
         tree = self._files[entry.file]
-        if entry.file.startswith(LAYER_FILE_PREFIX):  # a layer's state dict, without the layer's number
+        # A layer's file is its state dict, whose keys lack the layer's number.
+        if entry.file.startswith(LAYER_FILE_PREFIX):
             return tree[entry.name.split(".", 1)[1]]
         return tree["module"][entry.name]
 
     def shard(self, entry: FlatEntry, shard: int, key: str) -> torch.Tensor:
         tensor: torch.Tensor = self._flat(entry, shard)["tensors"][key]
+        # The padding may be absent, elements may not: the file would be one of another save.
         if tensor.numel() < entry.layout.held(shard):
             raise CheckpointError(
                 f"{self._files.folder / entry.files[shard]}: {key} of {entry.name} is too short for its layout",
@@ -90,11 +92,13 @@ class _Folder:
         return tensor
 
     def numbers(self, entry: FlatEntry) -> dict[str, Any]:
+        # Equal in all shards. What only code could restore is left out: the optimizer makes it anew.
         value, _ = settle(decode(self._flat(entry, 0)["scalars"]))
         return dict(value)
 
     def rest(self, tp_rank: int) -> ModuleRest:
         tp = int(self._manifest.degrees.get("tp", 1))
+        # Each pipeline stage's file tells of its own modules.
         trees = {mp: self._files[name] for mp, name in self._models.items() if mp % tp == tp_rank % tp}
         return united(
             rest_back(tree[OURS], plain_of(tree["module"] or {}), self._code(mp))
@@ -106,7 +110,8 @@ class _Folder:
         ours = lead[OURS]
         if "lr_scheduler" in ours:
             rest = training_back(ours, self._code())
-        else:  # as saved when a part that needed code went to a file of its own whole
+        else:
+            # As earlier versions saved: a part that needed code went whole to a file of its own.
             code = files[CODE_FILE] if CODE_FILE in self._names and files.trust else {}
             rest = {
                 "lr_scheduler": code.get("lr_scheduler", lead["lr_scheduler"]),
@@ -119,6 +124,7 @@ class _Folder:
         return TrainState(**(counts | rest))
 
     def left_out(self) -> str:
+        # Where the words are in the model file, each object that is not restored is named by itself.
         if CODE_FILE not in self._names or self._files.trust or "lr_scheduler" in self.lead[OURS]:
             return ""
         return f"{CODE_FILE} holds objects that only running their code can restore; it was not opened"
