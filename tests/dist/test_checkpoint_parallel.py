@@ -16,7 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tests.helpers.checkpointing import Pieces, assert_same_state, pieces, whole
-from zeropipe.checkpoint.compare import compare
+from zeropipe.checkpoint.convert import compare
 from zeropipe.checkpoint.loader import open_source
 from zeropipe.checkpoint.universal_checkpoint import join, joining_of
 from zeropipe.cli.ckpt import app

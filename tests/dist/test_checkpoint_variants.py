@@ -10,7 +10,7 @@ import torch
 
 import zeropipe
 from tests.helpers.checkpointing import Pieces, assert_same_state, make_engine, pieces, train, whole
-from zeropipe.checkpoint.compare import compare
+from zeropipe.checkpoint.convert import compare
 from zeropipe.checkpoint.convert import convert
 from zeropipe.checkpoint.loader import open_source
 

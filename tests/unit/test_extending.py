@@ -149,7 +149,7 @@ FORMAT = Addition(
 import torch
 
 from zeropipe.checkpoint.save.files import load_torch
-from zeropipe.checkpoint.sources.data import Checkpoint, Value, dtype_name
+from zeropipe.checkpoint.sources import Checkpoint, Value, dtype_name
 from zeropipe.checkpoint.save.records import ModuleRest, TrainState
 
 NAME = "weights.pt"

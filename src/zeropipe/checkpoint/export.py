@@ -17,7 +17,7 @@ import torch
 
 from zeropipe.checkpoint.save.files import Hold, Output, load_torch, new_file, sync_folder
 from zeropipe.checkpoint.save.ownership import begin, clear, discard, leftovers, name_of, whole_or_nothing
-from zeropipe.checkpoint.sources.data import Checkpoint
+from zeropipe.checkpoint.sources import Checkpoint
 from zeropipe.checkpoint.sources.parallel import Weight, weights
 from zeropipe.errors import CheckpointError
 

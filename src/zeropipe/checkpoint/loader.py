@@ -23,7 +23,7 @@ from zeropipe.checkpoint.reader import Reader, wanted_shapes
 from zeropipe.checkpoint.save import tags
 from zeropipe.checkpoint.save.files import THREADS, FileRecord, check_file
 from zeropipe.checkpoint.save.records import LoadedState, LocalState, Manifest, read_manifest
-from zeropipe.checkpoint.sources.data import Checkpoint
+from zeropipe.checkpoint.sources import Checkpoint
 from zeropipe.checkpoint.sources.dcp import parse_dcp
 from zeropipe.checkpoint.sources.deepspeed import parse_deepspeed
 from zeropipe.checkpoint.sources.ours import parse_ours

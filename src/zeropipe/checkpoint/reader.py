@@ -26,7 +26,7 @@ from zeropipe.checkpoint.save.records import (
     ModelState,
     ModuleRest,
 )
-from zeropipe.checkpoint.sources.data import Checkpoint, Flat, Value, chosen
+from zeropipe.checkpoint.sources import Checkpoint, Flat, Value, chosen
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.copy_plan import copies_of
 from zeropipe.layout.flat import Piece, TensorSpec

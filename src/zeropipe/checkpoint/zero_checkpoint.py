@@ -15,7 +15,7 @@ from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map
 from zeropipe.checkpoint.reshape_utils import basic_folder_validation, get_zero_files, merge_state, rank_file
 from zeropipe.checkpoint.save.files import FragmentAddress
 from zeropipe.checkpoint.save.records import FP32
-from zeropipe.checkpoint.sources.data import Flat
+from zeropipe.checkpoint.sources import Flat
 from zeropipe.checkpoint.sources.deepspeed import ALIGN
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec

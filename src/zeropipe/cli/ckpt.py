@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from zeropipe.checkpoint.compare import compare
+from zeropipe.checkpoint.convert import compare
 from zeropipe.checkpoint.convert import convert as convert_checkpoint
 from zeropipe.checkpoint.export import export as export_weights
 from zeropipe.checkpoint.loader import open_source
@@ -28,7 +28,7 @@ from zeropipe.checkpoint.save import ownership, tags
 from zeropipe.checkpoint.save.records import FP32, PARAM, read_manifest
 from zeropipe.checkpoint.save.verify import FileState
 from zeropipe.checkpoint.save.verify import verify as verify_folder
-from zeropipe.checkpoint.sources.data import Checkpoint
+from zeropipe.checkpoint.sources import Checkpoint
 from zeropipe.checkpoint.sources.dcp import write_dcp
 from zeropipe.checkpoint.sources.parallel import weights
 from zeropipe.checkpoint.sources.universal import write_universal

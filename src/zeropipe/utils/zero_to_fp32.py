@@ -13,7 +13,7 @@ import torch
 
 from zeropipe.checkpoint.export import export
 from zeropipe.checkpoint.loader import open_source
-from zeropipe.checkpoint.sources.data import Weight
+from zeropipe.checkpoint.sources import Weight
 from zeropipe.checkpoint.sources.parallel import weights
 from zeropipe.errors import CheckpointError
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zeropipe.checkpoint.reshape_utils import share
-from zeropipe.checkpoint.sources.data import Flat, Last
+from zeropipe.checkpoint.sources import Flat, Last
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=5)

@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 from tests.helpers.checkpointing import assert_same_state, make_engine, pieces, train, whole
 from tests.helpers.data import token_batch
 from tests.helpers.models import MLP, NastyModel, build
-from zeropipe.checkpoint.compare import compare
-from zeropipe.checkpoint.convert import convert
+from zeropipe.checkpoint.convert import compare, convert
 from zeropipe.checkpoint.loader import open_source
 from zeropipe.checkpoint.save.records import FlatState, Grid, LocalState, ModelState
 from zeropipe.checkpoint.save.saver import Saver

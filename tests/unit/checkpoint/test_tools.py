@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 import zeropipe.utils.zero_to_fp32 as z2f
 from tests.helpers.checkpointing import assert_same_state, make_engine, pieces, train, whole
 from tests.helpers.models import NastyModel, build
-from zeropipe.checkpoint.compare import compare
-from zeropipe.checkpoint.convert import convert
+from zeropipe.checkpoint.convert import compare, convert
 from zeropipe.checkpoint.export import export, parse_size
 from zeropipe.checkpoint.loader import open_source
 from zeropipe.checkpoint.save.files import load_torch

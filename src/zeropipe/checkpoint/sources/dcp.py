@@ -25,7 +25,7 @@ from zeropipe.checkpoint.save.ownership import replacing
 from zeropipe.checkpoint.save.plain import lowered
 from zeropipe.checkpoint.save.records import FP32, TrainState
 from zeropipe.checkpoint.save.words import rest_back, rest_words, training_back, training_words
-from zeropipe.checkpoint.sources.data import STEP, Checkpoint, Flat, Last, Value
+from zeropipe.checkpoint.sources import STEP, Checkpoint, Flat, Last, Value
 from zeropipe.checkpoint.sources.parallel import joined, weights
 from zeropipe.comm.dcp import Key, Lazy, Stored, flatten, read_chunk, read_index, read_tensor, write
 from zeropipe.errors import CheckpointError

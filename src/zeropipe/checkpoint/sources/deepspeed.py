@@ -19,7 +19,7 @@ from zeropipe.checkpoint.save.contents import OURS
 from zeropipe.checkpoint.save.files import THREADS, LossScalerValues
 from zeropipe.checkpoint.save.peer_keys import KNOWN_KEYS
 from zeropipe.checkpoint.save.records import FP32, MANIFEST_NAME, PARAM, ModuleRest, TrainState
-from zeropipe.checkpoint.sources.data import (
+from zeropipe.checkpoint.sources import (
     Checkpoint,
     Files,
     Flat,

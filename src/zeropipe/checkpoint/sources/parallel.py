@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from zeropipe.checkpoint.save.records import Grid
-from zeropipe.checkpoint.sources.data import Checkpoint, Flat, Last, Value, Weight, chosen, lost_file
+from zeropipe.checkpoint.sources import Checkpoint, Flat, Last, Value, Weight, chosen, lost_file
 from zeropipe.checkpoint.universal_checkpoint import join, joining_of, split
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec

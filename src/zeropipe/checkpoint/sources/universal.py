@@ -27,7 +27,7 @@ from zeropipe.checkpoint.save.plain import decode, encode, is_plain, lowered
 from zeropipe.checkpoint.save.records import CLIENT, FP32, TrainState
 from zeropipe.checkpoint.save.tags import LATEST_UNIVERSAL
 from zeropipe.checkpoint.save.words import rest_back, rest_words, training_back, training_words
-from zeropipe.checkpoint.sources.data import STEP, Checkpoint, Files, Flat, Weight, dtype_name, united
+from zeropipe.checkpoint.sources import STEP, Checkpoint, Files, Flat, Weight, dtype_name, united
 from zeropipe.checkpoint.sources.deepspeed import frozen_flats, parse_deepspeed
 from zeropipe.checkpoint.sources.parallel import joined, weights
 from zeropipe.checkpoint.universal_checkpoint import Joining, as_info, joining_of, rules_in

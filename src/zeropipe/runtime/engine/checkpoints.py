@@ -16,7 +16,7 @@ from zeropipe.checkpoint.save.records import LoadedState, ModelState
 from zeropipe.checkpoint.save.saver import Saver
 from zeropipe.checkpoint.save.tags import latest_universal
 from zeropipe.checkpoint.save.words import look_through
-from zeropipe.checkpoint.sources.data import Checkpoint
+from zeropipe.checkpoint.sources import Checkpoint
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.collectives import all_gather_object
 from zeropipe.comm.group import world
