@@ -112,7 +112,9 @@ class Reader:
         found = chosen(there, self._module_entry(name), self.source.master(there), out.dtype)
         if found is None:
             return name
-        if out.is_contiguous() and out.device.type == "cpu":
+        if found.value is not None:
+            out.copy_(found.value.read())
+        elif out.is_contiguous() and out.device.type == "cpu":
             found.run(0, out.numel(), out.detach().view(-1))  # no second tensor of its size
         else:
             out.copy_(found.read())
@@ -152,11 +154,10 @@ class Reader:
                         tensors[key] = torch.zeros(flat.layout.shard_numel, dtype=getattr(torch, dtype))
         asked = {key: out for key, out in tensors.items() if moments or key in (FP32, PARAM)}
         found = pool.map(lambda item: self._fill_key(flat, item[0], item[1], stepped), asked.items())
-        for (key, out), filled in zip(asked.items(), found, strict=True):
+        for key, filled in zip(asked, found, strict=True):
             lost = [n for n in names if n not in filled and (key in (FP32, PARAM) or n in stepped)]
             if key in (FP32, PARAM):
-                lost = [n for n in lost if self._regions.of(n) is None]
-                self._missing += self._from_module(flat, lost, out)
+                self._missing += [n for n in lost if self._regions.of(n) is None]
             elif lost and filled:
                 self._notices.append(
                     f"{key} of {len(lost)} parameter(s) is not in the checkpoint and starts at zero: {lost[0]}"
@@ -199,20 +200,11 @@ class Reader:
             # In a region code may reshape; elsewhere ``check_shapes`` has refused other shapes.
             if there is not None and there in held.keys and _fits(held.shape_of(name), spec.shape):
                 return held, there, held.layout.index(name)
-        return None
-
-    def _from_module(self, flat: FlatState, names: list[str], out: torch.Tensor) -> list[str]:
-        """Masters that the source does not have (saved without an optimizer, or frozen) from its module; the names
-        that it does not have either."""
-        entries = {name: self._module_entry(name) for name in names}
-        for piece in flat.layout.pieces(flat.shard) if names else ():
-            entry = entries.get(flat.layout.tensors[piece.tensor].name)
-            if entry is not None:
-                values = entry.read().reshape(-1)
-                out[piece.offset : piece.offset + piece.numel].copy_(
-                    values[piece.start : piece.start + piece.numel]
-                )
-        return [name for name, entry in entries.items() if entry is None]
+        # Masters that were not saved (without an optimizer, or frozen) come from the module, but in a region.
+        value = self._module_entry(spec.name) if key in (FP32, PARAM) else None
+        if value is None or self._regions.of(spec.name) is not None:
+            return None
+        return value.as_flat(), PARAM, 0
 
     def _shared(self, name: str) -> Shared:
         """What the source has for the tensor that is no tensor itself; None where it was never stepped."""

@@ -90,10 +90,12 @@ class Joining:
     widths: tuple[tuple[int, ...], ...] = ()  # [fused parameter][rank]
 
     @classmethod
-    def of_shape(cls, fused: SubparamShape, widths: Iterable[Iterable[int]] = ()) -> Joining:
-        sizes = fused.shape[fused.partition_dim]
+    def of_shape(cls, shape: Mapping[str, Any]) -> Joining:
+        """By a SubparamShape as plain values, which may have the widths of uneven slices with them."""
+        dim = int(shape["partition_dim"])
+        sizes = shape["shape"][dim]
         listed = tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes,)
-        return cls(dim=fused.partition_dim, fused=listed, widths=tuple(map(tuple, widths)))
+        return cls(dim=dim, fused=listed, widths=tuple(map(tuple, shape.get(k.SUB_PARAM_SHARD_WIDTHS) or ())))
 
     @classmethod
     def said(cls, held: Any) -> Joining:
@@ -102,8 +104,7 @@ class Joining:
             return cls()
         fused, dim = held.get(k.SUB_PARAM_SHAPE), held.get(k.CAT_DIM)
         if fused is not None:
-            shape = dict(fused) if isinstance(fused, Mapping) else _plain(fused)
-            return cls.of_shape(SubparamShape([], tuple(shape["shape"]), int(shape["partition_dim"])))
+            return cls.of_shape(_plain(fused))
         if held.get(k.PARAM_N_SUB_PARAMS):
             return cls(dim=int(dim or 0), fused=int(held[k.PARAM_N_SUB_PARAMS]))
         if dim is None:
@@ -150,11 +151,9 @@ def _listed(name: str, info: Mapping[str, Any]) -> Joining:
     if listed(k.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0):
         return Joining(fused=2)
     for entry in info.get(k.PARAMETER_WITH_SUB_PARAMS) or ():
-        given = dict(entry) if isinstance(entry, Mapping) else {}
-        widths = given.pop(k.SUB_PARAM_SHARD_WIDTHS, None) or ()
-        fused = SubparamShape(**given) if given else entry
-        if any(re.match(pattern, name) for pattern in fused.patterns):
-            return Joining.of_shape(fused, widths)
+        fused = _plain(entry)
+        if any(re.match(pattern, name) for pattern in fused["patterns"]):
+            return Joining.of_shape(fused)
     # [3] All others lie end to end; a vocabulary without the rows that pad it.
     rows = info.get(k.ORIGINAL_VOCAB_SIZE) if listed(k.VOCABULARY_PARAMETER_PATTERNS) else None
     return Joining(dim=1 if listed(k.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS) else 0, vocabulary=rows)

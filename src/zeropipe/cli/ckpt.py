@@ -100,7 +100,9 @@ def _shown(name: object) -> Text:
 def _tensors(source: Checkpoint) -> Table:
     table = Table("name", "shape", "kind", "stored as")
     for weight in weights(source):
-        table.add_row(_shown(weight.name), str(weight.shape), weight.kind, _shown(weight.where))
+        flat = weight.flat
+        where = f"{flat.name} x {flat.layout.num_shards} shards" if weight.value is None else "module"
+        table.add_row(_shown(weight.name), str(weight.shape), weight.kind, _shown(where))
     return table
 
 

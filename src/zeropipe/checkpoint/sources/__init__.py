@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ import torch
 from zeropipe.checkpoint.save.files import load_torch
 from zeropipe.checkpoint.save.records import COMPUTED, FP32, PARAM, ModuleRest, TrainState
 from zeropipe.errors import CheckpointError
-from zeropipe.layout.flat import FlatShards
+from zeropipe.layout.flat import FlatShards, TensorSpec
 from zeropipe.layout.numbers import NEVER_STEPPED, number_of, split_numbers
 from zeropipe.runtime.optimizers.state_kinds import Shared, of_one
 
@@ -48,10 +48,11 @@ class Value:
         """Of a tensor in an opened file."""
         return cls(name, tuple(tensor.shape), dtype_name(tensor), kind, file, mp_rank, lambda: tensor)
 
-    def run(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Elements [start, stop) of it, flattened: in ``out``, which is 1D, else in new memory."""
-        run = self.read().reshape(-1)[start:stop]
-        return run.clone() if out is None else out.copy_(run)
+    def as_flat(self) -> Flat:
+        """A flat of one shard that holds it, for whoever reads elements."""
+        layout = FlatShards((TensorSpec(self.name, self.shape, self.dtype),), 1)
+        keys = {PARAM: self.dtype}
+        return Flat(self.name, self.mp_rank, 0, layout, keys, lambda *_: self.read().reshape(-1), dict)
 
 
 # Entries are themselves, whatever they are called: two flats of one name may lie on different pipeline stages.
@@ -156,12 +157,18 @@ class Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype  # as stored
     kind: str
-    where: str  # for people
-    run: Callable[..., torch.Tensor]  # (start, stop, out=None), as of ``Value``
+    flat: Flat
+    value: Value | None  # the flat's own, where it is one of the module's
+
+    def run(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """As of the flat."""
+        return self.flat.run(self.name, self.flat.value_key or "", start, stop, out)
 
     def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The whole tensor, new memory; floating values in ``dtype`` where given."""
-        whole = self.run(0, torch.Size(self.shape).numel()).view(self.shape)
+        # Not by runs of elements where there is a value: a module's buffer may be sparse.
+        numel = torch.Size(self.shape).numel()
+        whole = self.run(0, numel).view(self.shape) if self.value is None else self.value.read().clone()
         return whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
 
     def contiguous(self) -> torch.Tensor:
@@ -177,14 +184,13 @@ def chosen(
         kept: torch.dtype = getattr(torch, value.dtype)
         # A hook's value is no rounded master: it stands for itself.
         if flat is None or value.kind == COMPUTED or kept == dtype:
-            return Weight(name, value.shape, kept, value.kind, "module", value.run)
+            return Weight(value.name, value.shape, kept, value.kind, value.as_flat(), value)
     if flat is None:
         return None
     key = flat.value_key or ""
     kind = value.kind if value is not None else "frozen" if key == PARAM else "param"
     shape = flat.shape_of(name) if value is None else value.shape
-    where = f"{flat.name} x {flat.layout.num_shards} shards"
-    return Weight(name, shape, getattr(torch, flat.keys[key]), kind, where, partial(flat.run, name, key))
+    return Weight(name, shape, getattr(torch, flat.keys[key]), kind, flat, None)
 
 
 @dataclass(frozen=True)
