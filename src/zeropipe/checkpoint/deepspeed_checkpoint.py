@@ -5,7 +5,6 @@ Layers: the first file is the embedding, ``final_layer_norm_idx`` the final norm
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from functools import cached_property, reduce
@@ -17,7 +16,7 @@ import torch
 
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.reshape_3d_utils import get_model_3d_descriptor, model_3d_desc
-from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map, reshape_2d_map
+from zeropipe.checkpoint.reshape_meg_2d import log_table, meg_2d_parallel_map, reshape_2d_map
 from zeropipe.checkpoint.reshape_utils import (
     basic_folder_validation,
     get_files,
@@ -37,8 +36,6 @@ from zeropipe.checkpoint.universal_checkpoint import SEQUENTIAL_LAYERS as SEQUEN
 from zeropipe.checkpoint.universal_checkpoint import rules_in
 from zeropipe.checkpoint.zero_checkpoint import ZeROCheckpoint
 from zeropipe.errors import CheckpointError
-
-_log = logging.getLogger("zeropipe")
 
 EMBEDDING_LAYER_INDEX = 0
 ARGS_KEY = "args"
@@ -86,6 +83,7 @@ class DeepSpeedCheckpoint:
         fits, errors = source.can_reshape(target)
         if not fits:
             raise CheckpointError(f"{dir}: " + "; ".join(errors))
+        # Stage 0 keeps its optimizer in the model files.
         self.zero_checkpoint = ZeROCheckpoint(dir, source) if self.zero_files else None
         if self.zero_checkpoint is not None:
             self.zero_checkpoint.reshape(target)
@@ -137,19 +135,19 @@ class DeepSpeedCheckpoint:
     # Maps, for reading and for the log.
 
     def show_2d_mapping(self) -> None:
-        _show(self.new_2d_map.map, "reshaped_2d_map")
+        log_table(self.new_2d_map.map, "reshaped_2d_map")
 
     def show_tp_embedding_map(self) -> None:
-        _show(self.tp_to_embedding_map, "tp_to_embedding_layers")
+        log_table(self.tp_to_embedding_map, "tp_to_embedding_layers")
 
     def show_tp_final_norm_map(self) -> None:
-        _show(self.tp_to_final_norm_map, "tp_to_final_norm_layers")
+        log_table(self.tp_to_final_norm_map, "tp_to_final_norm_layers")
 
     def show_pp_transformer_map(self) -> None:
-        _show(self.pp_to_transformer_map, "pp_to_transformer_layers")
+        log_table(self.pp_to_transformer_map, "pp_to_transformer_layers")
 
     def show_transformer_file_map(self) -> None:
-        _show(self.transformer_file_map, "rank_to_transformer_files")
+        log_table(self.transformer_file_map, "rank_to_transformer_files")
 
     def get_embedding_layer_id(self) -> str:
         return _layer_id(self.layer_keys[EMBEDDING_LAYER_INDEX])
@@ -188,7 +186,7 @@ class DeepSpeedCheckpoint:
         )
 
     def get_embedding_state(self, tp_index: int) -> dict[str, Any]:
-        self.get_embedding_files(tp_index)
+        self.get_embedding_files(tp_index)  # refuses an index out of range
         return self._layer(self.layer_keys[EMBEDDING_LAYER_INDEX], tp_index)
 
     def get_final_norm_state(self, tp_index: int) -> dict[str, Any]:
@@ -246,6 +244,7 @@ class DeepSpeedCheckpoint:
 
     def _parts(self, states: Sequence[Any], tp_index: int, prefix: str = "") -> dict[str, Any]:
         """``prefix``: what the names have before them in the module, which the rules go by."""
+        # What is no tensor is the same on all ranks.
         count = self.tp_degree
         return {
             key: slice_of(prefix + key, [state[key] for state in states], tp_index, count, self._rules)
@@ -274,9 +273,3 @@ def _layer_numbers(path: str) -> tuple[int, int]:
     match = LAYER.match(os.path.basename(path))
     assert match is not None
     return int(match[1]), int(match[2] or 0)
-
-
-def _show(table: dict[Any, Any], title: str) -> None:
-    _log.info("Dump mapping: %s", title)
-    for key, value in table.items():
-        _log.info("%s = %s", key, value)

@@ -6,13 +6,19 @@ Ranks are numbered tensor-first: rank = pp_index * tp_degree + tp_index.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zeropipe.checkpoint.reshape_utils import share
 from zeropipe.errors import CheckpointError
 
 _log = logging.getLogger("zeropipe")
+
+
+def log_table(table: Mapping[Any, Any], title: str) -> None:
+    _log.info(title)
+    for key, value in table.items():
+        _log.info("%s = %s", key, value)
 
 
 class meg_2d_parallel_map:
@@ -49,9 +55,7 @@ class meg_2d_parallel_map:
 
     def print_data(self, tag: str) -> None:
         """Log every cell."""
-        _log.info(tag)
-        for (pp, tp), data in sorted(self.map.items()):
-            _log.info("(pp %d, tp %d) = %s", pp, tp, data)
+        log_table({f"(pp {pp}, tp {tp})": data for (pp, tp), data in sorted(self.map.items())}, tag)
 
     def _cell(self, pp_index: int, tp_index: int) -> tuple[int, int]:
         if not (0 <= pp_index < self.pp_degree and 0 <= tp_index < self.tp_degree):
@@ -114,6 +118,7 @@ def get_mpu_ranks(
 
     Ranks are numbered tensor-first, then data, then pipeline.
     """
+    # In a stage data-parallel ranks follow one another, each as a run of its tensor-parallel ones.
     world = tp_size * pp_size * dp_size
     per_stage = tp_size * dp_size
     tensor = [list(range(i, i + tp_size)) for i in range(0, world, tp_size)]

@@ -66,6 +66,7 @@ def validate_files(file_list: Sequence[str]) -> None:
 def get_zero_files(dir: str) -> list[str]:
     """The optimizer files of ``dir``, data-parallel rank first, then model-parallel rank; [] where there are none."""
     files = [f for f in get_files(dir) if f.endswith("_optim_states.pt")]
+    # DeepSpeed has named them by the precision too; one folder has one kind.
     for prefix in (k.ZERO_FILE_PREFIX, k.FP16_ZERO_FILE_PREFIX, k.BF16_ZERO_FILE_PREFIX):
         found = get_files_with_prefix(files, prefix)
         if found:
@@ -101,6 +102,8 @@ def partition_data(data_list: Sequence[Any], num_partitions: int) -> list[list[A
 
 def share(items: Sequence[_Item], count: int) -> list[list[_Item]]:
     """``items`` shared out in runs among ``count``; where there are fewer than that, several get the same one."""
+    # Run i begins at i/count of the items, rounded down, and ends at (i + 1)/count, rounded up. Where the two divide
+    # nothing is in two runs; where there are fewer items than runs, each is one item, which neighbours share.
     size = len(items)
     return [list(items[i * size // count : -(-(i + 1) * size // count)]) for i in range(count)]
 
@@ -112,6 +115,7 @@ def merge_state(state_a: Any, state_b: Any, key_list: Sequence[Any] = ()) -> Any
     CheckpointError, with the path, where the two do not have the same structure.
     """
     path = " -> ".join(map(str, key_list)) or "(top)"
+    # A tensor without dims counts steps: it is the same on both.
     if isinstance(state_a, torch.Tensor) and isinstance(state_b, torch.Tensor):
         return state_a if state_a.dim() == 0 else torch.cat([state_a, state_b], 0)
     if type(state_a) is not type(state_b):
@@ -178,6 +182,7 @@ def unite(left: Any, right: Any, path: str = "") -> Any:
 
     Raises CheckpointError for a tensor that both have and that differs: a tied layer that has drifted apart.
     """
+    # Tied layers are on both, and are kept equal by the sum of their gradients.
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
         if left.shape != right.shape or not torch.equal(left, right):
             raise CheckpointError(f"two pipeline stages have other values of {path}")

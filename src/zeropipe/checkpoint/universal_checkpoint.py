@@ -100,8 +100,10 @@ class Joining:
     @classmethod
     def said(cls, held: Any) -> Joining:
         """By what a universal parameter's file holds: the tensor alone, or with words beside it."""
+        # [1] The moments of some versions are tensors alone; they lie as the default has it.
         if not isinstance(held, Mapping):
             return cls()
+        # [2] Fused parameters, then what has no dim to be cut in, then the ordinary.
         fused, dim = held.get(k.SUB_PARAM_SHAPE), held.get(k.CAT_DIM)
         if fused is not None:
             return cls.of_shape(_plain(fused))
@@ -113,7 +115,8 @@ class Joining:
         return cls(dim=int(dim), vocabulary=rows)
 
     def words(self) -> dict[str, Any]:
-        """What ``said`` reads. It has none for sizes: DeepSpeed keeps those in an object, which is code."""
+        """What ``said`` reads."""
+        # None for sizes: DeepSpeed keeps those in an object, which is code.
         if self.rule is not Rule.CUT:
             return {}
         if isinstance(self.fused, int) and self.fused > 1:
@@ -171,6 +174,7 @@ def as_info(known: Iterable[tuple[str, Joining]]) -> dict[str, Any]:
     """``joining_of`` back: the patterns that say of each named parameter how it is joined."""
     info: dict[str, Any] = {}
     for name, how in known:
+        # Patterns are matched from the start: this one is of the name and no longer one.
         pattern: Any = re.escape(name) + "$"
         if how.rule is not Rule.CUT:
             key = k.TP_REPLICATED_PARAMETER_PATTERNS
@@ -262,6 +266,7 @@ def split(
     """Rank ``rank``'s slice of ``count``; the inverse of ``join``. ``padded_rows``: of a vocabulary, over all ranks."""
     if how.rule is not Rule.CUT or (count == 1 and how.vocabulary is None):
         return whole
+    # Padded so that all slices are equal, as Megatron's are.
     if how.vocabulary is not None:
         even = FlatShards((TensorSpec("rows", (whole.shape[0],), ""),), count).padded_numel
         rows = padded_rows or even

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.reshape_3d_utils import get_model_3d_descriptor, model_3d_desc
-from zeropipe.checkpoint.reshape_meg_2d import meg_2d_parallel_map
+from zeropipe.checkpoint.reshape_meg_2d import log_table
 from zeropipe.checkpoint.reshape_utils import basic_folder_validation, get_zero_files, merge_state, rank_file
 from zeropipe.checkpoint.save.files import FragmentAddress
 from zeropipe.checkpoint.save.records import FP32
@@ -19,8 +18,6 @@ from zeropipe.checkpoint.sources import Flat
 from zeropipe.checkpoint.sources.deepspeed import ALIGN
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
-
-_log = logging.getLogger("zeropipe")
 
 
 class ZeROCheckpoint:
@@ -121,16 +118,15 @@ class ZeROCheckpoint:
 
     def print_3d_index_map(self, tag: str | None = None) -> None:
         """Log which source files each target rank takes."""
-        self._print(self._map, tag or "index map", lambda data: data)
+        log_table(self._by_rank(), tag or "3D index map")
 
     def print_3d_file_map(self, tag: str | None = None) -> None:
-        self._print(self._map, tag or "file map", lambda data: [self.file_list[i] for i in data])
+        files = {rank: [self.file_list[i] for i in data] for rank, data in self._by_rank().items()}
+        log_table(files, tag or "3D file map")
 
-    def _print(self, maps: list[meg_2d_parallel_map], tag: str, show: Callable[[list[int]], object]) -> None:
-        _log.info("3D %s", tag)
-        for dp, grid in enumerate(maps):
-            for (pp, tp), data in sorted(grid.map.items()):
-                _log.info("%s, %s, %s = %s", pp, tp, dp, show(data))
+    def _by_rank(self) -> dict[str, list[int]]:
+        grids = enumerate(self._map)
+        return {f"{pp}, {tp}, {dp}": data for dp, g in grids for (pp, tp), data in sorted(g.map.items())}
 
     def _load(self, index: int, keys_to_ignore: Sequence[str]) -> dict[str, Any]:
         state = {key: v for key, v in rank_file(self.file_list[index]).items() if key not in keys_to_ignore}
@@ -154,6 +150,7 @@ class ZeROCheckpoint:
             # DeepSpeed writes the masters without their padding, the moments with it.
             full = [max(tensor.numel() for tensor in shard.values()) for shard in shards]
             padding = sum((s.get(k.GROUP_PADDINGS) or [0] * len(groups))[group] for s in every)
+            # All tensors of the group as one: where they lie in it does not change, only where it is cut.
             spec = TensorSpec("flat", (sum(full) - padding,), "")
             layout = FlatShards((spec,), len(shards), max(1, *full))
             flat = Flat.of("flat", 0, group, layout, shards, {})

@@ -108,6 +108,7 @@ class Flat:
         """Elements [start, stop) of one flattened tensor: in ``out``, which is 1D, else in new memory."""
         run = torch.empty(stop - start, dtype=getattr(torch, self.keys[key])) if out is None else out
         first, done = self.layout.offsets[self.layout.index(tensor)], 0
+        # Shard by shard: what lies in others is not read.
         for piece in self.layout.cut(first + start, first + stop):
             shard = self.read(piece.shard, key)
             run[done : done + piece.numel] = shard[piece.offset : piece.offset + piece.numel]
@@ -137,6 +138,7 @@ class Flat:
     def all_numbers_of(self, tensor: str) -> dict[str, Any]:
         """Everything that is known of one tensor, named as in a flat that holds only it."""
         shared = self.numbers_of(tensor)
+        # Said in words, or the flat's moments, which are zeros, would be taken for state.
         known = {number_of(NEVER_STEPPED, tensor): True} if shared is None else shared
         return known | self.further(tensor, tensor)
 
@@ -197,6 +199,7 @@ def chosen(
 class Checkpoint:
     """What any checkpoint can tell. A view of it is ``dataclasses.replace``."""
 
+    # The save as a whole.
     folder: Path
     tag: str
     stage: int
@@ -204,6 +207,8 @@ class Checkpoint:
     optimizer: str
     world: int
     degrees: Mapping[str, int]  # sizes of the axes: {"dp": 2, "tp": 1, "pp": 1}
+
+    # Its entries, as a view sees them: all there are, or those of one rank.
     module: tuple[Value, ...]
     flats: tuple[Flat, ...]
     tied: Mapping[str, str]  # other name -> the name that the tensor is kept under
@@ -216,6 +221,7 @@ class Checkpoint:
     ]  # of the state dict, on all pipeline stages of one tensor-parallel rank
     train_state: Callable[[int], TrainState]  # by rank; ``per_rank`` is {} where there was no such rank
 
+    # What reading it means to whoever reads.
     tp_rank: int = 0  # whose view this is
     left_out: Callable[[], str] = (
         str  # why parts of the client state are not read; "" where each says so itself

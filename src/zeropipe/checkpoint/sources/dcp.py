@@ -169,6 +169,7 @@ class _Folder:
     def _words(self, joined: str) -> Key:
         """(head, parameter, key) of words joined by dots: the longest known name counts, else all but the last word."""
         words = joined.split(".")
+        # "state.a.b.exp_avg": whether the parameter is "a" or "a.b" only the module's names tell.
         for stop in range(len(words) - 1, 1, -1):
             name = ".".join(words[1:stop])
             if name in self._values:
@@ -208,6 +209,7 @@ def write_dcp(
 
 
 def _items(source: Checkpoint, progress: Callable[[int], None]) -> Iterator[tuple[Key, Any]]:
+    # [1] The module: DCP has no ties, so a tied tensor is written under each of its names.
     source = joined(source)
     others = source.aliases
     kinds: dict[str, str] = {}
@@ -216,6 +218,7 @@ def _items(source: Checkpoint, progress: Callable[[int], None]) -> Iterator[tupl
         for name in (weight.name, *others.get(weight.name, ())):
             yield ("model", name), Lazy(weight.shape, weight.dtype, weight.read)
         progress(1)
+    # [2] The optimizer's state, parameter by parameter.
     names: dict[int, list[str]] = {}
     # torch's loader wants state of every parameter: what was never stepped gets zeros, and a number that says so.
     shared = (flat.numbers_of(name) for name, flat in source.trained.items())
@@ -231,6 +234,7 @@ def _items(source: Checkpoint, progress: Callable[[int], None]) -> Iterator[tupl
         for key, value in ((blank if never else {}) | flat.all_numbers_of(name)).items():
             counts = key == STEP and isinstance(value, (int, float))
             yield ("optim", _STATE, name, key), torch.tensor(float(value)) if counts else value
+    # [3] Hyperparameters, and in one more value what DCP has no place for.
     groups = [lowered(g) | {"params": names.get(i, [])} for i, g in enumerate(source.hyperparameters)]
     yield from flatten({"optim": {_GROUPS: groups}})
     yield (OURS,), _rest(source, kinds)

@@ -88,12 +88,14 @@ def weights(source: Checkpoint, *, exclude_frozen: bool = False) -> Iterator[Wei
 
 
 def _mine(entries: Sequence[_Entry], place: Grid) -> tuple[_Entry, ...]:
+    # The rank's own stage first, so that of two copies of a tied tensor its own is read.
     own = [e for e in entries if e.mp_rank % place.tp_degree == place.tp_rank]
     return tuple(sorted(own, key=lambda e: e.mp_rank // place.tp_degree != place.pp_rank))
 
 
 def _slices(name: str, held: Iterable[_Entry], count: int, folder: Path) -> list[_Entry]:
     """Of the entries of one name those of all ``count`` tensor-parallel ranks of the first stage that has it."""
+    # A tied tensor is on several stages, and each has all of its slices: one stage's are enough.
     by_rank: dict[int, _Entry] = {}
     for entry in held:
         by_rank.setdefault(entry.mp_rank, entry)

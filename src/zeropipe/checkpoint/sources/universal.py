@@ -182,6 +182,7 @@ def write_universal(
         _parameter(weight, masters.get(weight.name), folder, how.words())
         progress(1)
 
+    # The parameters first, several at once: each is read, written and let go.
     with replacing(final, "universal", source.folder) as work:
         (work / "zero").mkdir()
         with ThreadPoolExecutor(workers) as threads:
@@ -197,7 +198,8 @@ def _parameter(weight: Weight, flat: Flat | None, folder: Path, slicing: dict[st
     folder.mkdir(parents=True)  # a name may have a slash in it
     write_torch(folder / "fp32.pt", {k.PARAM: weight.contiguous()} | slicing)
     shared = None if flat is None else flat.numbers_of(weight.name)
-    if flat is None or shared is None:  # never stepped
+    # A file of zeros would make the optimizer believe that it was stepped.
+    if flat is None or shared is None:
         return
     for key in flat.moments:
         file = inside(folder, f"{key}.pt", "a key of the optimizer's state")
