@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
 from zeropipe.checkpoint.reader import Reader
 from zeropipe.checkpoint.save.contents import collect, write
 from zeropipe.checkpoint.save.ownership import whole_or_nothing
@@ -32,7 +31,7 @@ from zeropipe.checkpoint.save.records import (
 )
 from zeropipe.checkpoint.save.tags import build_manifest, check_tag, commit, prepare
 from zeropipe.checkpoint.sources import Checkpoint, Flat, Value
-from zeropipe.checkpoint.sources.deepspeed import ALIGN
+from zeropipe.checkpoint.sources.deepspeed import ALIGN, LAYER
 from zeropipe.checkpoint.sources.parallel import joined, seen_from, weights
 from zeropipe.errors import CheckpointError
 from zeropipe.layout.flat import FlatShards, TensorSpec
@@ -113,17 +112,13 @@ def _stage_of(view: Checkpoint, pp_rank: int, source: Checkpoint) -> tuple[Check
 
 def _layer_rows(entries: Iterable[Value]) -> Rows:
     """(layer, key in its file, name) of what pipeline layers keep in files of their own; a tied name comes often."""
-    rows: dict[tuple[int, str, str], None] = {}
-    for entry in entries:
-        if entry.file.startswith(LAYER_FILE_PREFIX):
-            number = entry.file.removeprefix(LAYER_FILE_PREFIX).split("-", 1)[0]
-            rows[(int(number), entry.name.split(".", 1)[1], entry.name)] = None
-    return tuple(rows)
+    files = ((LAYER.match(entry.file), entry.name) for entry in entries)
+    return tuple(dict.fromkeys((int(m[1]), name.split(".", 1)[1], name) for m, name in files if m))
 
 
 def _tied_layers(source: Checkpoint) -> set[str]:
     """Parameters of pipelines that several layers share."""
-    if not any(entry.file.startswith(LAYER_FILE_PREFIX) for entry in source.module):
+    if not _layer_rows(source.module):
         return set()
     # Ours names tied tensors; DeepSpeed's stages hold copies of one name.
     stages = {name: {flat.mp_rank // source.tp for flat in held} for name, held in source.holders.items()}

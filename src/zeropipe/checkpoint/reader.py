@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -32,6 +32,7 @@ from zeropipe.layout.copy_plan import copies_of
 from zeropipe.layout.flat import Piece, TensorSpec
 from zeropipe.runtime.optimizers.state_kinds import Shared, named_numbers
 
+_Entry = TypeVar("_Entry", Value, Flat)
 Read = Callable[[int, int], torch.Tensor]  # [start, stop) of the flattened tensor: 1D, new memory
 
 _FACTS = frozenset(
@@ -108,7 +109,7 @@ class Reader:
 
         The name where there is none, "" where there is.
         """
-        there = self._first_name(name, self.source.holders)
+        there, _ = self._held_by(name)
         found = chosen(there, self._module_entry(name), self.source.master(there), out.dtype)
         if found is None:
             return name
@@ -121,22 +122,18 @@ class Reader:
         return ""
 
     def _module_entry(self, name: str) -> Value | None:
-        values = self.source.values
-        return next(iter(values.get(self._first_name(name, values), ())), None)
+        return next(iter(self._there(name, self.source.values)[1]), None)
 
     def _held_by(self, name: str) -> tuple[str, list[Flat]]:
-        """A tensor's name in the source, and the flats that have something of it."""
-        there = self._first_name(name, self.source.holders)
-        return there, self.source.holders.get(there, [])
+        return self._there(name, self.source.holders)
 
-    def _first_name(self, name: str, index: Mapping[str, Any]) -> str:
-        """The name under which the source keeps a tied tensor."""
-        if name in index:
-            return name
-        first = self.source.tied.get(name)
-        if first is not None:
-            return first
-        return next((alias for alias in self._aliases.get(name, ()) if alias in index), name)
+    def _there(self, name: str, index: Mapping[str, list[_Entry]]) -> tuple[str, list[_Entry]]:
+        """A tensor's name in an index of the source, which keeps a tied one under one of its names, and its entries."""
+        there = name
+        if name not in index:
+            known = (alias for alias in self._aliases.get(name, ()) if alias in index)
+            there = self.source.tied.get(name) or next(known, name)
+        return there, index.get(there, [])
 
     # Flats.
 
@@ -323,22 +320,20 @@ class Stored(torch.Tensor):
             if name in _FACTS:
                 return func(*args, **kwargs)
             if first is not None and first._value is None:
+                # [1] Still nothing is read: another view of the same elements.
                 if name == "detach":
                     return first
                 if name in ("reshape", "view", "flatten") and args[1:] in ((-1,), ((-1,),), ()):
-                    return _made((first.numel(),), first.dtype, first._read, first._start)
+                    return stored((first.numel(),), first.dtype, first._read, first._start)
+                # [2] A run of them is read, and not kept.
                 run = args[1] if name == "__getitem__" and first.dim() == 1 else None
                 if isinstance(run, slice) and run.step in (None, 1):
                     start, stop, _ = run.indices(len(first))
                     return first._read(first._start + start, first._start + max(start, stop))
+            # [3] The whole: not kept where it is only copied from.
             copied = name == "copy_" and first is None
             args, kwargs = tree_map_only(Stored, _once if copied else real, (args, kwargs))
             return func(*args, **kwargs)
-
-
-def stored(shape: tuple[int, ...], dtype: torch.dtype, read: Read) -> Stored:
-    """A tensor of that shape whose elements ``read`` gives."""
-    return _made(shape, dtype, read, 0)
 
 
 def real(value: torch.Tensor) -> torch.Tensor:
@@ -350,7 +345,9 @@ def real(value: torch.Tensor) -> torch.Tensor:
     return value._value
 
 
-def _made(shape: tuple[int, ...], dtype: torch.dtype, read: Read, start: int) -> Stored:
+def stored(shape: tuple[int, ...], dtype: torch.dtype, read: Read, start: int = 0) -> Stored:
+    """A tensor of that shape whose elements ``read`` gives, counted from ``start``."""
+    # One element seen from everywhere: it has the shape without the memory.
     made = torch.empty((), dtype=dtype).expand(shape).as_subclass(Stored)
     made._read, made._start, made._value = read, start, None
     return made
