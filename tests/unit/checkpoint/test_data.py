@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from zeropipe.checkpoint.reshape_utils import share
-from zeropipe.checkpoint.sources import Flat, Last
+from zeropipe.checkpoint.sources import Flat, Last, Value, chosen
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=5)
@@ -54,3 +55,45 @@ def test_the_tensor_read_last_is_the_only_one_that_is_kept() -> None:
     for name in "aabba":
         last.get(name, lambda name=name: value(name))
     assert read == ["a", "b", "a"]
+
+
+@given(st.lists(st.integers(0, 4), max_size=3), st.data())
+def test_a_value_is_a_flat_of_one_tensor(shape: list[int], data: st.DataObject) -> None:
+    values = torch.randn(shape)
+    value = Value.of("a", values, "param", "file")
+    weight = chosen("a", value, None)
+    assert weight is not None and torch.equal(weight.read(), values)
+    start = data.draw(st.integers(0, values.numel()))
+    stop = data.draw(st.integers(start, values.numel()))
+    out = torch.empty(stop - start, dtype=torch.bfloat16)
+    assert torch.equal(weight.run(start, stop), values.reshape(-1)[start:stop])
+    assert torch.equal(weight.run(start, stop, out), values.reshape(-1)[start:stop].bfloat16())
+
+
+MASTER = Flat.of(
+    "group0", 0, 0, FlatShards((TensorSpec("a", (2,), "float32"),), 1), [{"fp32": torch.ones(2)}], {}
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "from_module"),
+    [
+        ("param", None, False),  # the master has more bits
+        ("param", torch.float32, False),
+        ("param", torch.bfloat16, True),  # as it is asked for already
+        ("computed", None, True),  # a hook's: no rounded master
+    ],
+)
+def test_a_tensor_is_read_from_its_master_or_as_it_stands(
+    kind: str, dtype: torch.dtype | None, from_module: bool
+) -> None:
+    value = Value.of("a", torch.zeros(2, dtype=torch.bfloat16), kind, "file")
+    found = chosen("a", value, MASTER, dtype)
+    assert found is not None and (found.value is value) is from_module
+    assert found.read().tolist() == ([0, 0] if from_module else [1, 1])
+    assert chosen("a", None, None) is None
+
+
+def test_a_sparse_buffer_is_read_whole() -> None:
+    weight = chosen("a", Value.of("a", torch.eye(3).to_sparse(), "buffer", "file"), None)
+    assert weight is not None and torch.equal(weight.read().to_dense(), torch.eye(3))
