@@ -93,6 +93,7 @@ def export(
         size = torch.Size(weight.shape).numel() * out.itemsize
         names = [weight.name, *(others.get(weight.name, ()) if tied == "repeat" else ())]
         items += [_Item(name, weight, out, size) for name in names]
+    # Sizes follow from shapes alone, so files are cut before a byte is read.
     shards = _cut(items, parse_size(max_shard_size))
     folder = Path(output)
     stem, suffix = ("model", "safetensors") if safetensors else ("pytorch_model", "bin")

@@ -110,6 +110,7 @@ def get_model_3d_descriptor(dir: str) -> model_3d_desc:
         dims: Any = load_torch(Path(mp_files[0])).get(CHECKPOINT_PARALLEL_DIMS) or {} if mp_files else {}
         pp = int(dims.get(CHECKPOINT_PP_DEGREE, 1))
         tp = int(dims.get(CHECKPOINT_TP_DEGREE, max(1, len(mp_files) // pp)))
+    # Every rank has an optimizer file; stage 0 has none, and needs no peers to be read.
     return model_3d_desc(pp, tp, max(1, len(zero_files) // (pp * tp)))
 
 
@@ -117,6 +118,7 @@ def flatten_dp_dimension(
     meg_2d_map: meg_2d_parallel_map, src_2d_size: int, dp_degree: int
 ) -> meg_2d_parallel_map:
     """Each cell's rank and its data-parallel peers."""
+    # Files are numbered by data-parallel rank first: a peer's is one grid of model-parallel ranks further on.
     flat = meg_2d_parallel_map(meg_2d_map.pp_degree, meg_2d_map.tp_degree)
     for pp in range(flat.pp_degree):
         for tp in range(flat.tp_degree):

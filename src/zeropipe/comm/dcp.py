@@ -95,7 +95,8 @@ def read_index(folder: Path) -> dict[str, Stored]:
         ) from error
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged pickle fails in many ways
+    # A damaged pickle fails in many ways.
+    except Exception as error:
         raise CheckpointError(
             f"{path} was not opened: {type(error).__name__}: {error}",
             expected="the index that torch.distributed.checkpoint writes, which names only its own classes",

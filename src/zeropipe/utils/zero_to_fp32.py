@@ -34,6 +34,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
     others = source.aliases
     state: dict[str, Any] = {}
     for weight in weights(source, exclude_frozen=exclude_frozen_parameters):
+        # One object for all names that are tied, as the module has it.
         value: torch.Tensor | Weight = weight if lazy_mode else weight.contiguous()
         for name in (weight.name, *others.get(weight.name, ())):
             state[name] = value
@@ -75,6 +76,7 @@ def load_state_dict_from_zero_checkpoint(
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in state and isinstance(tensor, torch.Tensor):
+                # As stored: an integer buffer stays one, and copying casts the others.
                 value = state[name].read()
                 if value.shape != tensor.shape:
                     raise CheckpointError(

@@ -168,6 +168,7 @@ class _Folder:
         return tree.get("module", tree) or {}
 
     def _model_of(self, mp_rank: int, dp_rank: int = 0) -> str:
+        # Stage 3 has one for each data-parallel rank, the others one for all.
         name = self._models.get((dp_rank, mp_rank)) or self._models.get((-1, mp_rank))
         if name is None:
             raise CheckpointError(f"{self.folder} lacks the model file of rank dp {dp_rank}, mp {mp_rank}")
@@ -225,6 +226,7 @@ class _Folder:
     def _stage12(self, mp_rank: int, states: list[Any], base: list[Any]) -> list[Flat]:
         flats = []
         for group, shapes in enumerate(self.files[self._model_of(mp_rank)][k.PARAM_SHAPES]):
+            # Not always the parameters' order: DeepSpeed may have dealt them out in turn, to even the ranks' load.
             names = _buffer_order(states, group) or list(shapes)
             # Tensors without elements have no slice anywhere.
             names += [n for n in shapes if n not in names]
