@@ -86,12 +86,11 @@ def export(
     """
     if dtype not in DTYPES:
         raise CheckpointError("dtype of the export", expected=", ".join(DTYPES), found=dtype)
-    others = source.aliases
     items: list[_Item] = []
     for weight in weights(source, exclude_frozen=exclude_frozen):
         out = DTYPES[dtype] if weight.dtype.is_floating_point else weight.dtype
         size = torch.Size(weight.shape).numel() * out.itemsize
-        names = [weight.name, *(others.get(weight.name, ()) if tied == "repeat" else ())]
+        names = source.names_of(weight.name) if tied == "repeat" else [weight.name]
         items += [_Item(name, weight, out, size) for name in names]
     # Sizes follow from shapes alone, so files are cut before a byte is read.
     shards = _cut(items, parse_size(max_shard_size))

@@ -31,13 +31,11 @@ def get_fp32_state_dict_from_zero_checkpoint(
     ``lazy_mode``: values are objects whose ``contiguous()`` reads the tensor. Raises CheckpointError.
     """
     source = open_source(checkpoint_dir, tag)
-    others = source.aliases
     state: dict[str, Any] = {}
     for weight in weights(source, exclude_frozen=exclude_frozen_parameters):
         # One object for all names that are tied, as the module has it.
         value: torch.Tensor | Weight = weight if lazy_mode else weight.contiguous()
-        for name in (weight.name, *others.get(weight.name, ())):
-            state[name] = value
+        state |= dict.fromkeys(source.names_of(weight.name), value)
     return state
 
 

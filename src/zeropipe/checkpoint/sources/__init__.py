@@ -268,9 +268,12 @@ class Checkpoint:
         return _by_name((spec.name, flat) for flat in self.flats for spec in flat.layout.tensors)
 
     @cached_property
-    def aliases(self) -> dict[str, list[str]]:
-        """First name of a tied tensor -> its other names."""
+    def _others(self) -> dict[str, list[str]]:
         return _by_name((name, other) for other, name in self.tied.items())
+
+    def names_of(self, name: str) -> list[str]:
+        """The name that a tensor is kept under, then those that are tied to it."""
+        return [name, *self._others.get(name, ())]
 
     @cached_property
     def trained(self) -> dict[str, Flat]:

@@ -211,11 +211,10 @@ def write_dcp(
 def _items(source: Checkpoint, progress: Callable[[int], None]) -> Iterator[tuple[Key, Any]]:
     # [1] The module: DCP has no ties, so a tied tensor is written under each of its names.
     source = joined(source)
-    others = source.aliases
     kinds: dict[str, str] = {}
     for weight in weights(source):
         kinds[weight.name] = weight.kind
-        for name in (weight.name, *others.get(weight.name, ())):
+        for name in source.names_of(weight.name):
             yield ("model", name), Lazy(weight.shape, weight.dtype, weight.read)
         progress(1)
     # [2] The optimizer's state, parameter by parameter.
