@@ -135,19 +135,19 @@ class DeepSpeedCheckpoint:
     # Maps, for reading and for the log.
 
     def show_2d_mapping(self) -> None:
-        log_table(self.new_2d_map.map, "reshaped_2d_map")
+        log_table(self.new_2d_map.map, "Dump mapping: reshaped_2d_map")
 
     def show_tp_embedding_map(self) -> None:
-        log_table(self.tp_to_embedding_map, "tp_to_embedding_layers")
+        log_table(self.tp_to_embedding_map, "Dump mapping: tp_to_embedding_layers")
 
     def show_tp_final_norm_map(self) -> None:
-        log_table(self.tp_to_final_norm_map, "tp_to_final_norm_layers")
+        log_table(self.tp_to_final_norm_map, "Dump mapping: tp_to_final_norm_layers")
 
     def show_pp_transformer_map(self) -> None:
-        log_table(self.pp_to_transformer_map, "pp_to_transformer_layers")
+        log_table(self.pp_to_transformer_map, "Dump mapping: pp_to_transformer_layers")
 
     def show_transformer_file_map(self) -> None:
-        log_table(self.transformer_file_map, "rank_to_transformer_files")
+        log_table(self.transformer_file_map, "Dump mapping: rank_to_transformer_files")
 
     def get_embedding_layer_id(self) -> str:
         return _layer_id(self.layer_keys[EMBEDDING_LAYER_INDEX])

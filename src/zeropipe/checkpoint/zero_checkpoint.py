@@ -118,11 +118,11 @@ class ZeROCheckpoint:
 
     def print_3d_index_map(self, tag: str | None = None) -> None:
         """Log which source files each target rank takes."""
-        log_table(self._by_rank(), tag or "3D index map")
+        log_table(self._by_rank(), f"3D {tag or 'index map'}")
 
     def print_3d_file_map(self, tag: str | None = None) -> None:
         files = {rank: [self.file_list[i] for i in data] for rank, data in self._by_rank().items()}
-        log_table(files, tag or "3D file map")
+        log_table(files, f"3D {tag or 'file map'}")
 
     def _by_rank(self) -> dict[str, list[int]]:
         grids = enumerate(self._map)
