@@ -74,7 +74,9 @@ def convert(
     tied_first = _tied_layers(source)
     parts: list[Part] = []
     with whole_or_nothing(root / name, lambda: prepare(root, name)) as work:
-        for grid in _grids(dp, tp, pp):
+        # Ranks are numbered tensor-first, then data, then pipeline.
+        for rank, (stage_rank, dp_rank, tp_rank) in enumerate(product(range(pp), range(dp), range(tp))):
+            grid = Grid(rank, dp * tp * pp, dp_rank, dp, tp_rank, tp, stage_rank, pp)
             view, rows = views[grid.tp_rank], None
             if pp > 1:
                 view, rows = _stage_of(view, grid.pp_rank, source)
@@ -82,13 +84,6 @@ def convert(
             parts.append(write(work, collect(local, copy=False)))
             progress(1)
         return commit(root, name, work, build_manifest(name, local, parts), save_latest=True)
-
-
-def _grids(dp: int, tp: int, pp: int) -> Iterator[Grid]:
-    """Every rank, tensor-first, then data, then pipeline."""
-    places = product(range(pp), range(dp), range(tp))
-    for rank, (pp_rank, dp_rank, tp_rank) in enumerate(places):
-        yield Grid(rank, dp * tp * pp, dp_rank, dp, tp_rank, tp, pp_rank, pp)
 
 
 def _stage_of(view: Checkpoint, pp_rank: int, source: Checkpoint) -> tuple[Checkpoint, Rows]:

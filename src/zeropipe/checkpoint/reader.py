@@ -9,7 +9,7 @@ Nothing is read before it is copied; a state dict of a whole model costs no memo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -251,17 +251,11 @@ class Regions:
         self._prefixes = frozenset(prefixes)
 
     def of(self, key: str) -> str | None:
+        """The prefix of the topmost region that ``key`` is in."""
         if not self._prefixes:
             return None
-        return next((prefix for prefix in _prefixes_of(key) if prefix in self._prefixes), None)
-
-
-def _prefixes_of(key: str) -> Iterator[str]:
-    yield ""
-    at = key.find(".")
-    while at >= 0:
-        yield key[: at + 1]
-        at = key.find(".", at + 1)
+        ends = [0, *(at + 1 for at, letter in enumerate(key) if letter == ".")]
+        return next((key[:end] for end in ends if key[:end] in self._prefixes), None)
 
 
 def saved_module(

@@ -142,11 +142,20 @@ class ZeROCheckpoint:
         groups = inner.get(k.SINGLE_PARTITION_OF_FP32_GROUPS)
         # Stage 3 has no flat groups; what is asked for as it is can be given all the same.
         if groups is None:
-            return states[0] if len(states) == count == 1 else self._refuse()
+            if len(states) == count == 1:
+                return states[0]
+            raise CheckpointError(
+                f"{self.dir} is of stage 3, whose shards are per parameter",
+                fix="load it with engine.load_checkpoint, or `zeropipe ckpt convert` it",
+            )
         moments = dict(base.get("state", {}))
         new_groups = []
         for group in range(len(groups)):
-            shards = [_flat_tensors(state, group) for state in every]
+            shards = []
+            for state in every:
+                held = state[k.BASE_OPTIMIZER_STATE].get("state", {}).get(group, {}).items()
+                own = {key: t for key, t in held if isinstance(t, torch.Tensor) and t.dim() == 1}
+                shards.append({FP32: state[k.SINGLE_PARTITION_OF_FP32_GROUPS][group]} | own)
             # DeepSpeed writes the masters without their padding, the moments with it.
             full = [max(tensor.numel() for tensor in shard.values()) for shard in shards]
             padding = sum((s.get(k.GROUP_PADDINGS) or [0] * len(groups))[group] for s in every)
@@ -167,12 +176,6 @@ class ZeROCheckpoint:
             inner[k.GROUP_PADDINGS] = [0] * len(groups)
         return dict(states[0]) | {k.OPTIMIZER_STATE_DICT: inner}
 
-    def _refuse(self) -> dict[str, Any]:
-        raise CheckpointError(
-            f"{self.dir} is of stage 3, whose shards are per parameter",
-            fix="load it with engine.load_checkpoint, or `zeropipe ckpt convert` it",
-        )
-
 
 def _end_to_end(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
     """Two ranks' states as one: their flat tensors end to end, the addresses in them moved along."""
@@ -187,13 +190,6 @@ def _end_to_end(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
             for x, y, size in zip(mine, theirs, sizes, strict=True)
         ]
     return merged
-
-
-def _flat_tensors(state: dict[str, Any], group: int) -> dict[str, torch.Tensor]:
-    """A rank's shards of a group: the master's and each moment's."""
-    moments = state[k.BASE_OPTIMIZER_STATE].get("state", {}).get(group, {})
-    flat = {key: t for key, t in moments.items() if isinstance(t, torch.Tensor) and t.dim() == 1}
-    return {FP32: state[k.SINGLE_PARTITION_OF_FP32_GROUPS][group]} | flat
 
 
 def _cut(flat: Flat, key: str, index: int, count: int, strip: bool) -> torch.Tensor:

@@ -221,7 +221,10 @@ def write(
                     meta.TensorProperties(dtype=value.dtype), size, [meta.ChunkStorageMetadata(origin, size)]
                 )
                 index = meta.MetadataIndex(flat, origin, 0)
-                torch.save(_alone(value.read() if isinstance(value, Lazy) else value), file)
+                tensor = (value.read() if isinstance(value, Lazy) else value).detach().contiguous()
+                # In a storage of exactly its size: torch.save writes whole storages.
+                alone = tensor.untyped_storage().nbytes() == tensor.nbytes
+                torch.save(tensor if alone else tensor.clone(), file)
             else:
                 described[flat] = meta.BytesStorageMetadata()
                 index = meta.MetadataIndex(flat)
@@ -231,9 +234,3 @@ def write(
         pickle.dump(
             meta.Metadata(described, keys, places, meta.StorageMeta(), version=CURRENT_DCP_VERSION), file
         )
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in a storage of exactly its size: ``torch.save`` writes whole storages."""
-    tensor = tensor.detach().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

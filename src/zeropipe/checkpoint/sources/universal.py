@@ -187,7 +187,9 @@ def write_universal(
         (work / "zero").mkdir()
         with ThreadPoolExecutor(workers) as threads:
             list(threads.map(lambda weight: one(weight, work / folders[weight.name]), everything))
-        write_torch(work / "zero" / "optimizer_state.pt", _common(source))
+        groups = [lowered(group) | {"params": [i]} for i, group in enumerate(source.hyperparameters)]
+        common = {k.PARAM_GROUPS: groups, k.ZERO_STAGE: source.stage, k.DS_VERSION: PEER_VERSION}
+        write_torch(work / "zero" / "optimizer_state.pt", common)
         write_torch(work / _OUR_FILE, _ours(source, masters))
         write_torch(work / "mp_rank_00_model_states.pt", _model(source, everything, masters))
     replace_text(final.parent / LATEST_UNIVERSAL, final.name)
@@ -207,11 +209,6 @@ def _parameter(weight: Weight, flat: Flat | None, folder: Path, slicing: dict[st
     step = shared.get(STEP)
     if step is not None:
         write_torch(folder / f"{STEP}.pt", torch.as_tensor(step, dtype=torch.float32))
-
-
-def _common(source: Checkpoint) -> dict[str, Any]:
-    groups = [lowered(group) | {"params": [index]} for index, group in enumerate(source.hyperparameters)]
-    return {k.PARAM_GROUPS: groups, k.ZERO_STAGE: source.stage, k.DS_VERSION: PEER_VERSION}
 
 
 def _ours(source: Checkpoint, masters: Mapping[str, Flat]) -> dict[str, Any]:
