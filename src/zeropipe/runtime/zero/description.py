@@ -34,6 +34,7 @@ class ParameterRow:
     def held_by(self) -> str:
         if not self.holders:
             return "every rank"
+        # A run of ranks, or each by its number, as where the stages of a pipeline lie between them.
         first, last = self.holders[0], self.holders[-1]
         if self.holders == tuple(range(first, last + 1)):
             return f"ranks {first}-{last}" if last > first else f"rank {first}"
@@ -99,6 +100,7 @@ def _row(name: str, param: torch.nn.Parameter) -> ParameterRow:
 
 
 def _cells(row: ParameterRow) -> tuple[str, ...]:
+    # A whole parameter stays anyway; the word is for one that might go.
     state = row.state.name.lower().replace("_", " ")
     if row.persistent and row.kind is not ZeroParamType.NORMAL:
         state += ", stays"

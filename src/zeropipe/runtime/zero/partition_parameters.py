@@ -26,6 +26,7 @@ __all__ = [
     "zero_wrapper_for_fp_tensor_constructor",
 ]
 
+# By it wrappers of other libraries know which constructor they were given (transformers).
 _orig_torch_arange = torch.arange
 
 

@@ -67,11 +67,11 @@ class TiledLinear(nn.Module):
                     found=splits,
                     fix="use fewer tiles",
                 )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.use_bias = bias
-        self.in_splits = in_splits
-        self.out_splits = out_splits
+        # The layer that it stands for.
+        self.in_features, self.out_features, self.use_bias = in_features, out_features, bias
+
+        # How it is cut, and who cuts its input and joins its output.
+        self.in_splits, self.out_splits = in_splits, out_splits
         self.input_is_already_split = input_is_already_split
         self.combine_out_splits = combine_out_splits
         self.in_parts = cut_evenly(in_features, in_splits)  # bounds, one more than parts
