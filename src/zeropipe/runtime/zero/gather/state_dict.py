@@ -70,7 +70,8 @@ def _let_use(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
     if not own or any(shards.building or _at_a_part(shards, prefix + name) for name, shards in own):
         return
     _meet(shards for _, shards in own)
-    Fetching(module, recurse=False).__enter__()  # [2] leaves it
+    # [2] leaves it; where what lies between raises, that of the module's next state dict does.
+    Fetching(module, recurse=False).__enter__()
 
 
 def _at_a_part(shards: Shards, key: str) -> bool:
