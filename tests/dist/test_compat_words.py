@@ -12,6 +12,7 @@ import zeropipe
 from tests.helpers.models import MLP, build
 from tests.helpers.train import config
 from zeropipe.compat import optimizers, ranks, tools
+from zeropipe.errors import UsageError
 
 KINDS = {name for name in optimizers.__all__ if name[0].isupper() and "Optim" in name and name != "DummyOptim"}
 EXPECTED = {
@@ -81,3 +82,22 @@ def over_ranks(rank: int, world: int) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_tools_over_ranks(pool, world):
     pool(world).run(over_ranks)
+
+
+def masters(rank: int, world: int, folder: str) -> None:
+    settings = {"load_from_fp32_weights": False}
+    for precision in ({}, {"bf16": {"enabled": True}}):
+        engine = zeropipe.initialize(model=build(MLP), config=config(1, world, zero_optimization=settings, **precision))[0]
+        engine.save_checkpoint(folder)
+        if not precision:
+            assert engine.load_checkpoint(folder)[0] is not None  # in fp32 the weights are the masters
+        else:
+            with pytest.raises(UsageError, match=r"load_from_fp32_weights.*Fix: remove the key"):
+                engine.load_checkpoint(folder)
+            assert engine.load_checkpoint(folder, load_module_only=True)[0] is not None
+        engine.destroy()
+
+
+def test_masters_made_of_16_bit_weights_are_refused_where_a_load_would_make_them(pool, tmp_path):
+    """Accepted before: a run that loads nothing is not concerned."""
+    pool(2).run(masters, str(tmp_path))

@@ -37,12 +37,15 @@ _OFTEN_MISPLACED = ("zero_optimization", "fp16")
 # Keys, before validation.
 
 
-def check_keys(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...], frozenset[str]]:
-    """What of ``config`` has a value of its own, the foreign top-level keys, and the paths of those that are "auto".
+def check_keys(
+    config: dict[str, Any], lenient: bool = False
+) -> tuple[dict[str, Any], dict[str, str], frozenset[str]]:
+    """What of ``config`` has a value of its own, the foreign keys, and the paths of those that are "auto".
 
-    Raises ConfigError on an unknown key inside a section, and on a top-level key that was meant to be a known one.
+    Foreign keys come with what was probably meant, or "". Raises ConfigError on an unknown key inside a section, and
+    on a top-level key that was meant to be a known one, unless ``lenient``: then these are foreign, too.
     """
-    known, foreign, auto = dict[str, Any](), [], set[str]()
+    known, foreign, auto = dict[str, Any](), dict[str, str](), set[str]()
     for name, value in config.items():
         if name in Config.model_fields:
             known[name] = value
@@ -50,24 +53,43 @@ def check_keys(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...],
             raise ConfigError(
                 f"config key {name!r}", expected="a string", found=type(name).__name__, fix="quote it"
             )
-        elif name not in _SILENT:
-            _check_foreign(name, value)
-            foreign.append(name)
-    return _set(Config, known, "", auto), tuple(foreign), frozenset(auto)
+        elif name not in _SILENT and not name.startswith("#"):
+            meant = _meant_by(name)
+            if meant is not None and not lenient:
+                raise ConfigError(
+                    f"unknown config key {name!r} (value {value!r}) looks like {meant[0]!r}", fix=meant[1]
+                )
+            foreign[name] = "" if meant is None else meant[0]
+    return _set(Config, known, "", auto, foreign if lenient else None), foreign, frozenset(auto)
 
 
-def _set(model: type[BaseModel] | None, section: dict[str, Any], path: str, auto: set[str]) -> dict[str, Any]:
-    """A copy of ``section`` without "auto" values and null sections. ``model``: None inside a plain value."""
+def _set(
+    model: type[BaseModel] | None,
+    section: dict[str, Any],
+    path: str,
+    auto: set[str],
+    foreign: dict[str, str] | None,
+) -> dict[str, Any]:
+    """A copy of ``section`` without "auto" values and null sections. ``model``: None inside a plain value.
+
+    ``foreign``: takes the unknown keys; None: they are errors.
+    """
     kept = {}
     for name, value in section.items():
         where = f"{path}.{name}" if path else name
         if model is not None and name not in model.model_fields:
-            raise ConfigError(_unknown(model, str(name), value, path))
+            if str(name).startswith("#"):
+                continue
+            if foreign is None:
+                raise ConfigError(_unknown(model, str(name), value, path))
+            near = difflib.get_close_matches(str(name), model.model_fields, n=1, cutoff=_SECTION_CUTOFF)
+            foreign[where] = f"{path}.{near[0]}" if near else ""
+            continue
         inner = None if model is None else section_of(model, name)
         if isinstance(value, str) and value == AUTO:
             auto.add(where)
         elif isinstance(value, dict):
-            kept[name] = _set(inner, value, where, auto)
+            kept[name] = _set(inner, value, where, auto, foreign)
         elif inner is not None and value is not None:
             raise ConfigError(
                 f"config key {where!r} is a section",
@@ -85,22 +107,21 @@ def _set(model: type[BaseModel] | None, section: dict[str, Any], path: str, auto
     return kept
 
 
-def _check_foreign(name: str, value: Any) -> None:
+def _meant_by(name: str) -> tuple[str, str] | None:
+    """The known key that a foreign top-level one was probably meant to be, and how to mend it."""
     if "." in name:
-        return  # a client's own flattened copy of a nested key; reported as foreign
+        return None  # a client's own flattened copy of a nested key; reported as foreign
     plain = name.lower().replace("-", "_")
     close = difflib.get_close_matches(plain, Config.model_fields, n=1, cutoff=_TOP_LEVEL_CUTOFF)
     meant = plain if plain in Config.model_fields else _MEANT.get(plain) or (close[0] if close else None)
     # A key of another program, or one that was meant to stand in a section, where at the top level it does nothing.
     if meant is not None:
-        fix = f"rename it to {meant!r}, or remove it"
-    else:
-        owners = set(_owners(Config, plain, ""))
-        owner = next((section for section in _OFTEN_MISPLACED if section in owners), None)
-        if owner is None:
-            return
-        meant, fix = f"{owner}.{plain}", f'put it inside its section: "{owner}": {{"{plain}": ...}}'
-    raise ConfigError(f"unknown config key {name!r} (value {value!r}) looks like {meant!r}", fix=fix)
+        return meant, f"rename it to {meant!r}, or remove it"
+    owners = set(_owners(Config, plain, ""))
+    owner = next((section for section in _OFTEN_MISPLACED if section in owners), None)
+    if owner is None:
+        return None
+    return f"{owner}.{plain}", f'put it inside its section: "{owner}": {{"{plain}": ...}}'
 
 
 def _main_key(model: type[BaseModel], value: Any) -> str:

@@ -12,6 +12,8 @@ import base64
 import binascii
 import json
 import os
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,18 @@ def parse_config(source: Source | Config) -> Config:
 
     "auto" means unset, and is remembered (``Config.is_auto``). Nothing is logged: see ``Config.notices``.
     Raises ConfigError naming the key, the value and the fix.
+
+    In a process that knows zeropipe as ``deepspeed``, unknown keys and a comma too many are passed over with a
+    warning, as scripts are used to; what would change results is an error there, too.
     """
     if isinstance(source, Config):
         return source
+    lenient = bool(getattr(sys.modules.get("deepspeed"), "__zeropipe__", False))
     # [1] What was given, with present names.
-    raw = read_source(source)
+    raw = read_source(source, lenient)
     modern, renamed = modernize(raw)
     # [2] Keys before values: of a misspelt key the value says nothing.
-    known, foreign, auto = check_keys(modern)
+    known, foreign, auto = check_keys(modern, lenient)
     try:
         config = Config.model_validate(known)
     except ValidationError as error:
@@ -64,7 +70,7 @@ def only_one(every: Mapping[str, Any]) -> Any:
 # ---- from where the user keeps it ----
 
 
-def read_source(source: Source) -> dict[str, Any]:
+def read_source(source: Source, lenient: bool = False) -> dict[str, Any]:
     """The configuration as a dict: the given dict itself, a JSON file's, JSON text's, or base64 of JSON text.
 
     Raises ConfigError when there is no such file, or when it is not a JSON object.
@@ -77,9 +83,9 @@ def read_source(source: Source) -> dict[str, Any]:
         return _plain(source)
     # A path never begins with a brace.
     if isinstance(source, str) and source.lstrip().startswith("{"):
-        return parse_json(source, "the JSON text given as config")
+        return parse_json(source, "the JSON text given as config", lenient)
     if isinstance(source, str | os.PathLike):
-        return _read_path(source)
+        return _read_path(source, lenient)
     raise ConfigError(
         "config cannot be read",
         expected="a dict, a path of a JSON file, or None",
@@ -92,14 +98,14 @@ def _plain(value: Any) -> Any:
     return {n: _plain(inner) for n, inner in value.items()} if isinstance(value, Mapping) else value
 
 
-def _read_path(source: str | os.PathLike[str]) -> dict[str, Any]:
+def _read_path(source: str | os.PathLike[str], lenient: bool) -> dict[str, Any]:
     path = Path(source)
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         text = _from_base64(source) if isinstance(source, str) else None
         if text is not None:
-            return parse_json(text, "the base64 text given as config")
+            return parse_json(text, "the base64 text given as config", lenient)
         shown = str(source) if len(str(source)) <= 200 else f"{str(source)[:200]}..."
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
@@ -113,7 +119,7 @@ def _read_path(source: str | os.PathLike[str]) -> dict[str, Any]:
             f"config file {str(path)!r} is not text: byte {error.start} is not UTF-8",
             fix="give a JSON file saved as UTF-8",
         ) from None
-    return parse_json(text, str(path))
+    return parse_json(text, str(path), lenient)
 
 
 def _from_base64(text: str) -> str | None:
@@ -125,8 +131,17 @@ def _from_base64(text: str) -> str | None:
     return decoded if decoded.lstrip().startswith("{") else None
 
 
-def parse_json(text: str, where: str) -> dict[str, Any]:
-    """Parse a JSON object strictly: duplicate keys, comments and trailing commas are errors with their place."""
+# A string, which is kept as it is, or a comma that nothing follows.
+_LAST_COMMA = re.compile(r'("(?:\\.|[^"\\])*")|,(?=\s*[}\]])')
+
+
+def parse_json(text: str, where: str, lenient: bool = False) -> dict[str, Any]:
+    """Parse a JSON object strictly: duplicate keys, comments and trailing commas are errors with their place.
+
+    ``lenient``: a comma before a closing bracket is taken.
+    """
+    if lenient:
+        text = _LAST_COMMA.sub(lambda found: found[1] or "", text)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -217,7 +232,20 @@ def modernize(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
             _put(sections[target], new, sections[section].pop(name), old, names)
     if _ZERO in sections:
         _switches(sections[_ZERO], names)
+    _clip_once(config, names)
     return config, names
+
+
+def _clip_once(config: dict[str, Any], names: dict[str, str]) -> None:
+    """Take an optimizer's ``max_grad_norm`` for what it says a second time: the engine clips, by the whole norm."""
+    optimizer = config.get("optimizer")
+    params = optimizer.get("params") if isinstance(optimizer, dict) else None
+    if not isinstance(optimizer, dict) or not isinstance(params, dict) or "max_grad_norm" not in params:
+        return
+    if params["max_grad_norm"] == config.get("gradient_clipping"):
+        rest = {name: value for name, value in params.items() if name != "max_grad_norm"}
+        config["optimizer"] = {**optimizer, "params": rest}
+        names["optimizer.params.max_grad_norm"] = "gradient_clipping"
 
 
 def _switches(zero: dict[str, Any], names: dict[str, str]) -> None:

@@ -292,13 +292,14 @@ class Config(Section):
         self,
         raw: dict[str, Any],
         auto: frozenset[str],
-        foreign: tuple[str, ...],
+        foreign: dict[str, str],
         idle: dict[str, str],
         renamed: dict[str, str],
     ) -> Config:
         """This configuration, which now knows what it was made from; for the parser.
 
-        ``foreign``: names at the top level. ``idle``: key -> what happens instead. ``renamed``: old -> new name.
+        ``foreign``: unknown key -> what was probably meant, or "". ``idle``: key -> what happens instead.
+        ``renamed``: old -> new name.
         """
         self._raw, self._auto = raw, auto
         self._notices = tuple(_notices(foreign, idle, renamed))
@@ -344,14 +345,15 @@ def _flatten(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield path, inner
 
 
-def _notices(foreign: tuple[str, ...], idle: dict[str, str], renamed: dict[str, str]) -> Iterator[Notice]:
+def _notices(foreign: dict[str, str], idle: dict[str, str], renamed: dict[str, str]) -> Iterator[Notice]:
     if foreign:
-        text = f"passed over {len(foreign)} key(s) that zeropipe does not know: {', '.join(foreign)}"
+        listed = ", ".join(name + (f" (meant: {meant}?)" if meant else "") for name, meant in foreign.items())
+        text = f"passed over {len(foreign)} key(s) that zeropipe does not know: {listed}"
         dotted = next((name for name in foreign if "." in name), None)
         if dotted:
             nested = dotted.replace(".", " -> ")
             text += f" (a dotted name is not read as a path: write {nested} as nested objects)"
-        yield Notice(NoticeKind.FOREIGN, foreign, f"configuration: {text}")
+        yield Notice(NoticeKind.FOREIGN, tuple(foreign), f"configuration: {text}")
     if idle:
         listed = "; ".join(f"{name} ({why})" for name, why in idle.items())
         text = f"configuration: these keys have no effect here: {listed}"

@@ -109,6 +109,9 @@ class ZeroOptimization(Section):
     zero_hpz_partition_size: Count = key(
         1, "Another name for mics_shard_size, for those who know hpZ (stage 3); 1: off.", ge=0
     )
+    load_from_fp32_weights: bool = key(
+        True, "Masters are restored as they were saved; false: a load in bf16 or fp16 is refused."
+    )
     override_module_apply: bool = key(
         True, "Module.apply sees whole parameters, and what it writes reaches the shards (stage 3)."
     )

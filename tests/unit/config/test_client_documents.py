@@ -172,7 +172,6 @@ REFUSED = {
     "a disk per node": (
         {"checkpoint": {"use_node_local_storage": True}}, "use_node_local_storage' = True is not.*share"
     ),
-    "masters from 16-bit weights": (zero(load_from_fp32_weights=False), "load_from_fp32_weights' = False is not"),
     "ZeRO++": (
         zero(stage=3, reduce_bucket_size="auto", zero_quantized_weights=True, zero_hpz_partition_size=8,
              zero_quantized_gradients=True, contiguous_gradients=True, overlap_comm=True),

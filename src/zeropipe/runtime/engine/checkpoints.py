@@ -20,7 +20,7 @@ from zeropipe.checkpoint.sources import Checkpoint
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.collectives import all_gather_object
 from zeropipe.comm.group import world
-from zeropipe.errors import CheckpointError, DesyncError, describe
+from zeropipe.errors import CheckpointError, DesyncError, UsageError, describe
 from zeropipe.runtime.engine import state as translate
 from zeropipe.runtime.engine.module_state import Outcome, load_regions
 from zeropipe.runtime.engine.parts import Parts
@@ -92,6 +92,17 @@ class Checkpoints:
         if name is None and parts.config.checkpoint.load_universal:
             name = latest_universal(Path(folder))
 
+        if (
+            optimizer is not None
+            and moments
+            and parts.config.precision != "fp32"
+            and not parts.config.zero_optimization.load_from_fp32_weights
+        ):
+            raise UsageError(
+                "config key 'zero_optimization.load_from_fp32_weights' is false: masters made of 16-bit weights",
+                found="a load that restores masters as they were saved",
+                fix="remove the key; or load the weights into the model before initialize",
+            )
         # [1] What can be read in place is: masters, moments, and what of the module no code takes part in.
         into = translate.local_state(parts, saving=False)
         if custom is not None:
