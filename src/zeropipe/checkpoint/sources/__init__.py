@@ -65,9 +65,8 @@ class Flat:
     group_index: int
     layout: FlatShards
     keys: Mapping[str, str]  # "fp32", "exp_avg", ... -> dtype
-    read: Callable[
-        [int, str], torch.Tensor
-    ]  # (shard, key): 1D, the shard's pieces; its padding may be absent
+    # (shard, key): 1D, the shard's pieces; its padding may be absent.
+    read: Callable[[int, str], torch.Tensor]
     read_numbers: Callable[[], Mapping[str, Any]]  # optimizer state with one value per flat
 
     @classmethod
@@ -216,16 +215,14 @@ class Checkpoint:
     # What stands beside the tensors, read when it is asked for as they are: a look at layouts opens no file for it.
     read_groups: Callable[[], Sequence[Mapping[str, Any]]]
     read_rules: Callable[[], Mapping[str, Any] | None]
-    rest_of: Callable[
-        [int], ModuleRest
-    ]  # of the state dict, on all pipeline stages of one tensor-parallel rank
+    # Of the state dict, on all pipeline stages of one tensor-parallel rank.
+    rest_of: Callable[[int], ModuleRest]
     train_state: Callable[[int], TrainState]  # by rank; ``per_rank`` is {} where there was no such rank
 
     # What reading it means to whoever reads.
     tp_rank: int = 0  # whose view this is
-    left_out: Callable[[], str] = (
-        str  # why parts of the client state are not read; "" where each says so itself
-    )
+    # Why parts of the client state are not read; "" where each says so itself.
+    left_out: Callable[[], str] = str
     threads: int = 1  # how many entries may be read at once
 
     @property
