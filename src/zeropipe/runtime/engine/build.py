@@ -19,10 +19,10 @@ from zeropipe.given import DataLike, Mesh, Mpu, Namespace, OptimizerLike, Parame
 from zeropipe.runtime import lr_schedules
 from zeropipe.runtime.dataloader import ZeroDataLoader
 from zeropipe.runtime.engine.dtypes import (
-    DTYPES,
     Dtypes,
     MixedInputs,
     decide_dtypes,
+    dtype_of,
     place_module,
     refuse_shared_memory,
 )
@@ -165,17 +165,16 @@ def shared_fate(group: Group | None) -> Iterator[None]:
 
 def policy_of(config: Config) -> Policy:
     """What the stage shards, and where it lives; budgets that the user left open are ours."""
-    zero, wire = config.zero_optimization, config.communication_data_type
-    accumulate = config.data_types.grad_accum_dtype
+    zero = config.zero_optimization
     bucket, sub_group = zero.chosen("reduce_bucket_size"), zero.chosen("sub_group_size")
     return Policy(
         stage=zero.stage,
         bucket_numel=AUTO_BUCKET_NUMEL if bucket is None else bucket,
         publish_numel=min(zero.allgather_bucket_size, AUTO_BUCKET_NUMEL),
         overlap_comm=zero.overlap_comm,
-        accumulate_dtype=None if accumulate is None else DTYPES[accumulate],
+        accumulate_dtype=dtype_of(config.data_types.grad_accum_dtype),
         scales_loss=config.fp16.enabled and config.fp16.loss_scale != 1,
-        reduce_dtype=None if wire is None else DTYPES[wire],
+        reduce_dtype=dtype_of(config.communication_data_type),
         optimizer_place=Place(zero.offload_optimizer.device if zero.stage > 0 else "none"),
         param_place=Place(zero.offload_param.device if zero.stage == 3 else "none"),
         optimizer_folder=zero.offload_optimizer.nvme_path or "",

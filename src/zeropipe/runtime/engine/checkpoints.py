@@ -51,15 +51,15 @@ class Checkpoints:
         """See ``engine.save_checkpoint``."""
         parts = self._parts
         asynchronous = parts.config.checkpoint.async_save if async_save is None else async_save
+        # Values that a user wrote since the last step are saved, and with them the masters that they stand for.
         if parts.optimizer is not None:
             parts.optimizer.check_whole("save_checkpoint")
             parts.optimizer.take_edits()
         local = translate.local_state(parts, client_state, exclude_frozen=exclude_frozen)
         found = look_through(local)
         # [1] One rank that must not save, or that means another folder, would leave the others waiting.
-        name = self._agreed_tag(
-            folder, f"global_step{parts.clock.global_steps}" if tag is None else str(tag), found.refused
-        )
+        named = f"global_step{parts.clock.global_steps}" if tag is None else str(tag)
+        name = self._agreed(self._asked("save", named, found.refused or _folder_fault(folder)))
         for path, text in found.told.items():
             if path not in self._told:
                 self._told.add(path)
@@ -85,9 +85,7 @@ class Checkpoints:
         """See ``engine.load_checkpoint``."""
         parts, optimizer = self._parts, self._parts.optimizer
         self.saver.raise_pending(join=True)
-        for fault in all_gather_object(_folder_fault(folder), self._group, label="load asked for"):
-            if fault:
-                raise CheckpointError(fault)
+        self._asked("load", "", _folder_fault(folder))
         name = None if tag is None else str(tag)
         if name is None and parts.config.checkpoint.load_universal:
             name = latest_universal(Path(folder))
@@ -204,6 +202,7 @@ class Checkpoints:
 
     def _restore(self, stateful: Any, saved: Any) -> None:
         """Give ``stateful`` what was saved of it; what the checkpoint does not hold stays as it is."""
+        # A user's schedule or loader may have no state; a checkpoint of another run may have none of it.
         if saved is None or not hasattr(stateful, "load_state_dict"):
             return
         state = self._settled(clone_tensors_for_torch_save(saved), stateful.state_dict())
@@ -223,16 +222,18 @@ class Checkpoints:
             )
         return value
 
-    def _agreed_tag(self, folder: Any, tag: str, refused: str) -> str:
-        """The tag under which all ranks save. Raises on every rank alike what any of them has against the save."""
-        asked = (tag, refused or _folder_fault(folder))
-        everyone = all_gather_object(asked, self._group, label="save asked for")
-        for _, fault in everyone:
-            if fault:
-                raise CheckpointError(fault)
-        tags = [given for given, _ in everyone]
+    def _asked(self, what: str, tag: str, fault: str) -> list[str]:
+        """The tags of all ranks. Raises on every rank alike what any of them has against the save, or the load."""
+        everyone = all_gather_object((tag, fault), self._group, label=f"{what} asked for")
+        for _, against in everyone:
+            if against:
+                raise CheckpointError(against)
+        return [given for given, _ in everyone]
+
+    def _agreed(self, tags: list[str]) -> str:
+        """The tag under which all ranks save."""
         if len(set(tags)) == 1:
-            return tag
+            return tags[0]
         ranks = self._group.ranks
         listed = "; ".join(f"rank {rank}: {name!r}" for rank, name in zip(ranks, tags, strict=True))
         text = f"ranks save under different tags: {listed}. Fix: give all the same tag"
@@ -281,6 +282,7 @@ def _listed(names: tuple[str, ...], limit: int = 5) -> str:
 
 def _whole_module(source: Checkpoint) -> dict[str, Any]:
     """The module's state dict, full tensors and extra state, as it was saved; tied names share a tensor."""
+    # A value that a module holds, else its master; a frozen one, or one that a hook has hidden, has but one of them.
     rest = source.rest()
     state: OrderedDict[str, Any] = OrderedDict()
     for value in source.module:

@@ -43,13 +43,18 @@ from zeropipe.tensor.model import (
     working_dtypes,
 )
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SHOWN = 8  # names of wide tensors in an error
 _LAYERS = (
     nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.PReLU, nn.EmbeddingBag
 )  # fmt: skip
 # Of a batch or instance norm torch widens 16-bit inputs itself; of these only on the CPU.
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype that a configuration names; None where it leaves it open."""
+    return None if name is None else _DTYPES[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +76,9 @@ class Dtypes:
 
 def decide_dtypes(module: torch.nn.Module, device: torch.device, config: Config, stages: Group) -> Dtypes:
     """The dtypes of a run; in 16 bits collective over ``stages``, the ranks that hold other parts of this replica."""
-    chosen = config.data_types
-    buffers = None if chosen.buffer_dtype is None else DTYPES[chosen.buffer_dtype]
+    # Forced is what the user named for all; else those that the model keeps wide on purpose stay as they are.
+    forced, buffers = dtype_of(config.data_types.param_dtype), dtype_of(config.data_types.buffer_dtype)
     params, modules = list(module.parameters()), list(module.modules())
-    forced = None if chosen.param_dtype is None else DTYPES[chosen.param_dtype]
     values = [p for p in params if p.dtype.is_floating_point and p.dtype.itemsize > 1]  # and no codes
     if config.precision == "fp32":
         return Dtypes(dict.fromkeys(values if forced is not None else (), torch.float32), buffers)
@@ -90,7 +94,7 @@ def decide_dtypes(module: torch.nn.Module, device: torch.device, config: Config,
     if forced is not None:
         wanted = dict.fromkeys(values, forced)
     else:
-        wanted = working_dtypes(modules, DTYPES[config.precision], prepared, buffers)
+        wanted = working_dtypes(modules, _DTYPES[config.precision], prepared, buffers)
     tensors: dict[torch.Tensor, torch.dtype] = dict(wanted.items())
     if buffers is None:
         tensors.update(buffers_of_weights(modules, wanted))
@@ -121,6 +125,7 @@ def place_module(module: torch.nn.Module, device: torch.device, dtypes: Dtypes) 
     grads = {param.grad: dtypes.of(param) for param in module.parameters() if param.grad is not None}
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
+        # zero.Init has put shards where they belong, in the dtype of the run.
         if is_sharded(tensor):
             return tensor
         if tensor.is_meta:
@@ -210,6 +215,7 @@ def _meets(layer: nn.Module) -> tuple[torch.dtype | None, bool]:
     if isinstance(layer, _WeightedLoss):
         weights = (t.dtype for t in layer._buffers.values() if t is not None and t.dtype not in HALVES)
         return next(weights, None), False
+    # A forward of the user's own may take the mix; one that somebody put on the object too.
     torchs_own = type(layer).forward.__module__.startswith("torch.nn.") and "forward" not in vars(layer)
     if not torchs_own or keeps_dtype(layer) or not isinstance(layer, (*_LAYERS, *_NORMS, _NormBase)):
         return None, False

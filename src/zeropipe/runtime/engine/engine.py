@@ -21,7 +21,7 @@ from zeropipe.errors import UsageError
 from zeropipe.given import DataLike
 from zeropipe.runtime.dataloader import ZeroDataLoader
 from zeropipe.runtime.engine.checkpoints import Checkpoints
-from zeropipe.runtime.engine.dtypes import DTYPES
+from zeropipe.runtime.engine.dtypes import dtype_of
 from zeropipe.runtime.engine.face import Face
 from zeropipe.runtime.engine.parts import Parts, Steps
 from zeropipe.runtime.engine.report import Reporter
@@ -217,5 +217,4 @@ class DeepSpeedEngine(Face):
         autocast = self._parts.config.torch_autocast
         if not autocast.enabled:
             return self._parts.mixed or nullcontext()
-        dtype = None if autocast.dtype is None else DTYPES[autocast.dtype]
-        return torch.autocast(self.device.type, dtype=dtype)
+        return torch.autocast(self.device.type, dtype=dtype_of(autocast.dtype))

@@ -23,6 +23,7 @@ from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 class Face(torch.nn.Module):
     """The engine's interface but for training itself."""
 
+    # Made by the engine itself.
     _parts: Parts
     checkpoints: Checkpoints
     offload: Offloaded

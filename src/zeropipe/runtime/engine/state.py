@@ -215,6 +215,7 @@ def _merged(kinds: Iterable[Shared]) -> dict[str, Any]:
 
 def adopt_groups(optimizer: ZeroOptimizer, saved: tuple[dict[str, Any], ...]) -> str:
     """Set the hyperparameters of each param group in place; why not, or ""."""
+    # In place: schedules and clients hold the very dicts.
     if not saved:
         return ""
     if len(saved) != len(optimizer.param_groups):
@@ -292,6 +293,7 @@ def adopt_own_state(
 
 def _plain_config(config: Any) -> Any:
     """The configuration without what JSON has no word for."""
+    # A user's dict may hold dtypes and paths; what a file says of them is for people.
     if isinstance(config, Mapping):
         return {str(key): _plain_config(value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
@@ -301,6 +303,7 @@ def _plain_config(config: Any) -> Any:
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """Python's, NumPy's and torch's generators as plain values and tensors."""
+    # NumPy only where the program has imported it: nobody else has drawn from it.
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
