@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from operator import attrgetter
 from typing import Any
 
-from pydantic import BaseModel
-
-from zeropipe.config.fields import Mark, mark_of
+from zeropipe.config.fields import every_key, mark_of
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError
 
@@ -22,7 +21,10 @@ def check_config(config: Config, auto: Collection[str]) -> dict[str, str]:
     """
     # [1] Keys one by one. A key without effect is passed over, unless results would differ from what it asks for.
     idle: dict[str, str] = {}
-    for path, mark, value in _marks_in_use(config, ""):
+    for path, info, _ in every_key(Config):
+        mark, value = mark_of(info.metadata), attrgetter(path)(config)
+        if mark is None or not (mark.in_use(value) if mark.in_use else value != info.default):
+            continue
         if mark.fix is not None:
             raise ConfigError(
                 f"config key {path!r} = {_short(value)} is not offered: {mark.why}", fix=mark.fix
@@ -33,16 +35,6 @@ def check_config(config: Config, auto: Collection[str]) -> dict[str, str]:
     _check_parts(config, auto)
     _check_placement(config)
     return idle | _idle_at_this_stage(config)
-
-
-def _marks_in_use(model: BaseModel, prefix: str) -> Iterator[tuple[str, Mark, Any]]:
-    for name, info in type(model).model_fields.items():
-        value, path = getattr(model, name), f"{prefix}{name}"
-        mark = mark_of(info.metadata)
-        if mark is not None and (mark.in_use(value) if mark.in_use else value != info.default):
-            yield path, mark, value
-        if isinstance(value, BaseModel):
-            yield from _marks_in_use(value, f"{path}.")
 
 
 def _short(value: Any) -> str:

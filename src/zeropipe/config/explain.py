@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
-from zeropipe.config.fields import AUTO, section_of
+from zeropipe.config.fields import AUTO, every_key, section_of
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, describe
 
@@ -117,7 +115,7 @@ def _meant_by(name: str) -> tuple[str, str] | None:
     # A key of another program, or one that was meant to stand in a section, where at the top level it does nothing.
     if meant is not None:
         return meant, f"rename it to {meant!r}, or remove it"
-    owners = set(_owners(Config, plain, ""))
+    owners = _owners(plain)
     owner = next((section for section in _OFTEN_MISPLACED if section in owners), None)
     if owner is None:
         return None
@@ -135,7 +133,7 @@ def _main_key(model: type[BaseModel], value: Any) -> str:
 def _unknown(model: type[BaseModel], name: str, value: Any, path: str) -> str:
     plain = name.lower().replace("-", "_")
     close = difflib.get_close_matches(plain, model.model_fields, n=1, cutoff=_SECTION_CUTOFF)
-    owner = next((where for where in _owners(Config, plain, "") if where != path), None)
+    owner = next((where for where in _owners(plain) if where != path), None)
     what = f"unknown config key {f'{path}.{name}'!r} (value {value!r})"
     # The likeliest slip first: letters, then an argument beside params, then the wrong section, then a near name.
     if plain in model.model_fields:
@@ -151,17 +149,15 @@ def _unknown(model: type[BaseModel], name: str, value: Any, path: str) -> str:
     return describe(what, expected=f"one of {', '.join(sorted(model.model_fields))}", fix="remove it")
 
 
-def _owners(model: type[BaseModel], name: str, path: str) -> Iterator[str]:
-    """The sections that have a key of this name; "" is the top level."""
+def _owners(name: str) -> list[str]:
+    """The sections that have a key of this name, the outer ones first; "" is the top level."""
     # Every other section has one of these, so they say nothing.
     if name in ("enabled", "type", "params"):
-        return
-    if name in model.model_fields:
-        yield path
-    for inner in model.model_fields:
-        child = section_of(model, inner)
-        if child is not None:
-            yield from _owners(child, name, f"{path}.{inner}" if path else inner)
+        return []
+    paths = (path.rpartition(".") for path, _, _ in every_key(Config))
+    return sorted(
+        (section for section, _, last in paths if last == name), key=lambda s: (s != "", s.count("."))
+    )
 
 
 # Values, as pydantic found them.
@@ -211,13 +207,10 @@ def _line(item: Any) -> str:
 
 
 def _fix(names: list[str], value: Any) -> str:
-    # Down the path as far as it is keys: below a plain value, ``optimizer.params`` for one, nothing has a default.
-    info: FieldInfo | None = None
-    model: type[BaseModel] | None = Config
-    for name in names:
-        if model is None or name not in model.model_fields:
-            break
-        info, model = model.model_fields[name], section_of(model, name)
+    # As far down the path as it is keys: below a plain value, ``optimizer.params`` for one, nothing has a default.
+    known = {path: info for path, info, _ in every_key(Config)}
+    paths = (".".join(names[:length]) for length in range(len(names), 0, -1))
+    info = next((known[path] for path in paths if path in known), None)
     if isinstance(value, str) and info is not None and isinstance(info.default, int | float):
         return f"write it without quotes, for example {json.dumps(info.default)}"
     if info is None or isinstance(info.default, BaseModel):

@@ -10,13 +10,14 @@ by section: what the key was for where it comes from, and either what happens ``
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic.fields import FieldInfo
 
 from zeropipe.given import Json
 
@@ -42,6 +43,17 @@ def section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
     """The model of a key that is a section, or None for a plain value."""
     annotation = model.model_fields[name].annotation
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def every_key(
+    model: type[BaseModel], prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo, type[BaseModel] | None]]:
+    """The keys of a section and of the sections in it, in the order of the schema: dotted path, key, its section."""
+    for name, info in model.model_fields.items():
+        section = section_of(model, name)
+        yield f"{prefix}{name}", info, section
+        if section is not None:
+            yield from every_key(section, f"{prefix}{name}.")
 
 
 def _no_bool(value: Any) -> Any:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from zeropipe.config.fields import AUTO, mark_of, section_of
+from zeropipe.config.fields import AUTO, every_key, mark_of, section_of
 from zeropipe.config.schema import Config
 
 _HEAD = """\
@@ -35,21 +34,11 @@ One JSON file (or a dict) describes a run. Check it with `zeropipe config check 
 def markdown() -> str:
     """The whole reference: one table for the top level and one for each section."""
     parts = [_HEAD, "\n## Top level\n", _table(Config, "")]
-    for path, model in _sections(Config, ""):
-        parts += [
-            f"\n## `{path}`\n",
-            f"{(model.__doc__ or '').strip().splitlines()[0]}\n",
-            _table(model, path),
-        ]
+    for path, _, section in every_key(Config):
+        if section is not None:
+            about = (section.__doc__ or "").strip().splitlines()[0]
+            parts += [f"\n## `{path}`\n", f"{about}\n", _table(section, path)]
     return "\n".join(parts) + "\n"
-
-
-def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    for name in model.model_fields:
-        child = section_of(model, name)
-        if child is not None:
-            yield f"{prefix}{name}", child
-            yield from _sections(child, f"{prefix}{name}.")
 
 
 def _table(model: type[BaseModel], path: str) -> str:

@@ -40,12 +40,8 @@ def get_model_parallel_world_size() -> int:
     return 1
 
 
-def _get_sequence_parallel_rank() -> int:
-    return 0
-
-
-def _get_sequence_parallel_world_size() -> int:
-    return 1
+_get_sequence_parallel_rank = get_model_parallel_rank
+_get_sequence_parallel_world_size = get_model_parallel_world_size
 
 
 def _get_sequence_parallel_group() -> Any:
