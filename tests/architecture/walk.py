@@ -37,7 +37,7 @@ def returns(stops: list[Stop]) -> int:
 def walk(stage: int = 0) -> list[Stop]:
     """The way in a run of one rank, taken in a process of its own."""
     command = [sys.executable, "-m", "tests.architecture.walk", str(stage), "json"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600)
     return [Stop(*stop) for stop in json.loads(found.stdout.splitlines()[-1])]
 
 
