@@ -115,14 +115,20 @@ def test_nothing_is_left_unfinished(files: list[File]) -> None:
 
 def test_public_arguments_have_types(files: list[File]) -> None:
     """``Any`` says nothing, not even that nothing can be said: that has a name in ``given.py``, with the reason."""
-    later = "its room is being rebuilt"
+    later = "its room was being rebuilt when the law came"
     allowed = {
-        "checkpoint/*": later,
+        "checkpoint/save/*": later,
+        "checkpoint/utils.py": later,
         "checkpointing.py": later,
         "cli/main.py": later,
-        "comm/*": later,
-        "runtime/optimizers/*": later,
-        "runtime/zero/*": later,
+        "comm/group.py": later,
+        "comm/leases.py": later,
+        "comm/native.py": later,
+        "runtime/optimizers/registry.py": later,
+        "runtime/zero/gather/hooks.py": later,
+        "runtime/zero/gather/shards.py": later,
+        "runtime/zero/gather/state_dict.py": later,
+        "runtime/zero/gather/unit_hooks.py": later,
     }
     check(files, rules.takes_anything, allowed)
 

@@ -25,6 +25,7 @@ from zeropipe.checkpoint.save.contents import OURS
 from zeropipe.checkpoint.save.files import load_torch
 from zeropipe.checkpoint.universal_checkpoint import MEGATRON, Joining, Rule, join, joining_of, split
 from zeropipe.errors import CheckpointError
+from zeropipe.given import Json, Tree
 
 # Parameters of Megatron's layers that are cut along dim 0.
 _ROWS = (
@@ -108,7 +109,7 @@ def share(items: Sequence[_Item], count: int) -> list[list[_Item]]:
     return [list(items[i * size // count : -(-(i + 1) * size // count)]) for i in range(count)]
 
 
-def merge_state(state_a: Any, state_b: Any, key_list: Sequence[Any] = ()) -> Any:
+def merge_state(state_a: Tree, state_b: Tree, key_list: Sequence[Any] = ()) -> Any:
     """Two ranks' states as one: dicts key by key, lists item by item, tensors end to end along dim 0.
 
     Other values, and tensors without dims, are ``state_a``'s. ``key_list``: the path so far. Raises
@@ -177,7 +178,7 @@ def slice_of(
     return split(join(slices, how), how, index, count)
 
 
-def unite(left: Any, right: Any, path: str = "") -> Any:
+def unite(left: Json, right: Json, path: str = "") -> Any:
     """The states of two pipeline stages as one: the entries of both; what both have is the same, or is ``left``'s.
 
     Raises CheckpointError for a tensor that both have and that differs: a tied layer that has drifted apart.

@@ -26,6 +26,7 @@ import torch
 from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.save.files import load_torch
 from zeropipe.errors import CheckpointError
+from zeropipe.given import Anything
 from zeropipe.layout.flat import FlatShards, TensorSpec
 
 # Parameters of Megatron's layers that every tensor-parallel rank has whole; they are not joined end to end.
@@ -98,7 +99,7 @@ class Joining:
         return cls(dim=dim, fused=listed, widths=tuple(map(tuple, shape.get(k.SUB_PARAM_SHARD_WIDTHS) or ())))
 
     @classmethod
-    def said(cls, held: Any) -> Joining:
+    def said(cls, held: Anything) -> Joining:
         """By what a universal parameter's file holds: the tensor alone, or with words beside it."""
         # [1] The moments of some versions are tensors alone; they lie as the default has it.
         if not isinstance(held, Mapping):

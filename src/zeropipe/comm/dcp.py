@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from zeropipe.errors import CheckpointError
+from zeropipe.given import Tree
 from zeropipe.paths import inside
 
 INDEX_NAME = ".metadata"
@@ -174,7 +175,7 @@ def read_tensor(folder: Path, stored: Stored) -> torch.Tensor:
     return whole
 
 
-def flatten(tree: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
+def flatten(tree: Tree, key: Key = ()) -> Iterator[tuple[Key, Any]]:
     """The leaves of a nested state dict, cut where DCP's planner cuts: lists of plain values stay whole."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():

@@ -8,6 +8,7 @@ import torch
 
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
+from zeropipe.given import ProcessGroup
 from zeropipe.runtime.zero.gather.init import Init
 from zeropipe.runtime.zero.replication import shard_size
 
@@ -22,8 +23,8 @@ class MiCS_Init(Init):
     def __init__(
         self,
         module: torch.nn.Module | None = None,
-        data_parallel_group: Any = None,
-        sequence_data_parallel_group: Any = None,
+        data_parallel_group: ProcessGroup = None,
+        sequence_data_parallel_group: ProcessGroup = None,
         *args: Any,
         **kwargs: Any,
     ) -> None:

@@ -23,9 +23,11 @@ import torch
 
 from zeropipe.comm.group import Group, from_process_group, init_distributed, world
 from zeropipe.comm.leases import LEASES
-from zeropipe.config.parse import parse_config
+from zeropipe.config.parse import Source, parse_config
+from zeropipe.config.schema import Config
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
+from zeropipe.given import Anything, Mpu, ProcessGroup
 from zeropipe.names import lazy
 from zeropipe.runtime.zero.gather.build import Build, Site
 from zeropipe.runtime.zero.gather.shards import Shards, shards_in
@@ -67,20 +69,20 @@ class Init:
     def __init__(
         self,
         module: torch.nn.Module | None = None,
-        data_parallel_group: Any = None,
+        data_parallel_group: ProcessGroup = None,
         mem_efficient_linear: bool = True,
         remote_device: str | None = None,
         pin_memory: bool = False,
-        config_dict_or_path: Any = None,
-        config: Any = None,
+        config_dict_or_path: Source | Config = None,
+        config: Source | Config = None,
         enabled: bool = True,
         dtype: torch.dtype | None = None,
-        mpu: Any = None,
-        zero_param_parallel_group: Any = None,
+        mpu: Mpu = None,
+        zero_param_parallel_group: ProcessGroup = None,
         zero_quantized_weights: bool = False,
         zero_quantized_nontrainable_weights: bool = False,
-        sequence_data_parallel_group: Any = None,
-        param_swapper: Any = None,
+        sequence_data_parallel_group: ProcessGroup = None,
+        param_swapper: Anything = None,
     ) -> None:
         self._entered: list[ExitStack] = []
         source = config_dict_or_path if config_dict_or_path is not None else config
