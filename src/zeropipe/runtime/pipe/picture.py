@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
-from typing import NamedTuple
 
 from zeropipe.errors import UsageError
 from zeropipe.runtime.pipe.instructions import Op, computes
@@ -26,27 +26,18 @@ _MOST_ROWS = 6
 _INCH_PER_LABEL = 0.115  # a micro-batch number of one digit at the smallest size that can be read
 
 
-class _Box(NamedTuple):
-    """A compute step as both drawings need it, in time since the first of them."""
+def _computed(events: Sequence[Event]) -> tuple[list[Event], dict[tuple[int, int], tuple[int, int]]]:
+    """The compute steps, in time since the first one; of each (rank, stage): which of its rank's stages, of how many.
 
-    event: Event
-    start: float
-    end: float
-    chunk: int  # which of its rank's stages this is
-    chunks: int
-
-
-def _boxes(events: Sequence[Event]) -> list[_Box]:
-    # Transfers and stage instructions have none: their time shows as idle.
-    computed = [e for e in events if computes(e.step)]
-    begin = min((e.start for e in computed), default=0.0)
+    Transfers and stage instructions are not drawn: their time shows as idle.
+    """
+    found = [e for e in events if computes(e.step)]
+    begin = min((e.start for e in found), default=0.0)
     stages: dict[int, list[int]] = {}
-    for rank, stage in sorted({(e.rank, e.step.stage) for e in computed}):
+    for rank, stage in sorted({(e.rank, e.step.stage) for e in found}):
         stages.setdefault(rank, []).append(stage)
-    return [
-        _Box(e, e.start - begin, e.end - begin, stages[e.rank].index(e.step.stage), len(stages[e.rank]))
-        for e in computed
-    ]
+    places = {(rank, s): (at, len(own)) for rank, own in stages.items() for at, s in enumerate(own)}
+    return [replace(e, start=e.start - begin, end=e.end - begin) for e in found], places
 
 
 def text_grid(events: Sequence[Event], ranks: int, unit: float = 1.0, columns: int | None = None) -> str:
@@ -56,13 +47,16 @@ def text_grid(events: Sequence[Event], ranks: int, unit: float = 1.0, columns: i
     chunk before it; dots are idle. A run that is wider than ``columns`` characters goes on below, like text.
     """
     cells: list[dict[int, str]] = [{} for _ in range(ranks)]
+    computed, places = _computed(events)
     length = 0
-    for box in _boxes(events):
-        step = box.event.step
-        first = round(box.start / unit)
-        last = max(first + 1, round(box.end / unit))
-        cells[box.event.rank] |= dict.fromkeys(range(first, last), "--")
-        cells[box.event.rank][first] = f"{step.op.value}{step.micro_batch}" + "'" * box.chunk
+    for event in computed:
+        step = event.step
+        first = round(event.start / unit)
+        last = max(first + 1, round(event.end / unit))
+        cells[event.rank] |= dict.fromkeys(range(first, last), "--")
+        cells[event.rank][first] = (
+            f"{step.op.value}{step.micro_batch}" + "'" * places[event.rank, step.stage][0]
+        )
         length = max(length, last)
     # All cells are as wide as the widest label, so that columns are moments.
     width = max((len(label) for line in cells for label in line.values()), default=1)
@@ -70,8 +64,8 @@ def text_grid(events: Sequence[Event], ranks: int, unit: float = 1.0, columns: i
     fit = max(length, 1) if columns is None else max(1, (columns - head - len(" | ") + 1) // (width + 1))
     blocks = []
     for start in range(0, max(length, 1), fit):
-        places = range(start, min(start + fit, length))
-        rows = (" ".join(line.get(at, ".").ljust(width) for at in places).rstrip() for line in cells)
+        shown = range(start, min(start + fit, length))
+        rows = (" ".join(line.get(at, ".").ljust(width) for at in shown).rstrip() for line in cells)
         blocks.append("\n".join(f"{rank:>{head}} | {row}" for rank, row in enumerate(rows)))
     return "\n\n".join(blocks)
 
@@ -116,11 +110,11 @@ def draw(
         raise UsageError(
             "drawing a picture needs matplotlib", fix="pip install 'zeropipe[plot]', or use --trace"
         ) from error
-    boxes = _boxes(events)
-    if not boxes:
+    computed, places = _computed(events)
+    if not computed:
         raise UsageError("nothing to draw: no compute step was recorded")
-    length = max(box.end for box in boxes)
-    steps = sorted(box.end - box.start for box in boxes if box.end > box.start) or [1.0]
+    length = max(e.end for e in computed)
+    steps = sorted(e.end - e.start for e in computed if e.end > e.start) or [1.0]
     shortest = max(steps[0], steps[len(steps) // 2] / 2)  # a measured run has a few steps of next to no time
     whole = min(_WIDTH * _MOST_ROWS, max(7.0, length / shortest * _INCH_PER_STEP))
     rows = math.ceil(whole / _WIDTH)
@@ -131,10 +125,12 @@ def draw(
     inch = width / span
     for row, axes in enumerate(figure.subplots(rows, 1, squeeze=False)[:, 0]):
         first, last = row * span, (row + 1) * span
-        for event, start, end, chunk, chunks in boxes:
+        for event in computed:
+            start, end = event.start, event.end
             if end <= first or start >= last:
                 continue
             _, light, dark = LOOKS[event.step.op]
+            chunk, chunks = places[event.rank, event.step.stage]
             place = chunk / max(1, chunks - 1)
             tint = tuple(a + (b - a) * place for a, b in zip(light, dark, strict=True))
             low = event.rank - 0.45
@@ -152,7 +148,7 @@ def draw(
         axes.tick_params(left=False)
     axes.set_xlabel(f"time ({unit})")
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    kinds = [op for op in LOOKS if any(box.event.step.op is op for box in boxes)]
+    kinds = [op for op in LOOKS if any(e.step.op is op for e in computed)]
     figure.legend(
         handles=[Patch(facecolor=LOOKS[op][2], label=LOOKS[op][0]) for op in kinds],
         loc="outside lower right",

@@ -108,10 +108,7 @@ class OnebitAdam(CompressedOptimizer):
         super().__init__(params, Rules(freeze_step), locals())
         self.freeze_step = freeze_step
 
-    @property
-    def adam_freeze_key(self) -> bool:
-        """Whether the variance is frozen, so that the coming step is compressed."""
-        return self._phases.frozen
+    adam_freeze_key = CompressedOptimizer.freeze_key
 
     def _dense_step(self, lane: Lane, gradient: torch.Tensor) -> None:
         move_moments(lane, gradient)

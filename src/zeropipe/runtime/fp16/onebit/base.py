@@ -88,6 +88,11 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         return self._ready().group.size
 
     @property
+    def freeze_key(self) -> bool:
+        """Whether the variance will not move any more: of 1-bit Adam, whether the coming step is compressed."""
+        return self._phases.frozen
+
+    @property
     def phases(self) -> Phases:
         """Where the optimizer stands; ``phases.next()`` tells what the coming step does."""
         return self._phases
@@ -286,16 +291,14 @@ class CompressedOptimizer(torch.optim.Optimizer, ABC):
         """
         # torch's load would put the saved groups in place of these, and a mask is not saved.
         masks = [options.get("exp_avg_mask") for options in self.param_groups]
-        saved = dict(state_dict["state"])
-        super().load_state_dict({**state_dict, "state": {}})
-        for options, mask in zip(self.param_groups, masks, strict=True):
-            options.pop("exp_avg_mask", None)
-            if mask is not None:
-                options["exp_avg_mask"] = mask
         entries: dict[torch.Tensor, dict[str, Any]] = {}
-        for old, new in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for key, param in zip(old["params"], new["params"], strict=True):
-                entries[param] = saved.get(key, {})
+        saved = state_dict["state"]
+        super().load_state_dict({**state_dict, "state": {}})
+        for old, new, mask in zip(state_dict["param_groups"], self.param_groups, masks, strict=True):
+            new.pop("exp_avg_mask", None)
+            if mask is not None:
+                new["exp_avg_mask"] = mask
+            entries |= {p: saved.get(key, {}) for key, p in zip(old["params"], new["params"], strict=True)}
         info = state_dict.get("onebit") or {}
         self._load_entries(entries, info.get("phases"))
         lost = self.take_rank_states(info.get("rank_state"), tuple)

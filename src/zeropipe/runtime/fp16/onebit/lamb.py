@@ -91,10 +91,7 @@ class OnebitLamb(CompressedOptimizer):
         self.factor_max, self.factor_min = factor_max, factor_min
         self.factor_threshold = factor_threshold
 
-    @property
-    def lamb_freeze_key(self) -> bool:
-        """Whether the variance is frozen, so that the coming step is compressed."""
-        return self._phases.frozen
+    lamb_freeze_key = CompressedOptimizer.freeze_key
 
     def get_lamb_coeffs(self) -> list[float]:
         """The coefficient of each parameter in the last step."""

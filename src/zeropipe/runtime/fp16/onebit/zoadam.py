@@ -80,11 +80,6 @@ class ZeroOneAdam(CompressedOptimizer):
         self.var_freeze_step, self.var_update_scaler = rules.freeze_step, rules.var_update_scaler
         self.local_step_scaler, self.local_step_clipper = rules.local_step_scaler, rules.local_step_clipper
 
-    @property
-    def freeze_key(self) -> bool:
-        """Whether the variance will not move any more."""
-        return self._phases.frozen
-
     def bind_shards(self, views: Mapping[nn.Parameter, ShardView]) -> None:
         """Raises UnsupportedOptimizerError for shards, unless ranks never step apart."""
         shards = max((view.layout.num_shards for view in views.values()), default=1)
