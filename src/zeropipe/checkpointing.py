@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class CudaRNGStatesTracker:
             raise UsageError(
                 f"there is no random state {name!r}",
                 found=f"{', '.join(self._states) or 'none'}",
-                fix="call model_parallel_cuda_manual_default().manual_seed(seed) or add(name, seed) first",
+                fix="call model_parallel_cuda_manual_seed(seed) or add(name, seed) first",
             )
         before = _default().get_rng_state()
         _default().set_rng_state(self._states[name])
@@ -110,74 +111,26 @@ class CudaRNGStatesTracker:
         finally:
             self.set_states(now)
 
-    def seed_model_parallel(self, seed: int, model_rank: int) -> None:
-        """The default state from ``seed``, alike on all model-parallel ranks, and one that differs among them."""
-        self.reset()
-        _default().manual_seed(seed)
-        self.add(MODEL_PARALLEL_RNG, seed + _MODEL_PARALLEL_OFFSET + model_rank)
+
+@dataclass
+class Checkpointing:
+    """What the functions below share."""
+
+    tracker: CudaRNGStatesTracker = field(default_factory=CudaRNGStatesTracker)
+
+    # What ``configure`` was told.
+    is_configured: bool = False
+    mpu: Any = None
+    in_cpu: bool = False
+
+    # Arguments without effect that the log has spoken of: once in a process, whatever is reset.
+    said: set[str] = field(default_factory=set)
 
 
-class Checkpointer:
-    """Activation checkpointing with its settings and random states."""
-
-    def __init__(self) -> None:
-        self.tracker = CudaRNGStatesTracker()
-
-        # What ``configure`` was told.
-        self.is_configured = False
-        self._mpu: Any = None
-        self._in_cpu = False
-        self._said: set[str] = set()  # arguments without effect that were spoken of
-
-    def configure(self, mpu: Any, config: Any, **given: bool | int | None) -> None:
-        section = getattr(config, "activation_checkpointing", None)
-        if config is not None and not hasattr(config, "activation_checkpointing"):
-            from zeropipe.config.parse import parse_config  # pydantic: only for those who give a config here
-
-            section = parse_config(config).activation_checkpointing
-        told: dict[str, Any] = {} if section is None else section.model_dump()
-        in_cpu = given.pop("checkpoint_in_cpu")
-        self._mpu, self.is_configured = mpu, True
-        self._in_cpu = bool(told.get("cpu_checkpointing") if in_cpu is None else in_cpu)
-        for name, (key, reason) in _WITHOUT_EFFECT.items():
-            asked = told.get(key) if given[name] is None else given[name]
-            if asked and name not in self._said:
-                self._said.add(name)
-                logger.warning("activation checkpointing: %s has no effect: %s", name, reason)
-
-    def reset(self) -> None:
-        """Back to the state before ``configure`` and before any seed."""
-        self.is_configured, self._mpu, self._in_cpu = False, None, False
-        self.tracker.reset()
-
-    def checkpoint(
-        self, function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any
-    ) -> Any:
-        states = self.tracker.get_states()
-        recomputing = False
-
-        def replayed(*inner: Any, **named: Any) -> Any:
-            nonlocal recomputing
-            # Torch calls this in forward, and again for each recomputation.
-            with self.tracker.replaying(states) if recomputing else nullcontext():
-                recomputing = True
-                return function(*inner, **named)
-
-        pinned = torch.cuda.is_available()
-        with save_on_cpu(pin_memory=pinned) if self._in_cpu else nullcontext():
-            return torch_checkpoint.checkpoint(replayed, *args, use_reentrant=use_reentrant, **kwargs)
-
-    def model_rank(self) -> int:
-        """This rank's place among the model-parallel ones, as the configured ``mpu`` says; 0 without one."""
-        for name in ("get_tensor_model_parallel_rank", "get_model_parallel_rank"):
-            if hasattr(self._mpu, name):
-                return int(getattr(self._mpu, name)())
-        return 0
-
-
-# The one holder of state at module level: the interface that users know is made of module functions, which
-# share settings and seeds and have no object to keep them in. reset() empties it.
-CHECKPOINTER = Checkpointer()
+# The one holder of state at module level: the interface that users know is made of module functions, which share
+# settings and seeds and have no object to keep them in. They stay functions, since models keep them, and are copied and
+# pickled with what they keep: a bound method would take its object along.
+SHARED = Checkpointing()
 
 
 def configure(
@@ -196,48 +149,77 @@ def configure(
     Config, a dict, or a path. Only ``checkpoint_in_cpu`` changes anything here; for each of the others that is
     asked for, the log says once why it has no effect.
     """
-    CHECKPOINTER.configure(
-        mpu_,
-        deepspeed_config,
-        partition_activations=partition_activations,
-        contiguous_checkpointing=contiguous_checkpointing,
-        num_checkpoints=num_checkpoints,
-        checkpoint_in_cpu=checkpoint_in_cpu,
-        synchronize=synchronize,
-        profile=profile,
-    )
+    section = getattr(deepspeed_config, "activation_checkpointing", None)
+    if deepspeed_config is not None and not hasattr(deepspeed_config, "activation_checkpointing"):
+        from zeropipe.config.parse import parse_config  # pydantic: only for those who give a config here
+
+        section = parse_config(deepspeed_config).activation_checkpointing
+    told: dict[str, Any] = {} if section is None else section.model_dump()
+    given = {
+        "partition_activations": partition_activations,
+        "contiguous_checkpointing": contiguous_checkpointing,
+        "num_checkpoints": num_checkpoints,
+        "synchronize": synchronize,
+        "profile": profile,
+    }
+    SHARED.mpu, SHARED.is_configured = mpu_, True
+    SHARED.in_cpu = bool(told.get("cpu_checkpointing") if checkpoint_in_cpu is None else checkpoint_in_cpu)
+    for name, (key, reason) in _WITHOUT_EFFECT.items():
+        asked = told.get(key) if given[name] is None else given[name]
+        if asked and name not in SHARED.said:
+            SHARED.said.add(name)
+            logger.warning("activation checkpointing: %s has no effect: %s", name, reason)
 
 
 def is_configured() -> bool:
     """Whether ``configure`` was called since the start or the last ``reset``."""
-    return CHECKPOINTER.is_configured
+    return SHARED.is_configured
 
 
 def reset() -> None:
     """Forget the configuration and all named random states."""
-    CHECKPOINTER.reset()
+    SHARED.is_configured, SHARED.mpu, SHARED.in_cpu = False, None, False
+    SHARED.tracker.reset()
 
 
-def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)``, whose activations are recomputed in backward rather than kept.
 
     Gradients and draws are the same as without it: the default random states and the tracker's named ones are
     replayed. With ``checkpoint_in_cpu`` the saved inputs wait in CPU memory (pinned where there is CUDA).
     ``use_reentrant=True`` takes torch's older way, with the same result.
     """
-    return CHECKPOINTER.checkpoint(function, *args, **kwargs)
+    tracker = SHARED.tracker
+    states = tracker.get_states()
+    recomputing = False
+
+    def replayed(*inner: Any, **named: Any) -> Any:
+        nonlocal recomputing
+        # Torch calls this in forward, and again for each recomputation. The default states it replays itself.
+        with tracker.replaying(states) if recomputing else nullcontext():
+            recomputing = True
+            return function(*inner, **named)
+
+    pinned = torch.cuda.is_available()
+    with save_on_cpu(pin_memory=pinned) if SHARED.in_cpu else nullcontext():
+        return torch_checkpoint.checkpoint(replayed, *args, use_reentrant=use_reentrant, **kwargs)
 
 
 def non_reentrant_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
     """The same as ``checkpoint``, under the name that says how."""
-    return CHECKPOINTER.checkpoint(function, *args)
+    return checkpoint(function, *args)
 
 
 def get_cuda_rng_tracker() -> CudaRNGStatesTracker:
     """The named random states that ``checkpoint`` replays; use ``fork()`` around model-parallel dropout."""
-    return CHECKPOINTER.tracker
+    return SHARED.tracker
 
 
 def model_parallel_cuda_manual_seed(seed: int) -> None:
     """Seed the default random state alike on all model-parallel ranks, and the tracker's one differently."""
-    CHECKPOINTER.tracker.seed_model_parallel(seed, CHECKPOINTER.model_rank())
+    # This rank's place among the model-parallel ones, as the configured ``mpu`` says; 0 without one.
+    names = ("get_tensor_model_parallel_rank", "get_model_parallel_rank")
+    rank = next((int(getattr(SHARED.mpu, name)()) for name in names if hasattr(SHARED.mpu, name)), 0)
+    SHARED.tracker.reset()
+    _default().manual_seed(seed)
+    SHARED.tracker.add(MODEL_PARALLEL_RNG, seed + _MODEL_PARALLEL_OFFSET + rank)

@@ -20,16 +20,16 @@ from zeropipe.checkpoint.reader import Reader
 from zeropipe.checkpoint.save.contents import collect, write
 from zeropipe.checkpoint.save.ownership import whole_or_nothing
 from zeropipe.checkpoint.save.records import (
-    COMPUTED,
     FP32,
     PARAM,
     FlatState,
     Grid,
     LocalState,
+    Manifest,
     ModelState,
-    Part,
+    united,
 )
-from zeropipe.checkpoint.save.tags import build_manifest, check_tag, commit, prepare
+from zeropipe.checkpoint.save.tags import check_tag, commit, prepare
 from zeropipe.checkpoint.sources import Checkpoint, Flat, Value
 from zeropipe.checkpoint.sources.deepspeed import ALIGN, LAYER
 from zeropipe.checkpoint.sources.parallel import joined, seen_from, weights
@@ -72,7 +72,7 @@ def convert(
     # A view for each tensor-parallel rank; the data-parallel ranks and stages of one share it, and what it has read.
     views = [seen_from(source, Grid(tp_rank=t, tp_degree=tp)) for t in range(tp)]
     tied_first = _tied_layers(source)
-    parts: list[Part] = []
+    parts: list[Manifest] = []
     with whole_or_nothing(root / name, lambda: prepare(root, name)) as work:
         # Ranks are numbered tensor-first, then data, then pipeline.
         for rank, (stage_rank, dp_rank, tp_rank) in enumerate(product(range(pp), range(dp), range(tp))):
@@ -81,9 +81,9 @@ def convert(
             if pp > 1:
                 view, rows = _stage_of(view, grid.pp_rank, source)
             local = _as_rank(view, rows, grid, stage, tied_first)
-            parts.append(write(work, collect(local, copy=False)))
+            parts.append(write(work, collect(local, name, copy=False)))
             progress(1)
-        return commit(root, name, work, build_manifest(name, local, parts), save_latest=True)
+        return commit(root, work, united(parts), save_latest=True)
 
 
 def _stage_of(view: Checkpoint, pp_rank: int, source: Checkpoint) -> tuple[Checkpoint, Rows]:
@@ -202,10 +202,8 @@ def _model(source: Checkpoint, rows: Rows | None, sharded: set[str], stage: int)
         tensors[name] = torch.empty(flat.shape_of(name), dtype=getattr(torch, source.dtype))
         flat.run(name, flat.value_key or "", 0, tensors[name].numel(), tensors[name].view(-1))
 
-    def of(kind: str, further: Iterable[str] = ()) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([*(v.name for v in source.module if v.kind == kind), *further]))
-
-    in_shards = (s.name for f in source.flats if f.value_key == PARAM for s in f.layout.tensors)
+    kinds = {value.name: value.kind for value in source.module if value.kind != "param"}
+    kinds |= {s.name: "frozen" for f in source.flats if f.value_key == PARAM for s in f.layout.tensors}
     tied = {other: name for other, name in source.tied.items() if name in tensors or name in sharded}
     # Files by layer, as a pipeline has them; stage 3 has only shards.
     layers = list(_layer_rows(source.module) if rows is None else rows) if stage < 3 else []
@@ -214,14 +212,10 @@ def _model(source: Checkpoint, rows: Rows | None, sharded: set[str], stage: int)
         layers += [(int(number), key, name) for (number, key), name in split]
     return ModelState(
         tensors,
-        of("buffer"),
-        of("frozen", in_shards),
+        kinds,
         tied,
+        replace(rest, versions=rest.versions or {}),
         universal_info=None if source.universal_info is None else dict(source.universal_info),
-        extra=dict(rest.extra),
-        computed=of(COMPUTED),
-        hidden=tuple(sorted(rest.hidden)),
-        versions={key: dict(value) for key, value in (rest.versions or {}).items()},
         layers=tuple(layers),
     )
 

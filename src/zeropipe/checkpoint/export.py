@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 import torch
 
 from zeropipe.checkpoint.save.files import Hold, Output, load_torch, new_file, sync_folder
-from zeropipe.checkpoint.save.ownership import begin, clear, discard, leftovers, name_of, whole_or_nothing
+from zeropipe.checkpoint.save.ownership import begin, clear_left, discard, whole_or_nothing
 from zeropipe.checkpoint.sources import Checkpoint
 from zeropipe.checkpoint.sources.parallel import Weight, weights
 from zeropipe.errors import CheckpointError
@@ -124,10 +124,7 @@ def _put(folder: Path, contents: dict[str, Callable[[Output], object]]) -> list[
     def start() -> tuple[Path, Hold]:
         folder.mkdir(parents=True, exist_ok=True)
         old.extend(_in_the_way(folder, tuple(contents)))
-        for path in leftovers(folder):
-            if name_of(path) == _WORK:  # of an export that was killed
-                with suppress(OSError, CheckpointError):
-                    clear(path)
+        clear_left(folder, _WORK)  # of an export that was killed
         return begin(folder / _WORK)
 
     try:

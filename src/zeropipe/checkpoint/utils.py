@@ -1,10 +1,11 @@
-"""File names of a checkpoint, as users know them, and small helpers around ``torch.save``."""
+"""File names of a checkpoint, as users know them, and trees of tensors as ``torch.save`` should get them."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -16,6 +17,8 @@ from zeropipe.checkpoint.constants import (
     OPTIM_FILE_SUFFIX,
     ZERO_FILE_PREFIX,
 )
+
+_MAX_WASTE = 1.25  # a hull may be this much larger than its views before they are copied apart
 
 # The small script that stands beside every checkpoint, where users look for it.
 SCRIPT_NAME: Final = "zero_to_fp32.py"
@@ -45,7 +48,7 @@ def get_zero_ckpt_name_for_rank(base_folder: str, dp_rank: int, mp_rank: int) ->
 
 
 def get_layer_ckpt_name_for_rank(base_folder: str, layer_id: str | int, tp_rank: int) -> str:
-    """``layer_NN-model_TT-model_states.pt``; ``layer_id`` is a number, or a prefix such as ``layer_03``."""
+    """``layer_NN-model_TT_model_states.pt``; ``layer_id`` is a number, or a prefix such as ``layer_03``."""
     prefix = f"{LAYER_FILE_PREFIX}{layer_id:02d}" if isinstance(layer_id, int) else str(layer_id)
     return os.path.join(base_folder, f"{prefix}-model_{tp_rank:02d}{MODEL_FILE_SUFFIX}")
 
@@ -95,3 +98,108 @@ def mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
     if isinstance(tree, deque):
         return kind((mapped(value, leaf) for value in tree), tree.maxlen)
     return tree.copy() if kind is set else leaf(tree)
+
+
+# On the host, without the parts of a storage that nobody asked for. Parameters are views into large flat buffers, and
+# ``torch.save`` writes whole storages. Here each storage is narrowed to the hull of the views that are saved; views of
+# one storage still share it, so tied tensors stay tied and nothing is written twice:
+#
+#     storage   |......aaaaaaaabbbb..cccc............|        a, b, c: views that the tree holds
+#     hull            |aaaaaaaabbbb..cccc|                    what is saved
+#
+# Views that lie far apart would drag along what is between them, so these are copied one by one.
+
+
+class HostBuffers:
+    """Host memory that an asynchronous save copies into, kept for the next one: first touching it costs most."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[torch.Tensor]] = {}
+        self._used: list[torch.Tensor] = []
+
+    def take(self, nbytes: int, pin: bool) -> torch.Tensor:
+        """``nbytes`` of memory, uint8 1D."""
+        free = self._free.get(nbytes)
+        buffer = free.pop() if free else torch.empty(nbytes, dtype=torch.uint8, pin_memory=pin)
+        self._used.append(buffer)
+        return buffer
+
+    def give_back(self) -> None:
+        """Nobody reads what was taken any more; sizes that were not needed this time are freed."""
+        self._free = {}
+        for buffer in self._used:
+            self._free.setdefault(buffer.numel(), []).append(buffer)
+        self._used = []
+
+
+@dataclass(slots=True)
+class _Hull:
+    """The part of one storage that is saved, in elements of one dtype."""
+
+    start: int
+    stop: int
+    numel: int  # sum over the views
+    tensor: torch.Tensor  # one of the views
+
+    def base(self, copy: bool, buffers: HostBuffers | None) -> torch.Tensor:
+        """As a 1D tensor with a storage of exactly its size."""
+        tensor = self.tensor.detach()
+        size, numel = tensor.element_size(), self.stop - self.start
+        if not copy and tensor.device.type == "cpu":
+            storage = tensor.untyped_storage()
+            if numel * size != storage.nbytes():
+                storage = storage[self.start * size : self.stop * size]  # aliases the memory
+            return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, (numel,), (1,))
+        flat = tensor.as_strided((numel,), (1,), self.start)
+        if buffers is None:
+            return flat.to("cpu", copy=True)
+        host = buffers.take(numel * size, pin=tensor.is_cuda).view(tensor.dtype)
+        return host.copy_(flat, non_blocking=True)
+
+
+def snapshot(tree: Any, *, copy: bool, buffers: HostBuffers | None = None) -> Any:
+    """``tree`` (containers and leaves) with host tensors whose storages hold only what is saved.
+
+    ``copy=False`` may alias live CPU memory, so it must be written before anything changes it;
+    ``copy=True`` shares nothing with it and takes its memory from ``buffers`` where given.
+    """
+    hulls: dict[Any, _Hull] = {}
+    alone: dict[Any, torch.Tensor] = {}
+
+    def key(tensor: torch.Tensor) -> tuple[Any, ...]:
+        return tensor.untyped_storage().data_ptr(), tensor.device, tensor.dtype
+
+    def see(leaf: Any) -> None:
+        if isinstance(leaf, torch.Tensor) and _is_plain(leaf) and leaf.numel():
+            first = int(leaf.storage_offset())
+            last = first + sum((n - 1) * s for n, s in zip(leaf.shape, leaf.stride(), strict=True)) + 1
+            hull = hulls.setdefault(key(leaf), _Hull(first, last, 0, leaf))
+            hull.start, hull.stop = min(hull.start, first), max(hull.stop, last)
+            hull.numel += leaf.numel()
+
+    def host(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if not _is_plain(leaf):
+            return leaf.detach().clone().cpu() if copy else leaf.detach().cpu()
+        of = key(leaf)
+        if of in bases and leaf.numel():
+            return bases[of].as_strided(leaf.shape, leaf.stride(), leaf.storage_offset() - hulls[of].start)
+        view = (*of, leaf.storage_offset(), tuple(leaf.shape), tuple(leaf.stride()))
+        if view not in alone:  # the same view twice is a tied tensor
+            alone[view] = leaf.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return alone[view]
+
+    # [1] What of each storage is wanted; [2] these parts, on the host; [3] the tree, of views of them.
+    mapped(tree, see)
+    dense = {of: hull for of, hull in hulls.items() if hull.stop - hull.start <= _MAX_WASTE * hull.numel}
+    bases = {of: hull.base(copy, buffers) for of, hull in dense.items()}
+    # The copies to pinned memory do not wait; what follows reads them.
+    if any(hull.tensor.is_cuda for hull in hulls.values()):
+        torch.cuda.synchronize()
+    return mapped(tree, host)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether dtype, sizes and strides say all of it, so that another view of the memory is as good."""
+    return tensor.layout == torch.strided and not tensor.is_quantized

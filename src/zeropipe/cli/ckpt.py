@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -32,6 +25,7 @@ from zeropipe.checkpoint.sources import Checkpoint
 from zeropipe.checkpoint.sources.dcp import write_dcp
 from zeropipe.checkpoint.sources.parallel import weights
 from zeropipe.checkpoint.sources.universal import write_universal
+from zeropipe.cli import bar, say, shown
 from zeropipe.errors import CheckpointError
 
 app = typer.Typer(
@@ -56,7 +50,6 @@ def inspect(
 ) -> None:
     """Say what a checkpoint holds; no tensor is read."""
     source = open_source(folder, tag, trust=trust)
-    console = Console(soft_wrap=True)
     train = source.train_state(0)
     sizes = ", ".join(f"{axis} {size}" for axis, size in source.degrees.items())
     facts = {
@@ -68,33 +61,26 @@ def inspect(
         "tied": ", ".join(f"{a} = {b}" for a, b in source.tied.items()) or "none",
     }
     for name, value in facts.items():
-        console.print(f"{name:>13}  {_shown(value).plain}", highlight=False, markup=False)
-    console.print(_summary(source))
+        say(f"{name:>13}  {shown(value).plain}")
+    say(_summary(source))
     if tensors:
-        console.print(_tensors(source))
+        say(_tensors(source))
 
 
 def _summary(source: Checkpoint) -> Table:
-    table = Table("kind", "tensors", "elements", "bytes", "dtype")
-    rows: dict[tuple[str, str], list[int]] = {}
+    """One row for each kind and dtype: how many tensors, elements, bytes."""
+    sizes: dict[tuple[str, str], list[int]] = {}
     for entry in source.module:
-        row = rows.setdefault((f"module {entry.kind}", entry.dtype), [0, 0, 0])
-        _count(row, _numel(entry.shape), entry.dtype)
+        sizes.setdefault((f"module {entry.kind}", entry.dtype), []).append(prod(entry.shape))
     for flat in source.flats:
         for key, dtype in flat.keys.items():
             what = {FP32: "fp32 master", PARAM: "sharded frozen"}.get(key, f"optimizer {key}")
-            row = rows.setdefault((what, dtype), [0, 0, 0])
-            for spec in flat.layout.tensors:
-                _count(row, spec.numel, dtype)
-    for (what, dtype), (count, numel, nbytes) in rows.items():
-        table.add_row(_shown(what), str(count), f"{numel:,}", _size(nbytes), _shown(dtype))
+            sizes.setdefault((what, dtype), []).extend(spec.numel for spec in flat.layout.tensors)
+    table = Table("kind", "tensors", "elements", "bytes", "dtype")
+    for (what, dtype), numels in sizes.items():
+        nbytes = sum(numels) * getattr(torch, dtype).itemsize
+        table.add_row(shown(what), str(len(numels)), f"{sum(numels):,}", _size(nbytes), shown(dtype))
     return table
-
-
-def _shown(name: object) -> Text:
-    """Text from a file as it is: brackets are no markup, and nothing in it steers the terminal."""
-    text = str(name)
-    return Text(text if text.isprintable() else repr(text))
 
 
 def _tensors(source: Checkpoint) -> Table:
@@ -102,27 +88,30 @@ def _tensors(source: Checkpoint) -> Table:
     for weight in weights(source):
         flat = weight.flat
         where = f"{flat.name} x {flat.layout.num_shards} shards" if weight.value is None else "module"
-        table.add_row(_shown(weight.name), str(weight.shape), weight.kind, _shown(where))
+        table.add_row(shown(weight.name), str(weight.shape), weight.kind, shown(where))
     return table
 
 
 @app.command()
 def verify(folder: Folder, tag: Tag = None) -> None:
     """Check every byte against the manifest's checksums; exit 1 and name the files where anything is wrong."""
-    candidate = _locate(folder, tag)
+    choice = tags.choose(folder, tag)
+    if not choice.candidates:
+        raise CheckpointError("; ".join(choice.notices))
+    candidate = choice.candidates[0].path
     manifest = None
     # Only for the bar's length; a damaged manifest is one of the findings.
     with suppress(CheckpointError):
         manifest = read_manifest(candidate)
     total = sum(record.bytes for record in manifest.files) if manifest else 0
-    with _bar("checking", total) as advance:
+    with bar("checking", total) as advance:
         findings = verify_folder(candidate, advance)
-    table = Table("file", "bytes", "state", title=_shown(candidate))
+    table = Table("file", "bytes", "state", title=shown(candidate))
     colours = {FileState.WHOLE: "green", FileState.UNCHECKED: "yellow", FileState.EXTRA: "yellow"}
     for finding in findings:
         colour = colours.get(finding.state, "red")
-        table.add_row(_shown(finding.file), f"{finding.bytes:,}", Text(finding.state.value, colour))
-    Console(soft_wrap=True).print(table)
+        table.add_row(shown(finding.file), f"{finding.bytes:,}", Text(finding.state.value, colour))
+    say(table)
     bad = [f for f in findings if f.state in (FileState.DAMAGED, FileState.MISSING)]
     if bad:
         raise CheckpointError("; ".join(f"{f.file} is {f.state.value}" for f in bad))
@@ -138,18 +127,14 @@ def diff(
     """Compare two checkpoints value by value, whatever the layouts; exit 1 where they differ."""
     a, b = open_source(left, left_tag), open_source(right, right_tag)
     table = Table("name", "what", "left | right", "largest difference")
-    with _bar("comparing", len(list(weights(a))), files=False) as advance:
+    with bar("comparing", len(list(weights(a))), files=False) as advance:
         for found in compare(a, b, advance):
             largest = "" if found.largest is None else f"{found.largest:.3g}"
-            table.add_row(_shown(found.name), _shown(found.what), _shown(found.text), largest)
-    console = Console(soft_wrap=True)
-    if not table.row_count:
-        console.print(
-            "equal: weights, optimizer state, hyperparameters, counters and client state, bit for bit"
-        )
-        return
-    console.print(table)
-    raise typer.Exit(1)
+            table.add_row(shown(found.name), shown(found.what), shown(found.text), largest)
+    if table.row_count:
+        say(table)
+        raise typer.Exit(1)
+    say("equal: weights, optimizer state, hyperparameters, counters and client state, bit for bit")
 
 
 @app.command()
@@ -170,21 +155,19 @@ def convert(
 ) -> None:
     """Write a checkpoint anew in a layout that another tool wants; loading in zeropipe never needs it."""
     source = open_source(folder, tag, trust=trust)
-    if to == "universal":
-        with _bar("writing", len(list(weights(source))), files=False) as advance:
-            path = write_universal(source, output, progress=advance)
-    elif to == "dcp":
-        with _bar("writing", len(list(weights(source))), files=False) as advance:
-            path = write_dcp(source, output, progress=advance)
+    write: Any = {"universal": write_universal, "dcp": write_dcp}.get(to)
+    if write is not None:
+        count = len(list(weights(source)))
     elif to in ("deepspeed", "zeropipe"):
-        ranks = source.degrees.get("dp", 1) if dp is None else dp
-        model = (tp or source.degrees.get("tp", 1)) * (pp or source.degrees.get("pp", 1))
-        with _bar("writing", ranks * model, files=False) as advance:
-            at = source.stage if stage is None else stage
-            path = convert_checkpoint(source, output, stage=at, dp=ranks, tp=tp, pp=pp, progress=advance)
+        dp = source.degrees.get("dp", 1) if dp is None else dp
+        count = dp * (tp or source.tp) * (pp or source.pp)
+        at = source.stage if stage is None else stage
+        write = partial(convert_checkpoint, stage=at, dp=dp, tp=tp, pp=pp)
     else:
         raise CheckpointError("convert --to", expected="deepspeed, zeropipe, universal or dcp", found=to)
-    Console(soft_wrap=True).print(f"wrote {path}", highlight=False, markup=False)
+    with bar("writing", count, files=False) as advance:
+        path = write(source, output, progress=advance)
+    say(f"wrote {path}")
 
 
 @app.command()
@@ -201,11 +184,11 @@ def export(
 ) -> None:
     """Write the weights as safetensors (or torch) files with an index, one tensor in memory at a time."""
     source = open_source(folder, tag, trust=trust)
-    width = {"fp32": 4}.get(dtype, 2)
+    width = 4 if dtype == "fp32" else 2
     total = sum(
-        _numel(w.shape) * (width if w.dtype.is_floating_point else w.dtype.itemsize) for w in weights(source)
+        prod(w.shape) * (width if w.dtype.is_floating_point else w.dtype.itemsize) for w in weights(source)
     )
-    with _bar("writing", total) as advance:
+    with bar("writing", total) as advance:
         files = export_weights(
             source,
             output,
@@ -217,7 +200,7 @@ def export(
             progress=advance,
         )
     for path in files:
-        Console(soft_wrap=True).print(f"{path}  {_size(path.stat().st_size)}", highlight=False, markup=False)
+        say(f"{path}  {_size(path.stat().st_size)}")
 
 
 @app.command()
@@ -231,15 +214,11 @@ def prune(
     Only what saves of zeropipe made under this name: other programs' checkpoints, links and what they point to, copies
     under another name and other files stay, and do not count.
     """
-    console = Console(soft_wrap=True)
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
-
     found = tags.ours(folder)
     first = tags.choose(folder, None).candidates[:1]
-    # What `latest` names or a link points to somebody still uses.
-    held = {path.resolve() for path in (*(c.path for c in first), *_links(folder))}
+    # What `latest` names or a link beside the checkpoints points to somebody still uses.
+    links = [path for path in folder.iterdir() if path.is_symlink()] if folder.is_dir() else []
+    held = {path.resolve() for path in (*(c.path for c in first), *links)}
     kept = [c for number, c in enumerate(found) if number < keep or c.path.resolve() in held]
     gone = [c.path for c in found if c not in kept]
     failed: list[str] = []
@@ -265,45 +244,6 @@ def _links(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_symlink()] if folder.is_dir() else []
 
 
-def _locate(folder: Path, tag: str | None) -> Path:
-    choice = tags.choose(folder, tag)
-    if not choice.candidates:
-        raise CheckpointError("; ".join(choice.notices))
-    return choice.candidates[0].path
-
-
-@contextmanager
-def _bar(what: str, total: int, files: bool = True) -> Iterator[Callable[[int], None]]:
-    """A progress bar on the error stream, so that output stays clean; gone when the work is done."""
-    count = DownloadColumn() if files else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total or None)
-
-        def advance(done: int) -> None:
-            progress.advance(task, done)
-
-        yield advance
-
-
-def _count(row: list[int], numel: int, dtype: str) -> None:
-    import torch
-
-    row[0] += 1
-    row[1] += numel
-    row[2] += numel * getattr(torch, dtype).itemsize
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel
-
-
 def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError
+    power = next((p for p in range(3) if nbytes < 1000 ** (p + 1)), 3)
+    return f"{nbytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"

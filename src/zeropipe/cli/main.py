@@ -33,7 +33,8 @@ class LazyGroup(TyperGroup):
 
             found = getattr(plan, cmd_name)
         command = get_command(found)
-        command.name = cmd_name  # a Typer app has no name of its own until a parent gives it one
+        # A Typer app has no name of its own until a parent gives it one.
+        command.name = cmd_name
         return command
 
     def invoke(self, ctx: Any) -> Any:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from zeropipe.cli import shown
 from zeropipe.config import reference as reference_text
 from zeropipe.config.batch import ACCUMULATION, MICRO, TRAIN, check_world, solve_batch
 from zeropipe.config.parse import parse_config
@@ -83,14 +86,12 @@ def reference(output: Output = None) -> None:
 
 
 def _changed(parsed: Config) -> Table | str:
-    defaults = Config().settings()
-    rows = parsed.settings(changed=True)
+    defaults, rows = Config().settings(), parsed.settings(changed=True)
     if not rows:
         return "every setting has its default"
     table = Table("setting", "value", "default", title="settings that differ from their default")
     for name, value in rows.items():
-        default = escape(str(defaults[name])) if name in defaults else ""
-        table.add_row(escape(name), escape(str(value)), default)
+        table.add_row(*(shown(cell) for cell in (name, value, defaults.get(name, ""))))
     return table
 
 
@@ -98,13 +99,9 @@ def _emit(text: str, output: Path | None) -> None:
     if output is None:
         typer.echo(text, nl=False)
         return
-    try:
+    with _to_file(output, "--output"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {str(output)!r}: {error.strerror}", fix="give another --output"
-        ) from None
 
 
 # Compressed communication.
@@ -286,7 +283,7 @@ def _show(result: Simulation, activation_bytes: float | None) -> None:
 
 
 def _write(result: Simulation, files: dict[str, Path | None], quiet: bool) -> None:
-    from zeropipe.runtime.pipe.picture import chrome_trace
+    from zeropipe.runtime.pipe import picture
 
     made = result.schedule
     title = (
@@ -297,18 +294,24 @@ def _write(result: Simulation, files: dict[str, Path | None], quiet: bool) -> No
     for kind, path in files.items():
         if path is None:
             continue
-        try:
+        with _to_file(path, f"--{kind}"):
             if kind == "trace":
-                path.write_text(chrome_trace(result.events, made.num_ranks))
+                path.write_text(picture.chrome_trace(result.events, made.num_ranks))
             else:
-                from zeropipe.runtime.pipe.picture import draw
-
-                draw(result.events, made.num_ranks, path, title)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write {path}", found=error.strerror or str(error), fix="name another file"
-            ) from error
+                picture.draw(result.events, made.num_ranks, path, title)
         typer.echo(f"wrote {path}", err=quiet)
+
+
+# Files of the user's.
+
+
+@contextmanager
+def _to_file(path: Path, option: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise ConfigError(f"cannot write {path}", found=found, fix=f"give another {option}") from error
 
 
 def _read_text(path: Path) -> str:

@@ -11,7 +11,11 @@ from typing import Any, Final
 
 import torch
 
-from zeropipe.checkpointing import CHECKPOINTER, MODEL_PARALLEL_RNG
+from zeropipe.checkpointing import (
+    MODEL_PARALLEL_RNG,
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
 from zeropipe.comm.collectives import all_gather
 from zeropipe.comm.group import from_process_group, world
 from zeropipe.errors import UsageError
@@ -104,7 +108,7 @@ def _get_zero_param_intra_parallel_group() -> None:
 # deepspeed.checkpointing
 
 _MODEL_PARALLEL_RNG_TRACKER_NAME: Final = MODEL_PARALLEL_RNG
-_CUDA_RNG_STATE_TRACKER: Final = CHECKPOINTER.tracker
+_CUDA_RNG_STATE_TRACKER: Final = get_cuda_rng_tracker()
 
 
 def _set_cuda_rng_state(new_state: torch.Tensor, device: int = -1) -> None:
@@ -117,7 +121,7 @@ def _set_cuda_rng_state(new_state: torch.Tensor, device: int = -1) -> None:
 
 def model_parallel_reconfigure_tp_seed(seed: int) -> None:
     """Start the model-parallel random state anew from ``seed``, another one on each model-parallel rank."""
-    CHECKPOINTER.tracker.seed_model_parallel(seed, CHECKPOINTER.model_rank())
+    model_parallel_cuda_manual_seed(seed)
 
 
 def detach_variable(inputs: tuple[Any, ...], device: torch.device | str | None = None) -> tuple[Any, ...]:

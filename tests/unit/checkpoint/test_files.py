@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeropipe.checkpoint.save.contents import HostBuffers, snapshot
 from zeropipe.checkpoint.save.files import (
     FileRecord,
     FragmentAddress,
@@ -23,6 +22,7 @@ from zeropipe.checkpoint.save.files import (
     write_torch,
 )
 from zeropipe.checkpoint.save.plain import is_plain
+from zeropipe.checkpoint.utils import HostBuffers, snapshot
 from zeropipe.errors import CheckpointError
 
 

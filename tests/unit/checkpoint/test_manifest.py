@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.layout.strategies import layouts
 from zeropipe.checkpoint.save.files import FileRecord, checksum_text
-from zeropipe.checkpoint.save.records import _BLANK, FlatEntry, Manifest, Part, TensorEntry, _own
+from zeropipe.checkpoint.save.records import _BLANK, FlatEntry, Manifest, TensorEntry, _own, united
 from zeropipe.errors import CheckpointError
 from zeropipe.frozen import from_json, to_json
 from zeropipe.layout.flat import FlatShards, TensorSpec
@@ -84,8 +84,32 @@ def test_the_text_is_what_every_version_wrote() -> None:
 @given(layouts(), st.lists(st.sampled_from(["f", "g"]), max_size=3))
 def test_frozen_data_comes_back_from_json(layout: FlatShards, names: list[str]) -> None:
     flat = replace(MANIFEST.flats[0], layout=layout, files=tuple(names))
-    part = Part(1, FILES, MANIFEST.module, (flat,), {"v": "w"}, tuple(names), "f")
-    assert from_json(Part, json.loads(json.dumps(to_json(part)))) == part
+    part = replace(MANIFEST, flats=(flat,), excluded=tuple(names))
+    assert from_json(Manifest, json.loads(json.dumps(to_json(part)))) == part
+
+
+@given(st.integers(1, 5), st.integers(1, 5))
+def test_what_the_ranks_have_written_unites_to_the_whole(ranks: int, shards: int) -> None:
+    """Each rank names its own files and shards alone, in any number; the order is that of the ranks."""
+    files = tuple(FileRecord(f"f{rank}", rank, "crc32:00000000") for rank in range(ranks))
+    holders = [f"f{shard % ranks}" for shard in range(shards)]
+    flat = replace(MANIFEST.flats[0], layout=FlatShards(LAYOUT.tensors, shards, 4), files=tuple(holders))
+    parts = [
+        replace(
+            MANIFEST,
+            files=(file,),
+            rank_files=(file.name,),
+            module=MANIFEST.module if rank == 0 else (),
+            flats=(replace(flat, files=tuple(h if h == file.name else "" for h in holders)),),
+            excluded=("q",) if rank % 2 == 0 else (),
+        )
+        for rank, file in enumerate(files)
+    ]
+    names = tuple(file.name for file in files)
+    assert united(parts) == replace(MANIFEST, files=files, rank_files=names, flats=(flat,))
+    lost = replace(parts[0], flats=(replace(flat, files=("", *holders[1:])),))
+    with pytest.raises(CheckpointError, match="no rank has written shard 0 of x"):
+        united([lost])
 
 
 @pytest.mark.parametrize("key", sorted(TEXT.keys() - {"format", "checksum"}))

@@ -15,7 +15,7 @@ from zeropipe.errors import UsageError
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(checkpointing, "CHECKPOINTER", checkpointing.Checkpointer())
+    monkeypatch.setattr(checkpointing, "SHARED", checkpointing.Checkpointing())
 
 
 def run(wrap):

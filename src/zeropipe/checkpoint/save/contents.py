@@ -1,13 +1,23 @@
 """Decides which files a rank writes and what is in each: DeepSpeed's names and keys, ours beside them.
 
+    file                                              written by                          holds
+    [zero_pp_rank_D_]mp_rank_M_model_states.pt        the first data rank; stage 3: all   the module, counts, words
+    layer_N-model_T-model_states.pt                   the first data rank of a pipeline   one layer's tensors
+    [bf16_]zero_pp_rank_D_mp_rank_M_optim_states.pt   stages 1 to 3: who has a shard      flats, the rank's own
+    zeropipe_rank_R_states.pt                         who writes no optimizer file        the rank's own
+    zeropipe_client_states.pt                         the first data rank, if need be     what only code restores
+
+D, M, T are ranks of data, model and tensor parallelism, R is the rank of all. The rank's own: its random states, the
+position of its data, what its compressed communication owes.
 Tensors that stand under two names (ours and DeepSpeed's) share their storage, so they are written once.
 ``zeropipe`` is our key in each file; what the manifest points at is there.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,90 +25,120 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
-from zeropipe.checkpoint.save.files import FileRecord, write_torch
+from zeropipe.checkpoint.save.files import pickled, unpickled, write_torch
 from zeropipe.checkpoint.save.peer_keys import model_keys, optimizer_keys, whole_optimizer
-from zeropipe.checkpoint.save.plain import is_plain, lowered
-from zeropipe.checkpoint.save.records import COMPUTED, FlatEntry, FlatState, LocalState, Part, TensorEntry
-from zeropipe.checkpoint.save.words import groups_words, module_words, objects, scalars_words, training_words
+from zeropipe.checkpoint.save.plain import below, encode, is_plain, lowered, name_of
+from zeropipe.checkpoint.save.records import (
+    CLIENT,
+    FlatEntry,
+    FlatState,
+    LocalState,
+    Manifest,
+    TensorEntry,
+    rest_words,
+    training_words,
+)
 from zeropipe.checkpoint.utils import (
+    HostBuffers,
     get_model_ckpt_name_for_rank,
     get_zero3_model_ckpt_name_for_rank,
     get_zero_ckpt_name_for_rank,
-    mapped,
+    snapshot,
 )
+from zeropipe.errors import describe
 
 OURS = "zeropipe"
 CODE_FILE = "zeropipe_client_states.pt"  # what only unpickling with code can read back
-_MAX_WASTE = 1.25  # a hull may be this much larger than its views before they are copied apart
 
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """The files of one rank, ready to be written, and what they add to the manifest."""
+    """The files of one rank, ready to be written, and what it adds to the manifest."""
 
     trees: dict[str, Any]  # file name -> what torch.save gets
-    part: Part  # without file records
+    part: Manifest  # without file records
 
 
-def collect(local: LocalState, *, copy: bool, buffers: HostBuffers | None = None) -> Outgoing:
+def collect(local: LocalState, tag: str, *, copy: bool, buffers: HostBuffers | None = None) -> Outgoing:
     """Lay out this rank's files. With ``copy`` nothing in them shares memory with the training state."""
-    grid = local.grid
+    grid, model = local.grid, local.model
+    lead = grid.dp_rank == 0
     trees: dict[str, Any] = {}
-    module: list[TensorEntry] = []
-    flats: list[FlatEntry] = []
     code: dict[str, Any] = {}
-    in_model_file = local.stage == 0
-    mine = [f for f in local.flats if _writes(f, grid.dp_rank, in_model_file)]
-    model_name = model_file(local)
-    optim_name = optimizer_file(local)
+    # Replicas take turns, shard by shard, so that they write disjoint parts. At stage 0 all ranks are replicas.
+    mine = [f for f in local.flats if (f.replica == f.shard % f.num_replicas if local.stage else lead)]
+    # What of these needs code is not kept: the optimizer starts it anew.
+    flat_trees = {f.name: {"tensors": dict(f.tensors), "scalars": _scalars(f, {})} for f in mine}
 
-    if grid.dp_rank == 0 or local.stage >= 3:
-        tree = _model_tree(local, code if grid.dp_rank == 0 else {}, lead=grid.dp_rank == 0)
-        if in_model_file and mine:
-            tree["optimizer"] = whole_optimizer(local)
-            tree[OURS]["flats"] = _flat_trees(mine)
-            flats += [_entry(f, local, model_name) for f in mine]
-        trees[model_name] = tree
-        if grid.dp_rank == 0:
-            by_layer = _layer_trees(local)
-            files = _layer_file_of(local)
-            for name in [n for n in tree["module"] if local.model.tied.get(n, n) in files]:
-                del tree["module"][name]
-            # DeepSpeed's pipeline looks into the layer files only where there is nothing here.
-            tree["module"] = tree["module"] or None
-            trees |= by_layer
-            module += _module_entries(local, model_name)
-    # What belongs to a rank goes into its optimizer file, or into one of its own where it writes none.
-    rank_file = optim_name
-    rank_state = {"per_rank": local.train.per_rank}
-    if in_model_file or not mine:
-        rank_file = f"zeropipe_rank_{grid.rank:05d}_states.pt"
-        trees[rank_file] = {OURS: rank_state}
+    # [1] The module. A layer's tensors are in the layer's file; a tied one is in several, and the first counts.
+    model_file = get_model_ckpt_name_for_rank("", f"{grid.mp_rank:02d}")
+    if local.stage >= 3:
+        model_file = get_zero3_model_ckpt_name_for_rank("", grid.dp_rank, grid.mp_rank)
+    files = dict.fromkeys(model.tensors if lead else (), model_file)
+    if lead or local.stage >= 3:
+        module = _module(local, lead)
+        trees[model_file] = tree = model_keys(local, module)
+        for key, value in lowered(local.train.client_state).items():
+            tree.setdefault(key, value)
+        tree[OURS] = _words(local, code if lead else {}, lead)
+        for layer, key, name in model.layers if lead else ():
+            # As DeepSpeed's pipeline names it; what its tools call a layer's file has an underscore before ``model``.
+            file = f"{LAYER_FILE_PREFIX}{layer:02d}-model_{grid.tp_rank:02d}-model_states.pt"
+            files[name] = file if files[name] == model_file else files[name]
+            trees.setdefault(file, {})[key] = model.tensors[name]
+        for name in [n for n in module if files.get(model.tied.get(n, n), model_file) != model_file]:
+            del module[name]
+        # DeepSpeed's pipeline looks into the layer files only where there is nothing here.
+        tree["module"] = module or None
+
+    # [2] Flats, and what belongs to a rank: in its optimizer file, or in one of its own where it writes none.
+    rank_file = f"zeropipe_rank_{grid.rank:05d}_states.pt"
+    flat_file = model_file
+    per_rank = {"per_rank": local.train.per_rank}
+    if local.stage and mine:
+        rank_file = flat_file = get_zero_ckpt_name_for_rank("", grid.dp_rank, grid.mp_rank)
+        if local.dtype == "bfloat16":
+            rank_file = flat_file = f"bf16_{flat_file}"
+        trees[rank_file] = optimizer_keys(local) | {OURS: per_rank | {"flats": flat_trees}}
     else:
-        trees[optim_name] = optimizer_keys(local) | {OURS: rank_state | {"flats": _flat_trees(mine)}}
-        flats += [_entry(f, local, optim_name) for f in mine]
-    code = objects(code, copy=copy)
-    if code and grid.dp_rank == 0:
+        trees[rank_file] = {OURS: per_rank}
+        if mine:
+            tree["optimizer"] = whole_optimizer(local)
+            tree[OURS]["flats"] = flat_trees
+
+    # [3] What only code restores.
+    code = _objects(code, copy=copy)
+    if code:
         trees[code_file(grid.mp_rank)] = {OURS: code}
-    part = Part(grid.rank, (), tuple(module), tuple(flats), local.model.tied, local.model.excluded, rank_file)
+
+    part = Manifest(
+        tag,
+        local.stage,
+        local.dtype,
+        local.optimizer_name,
+        grid.world,
+        {"dp": grid.dp_degree, "tp": grid.tp_degree, "pp": grid.pp_degree},
+        local.train.global_steps,
+        {"zeropipe": importlib.metadata.version("zeropipe"), "torch": torch.__version__},
+        (rank_file,),
+        model.tied,
+        model.excluded,
+        (),
+        tuple(
+            TensorEntry(n, tuple(t.shape), _dtype(t), model.kinds.get(n, "param"), files[n], grid.mp_rank)
+            for n, t in (model.tensors.items() if lead else ())
+        ),
+        tuple(_entry(f, grid.mp_rank, flat_file) for f in mine),
+    )
     # One by one: what two files hold of a storage differs, and each must hold no more than its own.
     host = {name: snapshot(tree, copy=copy, buffers=buffers) for name, tree in trees.items()}
     return Outgoing(host, part)
 
 
-def write(folder: Path, outgoing: Outgoing) -> Part:
+def write(folder: Path, outgoing: Outgoing) -> Manifest:
     """Write and sync the files. Raises OSError as it comes."""
-    records: list[FileRecord] = []
-    for name, tree in outgoing.trees.items():
-        records.append(write_torch(folder / name, tree))
-    return replace(outgoing.part, files=tuple(records))
-
-
-def model_file(local: LocalState) -> str:
-    mp_rank = local.grid.mp_rank
-    if local.stage >= 3:
-        return get_zero3_model_ckpt_name_for_rank("", local.grid.dp_rank, mp_rank)
-    return get_model_ckpt_name_for_rank("", f"{mp_rank:02d}")
+    records = tuple(write_torch(folder / name, tree) for name, tree in outgoing.trees.items())
+    return replace(outgoing.part, files=records)
 
 
 def code_file(mp_rank: int) -> str:
@@ -106,103 +146,28 @@ def code_file(mp_rank: int) -> str:
     return CODE_FILE if mp_rank == 0 else CODE_FILE.replace("states", f"mp_rank_{mp_rank:02d}_states")
 
 
-def layer_file(layer: int, tp_rank: int) -> str:
-    """The file of one pipeline layer, under the name that DeepSpeed's pipeline gives it."""
-    return f"{LAYER_FILE_PREFIX}{layer:02d}-model_{tp_rank:02d}-model_states.pt"
-
-
-def optimizer_file(local: LocalState) -> str:
-    name = get_zero_ckpt_name_for_rank("", local.grid.dp_rank, local.grid.mp_rank)
-    return f"bf16_{name}" if local.dtype == "bfloat16" else name
-
-
-def _writes(flat: FlatState, dp_rank: int, in_model_file: bool) -> bool:
-    """Replicas take turns, shard by shard, so that they write disjoint parts."""
-    if in_model_file:
-        return dp_rank == 0
-    return flat.replica == flat.shard % flat.num_replicas
-
-
-def _model_tree(local: LocalState, code: dict[str, Any], lead: bool) -> dict[str, Any]:
-    """The model file; only the first data-parallel rank's (``lead``) holds values."""
-    train = local.train
+def _module(local: LocalState, lead: bool) -> OrderedDict[str, Any]:
+    """The state dict in the model file; only the first data-parallel rank's (``lead``) holds values."""
+    model, tensors = local.model, local.model.tensors
     module: OrderedDict[str, Any] = OrderedDict()
-    of_module = module_words(local.model, code) if lead else {}
     if lead:
-        module.update(local.model.tensors)
-        for other, name in local.model.tied.items():
-            if name in local.model.tensors:
-                module[other] = local.model.tensors[name]
-        module.update({k: v for k, v in local.model.extra.items() if is_plain(v)})
+        module.update(tensors)
+        module.update({other: tensors[name] for other, name in model.tied.items() if name in tensors})
+        module.update({k: v for k, v in model.rest.extra.items() if is_plain(v)})
     if local.stage >= 3:
-        module.update({name: local.model.tensors[name] for name in local.model.buffers})
+        module.update({name: tensors[name] for name in model.of_kind("buffer")})
         # A strict load in DeepSpeed wants every name; it too keeps sharded parameters as empty tensors here.
-        held = [s.name for f in local.flats for s in f.layout.tensors if s.name not in local.model.hidden]
-        for name in (*held, *local.model.tied):
+        held = [s.name for f in local.flats for s in f.layout.tensors if s.name not in model.rest.hidden]
+        for name in (*held, *model.tied):
             module.setdefault(name, torch.empty(0, dtype=getattr(torch, local.dtype)))
-    tree = model_keys(local, module, lowered(train.lr_scheduler))
-    for key, value in lowered(train.client_state).items():
-        tree.setdefault(key, value)
-    tree[OURS] = {
-        "micro_steps": train.micro_steps,
-        "optimizer": local.optimizer_name,
-        "param_groups": groups_words(local, code),
-        **of_module,
-        **training_words(train, code),
-    }
-    return tree
+    return module
 
 
-def _flat_trees(flats: list[FlatState]) -> dict[str, Any]:
-    return {f.name: {"tensors": dict(f.tensors), "scalars": scalars_words(f, {})} for f in flats}
-
-
-def _entry(flat: FlatState, local: LocalState, file: str) -> FlatEntry:
+def _entry(flat: FlatState, mp_rank: int, file: str) -> FlatEntry:
     files = tuple(file if s == flat.shard else "" for s in range(flat.layout.num_shards))
-    return FlatEntry(
-        flat.name,
-        local.grid.mp_rank,
-        flat.group_index,
-        flat.layout,
-        {key: _dtype(tensor) for key, tensor in flat.tensors.items()},
-        {key: _figure(value) for key, value in flat.scalars.items() if _figure(value) is not None},
-        files,
-    )
-
-
-def _layer_trees(local: LocalState) -> dict[str, dict[str, torch.Tensor]]:
-    """The files of this rank's pipeline layers: each holds its layer's state dict and nothing else."""
-    trees: dict[str, dict[str, torch.Tensor]] = {}
-    for layer, key, name in local.model.layers:
-        file = layer_file(layer, local.grid.tp_rank)
-        trees.setdefault(file, {})[key] = local.model.tensors[name]
-    return trees
-
-
-def _layer_file_of(local: LocalState) -> dict[str, str]:
-    """The layer file in which each tensor is found; a tied one is in several, and the first counts."""
-    found: dict[str, str] = {}
-    for layer, _, name in local.model.layers:
-        found.setdefault(name, layer_file(layer, local.grid.tp_rank))
-    return found
-
-
-def _module_entries(local: LocalState, file: str) -> list[TensorEntry]:
-    model = local.model
-    kinds = dict.fromkeys(model.frozen, "frozen") | dict.fromkeys(model.buffers, "buffer")
-    kinds |= dict.fromkeys(model.computed, COMPUTED)
-    layer_files = _layer_file_of(local)
-    return [
-        TensorEntry(
-            name,
-            tuple(tensor.shape),
-            _dtype(tensor),
-            kinds.get(name, "param"),
-            layer_files.get(name, file),
-            local.grid.mp_rank,
-        )
-        for name, tensor in model.tensors.items()
-    ]
+    keys = {key: _dtype(tensor) for key, tensor in flat.tensors.items()}
+    figures = {key: _figure(value) for key, value in flat.scalars.items() if _figure(value) is not None}
+    return FlatEntry(flat.name, mp_rank, flat.group_index, flat.layout, keys, figures, files)
 
 
 def _dtype(tensor: torch.Tensor) -> str:
@@ -215,122 +180,79 @@ def _figure(value: Any) -> int | float | None:
     return value if isinstance(value, (int, float)) else None
 
 
-# On the host, without the parts of a storage that nobody asked for. Parameters are views into large flat buffers, and
-# ``torch.save`` writes whole storages. Here each storage is narrowed to the hull of the views that are saved; views of
-# one storage still share it, so tied tensors stay tied and nothing is written twice.
+# What is no tensor, in words; ``code`` gets what only code can restore.
 
 
-class HostBuffers:
-    """Host memory that an asynchronous save copies into, kept for the next one: first touching it costs most."""
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[torch.Tensor]] = {}
-        self._used: list[torch.Tensor] = []
-
-    def take(self, nbytes: int, pin: bool) -> torch.Tensor:
-        """``nbytes`` of memory, uint8 1D."""
-        free = self._free.get(nbytes)
-        buffer = free.pop() if free else torch.empty(nbytes, dtype=torch.uint8, pin_memory=pin)
-        self._used.append(buffer)
-        return buffer
-
-    def give_back(self) -> None:
-        """Nobody reads what was taken any more; sizes that were not needed this time are freed."""
-        self._free = {}
-        for buffer in self._used:
-            self._free.setdefault(buffer.numel(), []).append(buffer)
-        self._used = []
+def _words(local: LocalState, code: dict[str, Any], lead: bool = True) -> dict[str, Any]:
+    return {
+        "micro_steps": local.train.micro_steps,
+        "optimizer": local.optimizer_name,
+        "param_groups": encode(list(local.param_groups), "param_groups", code),
+        **(rest_words(local.model.rest, code) if lead else {}),
+        **training_words(local.train, code),
+    }
 
 
-@dataclass(slots=True)
-class _Hull:
-    """The part of one storage that is saved, in elements of one dtype."""
-
-    start: int
-    stop: int
-    numel: int  # sum over the views
-    tensor: torch.Tensor  # one of the views
+def _scalars(flat: FlatState, code: dict[str, Any]) -> Any:
+    """Optimizer state with one value for a whole flat."""
+    return encode(flat.scalars, below("optimizer", flat.name), code)
 
 
-def snapshot(tree: Any, *, copy: bool, buffers: HostBuffers | None = None) -> Any:
-    """``tree`` (dicts, lists, tuples, leaves) with host tensors whose storages hold only what is saved.
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """What of a state needs code. ``told``: path -> a line for the log; ``refused``: why it cannot be saved, or ""."""
 
-    ``copy=False`` may alias live CPU memory, so it must be written before anything changes it;
-    ``copy=True`` shares nothing with it and takes its memory from ``buffers`` where given.
-    """
-    hulls: dict[tuple[Any, ...], _Hull] = {}
-    for tensor in _tensors(tree):
-        if tensor.numel() == 0:
+    told: dict[str, str]
+    refused: str = ""
+
+
+def look_through(local: LocalState) -> Objects:
+    """Find what needs code before anything is written. What cannot be pickled either is left out, and said so; in
+    the client's own state, which would be lost, it is refused."""
+    code: dict[str, Any] = {}
+    unsaved: dict[str, Any] = {}
+    _words(local, code)
+    for flat in local.flats:
+        _scalars(flat, unsaved)
+    told = {
+        path: describe(
+            f"{path} is a {_kind(value)} in the optimizer's state: it is not saved and stays at its start on resume",
+            fix="let the optimizer keep numbers, strings, tensors and containers of them",
+        )
+        for path, value in unsaved.items()
+    }
+    refused = ""
+    fix = "give numbers, strings, tensors and containers of them, and make the object from those"
+    for path, value in code.items():
+        try:
+            pickled(value)
+        except Exception as reason:
+            what = f"{path} cannot be saved: it holds a {_kind(value)}, and pickle says {reason}"
+            text = describe(what, fix=fix)
+            if path == CLIENT or path.startswith((f"{CLIENT}.", f"{CLIENT}[")):
+                refused = refused or text
+            else:
+                told[path] = f"{text}; it will stay at its start on resume"
+        else:
+            told[path] = describe(
+                f"{path} is a {_kind(value)}, which only running code can restore: it comes back with "
+                "load_checkpoint(..., trust=True) alone",
+                fix=fix,
+            )
+    return Objects(told, refused)
+
+
+def _objects(code: Mapping[str, Any], *, copy: bool) -> dict[str, Any]:
+    """Those of ``code`` that pickle can write; with ``copy`` as they are now."""
+    kept: dict[str, Any] = {}
+    for path, value in code.items():
+        try:
+            data = pickled(value)
+        except Exception:  # ``look_through`` has said so
             continue
-        first = int(tensor.storage_offset())
-        last = first + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        hull = hulls.setdefault(_key(tensor), _Hull(first, last, 0, tensor))
-        hull.start, hull.stop = min(hull.start, first), max(hull.stop, last)
-        hull.numel += tensor.numel()
-    bases = {key: _base(hull, copy, buffers) for key, hull in hulls.items() if _dense(hull)}
-    # The copies to pinned memory do not wait; what follows reads them.
-    if any(hull.tensor.is_cuda for hull in hulls.values()):
-        torch.cuda.synchronize()
-    alone: dict[tuple[Any, ...], torch.Tensor] = {}
-
-    def place(tensor: torch.Tensor) -> torch.Tensor:
-        key = _key(tensor)
-        base = bases.get(key)
-        if base is not None and tensor.numel():
-            offset = tensor.storage_offset() - hulls[key].start
-            return base.as_strided(tensor.shape, tensor.stride(), offset)
-        view = (*key, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
-        if view not in alone:  # the same view twice is a tied tensor
-            alone[view] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return alone[view]
-
-    def host(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if _plain(leaf):
-            return place(leaf)
-        return leaf.detach().clone().cpu() if copy else leaf.detach().cpu()
-
-    return mapped(tree, host)
+        kept[path] = unpickled(data) if copy else value
+    return kept
 
 
-def _plain(tensor: torch.Tensor) -> bool:
-    """Whether dtype, sizes and strides say all of it, so that another view of the memory is as good."""
-    return tensor.layout == torch.strided and not tensor.is_quantized
-
-
-def _dense(hull: _Hull) -> bool:
-    return hull.stop - hull.start <= _MAX_WASTE * hull.numel
-
-
-def _key(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return (tensor.untyped_storage().data_ptr(), tensor.device, tensor.dtype)
-
-
-def _base(hull: _Hull, copy: bool, buffers: HostBuffers | None) -> torch.Tensor:
-    """The hull as a 1D tensor with a storage of exactly its size."""
-    tensor = hull.tensor.detach()
-    size = tensor.element_size()
-    numel = hull.stop - hull.start
-    flat = tensor.as_strided((numel,), (1,), hull.start)
-    if not copy and tensor.device.type == "cpu":
-        storage = tensor.untyped_storage()
-        if numel * size != storage.nbytes():
-            storage = storage[hull.start * size : hull.stop * size]  # aliases the memory
-        return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, (numel,), (1,))
-    if buffers is None:
-        return flat.to("cpu", copy=True)
-    host = buffers.take(numel * size, pin=tensor.is_cuda).view(tensor.dtype)
-    return host.copy_(flat, non_blocking=True)
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        if _plain(tree):
-            yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _tensors(value)
+def _kind(value: Any) -> str:
+    return ".".join(name_of(type(value)))

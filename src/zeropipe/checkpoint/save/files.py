@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import IO, Any, ClassVar
 
 import torch
 
 from zeropipe.errors import CheckpointError, describe
 
-_CHUNK = 1 << 20  # bytes read at once when checking a file: they are still in the cache when they are summed
+# Bytes read at once when checking a file: they are still in the cache when they are summed.
+_CHUNK = 1 << 20
 THREADS = 4  # that read at once in one process; checksums and copies let each other run
 
 
@@ -117,16 +118,14 @@ class FileRecord:
 
 
 class Output:
-    """A raw file that is written whole: it sums up what passes and remembers why the disk refused.
-
-    One pass over the data, none when reading it back. A raw write may stop early, at 2 GiB or when the disk is
-    filling. torch's writer loses the error that its file raises and complains of a position instead.
-    """
+    """A raw file that is written whole: it sums up what passes and remembers why the disk refused."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        # Summed as it passes: one pass over the data, none when reading it back.
         self.crc = 0
         self.bytes = 0
+        # torch's writer loses the error that its file raises and complains of a position instead.
         self.refusal: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -134,6 +133,7 @@ class Output:
         self.crc = zlib.crc32(view, self.crc)
         done = 0
         try:
+            # A raw write may stop early, at 2 GiB or when the disk is filling.
             while done < len(view):
                 done += self._file.write(view[done:])
         except OSError as error:
@@ -239,12 +239,14 @@ def check_file(folder: Path, record: FileRecord) -> None:
                 fix="use an earlier checkpoint, or copy this one again from where it is whole",
             )
         crc = 0
-        buffer = memoryview(bytearray(_CHUNK))  # one for all: fresh memory costs more than the checksum
+        # One buffer for all: fresh memory costs more than the checksum.
+        buffer = memoryview(bytearray(_CHUNK))
         with open(path, "rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 crc = zlib.crc32(buffer[:count], crc)
     except OSError as error:
         raise CheckpointError(missing_text(path, error)) from error
+    # Of the right size and readable, and still another file: a flipped bit, or a copy that was cut and filled up.
     if checksum_text(crc) != record.checksum:
         raise CheckpointError(
             f"{path} is damaged: its bytes are not those that were written",
@@ -282,27 +284,19 @@ def load_torch(path: Path, *, trust: bool = False) -> Any:
     except OSError as error:
         raise CheckpointError(missing_text(path, error)) from error
     except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, str(error))) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        lines = str(error).splitlines() or ["an unknown object"]
         raise CheckpointError(
-            f"{path} is not a file that torch.save wrote, or is damaged: {_first_line(error)}",
+            f"{path} was not opened: it holds something other than tensors and plain values, which could run code",
+            expected="what zeropipe or DeepSpeed writes",
+            found=next((line.strip() for line in lines if "GLOBAL" in line), lines[0]),
+            fix="if you trust whoever wrote the file, say so with trust=True (`--trust` on the command line)",
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path} is not a file that torch.save wrote, or is damaged: {reason}",
             fix="use an earlier checkpoint; `zeropipe ckpt verify` lists what is whole",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _refusal(path: Path, reason: str) -> str:
-    lines = reason.splitlines() or ["an unknown object"]
-    found = next((line.strip() for line in lines if "GLOBAL" in line), lines[0])
-    return describe(
-        f"{path} was not opened: it holds something other than tensors and plain values, which could run code",
-        expected="what zeropipe or DeepSpeed writes",
-        found=found,
-        fix="if you trust whoever wrote the file, say so with trust=True (`--trust` on the command line)",
-    )
 
 
 def _is_zip(path: Path) -> bool:
@@ -321,22 +315,6 @@ class Hold:
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-        self._lock()
-
-    @classmethod
-    def create(cls, path: Path, draft: Path, text: str) -> Hold:
-        """A new file that is held from the moment when it has its name. ``draft``: its name until then."""
-        os.close(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
-        hold = cls(draft)
-        try:
-            os.write(hold._handle, text.encode())
-            os.rename(draft, path)
-        except BaseException:
-            hold.release()
-            raise
-        return hold
-
-    def _lock(self) -> None:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(self._handle, fcntl.LOCK_SH)
 
@@ -352,22 +330,17 @@ class Hold:
     def __enter__(self) -> Hold:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
-def is_abandoned(path: Path) -> bool:
-    """Whether it is proved that nobody holds ``path``."""
-    try:
+def nobody_holds(path: Path) -> bool:
+    """Whether that is proved."""
+    with suppress(OSError):
         handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        finally:
+            os.close(handle)
+    return False

@@ -17,11 +17,10 @@ from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.save.files import FragmentAddress, LossScalerValues
 from zeropipe.checkpoint.save.plain import lowered
 from zeropipe.checkpoint.save.records import FP32, PARAM, FlatState, LocalState, TrainState
-from zeropipe.runtime.optimizers.state_kinds import Shared, numbers_by_tensor
+from zeropipe.runtime.optimizers.state_kinds import numbers_by_tensor
 
-PEER_VERSION = (
-    "0.19.8"  # the format that these keys follow; DeepSpeed's tools want to see one of its versions
-)
+# The format that these keys follow; DeepSpeed's tools want to see one of its versions.
+PEER_VERSION = "0.19.8"
 # What a model file holds besides the client's own keys.
 KNOWN_KEYS = {
     "module", "optimizer", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
@@ -31,7 +30,7 @@ KNOWN_KEYS = {
 }  # fmt: skip
 
 
-def model_keys(local: LocalState, module: Any, lr_scheduler: Any) -> dict[str, Any]:
+def model_keys(local: LocalState, module: Any) -> dict[str, Any]:
     """Top level of a model file. ``module``: the state dict that it holds."""
     grid, train, model = local.grid, local.train, local.model
     trained = [f for f in local.flats if FP32 in f.tensors]
@@ -43,8 +42,7 @@ def model_keys(local: LocalState, module: Any, lr_scheduler: Any) -> dict[str, A
     return model_file(
         train,
         module,
-        lr_scheduler=lr_scheduler,
-        buffers=model.buffers,
+        buffers=model.of_kind("buffer"),
         shapes=shapes if local.stage else None,
         frozen=_frozen(local),
         tied=model.tied,
@@ -57,7 +55,6 @@ def model_file(
     train: TrainState,
     module: Any,
     *,
-    lr_scheduler: Any,
     buffers: Iterable[str],
     shapes: Sequence[Mapping[str, torch.Size]] | None,
     frozen: tuple[Any, Any],
@@ -76,7 +73,7 @@ def model_file(
         k.FROZEN_PARAM_SHAPES: frozen[0],
         k.FROZEN_PARAM_FRAGMENTS: frozen[1],
         "shared_params": dict(tied),
-        "lr_scheduler": lr_scheduler,
+        "lr_scheduler": lowered(train.lr_scheduler),
         "data_sampler": None,
         "random_ltd": None,
         "sparse_tensor_module_names": [],
@@ -93,12 +90,13 @@ def model_file(
 
 
 def _frozen(local: LocalState) -> tuple[Any, Any]:
-    """Shapes and this rank's values of frozen parameters, for stages where DeepSpeed writes them apart."""
+    """Shapes and this rank's values of frozen parameters."""
+    # Below stage 2 DeepSpeed does not write them apart: they are in the module.
     if local.stage < 2:
         return None, None
     shapes: OrderedDict[str, torch.Size] = OrderedDict()
     parts: OrderedDict[str, torch.Tensor] = OrderedDict()
-    for name in local.model.frozen:
+    for name in local.model.of_kind("frozen"):
         tensor = local.model.tensors.get(name)
         if tensor is not None:
             shapes[name], parts[name] = torch.Size(tensor.shape), tensor.detach()
@@ -108,7 +106,8 @@ def _frozen(local: LocalState) -> tuple[Any, Any]:
         assert len(flat.layout.tensors) == 1, "frozen parameters are sharded one by one"
         (spec,) = flat.layout.tensors
         shapes[spec.name] = torch.Size(spec.shape)
-        parts[spec.name] = flat.tensors[PARAM]  # with its padding
+        # With its padding: DeepSpeed joins the parts of all ranks and cuts the end off.
+        parts[spec.name] = flat.tensors[PARAM]
     return shapes, parts
 
 
@@ -117,6 +116,7 @@ def optimizer_keys(local: LocalState) -> dict[str, Any]:
     flats = sorted((f for f in local.flats if FP32 in f.tensors), key=lambda f: f.group_index)
     if local.stage >= 3:
         flats = _joined(flats)
+    masters = [f.tensors[FP32] for f in flats]
     base = {
         "state": {i: dict(lowered(f.scalars)) | _moments(f) for i, f in enumerate(flats)},
         "param_groups": [
@@ -124,71 +124,67 @@ def optimizer_keys(local: LocalState) -> dict[str, Any]:
             for number, group in enumerate(local.param_groups)
         ],
     }
+    # DeepSpeed's stage 3 insists on a scaler, whatever the precision.
+    scaler = LossScalerValues()
+    scaler.__setstate__(lowered(local.train.loss_scaler) or {"cur_scale": 1.0, "dynamic": False})
     state: dict[str, Any] = {
         "overflow": False,
         k.ZERO_STAGE: local.stage,
         k.DS_VERSION: PEER_VERSION,
         "dynamic_loss_scale": bool((local.train.loss_scaler or {}).get("dynamic")),
+        k.LOSS_SCALER: scaler,
     }
-    scaler = LossScalerValues()  # DeepSpeed's stage 3 insists on one, whatever the precision
-    scaler.__setstate__(lowered(local.train.loss_scaler) or {"cur_scale": 1.0, "dynamic": False})
-    state[k.LOSS_SCALER] = scaler
     if local.stage >= 3:
         state |= {
             k.PARTITION_COUNT: local.grid.dp_degree,
-            k.FP32_FLAT_GROUPS: [f.tensors[FP32] for f in flats],
+            k.FP32_FLAT_GROUPS: masters,
             k.OPTIMIZER_STATE_DICT: base,
         }
     else:
+        # What a shard lacks at its end is padding to DeepSpeed, and which elements of it are whose is a mapping.
+        addresses = [
+            OrderedDict(
+                (f.layout.tensors[piece.tensor].name, FragmentAddress(piece.numel, piece.offset))
+                for piece in f.layout.pieces(f.shard)
+            )
+            for f in flats
+        ]
         state |= {
             k.CLIP_GRAD: 0.0,
             k.BASE_OPTIMIZER_STATE: base,
-            k.SINGLE_PARTITION_OF_FP32_GROUPS: [f.tensors[FP32] for f in flats],
+            k.SINGLE_PARTITION_OF_FP32_GROUPS: masters,
             k.GROUP_PADDINGS: [f.layout.shard_numel - f.layout.held(f.shard) for f in flats],
             k.PARTITION_COUNT: [f.layout.num_shards for f in flats],
-            k.PARAM_SLICE_MAPPINGS: [
-                OrderedDict(
-                    (f.layout.tensors[piece.tensor].name, FragmentAddress(piece.numel, piece.offset))
-                    for piece in f.layout.pieces(f.shard)
-                )
-                for f in flats
-            ],
+            k.PARAM_SLICE_MAPPINGS: addresses,
         }
     return {k.OPTIMIZER_STATE_DICT: state, "ds_config": local.train.ds_config, k.DS_VERSION: PEER_VERSION}
 
 
 def whole_optimizer(local: LocalState) -> dict[str, Any]:
     """Stage 0: ``torch.optim``'s own state dict, one entry per parameter, as views of the flats."""
-    by_name: dict[str, tuple[FlatState, int, Shared]] = {}
+    states: dict[str, dict[str, Any]] = {}
     for flat in local.flats:
         names = [spec.name for spec in flat.layout.tensors]
         for index, shared in enumerate(numbers_by_tensor(flat.scalars, names)[0]):
-            by_name[names[index]] = (flat, index, shared)
+            if shared is None:  # never stepped: torch has no entry of it
+                continue
+            start, stop = flat.layout.tensor_range(index)
+            shape = flat.layout.tensors[index].shape
+            # Optimizers count in place: parameters that shared one step tensor would each advance it.
+            states[names[index]] = {
+                key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in lowered(shared).items()
+            } | {key: t[start:stop].view(shape) for key, t in _moments(flat).items()}
     state: dict[int, Any] = {}
     groups: list[dict[str, Any]] = []
+    first = 0
     for number, group in enumerate(local.param_groups):
-        names = group.get("param_names") or [
-            t.name for f in local.flats if f.group_index == number for t in f.layout.tensors
-        ]
-        numbers: list[int] = []
-        for name in names:
-            numbers.append(sum(len(g["params"]) for g in groups) + len(numbers))
-            own = _tensor_state(*by_name[name]) if name in by_name else {}
-            if own:  # torch has no entry of a parameter that was never stepped
-                state[numbers[-1]] = own
-        groups.append(_plain(group) | {"params": numbers})
+        held = [t.name for f in local.flats if f.group_index == number for t in f.layout.tensors]
+        # torch numbers the parameters through all groups.
+        numbers = dict(enumerate(group.get("param_names") or held, first))
+        first += len(numbers)
+        state |= {n: states[name] for n, name in numbers.items() if states.get(name)}
+        groups.append(_plain(group) | {"params": list(numbers)})
     return {"state": state, "param_groups": groups}
-
-
-def _tensor_state(flat: FlatState, index: int, scalars: Shared) -> dict[str, Any]:
-    if scalars is None:  # never stepped
-        return {}
-    start, stop = flat.layout.tensor_range(index)
-    shape = flat.layout.tensors[index].shape
-    views = {key: t[start:stop].view(shape) for key, t in _moments(flat).items()}
-    # Optimizers count in place: parameters that shared one step tensor would each advance it.
-    own = {key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in lowered(scalars).items()}
-    return own | views
 
 
 def _joined(flats: list[FlatState]) -> list[FlatState]:

@@ -115,12 +115,13 @@ def below(where: str, key: Any) -> str:
 
 class _Encoder:
     def __init__(self, code: dict[str, Any]) -> None:
-        self._code = code
+        self._code: dict[str, Any] | None = code  # None inside of what must not miss a part
         self._open: set[int] = set()  # containers that are being written: a cycle needs code
 
     def words(self, value: Any, where: str) -> Any:
         if _native(value):
             return value
+        # Read from a checkpoint and not restored: said again, so that it is not lost by loading and saving.
         if isinstance(value, Absent):
             return {MARK: _CODE, "path": where, "type": value.kind}
         if id(value) in self._open:
@@ -135,32 +136,37 @@ class _Encoder:
 
     def _container(self, value: Any, where: str) -> Any:
         kind = type(value)
+        # [1] What torch's unpickler knows stays what it is, with words inside.
         if kind in (list, tuple):
             return kind(self.words(v, below(where, i)) for i, v in enumerate(value))
-        if kind in (dict, OrderedDict, defaultdict):
-            more: dict[str, Any] = {}
-            if isinstance(value, defaultdict):
-                factory = next((n for n, f in _FACTORIES.items() if f is value.default_factory), None)
-                if factory is None:
-                    raise _NeedsCodeError
-                more["factory"] = factory
-            elif MARK not in value and all(map(_native_key, value)):
-                return type(value)((k, self.words(v, below(where, k))) for k, v in value.items())
-            items = [[self._closed(k), self.words(v, below(where, k))] for k, v in value.items()]
-            return {MARK: kind.__name__, **more, "items": items}
-        if kind is Counter:
-            return {MARK: "Counter", "items": [[self._closed(k), self._closed(v)] for k, v in value.items()]}
+        # A dict of somebody's that has our mark as a key would be read as words: it goes the long way.
+        if kind in (dict, OrderedDict) and MARK not in value and all(map(_native_key, value)):
+            return kind((k, self.words(v, below(where, k))) for k, v in value.items())
         if kind is set and all(map(_native_key, value)):
             return set(value)
+        # [2] Other containers: keys and members of sets must be whole, or they would be others; values may miss parts.
+        if kind is Counter:
+            return {MARK: "Counter", "items": [[self._closed(k), self._closed(v)] for k, v in value.items()]}
+        if kind in _PAIRS.values():
+            words: dict[str, Any] = {MARK: kind.__name__}
+            if kind is defaultdict:
+                found = [name for name, made in _FACTORIES.items() if made is value.default_factory]
+                if not found:
+                    raise _NeedsCodeError
+                words["factory"] = found[0]
+            items = [[self._closed(k), self.words(v, below(where, k))] for k, v in value.items()]
+            return words | {"items": items}
         if kind in _GROUPS.values():
             words = {MARK: kind.__name__, "items": [self._closed(v) for v in value]}
             return words | {"maxlen": value.maxlen} if kind is deque else words
-        if known_class(*name_of(kind)) is kind:  # a decoder that has not imported the class could not make it
+        # [3] Classes by name: a decoder that has not imported one could not make it, and this one must be the class.
+        if known_class(*name_of(kind)) is kind:
             of = list(name_of(kind))
             if isinstance(value, Enum):
                 return {MARK: "enum", "of": of, "name": value.name, "value": self._closed(value.value)}
             if isinstance(value, tuple) and hasattr(value, "_fields"):
                 return {MARK: "namedtuple", "of": of, "items": [self._closed(v) for v in value]}
+        # [4] A row of the table.
         name = _kind_of(value)
         if name is None:
             raise _NeedsCodeError
@@ -168,23 +174,22 @@ class _Encoder:
 
     def _closed(self, value: Any) -> Any:
         """Words for something that must not miss a part: what needs code inside makes the whole need it."""
-        inside: dict[str, Any] = {}
-        outer, self._code = self._code, inside
+        outer, self._code = self._code, None
         try:
-            words = self.words(value, "")
+            return self.words(value, "")
         finally:
             self._code = outer
-        if inside:
-            raise _NeedsCodeError
-        return words
 
     def _leave_out(self, value: Any, where: str) -> Any:
+        if self._code is None:
+            raise _NeedsCodeError
         self._code[where] = value
         return {MARK: _CODE, "path": where, "type": ".".join(name_of(type(value)))}
 
 
 def _native(value: Any) -> bool:
-    """Whether torch's unpickler knows ``value``; empty bytes it does not."""
+    """Whether torch's unpickler knows ``value``."""
+    # Empty bytes it does not.
     return type(value) in _NATIVE or (type(value) in _SCALARS and value != b"")
 
 
@@ -202,7 +207,8 @@ def _native_key(key: Any) -> bool:
 
 def _decode_kind(kind: str, words: dict[str, Any], where: str, code: Mapping[str, Any]) -> Any:
     if kind == _CODE:
-        return code[words["path"]] if words["path"] in code else Absent(words["path"], words["type"])
+        path = words["path"]
+        return code[path] if path in code else Absent(path, words["type"])
     if kind in _KINDS:
         return _KINDS[kind].back(decode(words["is"], where, code))
     if kind in _PAIRS:
@@ -214,6 +220,7 @@ def _decode_kind(kind: str, words: dict[str, Any], where: str, code: Mapping[str
     items = [decode(value, where, code) for value in words.get("items", ())]
     if kind in _GROUPS:
         return _GROUPS[kind](items, *([words["maxlen"]] if kind == "deque" else []))
+    # Classes that the program has; of another version of it they may have lost a member, or gained a field.
     if kind not in ("enum", "namedtuple"):
         return Absent(where, f"{kind}, which a newer zeropipe wrote")
     cls = known_class(*words["of"])
@@ -238,12 +245,10 @@ def _settle(value: Any, current: Any, lost: list[Absent]) -> Any:
         return current
     if isinstance(value, dict):
         now = current if isinstance(current, Mapping) else {}
-        settled = {k: _settle(v, now.get(k, _NOTHING), lost) for k, v in value.items()}
-        for key, entry in settled.items():
-            if entry is _NOTHING:
+        for key, entry in list(value.items()):
+            value[key] = _settle(entry, now.get(key, _NOTHING), lost)
+            if value[key] is _NOTHING:
                 del value[key]
-            else:
-                value[key] = entry
         return value
     if type(value) in (list, tuple):
         alike = type(current) is type(value) and len(current) == len(value)
@@ -253,7 +258,7 @@ def _settle(value: Any, current: Any, lost: list[Absent]) -> Any:
     return value
 
 
-# Values that are no containers: one row each.
+# Values that are no containers: one row each, for exactly that class; a subclass may hold what the row does not know.
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +279,7 @@ def _zoned(value: datetime | time) -> Any:
 
 
 def _timezone_words(value: timezone) -> Any:
+    # With its name where it was given one, or it would not be equal in print.
     name, offset = value.tzname(None), value.utcoffset(None)
     return (offset, name) if name != timezone(offset).tzname(None) else (offset,)
 
@@ -286,8 +292,9 @@ def _numpy() -> Any:
 
 
 def _array_words(value: Any) -> Any:
-    """(dtype, shape, bytes): the bytes are the array's own memory where that can be."""
+    """(dtype, shape, bytes)."""
     numpy = _numpy()
+    # As a tensor: the array's own memory where that can be, so that it is not copied before it is written.
     array = numpy.require(value, requirements=["C", "W"])
     data = array.reshape(-1).view(numpy.uint8) if array.nbytes else numpy.empty(0, numpy.uint8)
     return _dtype_words(array.dtype), list(value.shape), torch.from_numpy(data)
@@ -311,10 +318,7 @@ def _dtype_back(words: Any) -> Any:
 
 def _with(made: Any, state: Any) -> Any:
     """``made`` with ``state``, under the name that its class has for that."""
-    put = (
-        getattr(made, "setstate", None) or getattr(made, "set_state", None) or partial(setattr, made, "state")
-    )
-    put(state)
+    getattr(made, "setstate", getattr(made, "set_state", partial(setattr, made, "state")))(state)
     return made
 
 
@@ -359,7 +363,8 @@ def _kind_of(value: Any) -> str | None:
     """The row for ``value``; None where there is none, so that only code can restore it."""
     cls = type(value)
     name = _BY_CLASS.get(cls)
-    if name in ("datetime", "time"):  # other zones than a fixed offset know rules that are not in the value
+    # Other zones than a fixed offset know rules that are not in the value.
+    if name in ("datetime", "time"):
         return name if value.tzinfo is None or type(value.tzinfo) is timezone else None
     if name is not None:
         return name
@@ -386,7 +391,8 @@ def name_of(cls: type) -> tuple[str, str]:
 
 
 def known_class(module: str, name: str) -> Any:
-    """The class of that name in a module that the program has imported itself: nothing is imported for a file."""
+    """The class of that name in a module that the program has imported itself."""
+    # Nothing is imported for a file: importing runs code, and who wrote the file chose the name.
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)

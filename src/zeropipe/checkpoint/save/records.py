@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,25 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint.save.files import FileRecord, checksum_text, missing_text
+from zeropipe.checkpoint.save.plain import decode, encode
 from zeropipe.errors import CheckpointError
 from zeropipe.frozen import from_json, to_json
 from zeropipe.layout.flat import FlatShards
 from zeropipe.paths import inside
 
 FP32 = "fp32"  # key of the fp32 master shard in FlatState.tensors
+PARAM = "param"  # key of the shard of a parameter that has no master (frozen, stage 3)
 COMPUTED = "computed"  # kind of a value that a hook of the module put into its state dict
 CLIENT = "client_state"
-PARAM = "param"  # key of the shard of a parameter that has no master (frozen, stage 3)
+_WORDED = (
+    "lr_scheduler",
+    "loss_scaler",
+    "common",
+    CLIENT,
+)  # of a TrainState; the rest are counts and plain values
+MANIFEST_NAME = "zeropipe_manifest.json"
+_FORMAT = 1
+_BLANK = checksum_text(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,15 @@ class FlatState:
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleRest:
+    """What a saved state dict held beside its tensors. ``versions``: None where the checkpoint does not say."""
+
+    extra: Mapping[str, Any] = field(default_factory=dict)  # non-tensor entries (get_extra_state)
+    versions: Mapping[str, Mapping[str, Any]] | None = None  # the state dict's metadata, if not version 1
+    hidden: frozenset[str] = frozenset()  # parameters that are no keys of it
+
+
+@dataclass(frozen=True, slots=True)
 class ModelState:
     """The module's state dict on this rank: full tensors (of this tp and pp rank), tied names share a tensor.
 
@@ -77,36 +96,25 @@ class ModelState:
     """
 
     tensors: dict[str, torch.Tensor]
-    buffers: tuple[str, ...] = ()  # which of them are buffers
-    frozen: tuple[str, ...] = ()  # parameters without gradient, wherever they are held
+    # Name -> "buffer", COMPUTED or, wherever the parameter is held, "frozen". What is not named is trained.
+    kinds: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(
         default_factory=dict
     )  # other name -> the name that the tensor is saved under
+    rest: ModuleRest = ModuleRest(versions={})
     # How slices of tensor-parallel ranks make a whole (``universal_checkpoint_info``); None: not known.
     universal_info: dict[str, Any] | None = None
     excluded: tuple[str, ...] = ()  # left out on purpose (exclude_frozen_parameters)
-    extra: dict[str, Any] = field(default_factory=dict)  # non-tensor entries (get_extra_state)
     # DeepSpeed's name -> ours, where they differ: tied layers of pipelines. Only loads look at it.
     peer_names: dict[str, str] = field(default_factory=dict)
     # Prefixes of the modules (with all below them) whose own code takes part in saving or loading. A load leaves their
     # values to that code (``saved_module``); masters and moments are found by the parameters' names all the same.
     regions: tuple[str, ...] = ()
-    computed: tuple[str, ...] = ()  # which of ``tensors`` are neither parameters nor buffers
-    hidden: tuple[str, ...] = ()  # parameters that are no keys of the state dict
-    versions: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # the state dict's metadata, if not version 1
     # Pipelines only: (layer, key in that layer's file, name in ``tensors``); such tensors go to files by layer.
     layers: tuple[tuple[int, str, str], ...] = ()
 
-
-@dataclass(frozen=True, slots=True)
-class ModuleRest:
-    """What a saved state dict held beside its tensors. ``versions``: None where the checkpoint does not say."""
-
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, Mapping[str, Any]] | None = None
-    hidden: frozenset[str] = frozenset()
+    def of_kind(self, kind: str) -> list[str]:
+        return [name for name, found in self.kinds.items() if found == kind]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +172,34 @@ class LoadedState:
     notices: tuple[str, ...] = ()  # what was skipped or decided, for the log
 
 
-# The manifest.
+# In words, as they stand in the files: ``code`` gets, by its path, what only code can restore.
 
-MANIFEST_NAME = "zeropipe_manifest.json"
-FORMAT = 1
-_BLANK = checksum_text(0)
+
+def training_words(train: TrainState, code: dict[str, Any]) -> dict[str, Any]:
+    return {name: encode(getattr(train, name), name, code) for name in _WORDED}
+
+
+def training_back(words: Mapping[str, Any], code: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a TrainState that ``training_words`` gave words for."""
+    return {name: decode(words[name], name, code) for name in _WORDED if name in words}
+
+
+def rest_words(rest: ModuleRest, code: dict[str, Any]) -> dict[str, Any]:
+    extra = {key: encode(value, key, code) for key, value in rest.extra.items()}
+    words: dict[str, Any] = {"extra": extra, "hidden": sorted(rest.hidden)}
+    return words if rest.versions is None else words | {"versions": encode(rest.versions, "versions", {})}
+
+
+def rest_back(
+    words: Mapping[str, Any], plain: Mapping[str, Any], code: Mapping[str, Any] | None = None
+) -> ModuleRest:
+    """Back from ``rest_words``; ``plain``: extra state that stands in the state dict itself."""
+    extra = {key: decode(value, key, code) for key, value in (words.get("extra") or {}).items()}
+    versions = decode(words["versions"]) if "versions" in words else None
+    return ModuleRest(dict(plain) | extra, versions, frozenset(words.get("hidden") or ()))
+
+
+# The manifest. Each rank makes one of what it has written, and the whole is their union.
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,22 +223,25 @@ class FlatEntry:
     group_index: int
     layout: FlatShards
     keys: dict[str, str]  # "fp32", "exp_avg", ... -> dtype
-    scalars: dict[str, Any]  # plain values
+    scalars: dict[
+        str, Any
+    ]  # for readers of the manifest alone: loads take them from the file, with their types
     files: tuple[str, ...]  # by shard; "" where nobody has reported it yet
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """``degrees``: sizes of the axes, ``{"dp": 2, "tp": 1, "pp": 1}``. ``versions``: of the writers."""
-
+    # The same on all ranks.
     tag: str
     stage: int
     dtype: str
     optimizer: str
     world: int
-    degrees: dict[str, int]
+    degrees: dict[str, int]  # sizes of the axes: {"dp": 2, "tp": 1, "pp": 1}
     global_steps: int
-    versions: dict[str, str]
+    versions: dict[str, str]  # of the writers
+
+    # What each rank adds.
     rank_files: tuple[str, ...]  # by rank: where its RNG and data position are
     tied: dict[str, str]
     excluded: tuple[str, ...]
@@ -219,20 +253,10 @@ class Manifest:
         said = to_json(self)
         # By name, and before what the ranks say: the order that the format has had from its first version on.
         files = {record.pop("name"): record for record in said.pop("files")}
-        items = [("format", FORMAT), *said.items(), ("checksum", _BLANK)]
+        items = [("format", _FORMAT), *said.items(), ("checksum", _BLANK)]
         items.insert([name for name, _ in items].index("rank_files"), ("files", files))
         text = json.dumps(dict(items), indent=1)
         return text.replace(_own(_BLANK), _own(checksum_text(zlib.crc32(text.encode()))))
-
-    def check_names(self, folder: Path) -> None:
-        """Raises CheckpointError for a file that would be outside of ``folder``, or that nothing checks."""
-        known = {record.name for record in self.files}
-        for name in known:
-            inside(folder, name, "a file of the manifest")
-        used = {entry.file for entry in self.module} | set(self.rank_files)
-        used |= {file for flat in self.flats for file in flat.files}
-        if used - known:
-            raise ValueError(f"it has no size and checksum for {min(used - known)!r}")
 
     @classmethod
     def from_text(cls, text: str, path: Path) -> Manifest:
@@ -244,16 +268,23 @@ class Manifest:
             blank = text.replace(_own(found), _own(_BLANK))
             if checksum_text(zlib.crc32(blank.encode())) != found:
                 raise ValueError("its checksum does not match")
-            if data["format"] > FORMAT:
+            if data["format"] > _FORMAT:
                 raise CheckpointError(
                     f"{path} was written by a newer zeropipe ({data['versions'].get('zeropipe')})",
-                    expected=f"format {FORMAT} or older",
+                    expected=f"format {_FORMAT} or older",
                     found=data["format"],
                     fix="update zeropipe",
                 )
             records = [{"name": name, **record} for name, record in data["files"].items()]
             manifest: Manifest = from_json(cls, data | {"files": records})
-            manifest.check_names(path.parent)
+            # No file outside of the folder, and none that nothing checks.
+            known = {record.name for record in manifest.files}
+            for name in known:
+                inside(path.parent, name, "a file of the manifest")
+            used = {*manifest.rank_files, *(entry.file for entry in manifest.module)}
+            used |= {file for flat in manifest.flats for file in flat.files}
+            if used - known:
+                raise ValueError(f"it has no size and checksum for {min(used - known)!r}")
             return manifest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
@@ -267,12 +298,10 @@ def _own(checksum: str) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The folder's manifest, None where it has none. Raises CheckpointError when it is damaged.
-
-    As bytes: reading text would take other ends of lines for the same.
-    """
+    """The folder's manifest, None where it has none. Raises CheckpointError when it is damaged."""
     path = folder / MANIFEST_NAME
     try:
+        # As bytes: reading text would take other ends of lines for the same.
         return Manifest.from_text(path.read_bytes().decode("utf-8"), path)
     except FileNotFoundError:
         return None
@@ -282,35 +311,18 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise CheckpointError(missing_text(path, error)) from error
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one rank contributes to the manifest."""
-
-    rank: int
-    files: tuple[FileRecord, ...]
-    module: tuple[TensorEntry, ...]
-    flats: tuple[FlatEntry, ...]
-    tied: dict[str, str]
-    excluded: tuple[str, ...]
-    rank_file: str
-
-
-def join_flats(parts: Iterable[FlatEntry]) -> tuple[FlatEntry, ...]:
-    """One entry per flat out of those that each rank gave for its own shard.
-
-    Raises CheckpointError when a shard is in no file.
-    """
-    joined: dict[tuple[int, str], FlatEntry] = {}
-    for entry in parts:
-        key = (entry.mp_rank, entry.name)
-        before = joined.get(key)
-        if before is None:
-            joined[key] = entry
-            continue
+def united(parts: Sequence[Manifest]) -> Manifest:
+    """The whole of what the ranks have written; ``parts`` in their order. Raises CheckpointError for a lost shard."""
+    files = tuple(record for part in parts for record in part.files)
+    assert len({record.name for record in files}) == len(files), "two ranks have written one file"
+    flats: dict[tuple[int, str], FlatEntry] = {}
+    for entry in (entry for part in parts for entry in part.flats):
+        before = flats.setdefault((entry.mp_rank, entry.name), entry)
         # Each rank names the files of the shards that it has written.
-        files = tuple(a or b for a, b in zip(before.files, entry.files, strict=True))
-        joined[key] = replace(before, files=files)
-    for entry in joined.values():
+        named = tuple(a or b for a, b in zip(before.files, entry.files, strict=True))
+        flats[entry.mp_rank, entry.name] = replace(before, files=named)
+    # A rank that saved less often than the others, or died, has left a hole.
+    for entry in flats.values():
         if "" in entry.files:
             raise CheckpointError(
                 f"no rank has written shard {entry.files.index('')} of {entry.name}",
@@ -318,4 +330,12 @@ def join_flats(parts: Iterable[FlatEntry]) -> tuple[FlatEntry, ...]:
                 found=len([f for f in entry.files if f]),
                 fix="every rank must call save_checkpoint",
             )
-    return tuple(joined.values())
+    return replace(
+        parts[0],
+        rank_files=tuple(file for part in parts for file in part.rank_files),
+        tied={other: name for part in parts for other, name in part.tied.items()},
+        excluded=tuple(dict.fromkeys(name for part in parts for name in part.excluded)),
+        files=files,
+        module=tuple(entry for part in parts for entry in part.module),
+        flats=tuple(flats.values()),
+    )

@@ -19,13 +19,14 @@ import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import Enum
 from pathlib import Path
 
 from zeropipe.checkpoint.save import ownership, tags
-from zeropipe.checkpoint.save.contents import HostBuffers, Outgoing, collect, write
-from zeropipe.checkpoint.save.files import Hold, is_abandoned, replace_text
-from zeropipe.checkpoint.save.records import LocalState, Part
+from zeropipe.checkpoint.save.contents import Outgoing, collect, write
+from zeropipe.checkpoint.save.files import Hold, replace_text
+from zeropipe.checkpoint.save.records import LocalState, Manifest, united
+from zeropipe.checkpoint.utils import HostBuffers
 from zeropipe.comm.collectives import all_gather_object, broadcast_object
 from zeropipe.comm.group import Group
 from zeropipe.errors import CheckpointError, DesyncError, describe
@@ -51,11 +52,10 @@ class _Save:
     def final(self) -> Path:
         return self.root / self.tag
 
-    def publish(self, work: Path, parts: Sequence[Part]) -> str:
+    def publish(self, work: Path, parts: Sequence[Manifest]) -> str:
         """Commit; "" or the text of what went wrong."""
         try:
-            manifest = tags.build_manifest(self.tag, self.local, parts)
-            tags.commit(self.root, self.tag, work, manifest, self.save_latest)
+            tags.commit(self.root, work, united(parts), self.save_latest)
         except Exception as reason:
             return self.failure(f"cannot complete the checkpoint {self.final}", reason)
         return ""
@@ -107,14 +107,14 @@ class Saver:
             self._last.start(self._buffers)
             return save.final
         with hold:
-            part: Part | None = None
-            error = ""
+            part: Manifest | None = None
+            outcome = ""
             try:
-                part = write(work, collect(local, copy=False))
+                part = write(work, collect(local, tag, copy=False))
             except Exception as reason:
-                error = save.failure(f"cannot write the checkpoint {save.final}", reason)
+                outcome = save.failure(f"cannot write the checkpoint {save.final}", reason)
+            written = all_gather_object((part, outcome), group, label="checkpoint written")
             # One rank's error is all ranks': from here on they go the same way.
-            written = all_gather_object((part, error), group, label="checkpoint written")
             outcome = next((text for _, text in written if text), "")
             if not outcome:
                 if group.rank == 0:
@@ -152,6 +152,7 @@ class Saver:
 
     def _begin(self, save: _Save) -> tuple[Path, Hold]:
         """Wait for the last save, agree that all is well and on what to save; the new work folder, held by all."""
+        group = self._group
         # [1] Everyone says where it saves and how the last save ended for it.
         self._join()
         refusal = ""
@@ -160,49 +161,46 @@ class Saver:
         except CheckpointError as reason:
             refusal = str(reason)
         said = None if self._last is None else self._last.said()
-        mine = (str(save.root), save.tag, refusal, said)
-        everyone = all_gather_object(mine, self._group, label="save begins")
-        # All ranks have joined their writers, so nobody is in the last work folder any more.
-        text = next((r for _, _, r, _ in everyone if r), "")
+        everyone = all_gather_object((str(save.final), refusal, said), group, label="save begins")
+        text = next((refusal for _, refusal, _ in everyone if refusal), "")
         if not text and self._last is not None:
             text = self._last.failure_of([said for *_, said in everyone])
+        # All ranks have joined their writers, so nobody is in the last work folder any more.
         self._forget()
+
         # [2] One rank makes the folder, and tells its name or why there is none.
-        differ = len({(root, tag) for root, tag, _, _ in everyone}) > 1
+        differ = len({final for final, *_ in everyone}) > 1
         work: Path | None = None
         hold: Hold | None = None
-        if self._group.rank == 0 and not text and not differ:
+        if group.rank == 0 and not text and not differ:
             try:
                 work, hold = tags.prepare(save.root, save.tag, save.save_latest)
             except Exception as reason:
                 text = save.failure(f"cannot make the checkpoint folder {save.final}", reason)
-        work, text = broadcast_object((work, text), 0, self._group, label="save prepared")
+        work, text = broadcast_object((work, text), 0, group, label="save prepared")
         if text:
             raise CheckpointError(text)
         if differ:
-            listed = "; ".join(
-                f"rank {rank}: {Path(root) / tag}"
-                for rank, (root, tag, _, _) in zip(self._group.ranks, everyone, strict=True)
-            )
+            listed = "; ".join(f"rank {r}: {e[0]}" for r, e in zip(group.ranks, everyone, strict=True))
             raise DesyncError(f"ranks save different checkpoints: {listed}. Fix: give all the same tag")
-        # [3] Every rank holds the folder before any goes on.
+
+        # [3] Every rank holds the folder before any may be done: a folder that nobody holds for a moment would be taken
+        # for left by whoever cleans up.
         assert work is not None
         if hold is None:
             try:
                 hold = ownership.writing(work)
             except OSError as reason:
-                maker = self._group.ranks[0]
-                what = f"cannot see the folder {work}, which rank {maker} made for the checkpoint"
+                what = f"cannot see the folder {work}, which rank {group.ranks[0]} made for the checkpoint"
                 text = save.failure(what, reason)
-        # Before any rank may be done: a folder that nobody holds for a moment would be taken for left.
-        text = next(filter(None, all_gather_object(text, self._group, label="save held")), "")
-        if hold is None or text:
-            if hold is not None:
-                hold.release()
-            if self._group.rank == 0:
-                _discard(work)
-            raise CheckpointError(text)
-        return work, hold
+        text = next(filter(None, all_gather_object(text, group, label="save held")), "")
+        if hold is not None and not text:
+            return work, hold
+        if hold is not None:
+            hold.release()
+        if group.rank == 0:
+            _discard(work)
+        raise CheckpointError(text)
 
     def _forget(self) -> None:
         """All ranks know how the last save ended, and none writes any more."""
@@ -217,14 +215,19 @@ class Saver:
 
 
 class _State(Enum):
-    """How an asynchronous save stands on one rank. Only WRITING is left, and each other state is the last."""
+    """How an asynchronous save stands on one rank. Only WRITING is ever left.
 
-    WRITING = auto()  # its thread is at work
-    WRITTEN = (
-        auto()
-    )  # its part is in the work folder, and another rank publishes; or a peer's failure made it useless
-    PUBLISHED = auto()  # it had the last part to be written, and the checkpoint has its name
-    FAILED = auto()  # it could not write or publish; the note in the work folder says why
+    WRITING -- the part is there -----------> WRITTEN     another rank has the last part and publishes; or a peer has
+       |  |                                               failed, so that the part is of no use and is gone again
+       |  `------- and it was the last one -> PUBLISHED   the checkpoint has its name
+       `---------- could not write or publish
+                                           -> FAILED      the note says why; the disk has back what was taken
+    """
+
+    WRITING = "writing"
+    WRITTEN = "written"
+    PUBLISHED = "published"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +247,11 @@ class _Background:
         self._save = save
         self._work = work
         self._hold = hold  # until the thread has ended
+
         # Written by the thread, and read once it has ended.
         self._state = _State.WRITING
         self._failure = ""
+
         # The program's side.
         self._thread: threading.Thread | None = None
         self._told = False
@@ -254,7 +259,7 @@ class _Background:
     def start(self, buffers: HostBuffers) -> None:
         """Copy the state, so that training may go on, and write it behind. A failure is said later."""
         try:
-            outgoing = collect(self._save.local, copy=True, buffers=buffers)
+            outgoing = collect(self._save.local, self._save.tag, copy=True, buffers=buffers)
         except BaseException as reason:
             self._hold.release()
             self._fail((), reason)
@@ -311,7 +316,7 @@ class _Background:
 
     def remove_failed(self) -> None:
         """Remove what a save that failed has left; nothing where it was published or a rank still writes."""
-        if is_abandoned(self._work / ownership.MARK):
+        if ownership.is_abandoned(self._work):
             _discard(self._work)
 
     # In the thread.
@@ -324,30 +329,26 @@ class _Background:
                 self._fail(outgoing.trees, reason)
 
     def _write(self, outgoing: Outgoing) -> None:
-        work = self._work
+        work, grid = self._work, self._save.local.grid
         part = write(work, outgoing)
         # At once, never half a text: a peer may read it this very moment.
-        replace_text(work / f"{_PART}{part.rank:05d}.json", json.dumps(to_json(part)))
-        if (
-            work / _NOTE
-        ).exists():  # the rank that failed may have looked for parts before this one was there
+        replace_text(work / f"{_PART}{grid.rank:05d}.json", json.dumps(to_json(part)))
+        # The rank that failed may have looked for parts before this one was there.
+        if (work / _NOTE).exists():
             _remove_own(work, outgoing.trees)
-            self._end(_State.WRITTEN)
-            return
-        found = sorted(work.glob(f"{_PART}*.json"))
-        if len(found) < self._save.local.grid.world or not _claim(work, found[0]):
-            self._end(_State.WRITTEN)
-            return
+            return self._end(_State.WRITTEN)
+        found = sorted(work.glob(f"{_PART}*.json"))  # by rank
+        if len(found) < grid.world or not _claim(work, found[0]):
+            return self._end(_State.WRITTEN)
         found[0] = work / _CLAIM
-        parts = [from_json(Part, json.loads(path.read_text())) for path in found]
+        parts = [_part(path) for path in found]
         # Gone before the folder gets its name: the manifest lists what belongs there.
         for path in found:
             path.unlink()
         outcome = self._save.publish(work, parts)
         if outcome:
-            self._give_up([record.name for part in parts for record in part.files], outcome)
-        else:
-            self._end(_State.PUBLISHED)
+            return self._give_up([record.name for part in parts for record in part.files], outcome)
+        return self._end(_State.PUBLISHED)
 
     def _fail(self, names: Iterable[str], reason: BaseException) -> None:
         what = f"cannot write the checkpoint {self._save.final} in the background"
@@ -361,20 +362,22 @@ class _Background:
             replace_text(self._work / _NOTE, json.dumps(text))
         for path in self._work.glob(f"{_PART}*.json"):
             with suppress(OSError, ValueError, KeyError):
-                done = from_json(Part, json.loads(path.read_text()))
-                _remove_own(self._work, [record.name for record in done.files])
+                _remove_own(self._work, [record.name for record in _part(path).files])
 
     def _end(self, state: _State, failure: str = "") -> None:
         assert self._state is _State.WRITING, f"{self._state} -> {state}"
         self._state, self._failure = state, failure
 
 
-def _claim(work: Path, part: Path) -> bool:
-    """Whether this rank is the one to publish: several may see that all parts are there.
+def _part(path: Path) -> Manifest:
+    part: Manifest = from_json(Manifest, json.loads(path.read_text()))
+    return part
 
-    A rename of the first part can succeed once. A file made for the purpose could be made a second time between
-    the moment when the publisher removes it and the one when it renames the folder.
-    """
+
+def _claim(work: Path, part: Path) -> bool:
+    """Whether this rank is the one to publish: several may see that all parts are there."""
+    # A rename of the first part can succeed once. A file made for the purpose could be made a second time between the
+    # moment when the publisher removes it and the one when it renames the folder.
     try:
         part.rename(work / _CLAIM)
     except FileNotFoundError:  # claimed already

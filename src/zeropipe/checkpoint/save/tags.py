@@ -4,30 +4,27 @@
 
 A process may die between any two of these steps; whatever it leaves, the previous checkpoint can be read. Each save
 has a work folder of its own, so it shares nothing with another run, or with an earlier save that still goes on.
+
+    killed                        what a load finds                    what was left
+    before the rename             the one before, by `latest`          a work folder that nobody holds
+    what had the name is aside    it, under the name that it had       and that one
+    after the rename              the new one, and by `latest` before  what had the name, beside it
+    after `latest`                the new one                          nothing
+
+The next save of the tag, or ``zeropipe ckpt prune``, removes what was left.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from zeropipe.checkpoint.save import ownership
-from zeropipe.checkpoint.save.files import FileRecord, Hold, replace_text, sync_folder, write_text
-from zeropipe.checkpoint.save.records import (
-    MANIFEST_NAME,
-    LocalState,
-    Manifest,
-    Part,
-    join_flats,
-    read_manifest,
-)
+from zeropipe.checkpoint.save.files import Hold, replace_text, sync_folder, write_text
+from zeropipe.checkpoint.save.records import MANIFEST_NAME, Manifest, read_manifest
 from zeropipe.checkpoint.utils import SCRIPT, SCRIPT_NAME
 from zeropipe.comm.dcp import INDEX_NAME
 from zeropipe.errors import CheckpointError
@@ -47,6 +44,7 @@ _log = logging.getLogger("zeropipe")
 
 def check_tag(tag: str) -> str:
     """Raises CheckpointError for a tag that would not be one folder inside the checkpoint's, and found again."""
+    # A dot begins the names of what is not published, and `latest` is read without spaces around it.
     if (
         not is_plain_word(tag)
         or tag in _RESERVED
@@ -64,35 +62,6 @@ def check_tag(tag: str) -> str:
     return tag
 
 
-def build_manifest(tag: str, local: LocalState, parts: Sequence[Part]) -> Manifest:
-    """``local``: any rank's; only what all ranks share is taken from it."""
-    parts = sorted(parts, key=lambda part: part.rank)
-    files: dict[str, FileRecord] = {}
-    for part in parts:
-        for record in part.files:
-            assert record.name not in files, f"two ranks have written {record.name}"
-            files[record.name] = record
-    tied: dict[str, str] = {}
-    for part in parts:
-        tied |= part.tied
-    return Manifest(
-        tag=tag,
-        stage=local.stage,
-        dtype=local.dtype,
-        optimizer=local.optimizer_name,
-        world=local.grid.world,
-        degrees={"dp": local.grid.dp_degree, "tp": local.grid.tp_degree, "pp": local.grid.pp_degree},
-        global_steps=local.train.global_steps,
-        versions={"zeropipe": importlib.metadata.version("zeropipe"), "torch": torch.__version__},
-        files=tuple(files.values()),
-        module=tuple(entry for part in parts for entry in part.module),
-        flats=join_flats(entry for part in parts for entry in part.flats),
-        tied=tied,
-        excluded=tuple(dict.fromkeys(name for part in parts for name in part.excluded)),
-        rank_files=tuple(part.rank_file for part in parts),
-    )
-
-
 def prepare(folder: Path, tag: str, save_latest: bool = True) -> tuple[Path, Hold]:
     """A new work folder for ``tag``, which is held; what earlier, killed saves of it left is removed.
 
@@ -106,19 +75,16 @@ def prepare(folder: Path, tag: str, save_latest: bool = True) -> tuple[Path, Hol
             found="a link" if latest.is_symlink() else "a folder",
             fix="remove or rename it, or pass save_latest=False",
         )
-    for path in ownership.leftovers(folder):
-        if ownership.name_of(path) in (tag, LATEST, SCRIPT_NAME):
-            with suppress(OSError, CheckpointError):  # it does no harm but to take room
-                ownership.clear(path)
+    ownership.clear_left(folder, tag, LATEST, SCRIPT_NAME)
     return ownership.begin(folder / tag)
 
 
-def commit(folder: Path, tag: str, work: Path, manifest: Manifest, save_latest: bool) -> Path:
-    """Publish ``work`` as ``tag``. Raises OSError as it comes; then the tag is what it was."""
+def commit(folder: Path, work: Path, manifest: Manifest, save_latest: bool) -> Path:
+    """Publish ``work`` as the manifest's tag. Raises OSError as it comes; then the tag is what it was."""
     # The manifest last of all files: a folder that has one is whole.
     write_text(work / MANIFEST_NAME, manifest.to_text())
     sync_folder(work)
-    final = folder / tag
+    final = folder / manifest.tag
     kept = ownership.publish(work, final)
     if kept:
         listed = ", ".join(map(str, kept[:3])) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
@@ -129,7 +95,7 @@ def commit(folder: Path, tag: str, work: Path, manifest: Manifest, save_latest: 
         replace_text(script, SCRIPT)
     # After the rename: it never names what is not there.
     if save_latest:
-        replace_text(folder / LATEST, tag)
+        replace_text(folder / LATEST, manifest.tag)
     return final
 
 
@@ -160,39 +126,40 @@ def choose(folder: Path, tag: str | None) -> Choice:
         found = _locate(folder, tag)
         missing = () if found else (f"there is no checkpoint {tag!r} in {folder}",)
         return Choice((found,) if found else (), missing, True)
-    # A tag's folder itself, as tools are given it.
+    # [1] A tag's folder itself, as tools are given it.
     if is_checkpoint(folder):
         return Choice((Candidate(folder.name, folder),), (), True)
+    # [2] What `latest` names, then all others: a load passes over what is damaged.
     notices: list[str] = []
-    named = _latest(folder)
-    first = None
-    if named is not None:
-        first = _locate(folder, named)
-        if first is None:
-            notices.append(f"{folder / LATEST} names {named!r}, which is not there")
-    rest = [c for c, _ in newest_first(folder, notices) if first is None or c.path != first.path]
-    if named is None and rest:
-        notices.append(f"{folder} has no file {LATEST!r}")
-    elif named is None:
-        notices.append(f"there is no checkpoint in {folder}")
+    named = _text(folder / LATEST)
+    first = None if named is None else _locate(folder, named)
+    rest = [c for c, _ in _newest_first(folder, notices) if first is None or c.path != first.path]
+    if named is None:
+        notices.append(f"{folder} has no file {LATEST!r}" if rest else f"there is no checkpoint in {folder}")
+    elif first is None:
+        notices.insert(0, f"{folder / LATEST} names {named!r}, which is not there")
     return Choice((first, *rest) if first else tuple(rest), tuple(notices), False)
 
 
-def newest_first(folder: Path, notices: list[str]) -> Iterator[tuple[Candidate, Manifest | None]]:
+def _newest_first(folder: Path, notices: list[str]) -> list[tuple[Candidate, Manifest | None]]:
     """Every checkpoint in ``folder``, by its step and then by its time; damaged manifests are passed over.
 
     So are folders that this process may not read: they are no reason not to take the others.
     """
     found: list[tuple[int, float, Candidate, Manifest | None]] = []
-    for candidate in _all(folder):
+    for path in ownership.entries(folder):
+        tag = ownership.stood_for(path) if path.name.startswith(".") else path.name
+        # What was set aside counts only where the new folder never came.
+        if tag is None or (tag != path.name and os.path.lexists(folder / tag)) or not is_checkpoint(path):
+            continue
         try:
-            manifest = read_manifest(candidate.path)
+            manifest = read_manifest(path)
             step = -1 if manifest is None else manifest.global_steps
-            found.append((step, candidate.path.stat().st_mtime, candidate, manifest))
+            found.append((step, path.stat().st_mtime, Candidate(tag, path), manifest))
         except (CheckpointError, OSError) as error:
-            notices.append(f"skipped {candidate.path}: {error}")
-    for _, _, candidate, manifest in sorted(found, key=lambda item: item[:2], reverse=True):
-        yield candidate, manifest
+            notices.append(f"skipped {path}: {error}")
+    found.sort(key=lambda item: item[:2], reverse=True)
+    return [(candidate, manifest) for *_, candidate, manifest in found]
 
 
 def ours(folder: Path) -> list[Candidate]:
@@ -202,7 +169,7 @@ def ours(folder: Path) -> list[Candidate]:
     """
     return [
         candidate
-        for candidate, manifest in newest_first(folder, [])
+        for candidate, manifest in _newest_first(folder, [])
         if manifest is not None and manifest.tag == candidate.path.name and not candidate.path.is_symlink()
     ]
 
@@ -214,21 +181,20 @@ def is_checkpoint(path: Path) -> bool:
             return False
         names = [n for n in os.listdir(path) if n in (MANIFEST_NAME, INDEX_NAME) or n.endswith(_MODELS)]
         return any((path / name).is_file() for name in names)
-    except (OSError, ValueError):  # a damaged name holds a zero or is too long for the file system
+    # A damaged name holds a zero or is too long for the file system; a folder may be another user's.
+    except (OSError, ValueError):
         return False
 
 
 def latest_universal(folder: Path) -> str | None:
     """The tag of the universal checkpoint made last, None where there is none."""
-    return _latest(folder, LATEST_UNIVERSAL)
+    return _text(folder / LATEST_UNIVERSAL)
 
 
-def _latest(folder: Path, name: str = LATEST) -> str | None:
-    try:
-        text = (folder / name).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
-    return text or None
+def _text(path: Path) -> str | None:
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").strip() or None
+    return None
 
 
 def _locate(folder: Path, tag: str) -> Candidate | None:
@@ -242,19 +208,3 @@ def _locate(folder: Path, tag: str) -> Candidate | None:
             if is_checkpoint(path):
                 return Candidate(tag, path)
     return None
-
-
-def _all(folder: Path) -> Iterator[Candidate]:
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError:
-        return
-    for path in paths:
-        if not path.name.startswith("."):
-            if is_checkpoint(path):
-                yield Candidate(path.name, path)
-            continue
-        # What was set aside counts only where the new folder never came.
-        tag = ownership.stood_for(path)
-        if tag is not None and not os.path.lexists(folder / tag) and is_checkpoint(path):
-            yield Candidate(tag, path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from zeropipe.checkpoint.save.files import check_file, load_torch
 from zeropipe.checkpoint.save.ownership import MARK
@@ -44,59 +46,50 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
-        return [Finding(MANIFEST_NAME, _size(folder / MANIFEST_NAME), FileState.DAMAGED, str(error))]
+        return [_finding(folder / MANIFEST_NAME, FileState.DAMAGED, str(error))]
     if manifest is None:
-        lost = [Finding(MANIFEST_NAME, 0, FileState.MISSING)] if lacks_manifest(folder) else []
-        chunks = _chunks(folder, progress) if (folder / INDEX_NAME).exists() else []
-        return lost + chunks + [_open(path, progress) for path in sorted(folder.glob("**/*.pt"))]
-    findings = [Finding(MANIFEST_NAME, _size(folder / MANIFEST_NAME), FileState.WHOLE)]
+        findings = [_finding(folder / MANIFEST_NAME, FileState.MISSING)] if lacks_manifest(folder) else []
+        if (folder / INDEX_NAME).exists():
+            findings += _of_chunks(folder, progress)
+        for path in sorted(folder.glob("**/*.pt")):
+            findings.append(_checked(path, FileState.UNCHECKED, partial(load_torch, path)))
+            progress(findings[-1].bytes)
+        return findings
+    findings = [_finding(folder / MANIFEST_NAME, FileState.WHOLE)]
     for record in manifest.files:
-        path = folder / record.name
-        try:
-            check_file(folder, record)
-            findings.append(Finding(record.name, record.bytes, FileState.WHOLE))
-        except CheckpointError as error:
-            state = FileState.DAMAGED if path.exists() else FileState.MISSING
-            findings.append(Finding(record.name, _size(path), state, str(error)))
+        findings.append(_checked(folder / record.name, FileState.WHOLE, partial(check_file, folder, record)))
         progress(record.bytes)
     # A stray file harms no load, but whoever looks for the fault wants to know of it.
     known = {record.name for record in manifest.files} | {MANIFEST_NAME, MARK}
-    for path in sorted(folder.iterdir()):
-        if path.name not in known:
-            findings.append(Finding(path.name, _size(path), FileState.EXTRA))
-    return findings
+    strays = [path for path in sorted(folder.iterdir()) if path.name not in known]
+    return findings + [_finding(path, FileState.EXTRA) for path in strays]
 
 
-def _open(path: Path, progress: Callable[[int], None]) -> Finding:
+def _finding(path: Path, state: FileState, detail: str = "") -> Finding:
+    return Finding(path.name, path.stat().st_size if path.is_file() else 0, state, detail)
+
+
+def _checked(path: Path, good: FileState, check: Callable[[], Any]) -> Finding:
     try:
-        load_torch(path)
-        finding = Finding(path.name, _size(path), FileState.UNCHECKED)
+        check()
     except CheckpointError as error:
-        finding = Finding(path.name, _size(path), FileState.DAMAGED, str(error))
-    progress(finding.bytes)
-    return finding
+        return _finding(path, FileState.DAMAGED if path.exists() else FileState.MISSING, str(error))
+    return _finding(path, good)
 
 
-def _chunks(folder: Path, progress: Callable[[int], None]) -> list[Finding]:
+def _of_chunks(folder: Path, progress: Callable[[int], None]) -> list[Finding]:
     """DCP: every chunk that the index names is read."""
     try:
-        index = read_index(folder)
+        chunks = [chunk for stored in read_index(folder).values() for chunk in stored.chunks]
     except CheckpointError as error:
-        return [Finding(INDEX_NAME, _size(folder / INDEX_NAME), FileState.DAMAGED, str(error))]
-    faults: dict[str, str] = {chunk.file: "" for stored in index.values() for chunk in stored.chunks}
-    for stored in index.values():
-        for chunk in stored.chunks:
-            try:
-                read_chunk(folder, chunk)
-            except CheckpointError as error:
-                faults[chunk.file] = faults[chunk.file] or str(error)
-            progress(chunk.length)
-    found = [Finding(INDEX_NAME, _size(folder / INDEX_NAME), FileState.UNCHECKED)]
-    for file, fault in sorted(faults.items()):
-        lost = FileState.DAMAGED if (folder / file).exists() else FileState.MISSING
-        found.append(Finding(file, _size(folder / file), lost if fault else FileState.UNCHECKED, fault))
-    return found
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+        return [_finding(folder / INDEX_NAME, FileState.DAMAGED, str(error))]
+    found = {chunk.file: Finding(chunk.file, 0, FileState.UNCHECKED) for chunk in chunks}
+    for chunk in chunks:
+        # The first fault of a file is the one to tell.
+        if found[chunk.file].good:
+            read = partial(read_chunk, folder, chunk)
+            looked = _checked(folder / chunk.file, FileState.UNCHECKED, read)
+            found[chunk.file] = replace(looked, file=chunk.file)
+        progress(chunk.length)
+    index = _finding(folder / INDEX_NAME, FileState.UNCHECKED)
+    return [index, *(finding for _, finding in sorted(found.items()))]

@@ -23,8 +23,14 @@ import torch
 from zeropipe.checkpoint.save.files import new_file
 from zeropipe.checkpoint.save.ownership import replacing
 from zeropipe.checkpoint.save.plain import lowered
-from zeropipe.checkpoint.save.records import FP32, TrainState
-from zeropipe.checkpoint.save.words import rest_back, rest_words, training_back, training_words
+from zeropipe.checkpoint.save.records import (
+    FP32,
+    TrainState,
+    rest_back,
+    rest_words,
+    training_back,
+    training_words,
+)
 from zeropipe.checkpoint.sources import STEP, Checkpoint, Flat, Last, Value
 from zeropipe.checkpoint.sources.parallel import joined, weights
 from zeropipe.comm.dcp import Key, Lazy, Stored, flatten, read_chunk, read_index, read_tensor, write
@@ -252,6 +258,6 @@ def _rest(source: Checkpoint, kinds: dict[str, str]) -> dict[str, Any]:
         "kinds": kinds,
         "train": {name: getattr(train, name) for name in counts},
         "words": words,
-        "module": rest_words(source.rest()),
+        "module": rest_words(source.rest(), {}),
         "per_rank": [source.train_state(rank).per_rank for rank in range(source.world)],
     }

@@ -14,8 +14,16 @@ from zeropipe.checkpoint.constants import LAYER_FILE_PREFIX
 from zeropipe.checkpoint.save.contents import CODE_FILE, OURS, code_file
 from zeropipe.checkpoint.save.files import THREADS
 from zeropipe.checkpoint.save.plain import decode, settle
-from zeropipe.checkpoint.save.records import CLIENT, FlatEntry, Manifest, ModuleRest, TensorEntry, TrainState
-from zeropipe.checkpoint.save.words import rest_back, training_back
+from zeropipe.checkpoint.save.records import (
+    CLIENT,
+    FlatEntry,
+    Manifest,
+    ModuleRest,
+    TensorEntry,
+    TrainState,
+    rest_back,
+    training_back,
+)
 from zeropipe.checkpoint.sources import Checkpoint, Files, Flat, Value, counts_of, plain_of, united
 from zeropipe.checkpoint.universal_checkpoint import rules_in
 from zeropipe.errors import CheckpointError

@@ -24,9 +24,16 @@ from zeropipe.checkpoint.save.files import load_torch, replace_text, write_torch
 from zeropipe.checkpoint.save.ownership import replacing
 from zeropipe.checkpoint.save.peer_keys import PEER_VERSION, model_file
 from zeropipe.checkpoint.save.plain import decode, encode, is_plain, lowered
-from zeropipe.checkpoint.save.records import CLIENT, FP32, TrainState
+from zeropipe.checkpoint.save.records import (
+    CLIENT,
+    FP32,
+    TrainState,
+    rest_back,
+    rest_words,
+    training_back,
+    training_words,
+)
 from zeropipe.checkpoint.save.tags import LATEST_UNIVERSAL
-from zeropipe.checkpoint.save.words import rest_back, rest_words, training_back, training_words
 from zeropipe.checkpoint.sources import STEP, Checkpoint, Files, Flat, Weight, dtype_name, united
 from zeropipe.checkpoint.sources.deepspeed import frozen_flats, parse_deepspeed
 from zeropipe.checkpoint.sources.parallel import joined, weights
@@ -236,7 +243,6 @@ def _model(source: Checkpoint, everything: list[Weight], masters: Mapping[str, F
     return model_file(
         train,
         module,
-        lr_scheduler=lowered(train.lr_scheduler),
         buffers=[w.name for w in everything if w.kind == "buffer"],
         shapes=[shapes[group] for group in sorted(shapes)],
         frozen=({w.name: torch.Size(w.shape) for w in everything if w.kind == "frozen"}, None),
@@ -244,6 +250,6 @@ def _model(source: Checkpoint, everything: list[Weight], masters: Mapping[str, F
         degrees={"dp": source.degrees.get("dp", 1)},
         info=source.universal_info or {},
     ) | {
-        OURS: training_words(train, {}) | rest_words(rest),
+        OURS: training_words(train, {}) | rest_words(rest, {}),
         **{key: v for key, v in lowered(train.client_state).items() if key != k.UNIVERSAL_CHECKPOINT_INFO},
     }

@@ -11,11 +11,11 @@ from typing import Any
 
 from zeropipe.checkpoint.loader import load, nothing_there
 from zeropipe.checkpoint.reader import saved_module
+from zeropipe.checkpoint.save.contents import look_through
 from zeropipe.checkpoint.save.plain import settle
 from zeropipe.checkpoint.save.records import LoadedState, ModelState
 from zeropipe.checkpoint.save.saver import Saver
 from zeropipe.checkpoint.save.tags import latest_universal
-from zeropipe.checkpoint.save.words import look_through
 from zeropipe.checkpoint.sources import Checkpoint
 from zeropipe.checkpoint.utils import clone_tensors_for_torch_save
 from zeropipe.comm.collectives import all_gather_object

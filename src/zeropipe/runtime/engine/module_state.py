@@ -24,7 +24,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from zeropipe.checkpoint.reader import Regions, Stored, real
 from zeropipe.checkpoint.save.files import new_file, temporary
-from zeropipe.checkpoint.save.records import ModelState
+from zeropipe.checkpoint.save.records import COMPUTED, ModelState, ModuleRest
 from zeropipe.comm.collectives import broadcast_object
 from zeropipe.errors import CheckpointError
 from zeropipe.runtime.engine.parts import Parts
@@ -85,8 +85,8 @@ def _outline(module: nn.Module) -> tuple[ModelState, dict[int, str]]:
     regions = (
         ("",) if _loads_itself(module) else tuple(prefix for prefix, _, begins in _walk(module) if begins)
     )
-    frozen = tuple(name for name, param in module.named_parameters() if not param.requires_grad)
-    return ModelState({}, frozen=frozen, peer_names=peers, regions=regions), first
+    kinds = {name: "frozen" for name, param in module.named_parameters() if not param.requires_grad}
+    return ModelState({}, kinds, peer_names=peers, regions=regions), first
 
 
 # ---- a load: values to their names ----
@@ -96,7 +96,6 @@ def destination(module: nn.Module) -> ModelState:
     """Where a load puts values by their names: the module's own tensors, but for those of its regions."""
     outline, first = _outline(module)
     tensors: dict[str, torch.Tensor] = {}
-    buffers: list[str] = []
     tied = {
         name: first[id(param)]
         for name, param in module.named_parameters(remove_duplicate=False)
@@ -113,12 +112,10 @@ def destination(module: nn.Module) -> ModelState:
             known = first.setdefault(id(value), key)
             if known != key:
                 tied[key] = known
-            if not isinstance(value, nn.Parameter):
-                buffers.append(key)
             # One whose first name is in a region is filled all the same.
             if known not in tensors and shards_of(value) is None:
                 tensors[key] = value.detach()
-    return replace(outline, tensors=tensors, buffers=tuple(buffers), tied=tied)
+    return replace(outline, tensors=tensors, tied=tied)
 
 
 # ---- a save: what the state dict holds ----
@@ -131,7 +128,8 @@ def capture(module: nn.Module, exclude_frozen: bool = False) -> ModelState:
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     extra: dict[str, Any] = {}
-    kinds: dict[str, list[str]] = {"buffer": [], "computed": [], "excluded": []}
+    kinds = dict(outline.kinds)
+    excluded: list[str] = []
     names_of_buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     seen = dict(first)
     for name, value in state.items():
@@ -144,9 +142,9 @@ def capture(module: nn.Module, exclude_frozen: bool = False) -> ModelState:
             tied[name] = known
             continue
         if id(value) not in first:
-            kinds["buffer" if name in names_of_buffers else "computed"].append(name)
+            kinds[name] = "buffer" if name in names_of_buffers else COMPUTED
         elif not value.requires_grad and exclude_frozen:
-            kinds["excluded"].append(name)
+            excluded.append(name)
             continue
         elif shards_of(value) is not None:
             if known != name:
@@ -158,13 +156,10 @@ def capture(module: nn.Module, exclude_frozen: bool = False) -> ModelState:
     return replace(
         outline,
         tensors=tensors,
-        buffers=tuple(kinds["buffer"]),
+        kinds=kinds,
         tied=tied,
-        excluded=tuple(kinds["excluded"]),
-        extra=extra,
-        computed=tuple(kinds["computed"]),
-        hidden=tuple(hidden),
-        versions=versions,
+        rest=ModuleRest(extra, versions, frozenset(hidden)),
+        excluded=tuple(excluded),
         layers=tuple(_layers(module, tensors, tied)) if isinstance(module, PipelineModule) else (),
     )
 
