@@ -84,7 +84,6 @@ def folders(request: pytest.FixtureRequest, pool: Any, tmp_path_factory: pytest.
     return precision, state, saved, begun
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_pair_of_shapes_gives_the_same_masters_moments_and_steps(
     pool: Any, folders: Any, world: int

@@ -15,8 +15,9 @@ from tests.helpers.data import generator
 from tests.helpers.pool import Pools
 from tests.helpers.referee import assert_bitwise
 from zeropipe.comm import collectives as comm
-from zeropipe.comm.native import Native
 from zeropipe.comm.group import Group, new_group, new_groups, world
+from zeropipe.comm.leases import LEASES
+from zeropipe.comm.native import Native
 from zeropipe.comm.record import Event, inject, record
 from zeropipe.errors import UsageError
 
@@ -154,6 +155,69 @@ def check_natively(rank: int, size: int, dtype: str) -> None:
 def test_the_backends_own_calls_give_the_same(pool: Pools, size: int, dtype: str) -> None:
     """What runs on NCCL, here by gloo's own collectives: on integers, whose sums show no order."""
     pool(size).run(check_natively, dtype)
+
+
+def check_runs(rank: int, size: int, staged: bool = False) -> None:
+    """A run of a flat is reduced as its cuts are, and gathers that begin together are gathers."""
+    with pytest.MonkeyPatch.context() as patch:
+        if staged:  # as on a group that has a backend for GPUs alone: there and back
+            patch.setattr(Group, "only_device", "cpu")
+            patch.setattr(Group, "has_tags", False)
+        g, shard = LEASES.with_lanes(world(), 2), 7
+        for start, stop in [(0, shard * size), (0, 5), (3, shard * size - 2), (shard, 2 * shard), (shard + 2, shard + 2)]:
+            for channel, op in ((0, "sum"), (2, "avg")):
+                inputs = [data(r, stop - start, "float32", key=start) for r in range(size)]
+                run = comm.Run(inputs[rank].clone(), start, shard)
+                want = comm.Run(expected(op, inputs), start, shard).part(rank)
+                output = torch.empty_like(want)
+                comm.reduce_run(run, output, g, op=op, channel=channel)
+                assert_bitwise(output, want, f"{start} to {stop}")
+                inside = comm.Run(inputs[rank].clone(), start, shard)
+                comm.reduce_run(inside, inside.part(rank), g, op=op, channel=channel)
+                assert_bitwise(inside.part(rank), want, "in place")
+        numels = [3, 1, 4000]
+        mine = [data(rank, numel, "bfloat16", key=numel) for numel in numels]
+        outputs = [torch.empty(numel * size, dtype=torch.bfloat16) for numel in numels]
+        comm.all_gather_many(outputs, mine, g, channel=1, async_op=True).wait()
+        for output, numel in zip(outputs, numels, strict=True):
+            assert_bitwise(output, torch.cat([data(r, numel, "bfloat16", key=numel) for r in range(size)]))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("size", WORLDS[1:])
+def test_a_run_is_reduced_as_its_cuts_and_gathers_may_begin_together(pool: Pools, size: int) -> None:
+    pool(size).run(check_runs)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_cpu_tensors_travel_through_the_device_where_the_group_has_no_other_backend(
+    native_pool: Pools, size: int
+) -> None:
+    native_pool(size).run(check_runs, staged=True)
+    native_pool(size).run(check_messages, staged=True)
+
+
+def check_messages(rank: int, size: int, staged: bool = False) -> None:
+    """Every member sends to every other before it receives: without tags only messages that begin together may."""
+    with pytest.MonkeyPatch.context() as patch:
+        if staged:
+            patch.setattr(Group, "only_device", "cpu")
+        g, others = world(), [r for r in range(size) if r != rank]
+        messages = comm.Messages(g, "test")
+        sent = {r: data(rank, 6000, "float32", key=r) for r in others}
+        got = {r: torch.empty(6000) for r in others}
+        works = [messages.send(sent[r], r, 1) for r in others] + [messages.recv(got[r], r, 1) for r in others]
+        messages.begin()
+        for work in works:
+            work.wait()
+        for r in others:
+            assert_bitwise(got[r], data(r, 6000, "float32", key=rank))
+        comm.Messages(g, "none").begin()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_messages_that_begin_together_have_no_order(pool: Pools, size: int) -> None:
+    pool(size).run(check_messages)
 
 
 def check_same_bits(rank: int, size: int, dtype: str, numel: int) -> torch.Tensor:

@@ -187,6 +187,7 @@ def resume(rank: int, size: int, name: str, stage: int, at: int, folder: str, co
         assert torch.equal(a["server_error"], b["server_error"])
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("name", "stage", "at", "config"),
     [

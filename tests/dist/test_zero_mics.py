@@ -211,6 +211,7 @@ def _no_size(rank: int, world: int) -> bool:
     return True
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("later", ["mics", "stage 3", "stage 1"])
 def test_a_checkpoint_of_groups_goes_on_in_any_shape(pool, tmp_path, later):
     settings = mics(4, 2) if later == "mics" else config(int(later[-1]), 4)

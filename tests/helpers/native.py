@@ -47,6 +47,7 @@ class Log:
     def __init__(self) -> None:
         self._issued: Issued = defaultdict(list)
         self._depth = 0  # an object travels by collectives of tensors, whose sizes are torch's own affair
+        self._batch: list[tuple[tuple[int, int], Any, Entry]] | None = None  # messages that begin together
 
     @classmethod
     def install(cls) -> Log:
@@ -65,6 +66,7 @@ class Log:
             if hasattr(dist.ProcessGroup, name):
                 method = getattr(dist.ProcessGroup, name)
                 setattr(dist.ProcessGroup, name, log._logged_method(method))
+        dist.batch_isend_irecv = log._logged_batch(dist.batch_isend_irecv)
         for name in ("send", "recv"):
             setattr(dist.ProcessGroup, name, log._logged_message(name, getattr(dist.ProcessGroup, name)))
         return log
@@ -109,12 +111,28 @@ class Log:
 
         return logged
 
+    def _logged_batch(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def logged(ops: Sequence[Any]) -> Any:
+            self._batch = []
+            try:
+                return call(ops)
+            finally:
+                batch, self._batch = self._batch, None
+                # The two directions of a pair have no order between them, the messages of one have.
+                for way, pg, entry in sorted(batch, key=lambda message: message[0]):
+                    self._add(pg, entry, way)
+
+        return logged
+
     def _logged_message(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def logged(pg: Any, tensors: Sequence[Any], peer: int, tag: int) -> Any:
             here = pg.rank()
             way = (here, peer) if name == "send" else (peer, here)
             entry = (f"{way[0]} to {way[1]}", sum(t.nbytes for t in tensors), str(tensors[0].dtype))
-            self._add(pg, entry, way)
+            if self._batch is None:
+                self._add(pg, entry, way)
+            else:
+                self._batch.append((way, pg, entry))
             return call(pg, tensors, peer, tag)
 
         return logged

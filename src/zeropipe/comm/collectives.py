@@ -11,16 +11,16 @@ from contextlib import contextmanager
 
 import torch
 
-from zeropipe.comm import native
 from zeropipe.comm.group import Group
 from zeropipe.comm.messages import receive_from, send_to
-from zeropipe.comm.native import Transport, all_gather_object, barrier, broadcast_object
+from zeropipe.comm.native import Alone, Native, Transport, all_gather_object, barrier, broadcast_object
 from zeropipe.comm.point_to_point import PointToPoint
-from zeropipe.comm.record import Call, Cut, Run, Work
+from zeropipe.comm.record import Call, Cut, Later, Run, Work
 from zeropipe.errors import UsageError
 
 __all__ = [
     "Cut",
+    "Messages",
     "Run",
     "Work",
     "all_gather",
@@ -46,15 +46,17 @@ class _Carriers:
     """Which transport carries what. A new one is chosen here, by group and device."""
 
     def __init__(self) -> None:
-        self._alone, self._native, self._by_messages = native.Alone(), native.Native(), PointToPoint()
+        self.native = Native()  # what others leave to it as well
+        self._alone, self._by_messages = Alone(), PointToPoint()
         self.forced: Transport | None = None
 
     def carrier(self, tensor: torch.Tensor, group: Group) -> Transport:
         if self.forced is not None and group.pg is not None:
             return self.forced
+        # Before the device is asked for: a group of one sends nothing, so no backend needs to carry it.
         if group.size == 1:
             return self._alone
-        return self._by_messages if group.backend_for(tensor) == "gloo" else self._native
+        return self._by_messages if group.backend_for(tensor) == "gloo" else self.native
 
     def in_one(self, group: Group) -> bool:
         if group.size == 1:
@@ -129,6 +131,7 @@ def reduce_to_owners(
     owner may have several, and each travels from where it lies. ``outputs``: where this rank's own cuts go, in their
     order; each is the cut itself or shares no memory with it. Raises UsageError where they do not fit.
     """
+    # Of nothing there is no dtype to check and no device to choose by; the same on all ranks.
     if not cuts:
         return Work("reduce_to_owners of nothing")
     call = Call("reduce_to_owners", group, label, async_op, op, channel).check(cuts[0][1])
@@ -184,6 +187,7 @@ def all_gather(
     call = Call("all_gather", group, label, async_op, channel=channel, guarded=guarded, note=note).check(
         output
     )
+    # In two hops each is an event of its own, with the bytes that it moves (``enter_hop``).
     if group.hops is None or not output.numel():
         call.enter(output.nbytes)
     return _CARRIERS.carrier(output, group).all_gather(call, output, shard).under(call)
@@ -226,7 +230,7 @@ def broadcast(
     call = Call("broadcast", group, label, async_op).check(tensor).enter(tensor.nbytes)
     if group.size == 1 or tensor.numel() == 0:
         return Work(call)
-    return native.broadcast(call, tensor, src).under(call)
+    return _CARRIERS.native.broadcast(call, tensor, src).under(call)
 
 
 def all_to_all(
@@ -258,6 +262,41 @@ def recv(
     call = Call("recv", group, label, async_op).check(tensor).enter(tensor.nbytes)
     handle = receive_from(tensor, src, group, tag)
     return Work(call, [] if handle is None else [handle]).under(call)
+
+
+class Messages:
+    """Messages between members that begin together: at once where tags tell them apart, else with ``begin``."""
+
+    # On NCCL a message alone takes a communicator for its pair of ranks, and what comes after it there waits until the
+    # other side has come as far: two ranks that both send first would wait for ever. What begins in one call has no
+    # order but that of the messages from one rank to another.
+    def __init__(self, group: Group, label: str) -> None:
+        self._group, self._label = group, label
+        self._waits = goes_in_one(group)
+        self._later = Later()
+        self._messages: list[tuple[bool, torch.Tensor, int, int]] = []
+
+    def send(self, tensor: torch.Tensor, dst: int, tag: int) -> Work:
+        return self._add(True, tensor, dst, tag)
+
+    def recv(self, tensor: torch.Tensor, src: int, tag: int) -> Work:
+        return self._add(False, tensor, src, tag)
+
+    def _add(self, sends: bool, tensor: torch.Tensor, member: int, tag: int) -> Work:
+        # With tags nothing is gained by waiting: the first piece travels while the next is made.
+        if not self._waits:
+            call = send if sends else recv
+            return call(tensor, member, self._group, tag=tag, label=self._label, async_op=True)
+        Call("send" if sends else "recv", self._group, self._label, async_op=True).check(tensor).enter(
+            tensor.nbytes
+        )
+        self._messages.append((sends, tensor, member, tag))
+        return Work(f"messages {self._label!r}", [self._later])
+
+    def begin(self) -> None:
+        """What was asked for is under way. Each member calls it, for all that it exchanges with the others by then."""
+        call = Call("messages", self._group, self._label, async_op=True)
+        self._later.begin(_CARRIERS.native.exchange(call, self._messages) if self._messages else Work(call))
 
 
 def _check_sizes(op: str, full: torch.Tensor, part: torch.Tensor, group: Group) -> None:

@@ -69,12 +69,20 @@ class Group:
         """Whether members can tell each other words (``agreement.py``): it takes gloo, alone or beside NCCL."""
         return dict(self.backends).get("cpu") == "gloo"
 
+    @property
+    def only_device(self) -> str | None:
+        """The device that CPU tensors travel through, where the group has a backend for nothing else."""
+        kinds = [kind for kind, _ in self.backends]
+        return kinds[0] if kinds and "cpu" not in kinds else None
+
     def backend_for(self, tensor: torch.Tensor) -> str:
         """The backend that carries ``tensor``.
 
         Raises UsageError when the group has none for its device.
         """
         kind = tensor.device.type
+        if kind == "cpu" and self.only_device is not None:
+            return self.backends[0][1]
         for device, name in self.backends:
             # torch names gloo for every device, and its messages take any pointer for one of host memory.
             if device == kind and (name != "gloo" or kind == "cpu"):
@@ -189,6 +197,7 @@ def init_distributed(
     """
     if dist.is_initialized() or dist_init_required is False:
         return
+    # Before the backend starts, which takes the current device for what it sends by itself (objects, barriers).
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     backend = dist_backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

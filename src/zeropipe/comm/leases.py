@@ -41,6 +41,9 @@ class Leases:
     def __init__(self) -> None:
         self._world: weakref.ref[dist.ProcessGroup] | None = None  # the one that the leases are of
         self._leases: dict[str, _Lease] = {}  # by the name of the process group, the same on all its ranks
+        # Process groups of channels, by their group's ranks. They are not leased: the members alone start them, torch
+        # names such a group by its ranks, and a second one of a name whose first is gone would find what that has
+        # left in the store.
         self._lanes: dict[Ranks, tuple[weakref.ref[dist.ProcessGroup], ...]] = {}
 
     def take(self, lists: Iterable[Sequence[int]]) -> dict[Ranks, Group]:
@@ -81,12 +84,13 @@ class Leases:
     def with_lanes(self, group: Group, channels: int) -> Group:
         """``group``, with a process group for each channel from 1 on where tags do not keep them apart.
 
-        Collective among its members, the first time that these ranks ask: they start in one order everywhere, long
-        before a rank could be in the middle of something that another has not begun.
+        Collective among its members, the first time that these ranks ask.
         """
         if group.size == 1 or not goes_in_one(group):
             return group
         self._forget_if_stale()
+        # Here and not at the first use: they start in one order on all ranks, and no rank is yet in the middle of
+        # something that another has not begun.
         if group.ranks not in self._lanes:
             self._lanes[group.ranks] = tuple(start_lane(group) for _ in range(channels))
         return replace(group, lanes=self._lanes[group.ranks])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
@@ -100,27 +101,68 @@ class Alone:
         return Work(call)
 
 
+Moved = list[tuple[torch.Tensor, torch.Tensor]]  # (here, its copy on the device)
+
+
+def _through(device: str, what: Any, moved: Moved) -> Any:
+    """``what`` with every CPU tensor in it on ``device``."""
+    if isinstance(what, torch.Tensor) and what.device.type == "cpu":
+        moved.append((what, what.to(device, copy=True)))
+        return moved[-1][1]
+    return [_through(device, one, moved) for one in what] if isinstance(what, (list, tuple)) else what
+
+
+def _anywhere(written: int = 0) -> Callable[[Callable[..., Work]], Callable[..., Work]]:
+    """A method for CPU tensors too (offloaded state) over a group that has a backend for its device alone: through the
+    device and, once it is waited for, back. ``written``: the argument after the call that comes back."""
+
+    def wrap(carry: Callable[..., Work]) -> Callable[..., Work]:
+        @wraps(carry)
+        def carried(self: Native, call: Call, *what: Any) -> Work:
+            # A world that its user started with NCCL alone has nothing else: to start gloo beside it later would take
+            # every rank of the world, at a place where only this group's ranks are.
+            device = call.group.only_device
+            if device is None:
+                return carry(self, call, *what)
+            moved: list[Moved] = [[] for _ in what]
+            there = [_through(device, *pair) for pair in zip(what, moved, strict=True)]
+
+            def back() -> None:
+                for here, its in moved[written]:
+                    here.copy_(its)
+
+            return carry(self, call, *there).then(back)
+
+        return carried
+
+    return wrap
+
+
 class Native:
-    """The backend's own algorithms. Each is one call of torch's, or a number of them that no number of ranks raises.
+    """The backend's own algorithms. Each is one call of torch's, or a number of them that no number of ranks raises."""
 
-    NCCL has one rule for many ranks: on one communicator all issue the same, in the same order. So each channel is a
-    communicator, and what ranks may interleave as they like is on different channels:
-
-        channel 0           everything else, in the program's order        group.pg
-        channel 1, GATHER   what units need, in the order of the visits    group.lanes[0]
-        channel 2, REDUCE   buckets, in the order of the reducer           group.lanes[1]
-    """
-
+    # NCCL has one rule for many ranks: on one communicator all issue the same, in the same order. So each channel is a
+    # communicator, and what ranks may interleave as they like is on different ones. A rank that runs a module which
+    # another skips has its reductions at other places among the gathers, and both go on:
+    #
+    #     rank 0      gather a   reduce 2   gather b              reduce 1     GATHER: a b    REDUCE: 2 1
+    #     rank 1      gather a              gather b   reduce 2   reduce 1     GATHER: a b    REDUCE: 2 1
+    #
+    # Channel 0 has everything else, in the order of the program: norms, broadcasts, what is told at the end of a step.
     in_one = True
 
+    @_anywhere()
     def all_reduce(self, call: Call, tensor: torch.Tensor) -> Work:
         return Work(call, [dist.all_reduce(tensor, _OPS[call.reduction], call.pg, async_op=True)])
 
+    @_anywhere()
     def reduce_scatter(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work:
         return Work(call, [_reduce_scatter(output, input, _OPS[call.reduction], call.pg, async_op=True)])
 
+    @_anywhere(written=1)
     def reduce_to_owners(self, call: Call, cuts: Sequence[Cut], outputs: Sequence[torch.Tensor]) -> Work:
         group, places, handles = call.group, iter(outputs), list[Any]()
+        # A call for each cut: this is for few, ``reduce_run`` for what all ranks share.
         for owner, view in cuts:
             place = view
             if owner == group.rank:
@@ -145,16 +187,18 @@ class Native:
         work = self.all_reduce(call, run.whole)
         return work.then(lambda: put(output, run.part(rank))) if rank in owners else work
 
+    @_anywhere()
     def all_gather(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work:
         if call.group.hops is not None and output.numel():
             return self._two_hops(call, output, shard)
         return Work(call, [_all_gather(_bytes(output), _bytes(shard), call.pg, async_op=True)])
 
+    @_anywhere()
     def all_gather_many(
         self, call: Call, outputs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]
     ) -> Work:
         if call.group.hops is not None:
-            # Two calls that depend on each other cannot be one.
+            # Each is two calls, the second of which needs the first: they cannot be one.
             works = [self.all_gather(call, *pair) for pair in zip(outputs, shards, strict=True)]
             return Work(call, works)
         # Each lands where it belongs, and the backend is asked once.
@@ -164,12 +208,29 @@ class Native:
         gather = getattr(pg, "all_gather_single_coalesced", None) or pg.allgather_into_tensor_coalesced
         return Work(call, [gather([*map(_bytes, outputs)], [*map(_bytes, shards)], options)])
 
+    @_anywhere()
     def gather_from_owners(self, call: Call, cuts: Sequence[Cut]) -> Work:
         ranks, pg = call.group.ranks, call.pg
         return Work(call, [dist.broadcast(view, ranks[owner], pg, async_op=True) for owner, view in cuts])
 
+    @_anywhere()
     def all_to_all(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work:
         return Work(call, [dist.all_to_all_single(output, input, group=call.pg, async_op=True)])
+
+    @_anywhere()
+    def broadcast(self, call: Call, tensor: torch.Tensor, src: int) -> Work:
+        return Work(call, [dist.broadcast(_bytes(tensor), call.group.ranks[src], call.pg, async_op=True)])
+
+    @_anywhere()
+    def exchange(self, call: Call, messages: Sequence[tuple[bool, torch.Tensor, int, int]]) -> Work:
+        """Messages (whether it is sent, what, with which member, tag) in one call, which has no order among them."""
+        ranks, pg = call.group.ranks, call.pg
+        ops = [
+            dist.P2POp(dist.isend if sends else dist.irecv, tensor, ranks[member], pg, tag)
+            for sends, tensor, member, tag in messages
+            if tensor.numel()  # else no message at all, on either side
+        ]
+        return Work(call, dist.batch_isend_irecv(ops) if ops else [])
 
     def _two_hops(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work:
         """One call across nodes, then one per node's run of shards."""
@@ -203,10 +264,6 @@ def enter_hop(call: Call, group: Group, output: torch.Tensor) -> None:
 
 
 # What no other transport carries.
-
-
-def broadcast(call: Call, tensor: torch.Tensor, src: int) -> Work:
-    return Work(call, [dist.broadcast(_bytes(tensor), call.group.ranks[src], call.pg, async_op=True)])
 
 
 def barrier(group: Group, *, label: str = "") -> None:

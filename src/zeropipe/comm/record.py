@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from zeropipe.comm.group import Group
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 
+_REMEMBERED = 8  # calls
 REDUCTIONS = ("sum", "avg", "max", "min")
 Cut = tuple[int, torch.Tensor]  # (owner: index in the group, view of the elements that it owns)
 
@@ -97,6 +99,7 @@ class Call:
 
     def enter(self, nbytes: int | None = None) -> Call:
         """Pass through the seam; ``nbytes`` None: no tensor moves."""
+        SEAM.remember(self)
         if SEAM.listeners:
             ranks = () if nbytes is None else self.group.ranks
             event = Event(self.op, self.group.size, nbytes or 0, self.label, self.async_op, ranks)
@@ -150,8 +153,10 @@ class Work:
         except RuntimeError as error:
             raise CommunicationError(
                 f"{self._what} did not complete: {str(error).splitlines()[0]}",
+                found=f"as the last calls here: {SEAM.lately()}",
                 fix="another rank has most likely failed first; read its traceback",
             ) from error
+        # Taken first: a step that raises is not done a second time by who waits again.
         steps, self._steps = self._steps, []
         for step in steps:
             step()
@@ -161,6 +166,8 @@ class Work:
 
         False may be too modest: gloo tells of a message's arrival only to who waits for it.
         """
+        # On NCCL an event of the device answers, and the host goes on: what has arrived may be waited for at any place,
+        # whatever the other ranks are doing.
         return not self.peers_wait and all(handle.is_completed() for handle in self._handles)
 
     def is_completed(self) -> bool:
@@ -189,11 +196,32 @@ class Work:
         return self
 
 
+class Later:
+    """The handle of what is asked for one by one and begins together, for works that each wait for all of it."""
+
+    def __init__(self) -> None:
+        self._work: Work | None = None
+
+    def begin(self, work: Work) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        if self._work is None:
+            raise RuntimeError("it was given up before it began")
+        self._work.wait()
+
+    def is_completed(self) -> bool:
+        return self._work is not None and self._work.done()
+
+
 class Seam:
     """Who listens to this process's collectives. Process groups belong to the process, and so does this."""
 
     def __init__(self) -> None:
         self.listeners: list[Callable[[Event], None]] = []
+        # What this rank did last. A collective that hangs names itself; which one a peer did not come to is found by
+        # laying the ranks' last calls side by side.
+        self._lately: deque[Call] = deque(maxlen=_REMEMBERED)
         # Buffers that somebody gave up on and the transport still writes into or sends from: freed, they would be
         # other tensors' memory by then.
         self._kept: list[object] = []
@@ -201,6 +229,13 @@ class Seam:
     def keep(self, *works: object) -> None:
         """Let ``works``, which nobody will wait for, keep their buffers while the process lasts."""
         self._kept += works
+
+    def remember(self, call: Call) -> None:
+        self._lately.append(call)
+
+    def lately(self) -> str:
+        """The last calls of this rank, oldest first."""
+        return ", ".join(f"{call.op} {call.label!r}" for call in self._lately) or "none"
 
     @contextmanager
     def listening(self, listener: Callable[[Event], None]) -> Iterator[None]:

@@ -118,13 +118,18 @@ def _ask(mpu: Any, *names: str, default: int = 0) -> int:
 
 
 def pick_device(args: Namespace = None) -> torch.device:
-    """This rank's GPU if there is one, else the CPU."""
+    """This rank's GPU if there is one, which is then the current one, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local = getattr(args, "device_rank", None)
     local = getattr(args, "local_rank", None) if local is None else local
     if local is None or local < 0:
-        local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        # Whoever started the world without torchrun has set the device, or has one.
+        here = os.environ.get("LOCAL_RANK")
+        local = torch.cuda.current_device() if here is None else int(here) % torch.cuda.device_count()
+    # Where somebody else started the world nobody may have set it: NCCL, and objects that travel by it, would take
+    # device 0 on every rank.
+    torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from math import prod, sqrt
 from typing import Any
@@ -21,8 +20,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from zeropipe.comm import collectives
-from zeropipe.comm.collectives import Work
+from zeropipe.comm.collectives import Messages, Work
 from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
 from zeropipe.layout.flat import FlatShards, Piece
@@ -185,10 +183,8 @@ def exchange_round(
     """
     # Every holder first sends its pieces, then gets the result's pieces back; both phases go through the matrices, and
     # the holders of each, in the plan's order. As that order is total and shared, the exchange cannot deadlock, even
-    # where a backend runs one message at a time.
-    send = partial(collectives.send, group=group, label="muon", async_op=True)
-    recv = partial(collectives.recv, group=group, label="muon", async_op=True)
-    me = group.rank
+    # where a backend runs one message at a time; without tags each phase is one call.
+    there, back_again, me = Messages(group, "muon"), Messages(group, "muon"), group.rank
     mine = [(cut, piece) for cut in cuts for piece in cut.pieces if piece.shard == me]
     buffers: list[torch.Tensor] = []  # per cut of mine: the whole direction if owned, else this rank's piece
     works: list[list[Work]] = []
@@ -197,13 +193,14 @@ def exchange_round(
         own = slots[cut.slot].direction(_run(piece))
         if cut.owner != me:
             buffers.append(own)
-            works.append([send(own, cut.owner, tag=_TO_OWNER)])
+            works.append([there.send(own, cut.owner, _TO_OWNER)])
             continue
         matrix = torch.empty(cut.numel, dtype=NS_DTYPE, device=own.device)
         _part(matrix, piece).copy_(own)
         buffers.append(matrix)
         others = [other for other in cut.pieces if other.shard != me]
-        works.append([recv(_part(matrix, other), other.shard, tag=_TO_OWNER) for other in others])
+        works.append([there.recv(_part(matrix, other), other.shard, _TO_OWNER) for other in others])
+    there.begin()
 
     def finish() -> None:
         # [1] What is complete is orthogonalised and sent back, [2] what was sent back is applied, [3] and only then are
@@ -215,15 +212,16 @@ def exchange_round(
             for work in pending:
                 work.wait()
             if cut.owner != me:
-                returns.append(recv(buffer, cut.owner, tag=_BACK))
+                returns.append(back_again.recv(buffer, cut.owner, _BACK))
                 continue
             slot = slots[cut.slot]
             result = slot.orthogonal(cut.tensor, buffer)
             kept.append(result)
             others = [other for other in cut.pieces if other.shard != me]
-            sent += [send(_part(result, other), other.shard, tag=_BACK) for other in others]
+            sent += [back_again.send(_part(result, other), other.shard, _BACK) for other in others]
             slot.apply(cut.tensor, _run(piece), _part(result, piece))
             returns.append(None)
+        back_again.begin()
         for (cut, piece), buffer, back in zip(mine, buffers, returns, strict=True):
             if back is not None:
                 back.wait()

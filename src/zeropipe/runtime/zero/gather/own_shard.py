@@ -14,6 +14,7 @@ import torch
 
 from zeropipe.comm.collectives import Work, all_gather, all_gather_many, goes_in_one
 from zeropipe.comm.group import Group
+from zeropipe.comm.record import Later
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.zero.param import GATHER, ZeroParamType
 
@@ -114,30 +115,20 @@ class Together:
 
     def __init__(self) -> None:
         self._parts: list[tuple[OwnShard, torch.Tensor]] = []
-        self._work: Work | None = None
+        self._later = Later()
 
     def add(self, own: OwnShard, full: torch.Tensor) -> Work:
         self._parts.append((own, full))
-        return Work(f"the gather of {own.name}", [self])
+        return Work(f"the gather of {own.name}", [self._later])
 
     def begin(self) -> None:
         if self._parts:
             owns, fulls = zip(*self._parts, strict=True)
             label = ", ".join(own.name for own in owns)
             shards = [own.of(full) for own, full in self._parts]
-            self._work = all_gather_many(
-                fulls, shards, owns[0].group, label=label, async_op=True, channel=GATHER
-            )
-
-    # What the handle of a work has; it is the same for each parameter, so the first that is used waits for all.
-
-    def wait(self) -> None:
-        if self._work is None:
-            raise RuntimeError("it was given up before it began")
-        self._work.wait()
-
-    def is_completed(self) -> bool:
-        return self._work is not None and self._work.done()
+            group = owns[0].group
+            work = all_gather_many(fulls, shards, group, label=label, async_op=True, channel=GATHER)
+            self._later.begin(work)
 
 
 @contextmanager

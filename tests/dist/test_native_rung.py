@@ -1,0 +1,110 @@
+"""What only the path of NCCL has: communicators for channels, reductions retired by the backend's own word."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.helpers.pool import Pools, RankFailure
+from tests.helpers.zero3 import Stack, engine_of, x_batch
+from zeropipe.comm import collectives as comm
+from zeropipe.comm.group import world as everyone
+from zeropipe.comm.record import Event, inject
+
+DEPTH = 6
+
+
+def in_flight(rank: int, world: int) -> list[tuple[int, int]]:
+    """Of each step: the reductions that were started, and the most that were unfinished at one time."""
+    engine = engine_of(Stack(DEPTH), 3, world, zero_optimization={"reduce_bucket_size": 1})
+    reducer, steps = engine.optimizer.reducer, []
+    for step in range(2):
+        started, most = 0, 0
+
+        def look(event: Event) -> None:
+            nonlocal started, most
+            if event.op == "reduce_to_owners":
+                time.sleep(0.002)  # the others come as far: what was sent before is then there
+                started, most = started + 1, max(most, len(reducer._in_flight))
+
+        with inject(look):
+            engine.backward(engine(x_batch(step, rank)).square().mean())
+        engine.step()
+        steps.append((started, most))
+    engine.destroy()
+    return steps
+
+
+def test_reductions_are_retired_in_the_middle_of_backward_where_ranks_have_no_words(native_pool: Pools) -> None:
+    """They were all kept until its end: a GPU held every gradient of the model."""
+    for _, (started, most) in native_pool(3).run(in_flight):
+        assert started == 6 * DEPTH + 1  # a bucket for each parameter
+        assert most <= started // 2
+
+
+def odd_order(rank: int, world: int) -> None:
+    small, large = torch.ones(2), torch.ones(3)
+    for tensor in (small, large) if rank else (large, small):
+        comm.all_reduce(tensor, everyone(), async_op=True)
+    time.sleep(0.1)
+
+
+def one_more(rank: int, world: int) -> None:
+    if rank == 0:
+        comm.broadcast(torch.ones(1), 0, everyone(), async_op=True)
+
+
+@pytest.mark.parametrize("task", [odd_order, one_more])
+def test_another_order_on_one_rank_fails_the_test_that_has_it(task: Any) -> None:
+    pools = Pools(native=True)  # its communicators are not in step any more afterwards
+    try:
+        with pytest.raises((AssertionError, RankFailure), match=r"call \d differs|all_reduce|Gloo|gloo"):
+            pools(2).run(task)
+    finally:
+        pools.close()
+
+
+def persistent_differ(rank: int, world: int) -> list[list[str]]:
+    """Ranks run other modules, whose parameters all stay gathered: allowed, so gathers and reductions interleave in
+    different ways."""
+    options = {"stage3_param_persistence_threshold": 10**9, "reduce_bucket_size": 1}
+    engine = engine_of(Stack(3), 3, world, zero_optimization=options)
+    seen: list[list[str]] = []
+    for step in range(3):
+        engine.module.order = (0, 1, 2) if step < 2 or rank == 0 else (0, 2)
+        order: list[str] = []
+        with inject(lambda event, order=order: order.append(event.op)):
+            engine.backward(engine(x_batch(step, rank)).square().mean())
+        engine.step()
+        seen.append(order)
+    engine.destroy()
+    return seen
+
+
+def test_ranks_may_run_other_modules_whose_parameters_stay_gathered(native_pool: Pools) -> None:
+    """On one communicator this was mixed data or a hang. The pool compares what each communicator was asked for."""
+    for world in (2, 3):
+        native_pool(world).run(persistent_differ)
+
+
+def lanes_of(rank: int, world: int) -> list[str]:
+    engine = engine_of(Stack(1), 3, world, zero_optimization={"mics_shard_size": 2})
+    group = engine.optimizer.partitions[0].group
+    names = [group.on(channel).group_name for channel in (0, 1, 2)]
+    again = engine_of(Stack(1), 3, world, zero_optimization={"mics_shard_size": 2})
+    other = again.optimizer.partitions[0].group
+    assert [other.on(channel).group_name for channel in (1, 2)] == names[1:]  # once for these ranks
+    for one in (engine, again):
+        one.destroy()
+    assert [dist.get_process_group_ranks(group.on(channel)) for channel in (1, 2)] == [list(group.ranks)] * 2
+    return names
+
+
+def test_each_channel_of_a_shard_group_is_a_communicator_that_is_started_once(native_pool: Pools) -> None:
+    names = native_pool(4).run(lanes_of)
+    assert names[0] == names[1] and names[2] == names[3]
+    assert len({name for of_rank in names for name in of_rank}) == 6
