@@ -184,6 +184,7 @@ def export(
 ) -> None:
     """Write the weights as safetensors (or torch) files with an index, one tensor in memory at a time."""
     source = open_source(folder, tag, trust=trust)
+    # The bar counts bytes as they will be written; integers keep their width.
     width = 4 if dtype == "fp32" else 2
     total = sum(
         prod(w.shape) * (width if w.dtype.is_floating_point else w.dtype.itemsize) for w in weights(source)
@@ -214,6 +215,7 @@ def prune(
     Only what saves of zeropipe made under this name: other programs' checkpoints, links and what they point to, copies
     under another name and other files stay, and do not count.
     """
+    # [1] What may go: checkpoints that saves made and that still have their names. Others do not count as newer ones.
     found = tags.ours(folder)
     first = tags.choose(folder, None).candidates[:1]
     # What `latest` names or a link beside the checkpoints points to somebody still uses.
@@ -221,6 +223,7 @@ def prune(
     held = {path.resolve() for path in (*(c.path for c in first), *links)}
     kept = [c for number, c in enumerate(found) if number < keep or c.path.resolve() in held]
     gone = [c.path for c in found if c not in kept]
+    # [2] One that cannot be removed does not keep the others: all is tried, and then it is said what failed.
     failed: list[str] = []
     for path in (*gone, *ownership.leftovers(folder)):
         if dry_run:

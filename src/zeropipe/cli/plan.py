@@ -214,6 +214,7 @@ def pipe_plan(
     for kind, path in files.items():
         if path is not None and kind != "trace" and path.suffix.lower() != f".{kind}":
             raise ConfigError(f"--{kind}", expected=f"a file that ends in .{kind}", found=path)
+    # Before anything is laid out: to make one that is too large takes long by itself.
     _check_size(stages, micro_batches, max(chunks or 1, _BEST_CHUNKS if best else 1))
     measured = costs.endswith(".json")
     cost = Costs.from_mapping(_read_json(Path(costs))) if measured else Costs.parse(costs)
@@ -226,6 +227,7 @@ def pipe_plan(
         wanted = _read_text(given) if given.suffix and given.exists() else schedule
         share = cost if measured else cost.share(chunks or schedules.default_chunks(wanted))
         made = schedules.make_schedule(wanted, stages, micro_batches, chunks, share)
+        # Again, now that it is known: a schedule from a file has sizes of its own.
         _check_size(made.num_ranks, made.micro_batches, made.num_stages // made.num_ranks)
         result = simulate(made, share.checked(made.num_stages))
     if text:

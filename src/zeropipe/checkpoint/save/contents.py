@@ -174,6 +174,7 @@ def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+# In the manifest, for those who read it alone; a load takes the values from the files, with their types.
 def _figure(value: Any) -> int | float | None:
     if isinstance(value, torch.Tensor):
         return value.item() if value.numel() == 1 else None

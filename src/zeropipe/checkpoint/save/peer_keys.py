@@ -187,6 +187,7 @@ def whole_optimizer(local: LocalState) -> dict[str, Any]:
     return {"state": state, "param_groups": groups}
 
 
+# Moments that one parameter lacks (it was never stepped) are zeros to DeepSpeed, which has one tensor for all.
 def _joined(flats: list[FlatState]) -> list[FlatState]:
     """One flat per param group: the shards of its parameters end to end, as DeepSpeed has them at stage 3."""
     groups: dict[int, list[FlatState]] = {}

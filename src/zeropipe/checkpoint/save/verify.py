@@ -48,6 +48,7 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
     except CheckpointError as error:
         return [_finding(folder / MANIFEST_NAME, FileState.DAMAGED, str(error))]
     if manifest is None:
+        # Our files say themselves that there was a manifest; those of others never had one.
         findings = [_finding(folder / MANIFEST_NAME, FileState.MISSING)] if lacks_manifest(folder) else []
         if (folder / INDEX_NAME).exists():
             findings += _of_chunks(folder, progress)
@@ -55,6 +56,7 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
             findings.append(_checked(path, FileState.UNCHECKED, partial(load_torch, path)))
             progress(findings[-1].bytes)
         return findings
+    # It carries its own checksum, so that it was read says that it is whole.
     findings = [_finding(folder / MANIFEST_NAME, FileState.WHOLE)]
     for record in manifest.files:
         findings.append(_checked(folder / record.name, FileState.WHOLE, partial(check_file, folder, record)))
