@@ -75,6 +75,7 @@ def initialize(
         raise ConfigError(
             "initialize: model", expected="a torch.nn.Module", found=found, fix="pass model=your module"
         )
+    # A path that only one rank can read would leave the others waiting for it.
     with shared_fate(group=None):
         named = getattr(args, "deepspeed_config", None)
         given = {"config": config, "config_params": config_params, "args.deepspeed_config": named}
@@ -92,6 +93,7 @@ def initialize(
         collate_fn=collate_fn,
         args=args,
     )
+    # The model says which engine: one forward and backward at a time, or a schedule of them.
     engine = (PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine)(parts)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from zeropipe.config.parse import parse_config
+from zeropipe.config.parse import only_one, parse_config
 from zeropipe.config.schema import Config, NoticeKind
 from zeropipe.errors import ConfigError
 
@@ -245,3 +245,15 @@ def test_any_dict_is_parsed_or_refused_with_a_fix(config: dict) -> None:
         assert parsed.raw is config
         return
     assert "Fix: " in fix
+
+
+def test_a_configuration_may_be_given_in_one_place_only() -> None:
+    given = {"train_batch_size": 8}
+    assert only_one({"config": given, "config_params": None, "args.deepspeed_config": None}) is given
+    assert only_one({"config": None, "config_params": None, "args.deepspeed_config": "ds.json"}) == "ds.json"
+    # A launcher's argument that is the very object is no second one.
+    assert only_one({"config": given, "config_params": given, "args.deepspeed_config": None}) is given
+    with pytest.raises(ConfigError, match="twice, as config and config_params"):
+        only_one({"config": given, "config_params": dict(given), "args.deepspeed_config": None})
+    with pytest.raises(ConfigError, match="no configuration"):
+        only_one({"config": None, "config_params": None, "args.deepspeed_config": None})

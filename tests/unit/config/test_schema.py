@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from zeropipe.config import reference
-from zeropipe.config.fields import section_of
+from zeropipe.config.fields import every_key, section_of
 from zeropipe.config.schema import Config
 
 DOCS = Path(__file__).parents[3] / "docs" / "configuration.md"
@@ -55,3 +55,19 @@ def test_the_editor_schema_takes_auto_everywhere_and_refuses_unknown_section_key
 def test_parsing_needs_no_torch() -> None:
     code = "import sys, zeropipe.config.parse as p; p.parse_config({}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_key_is_walked_once_and_is_what_settings_tell() -> None:
+    keys = [path for path, _, section in every_key(Config) if section is None]
+    assert len(keys) == len(set(keys))
+    told = Config().settings()
+    # A dict of arguments is told argument by argument, and has none here.
+    assert set(told) == set(keys)
+
+
+def test_sections_are_walked_before_what_is_in_them() -> None:
+    seen: set[str] = {""}
+    for path, _, section in every_key(Config):
+        assert path.rpartition(".")[0] in seen
+        if section is not None:
+            seen.add(path)

@@ -273,6 +273,7 @@ class Face(torch.nn.Module):
         Raises:
             CheckpointError: on every rank alike; damaged or foreign files, other shapes, missing parameters.
         """
+        # The weights alone leave the run where it is: at its step, its rate and its place in the data.
         whole = not load_module_only
         return self.checkpoints.load(
             load_dir,
