@@ -16,6 +16,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils import checkpoint as torch_checkpoint
 
 from zeropipe.errors import UsageError
+from zeropipe.given import Anything, Mpu
 from zeropipe.utils.logging import logger
 
 __all__ = [
@@ -134,8 +135,8 @@ SHARED = Checkpointing()
 
 
 def configure(
-    mpu_: Any = None,
-    deepspeed_config: Any = None,
+    mpu_: Mpu = None,
+    deepspeed_config: Anything = None,
     partition_activations: bool | None = None,
     contiguous_checkpointing: bool | None = None,
     num_checkpoints: int | None = None,

@@ -17,6 +17,7 @@ from zeropipe.checkpoint.constants import (
     OPTIM_FILE_SUFFIX,
     ZERO_FILE_PREFIX,
 )
+from zeropipe.given import Tree
 
 _MAX_WASTE = 1.25  # a hull may be this much larger than its views before they are copied apart
 
@@ -59,7 +60,7 @@ def get_zero3_model_ckpt_name_for_rank(base_folder: str, dp_rank: int, mp_rank: 
     return os.path.join(base_folder, name)
 
 
-def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
+def clone_tensors_for_torch_save(item: Tree, device: torch.device | str = "cpu") -> Any:
     """A copy of ``item`` whose tensors own exactly their elements, on ``device``.
 
     ``torch.save`` of a view into a flat buffer would write the whole buffer. Containers keep their types.
@@ -75,7 +76,7 @@ def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") 
     return mapped(item, clone)
 
 
-def mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+def mapped(tree: Tree, leaf: Callable[[Any], Any]) -> Any:
     """A copy of ``tree`` with new containers of the same types and ``leaf`` of everything in them but sets' members."""
     kind = type(tree)
     if isinstance(tree, dict):
@@ -157,7 +158,7 @@ class _Hull:
         return host.copy_(flat, non_blocking=True)
 
 
-def snapshot(tree: Any, *, copy: bool, buffers: HostBuffers | None = None) -> Any:
+def snapshot(tree: Tree, *, copy: bool, buffers: HostBuffers | None = None) -> Any:
     """``tree`` (containers and leaves) with host tensors whose storages hold only what is saved.
 
     ``copy=False`` may alias live CPU memory, so it must be written before anything changes it;

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from zeropipe.errors import ZeropipeError
+from zeropipe.given import Anything
 
 SUBCOMMANDS: Final = ("ckpt", "config", "onebit", "pipe")
 
@@ -20,10 +21,10 @@ SUBCOMMANDS: Final = ("ckpt", "config", "onebit", "pipe")
 class LazyGroup(TyperGroup):
     """Imports a subcommand when it is asked for, so that checking a config never waits for torch."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    def list_commands(self, ctx: Anything) -> list[str]:
         return list(SUBCOMMANDS)
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+    def get_command(self, ctx: Anything, cmd_name: str) -> Any:
         if cmd_name not in SUBCOMMANDS:
             return None
         if cmd_name == "ckpt":
@@ -37,7 +38,7 @@ class LazyGroup(TyperGroup):
         command.name = cmd_name
         return command
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Anything) -> Any:
         try:
             return super().invoke(ctx)
         except ZeropipeError as error:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # its functions hold the world of their first import for good: here there is none yet
 
 from zeropipe.errors import ConfigError, UsageError
+from zeropipe.given import Anything
 from zeropipe.layout.two_hops import TwoHops
 
 _ENV = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -182,7 +183,7 @@ def init_distributed(
     timeout: timedelta | None = None,
     init_method: str | None = None,
     dist_init_required: bool | None = None,
-    config: Any = None,
+    config: Anything = None,
     rank: int = -1,
     world_size: int = -1,
 ) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from zeropipe.comm.collectives import all_gather_object, goes_in_one
 from zeropipe.comm.group import Group, new_group, start_lane, world
+from zeropipe.given import Anything
 
 Ranks = tuple[int, ...]
 
@@ -95,7 +96,7 @@ class Leases:
             self._lanes[group.ranks] = tuple(start_lane(group) for _ in range(channels))
         return replace(group, lanes=self._lanes[group.ranks])
 
-    def hold(self, group: Group, user: Any) -> None:
+    def hold(self, group: Group, user: Anything) -> None:
         """Let ``group`` and its hops stay while ``user`` (weakly referenced) is there; no matter for other groups."""
         for one in _with_hops(group):
             lease = self._leases.get(_name(one))
@@ -103,7 +104,7 @@ class Leases:
                 lease.users.add(user)
                 lease.said += 1
 
-    def drop(self, user: Any) -> None:
+    def drop(self, user: Anything) -> None:
         """``user`` needs its groups no more; those of which it was the last user end. Local; may be repeated."""
         self._forget_if_stale()
         for name, lease in list(self._leases.items()):

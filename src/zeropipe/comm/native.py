@@ -14,6 +14,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 
 from zeropipe.comm.group import Group
 from zeropipe.comm.record import Call, Cut, Run, Work
+from zeropipe.given import Anything
 
 _OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -273,7 +274,7 @@ def barrier(group: Group, *, label: str = "") -> None:
         dist.barrier(group.pg)
 
 
-def all_gather_object(obj: Any, group: Group, *, label: str = "") -> list[Any]:
+def all_gather_object(obj: Anything, group: Group, *, label: str = "") -> list[Any]:
     """Every member's (small, picklable) object, in group order."""
     Call("all_gather_object", group, label).enter()
     if group.size == 1:
@@ -283,7 +284,7 @@ def all_gather_object(obj: Any, group: Group, *, label: str = "") -> list[Any]:
     return found
 
 
-def broadcast_object(obj: Any, src: int, group: Group, *, label: str = "") -> Any:
+def broadcast_object(obj: Anything, src: int, group: Group, *, label: str = "") -> Any:
     """Member ``src``'s (small, picklable) object on every member."""
     Call("broadcast_object", group, label).enter()
     box = [obj]

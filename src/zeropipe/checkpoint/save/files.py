@@ -23,6 +23,7 @@ from typing import IO, Any, ClassVar
 import torch
 
 from zeropipe.errors import CheckpointError, describe
+from zeropipe.given import Anything
 
 # Bytes read at once when checking a file: they are still in the cache when they are summed.
 _CHUNK = 1 << 20
@@ -128,7 +129,7 @@ class Output:
         # torch's writer loses the error that its file raises and complains of a position instead.
         self.refusal: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Anything) -> int:
         view = memoryview(data).cast("B")
         self.crc = zlib.crc32(view, self.crc)
         done = 0
@@ -153,12 +154,12 @@ def checksum_text(crc: int) -> str:
     return f"crc32:{crc & 0xFFFFFFFF:08x}"
 
 
-def write_torch(path: Path, obj: Any) -> FileRecord:
+def write_torch(path: Path, obj: Anything) -> FileRecord:
     """``torch.save`` in a new file, synced to the disk."""
     return _write(path, lambda output: torch.save(obj, output, pickle_module=_PICKLE))
 
 
-def pickled(value: Any) -> bytes:
+def pickled(value: Anything) -> bytes:
     """As it will stand in a file. Raises what pickle raises."""
     file = io.BytesIO()
     torch.save(value, file, pickle_module=_PICKLE)

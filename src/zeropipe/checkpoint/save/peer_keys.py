@@ -17,6 +17,7 @@ from zeropipe.checkpoint import constants as k
 from zeropipe.checkpoint.save.files import FragmentAddress, LossScalerValues
 from zeropipe.checkpoint.save.plain import lowered
 from zeropipe.checkpoint.save.records import FP32, PARAM, FlatState, LocalState, TrainState
+from zeropipe.given import Anything
 from zeropipe.runtime.optimizers.state_kinds import numbers_by_tensor
 
 # The format that these keys follow; DeepSpeed's tools want to see one of its versions.
@@ -30,7 +31,7 @@ KNOWN_KEYS = {
 }  # fmt: skip
 
 
-def model_keys(local: LocalState, module: Any) -> dict[str, Any]:
+def model_keys(local: LocalState, module: Anything) -> dict[str, Any]:
     """Top level of a model file. ``module``: the state dict that it holds."""
     grid, train, model = local.grid, local.train, local.model
     trained = [f for f in local.flats if FP32 in f.tensors]
@@ -53,7 +54,7 @@ def model_keys(local: LocalState, module: Any) -> dict[str, Any]:
 
 def model_file(
     train: TrainState,
-    module: Any,
+    module: Anything,
     *,
     buffers: Iterable[str],
     shapes: Sequence[Mapping[str, torch.Size]] | None,

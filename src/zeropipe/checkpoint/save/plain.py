@@ -27,6 +27,8 @@ from uuid import UUID
 
 import torch
 
+from zeropipe.given import Anything, Json
+
 MARK = "__zeropipe__"
 _CODE = "code"
 _NOTHING: Any = object()
@@ -58,12 +60,12 @@ class _NeedsCodeError(Exception):
     """Something inside of a container that cannot stand there by itself."""
 
 
-def encode(value: Any, where: str, code: dict[str, Any]) -> Any:
+def encode(value: Anything, where: str, code: dict[str, Any]) -> Any:
     """``value`` in words, new containers around the same tensors; what needs code goes to ``code`` by its path."""
     return _Encoder(code).words(value, where)
 
 
-def decode(words: Any, where: str = "", code: Mapping[str, Any] | None = None) -> Any:
+def decode(words: Json, where: str = "", code: Mapping[str, Any] | None = None) -> Any:
     """What ``encode`` was given; ``Absent`` where ``code`` lacks an object or a class is not imported."""
     if type(words) in (dict, OrderedDict):
         kind = words.get(MARK)
@@ -75,7 +77,7 @@ def decode(words: Any, where: str = "", code: Mapping[str, Any] | None = None) -
     return set(words) if type(words) is set else words
 
 
-def settle(value: Any, current: Any = None) -> tuple[Any, list[Absent]]:
+def settle(value: Anything, current: Anything = None) -> tuple[Any, list[Absent]]:
     """``value`` without its ``Absent`` leaves, and those.
 
     Where ``current`` (the same state as it is now) has something at that place, it stands in; else the entry is
@@ -86,7 +88,7 @@ def settle(value: Any, current: Any = None) -> tuple[Any, list[Absent]]:
     return (None if settled is _NOTHING else settled), lost
 
 
-def lowered(value: Any, otherwise: Any = None) -> Any:
+def lowered(value: Anything, otherwise: Anything = None) -> Any:
     """``value`` for readers that know torch's plain words alone: what has no likeness there, or is a large array, is
     left out of its dict, and ``otherwise`` elsewhere."""
     if _native(value):
@@ -106,7 +108,7 @@ def lowered(value: Any, otherwise: Any = None) -> Any:
     return otherwise
 
 
-def below(where: str, key: Any) -> str:
+def below(where: str, key: Anything) -> str:
     """The path of an entry: ``lr_scheduler.lr_lambdas[0]``."""
     if isinstance(key, str) and key.isidentifier():
         return f"{where}.{key}" if where else key
@@ -188,12 +190,11 @@ class _Encoder:
 
 
 def _native(value: Any) -> bool:
-    """Whether torch's unpickler knows ``value``."""
-    # Empty bytes it does not.
+    """Whether torch's unpickler knows ``value``; empty bytes it does not."""
     return type(value) in _NATIVE or (type(value) in _SCALARS and value != b"")
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: Anything) -> bool:
     """Whether ``value`` can be read back as it stands: native values and plain containers of them."""
     if type(value) in (dict, OrderedDict):
         return all(is_plain(k) and is_plain(v) for k, v in value.items())
