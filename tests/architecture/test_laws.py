@@ -120,7 +120,6 @@ def test_public_arguments_have_types(files: list[File]) -> None:
         "runtime/optimizers/registry.py": later,
         "runtime/zero/gather/hooks.py": later,
         "runtime/zero/gather/shards.py": later,
-        "runtime/zero/gather/state_dict.py": later,
         "runtime/zero/gather/unit_hooks.py": later,
     }
     check(files, rules.takes_anything, allowed)

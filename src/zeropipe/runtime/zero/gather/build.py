@@ -101,8 +101,16 @@ class Build:
         self._ids = itertools.count()
         self._freed = FreedMemory()
 
-        # What runs, innermost last; the block itself is the first. ``built`` goes to the frame outside with the end of
-        # a frame, so a constructor has what its children's have built.
+        # What runs, innermost last; the block itself is the first.
+        #
+        #     with zero.Init():               frame 0
+        #         Model()                     frame 1
+        #             Linear()                frame 2, at its end its weight is cut
+        #             linear.weight.mul_(2)   fetched in frame 1, at its end it is put back
+        #                                     at the end of frame 0 all that was built is rounded
+        #
+        # ``built`` goes to the frame outside with the end of a frame, so a constructor has what its children's have
+        # built: what was given memory of another shape after its own module's end is cut with that of an outer one.
         self._frames = [_Frame(None)]
 
     @contextmanager

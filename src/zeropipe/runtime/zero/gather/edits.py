@@ -22,7 +22,7 @@ import torch
 from zeropipe.comm.collectives import all_gather
 from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
-from zeropipe.runtime.zero.param import GATHER
+from zeropipe.runtime.zero.param import GATHER, Cut
 
 SMALL = 2**15  # bytes; up to here a copy is as cheap as sums
 _AT_ONCE = 2**22  # elements of each rank that are exchanged at a time
@@ -54,16 +54,11 @@ def fingerprint(value: torch.Tensor) -> Fingerprint:
     return Fingerprint((square.sum(0), square.sum(1), flat[side * side * 8 :].clone()))
 
 
-class Value(Protocol):
+class Value(Cut, Protocol):
     """A parameter that may be whole here, as far as its edits go."""
 
-    shape: torch.Size
-    numel: int
-    full: torch.Tensor  # 1D, padded
     own_writes: OwnWrites
 
-    @property
-    def name(self) -> str: ...
     @property
     def param(self) -> torch.nn.Parameter: ...
     @property

@@ -99,8 +99,9 @@ class Init:
             raise ConfigError(
                 "zero.Init: remote_device", expected="None, 'cpu' or 'nvme'", found=remote_device
             )
-        dtype = _dtype(dtype, source)
-        zero = None if source is None else parse_config(source).zero_optimization
+        parsed = None if source is None else parse_config(source)
+        dtype = _dtype(dtype, parsed)
+        zero = None if parsed is None else parsed.zero_optimization
         self._check(zero)
         if zero is not None and "stage" in zero.model_fields_set and zero.stage != 3:
             self.enabled = False
@@ -153,7 +154,7 @@ class Init:
         return lambda function: wrap(function, target_fp_dtype=dtype, target_device=device)  # type: ignore[no-any-return]
 
 
-def _group(given: Any, mpu: Any) -> Group:
+def _group(given: ProcessGroup, mpu: Mpu) -> Group:
     if isinstance(given, Group):
         return given
     if given is None and mpu is not None:
@@ -162,14 +163,13 @@ def _group(given: Any, mpu: Any) -> Group:
     return world() if given is None else from_process_group(given)
 
 
-def _dtype(given: torch.dtype | None, source: Any) -> torch.dtype | None:
+def _dtype(given: torch.dtype | None, config: Config | None) -> torch.dtype | None:
     """None: each parameter keeps the dtype that it is made with."""
     if given is not None:
         if not given.is_floating_point:
             raise ConfigError("zero.Init: dtype", expected="a floating-point dtype", found=given)
         return given
-    precision = "fp32" if source is None else parse_config(source).precision
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get("" if config is None else config.precision)
 
 
 # ---- constructors, as they run ----

@@ -14,7 +14,7 @@ is how checkpoints are made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -44,7 +44,7 @@ def install_state_dict(module: torch.nn.Module) -> None:
         module.register_load_state_dict_post_hook(_hide_shapes)
 
 
-def is_ours(hook: Any) -> bool:
+def is_ours(hook: object) -> bool:
     """Whether a state dict hook is one of those that ``install_state_dict`` puts on a module."""
     return getattr(hook, "hook", hook) in (_let_use, _gather_whole, _cut_shards, _hide_shapes)
 
@@ -62,7 +62,7 @@ def remove_state_dict(module: torch.nn.Module) -> None:
 
 
 def _let_use(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
-    """[1]"""
+    """[1] Before ``module`` puts its own state into a state dict."""
     saving = ("_save_to_state_dict", "get_extra_state")
     if all(getattr(type(module), name) is getattr(torch.nn.Module, name) for name in saving):
         return
@@ -82,7 +82,7 @@ def _at_a_part(shards: Shards, key: str) -> bool:
 
 
 def _gather_whole(module: torch.nn.Module, state: Any, prefix: str, metadata: Any) -> None:
-    """[2] What the module itself has made of its parameters stays."""
+    """[2] After it has, and those below it. What the module itself has made of its parameters stays."""
     wanted = {}
     using: Fetching | None = None
     for name, param, shards in _own(module):
@@ -131,7 +131,7 @@ def _cut_shards(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """[3]"""
+    """[3] Before torch loads ``module``'s own parameters."""
     metadata["assign_to_params_buffers"] = False  # a shard cannot be replaced by the tensor that is loaded
     for name, _, shards in _own(module):
         # Whole: torch copies into the value itself, of which the shards would not learn. Away: torch sees the whole
@@ -148,7 +148,7 @@ def _cut_shards(
 
 
 def _hide_shapes(module: torch.nn.Module, incompatible: Any) -> None:
-    """[4]"""
+    """[4] After it has, and those below it."""
     for _, _, shards in _own(module):
         shards.end_loading()  # a shape that did not fit, or a load that raised
 
@@ -214,9 +214,8 @@ class Fetching:
                 meet(f"the end of the state of {type(self.of).__name__}", circle, channel=GATHER)
             return
         met = sharing if isinstance(error, DesyncError) else circles  # words are met in gathers
-        for heard in leave_all(
-            f"state dict: {type(error).__name__} raised", error, circles, met, channel=GATHER
-        ):
+        said = f"state dict: {type(error).__name__} raised"
+        for heard in leave_all(said, error, circles, met, channel=GATHER):
             with suppress(DesyncError, CommunicationError):
                 heard()
 
@@ -226,7 +225,7 @@ class Fetching:
         shards.gather()
         self._held.append(shards.hold())
 
-    def keep_copies(self, state: Any) -> None:
+    def keep_copies(self, state: MutableMapping[str, Any]) -> None:
         """Replace tensors in ``state`` that lie in gathered values by copies, before those are freed."""
         # By their memory: a class's own code may have put in a view, a part, or the value under another name.
         homes = {hold.shards.full.untyped_storage().data_ptr(): hold.shards for hold in self._held}

@@ -10,9 +10,8 @@ gather, but a script that is written for stage 3 lets one rank edit, so its valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from types import TracebackType
@@ -26,8 +25,8 @@ from zeropipe.comm.collectives import broadcast
 from zeropipe.comm.group import Group
 from zeropipe.errors import DesyncError, UsageError
 from zeropipe.runtime.zero.gather.coordinator import in_backward
-from zeropipe.runtime.zero.gather.edits import Fingerprint, fingerprint, is_moved, take_moved
-from zeropipe.runtime.zero.gather.shards import Hold, Shards, shards_among, shards_of
+from zeropipe.runtime.zero.gather.edits import fingerprint, is_moved, take_moved
+from zeropipe.runtime.zero.gather.shards import Shards, shards_among, shards_of
 from zeropipe.runtime.zero.marks import register_external_parameter
 from zeropipe.runtime.zero.param import GATHER, Need, holders, zero_param
 
@@ -42,45 +41,28 @@ class _Verdict(IntEnum):
     MISSHAPEN = 2
 
 
-@dataclass(slots=True, eq=False)
-class _Member:
-    """One parameter of one entry."""
+class _Sharded:
+    """One parameter of one entry that is shards. ``edits``: whether edits are asked for."""
 
-    param: torch.nn.Parameter  # keeps it alive
-    name: str
-    group: Group  # the ranks that have it, whole or as shards
-    shape: torch.Size
-    device: torch.device
+    def __init__(self, shards: Shards, edits: bool) -> None:
+        # What it is. The parameter is kept alive, which its shards do not do.
+        self.param, self.shards, self.name = shards.param, shards, shards.name
+        self.group, self.shape, self.device = shards.everyone, shards.shape, shards.full.device
 
-
-@dataclass(slots=True, eq=False)
-class _Sharded(_Member):
-    """One that is shards."""
-
-    shards: Shards
-    hold: Hold
-
-    # To see edits, and to undo them. ``before``: None where an outer context answers for them; ``kept``: the value,
-    # where it stays gathered after the exit.
-    before: Fingerprint | None
-    renewals: int
-    kept: torch.Tensor | None
-
-    in_graph: Callable[[], bool]  # whether a graph of autograd, made since the entry, seems to hold the value
-
-    @classmethod
-    def enter(cls, shards: Shards, edits: bool) -> _Sharded:
-        param, full = shards.param, shards.full
+        # To see edits, and to undo them. ``before``: None where an outer context answers for them; ``kept``: the value,
+        # where it stays gathered after the exit.
         answers = edits or shards.contexts == 0
-        kept = full.clone() if answers and (shards.persist or shards.holds > 0) else None
-        before = fingerprint(full) if answers else None
-        # Graphs reach a parameter by its edge, for which they need no value; torch holds it once more in each graph
-        # that saved it or a view of it.
-        edge = get_gradient_edge(param) if param.requires_grad and not in_backward() else None
-        in_graph = partial(_in_graph, param, edge, _references(param))
-        hold, renewals = shards.hold(Need.CONTEXT), shards.renewals
-        what = param, shards.name, shards.everyone, shards.shape, full.device
-        return cls(*what, shards, hold, before, renewals, kept, in_graph)
+        stays = shards.persist or shards.holds > 0
+        self.kept = shards.full.clone() if answers and stays else None
+        self.before = fingerprint(shards.full) if answers else None
+        self.renewals = shards.renewals
+
+        # Whether a graph of autograd, made since the entry, seems to hold the value. Graphs reach a parameter by its
+        # edge, for which they need no value; torch holds it once more for each that saved it or a view of it.
+        edge = get_gradient_edge(self.param) if self.param.requires_grad and not in_backward() else None
+        self.in_graph = partial(_in_graph, self.param, edge, _references(self.param))
+
+        self.hold = shards.hold(Need.CONTEXT)
 
     def verdict(self) -> _Verdict:
         if not self.shards.gathered or self.before is None:
@@ -127,18 +109,17 @@ class _Sharded(_Member):
         self.shards.release_if_idle()
 
 
-@dataclass(slots=True, eq=False)
-class _Whole(_Member):
-    """One that every rank holds whole."""
+class _Whole:
+    """One parameter of one entry that every rank of ``group`` holds whole."""
 
-    place: torch.Tensor  # what ``.data`` was at the entry: a view of the partition's buffer
-    before: torch.Tensor  # its value then
-
-    @classmethod
-    def enter(cls, param: torch.nn.Parameter, group: Group) -> _Whole:
+    def __init__(self, param: torch.nn.Parameter, group: Group) -> None:
         known = zero_param(param)
-        name = "" if known is None else known.name
-        return cls(param, name, group, param.shape, param.device, param.data, param.detach().clone())
+        self.param, self.name = param, "" if known is None else known.name
+        self.group, self.shape, self.device = group, param.shape, param.device
+
+        # To see edits, and to undo them.
+        self.place = param.data  # a view of the partition's buffer
+        self.before = param.detach().clone()
 
     def verdict(self) -> _Verdict:
         here = self.param.data
@@ -222,8 +203,8 @@ class GatheredParameters:
             shards.finish_gather()
         # Only now: what is compared at the exit is the value that the body finds.
         edits = self.modifier_rank is not None
-        held = [_Sharded.enter(shards, edits) for shards in sharded]
-        self._entered.append((held, [_Whole.enter(param, group) for param, group in whole]))
+        held = [_Sharded(shards, edits) for shards in sharded]
+        self._entered.append((held, [_Whole(param, group) for param, group in whole]))
         return self
 
     def __exit__(
