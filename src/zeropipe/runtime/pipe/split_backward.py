@@ -114,16 +114,18 @@ class Backward:
         # An output of weights alone passes no fork.
         pending = [(e, g) for e, g in zip(outputs, grads, strict=True) if e.node not in reached]
         found: Grads = (None,) * len(inputs)
-        if len(pending) < len(outputs) and not _may_be_divided(forks, to_input):
-            torch.autograd.backward(outputs, list(grads))
-            return _or_zeros([leaf.grad for leaf in inputs], inputs)
-        if len(pending) < len(outputs):
+        if len(pending) == len(outputs):
+            pass  # nothing leads to an input: all of it is the second half's
+        elif _may_be_divided(forks, to_input):
             handles = [fork.node.register_prehook(self._note(fork)) for fork in forks]
             try:
                 found = torch.autograd.grad(outputs, ends, list(grads), retain_graph=True, allow_unused=True)
             finally:
                 for handle in handles:
                     handle.remove()
+        else:
+            torch.autograd.backward(outputs, list(grads))
+            found, pending = tuple(leaf.grad for leaf in inputs), []
         self._pending = pending
         return _or_zeros(self._apart(found), inputs)
 

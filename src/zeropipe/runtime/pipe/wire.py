@@ -31,7 +31,6 @@ HEAD = 64  # bytes before the first tensor; the first byte says whether this is 
 FAILED = 1  # in the first byte; 0 is a value
 
 _PLAIN = (bool, int, float, str)
-_CONTAINERS: dict[type, str] = {tuple: "tuple", list: "list"}
 _NEW_OBJECT = copyreg.__newobj__  # type: ignore[attr-defined]
 
 
@@ -101,8 +100,8 @@ class _Parts:
             raise self._refusal(node, "no container that contains itself")
         self._around.append(id(node))
         try:
-            if kind in _CONTAINERS:
-                return {_CONTAINERS[kind]: [self.take(child) for child in node]}
+            if kind in (tuple, list):
+                return {kind.__name__: [self.take(child) for child in node]}
             if isinstance(node, dict) and not all(isinstance(key, str) for key in node):
                 raise self._refusal(node, "dicts with str keys")
             if kind is dict:
