@@ -7,7 +7,7 @@ its mixed-precision policy, DeepSpeed and zeropipe by their `bf16` section.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Task:
     dtype: str  # "fp32" or "bf16"
     device: torch.device
     micro_batch: int
+    zero: dict[str, Any] = field(default_factory=dict)  # more keys of `zero_optimization`
 
 
 Builder = Callable[[Task], Step]
@@ -101,7 +102,7 @@ def _config(task: Task, stage: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": task.micro_batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage} | task.zero,
         "bf16": {"enabled": task.dtype == "bf16"},
     }
 

@@ -37,6 +37,25 @@ FORWARD = gathers(*(f"blocks.{i}.{part}" for i in (0, 1) for part in ("norm", "u
 BACKWARD = gathers(*(f"blocks.{i}.{part}" for i in (1, 0) for part in ("down", "up", "norm")))
 
 
+def one_message(first: str, last: str, count: int, size: int) -> tuple[str, str, int]:
+    return ("all_gather", f"{first} to {last} ({count} parameters)", size)
+
+
+# With a prefetch of 600 elements, of which small parameters fill messages.
+FORWARD_AHEAD = [
+    one_message("blocks.0.norm.weight", "blocks.0.norm.bias", 2, 128),
+    *gathers("blocks.0.up", "blocks.0.down")[:3],
+    one_message("blocks.0.down.bias", "blocks.1.norm.bias", 3, 192),
+    *gathers("blocks.1.up", "blocks.1.down", "head"),
+]
+BACKWARD_AHEAD = [
+    *gathers("blocks.1.up")[:1],
+    one_message("blocks.1.up.bias", "blocks.1.norm.bias", 3, 256),
+    *gathers("blocks.0.down", "blocks.0.up")[:3],
+    one_message("blocks.0.up.bias", "blocks.0.norm.bias", 3, 256),
+]
+
+
 def sent(events: list[Event]) -> list[tuple[str, str, int]]:
     return [(event.op, event.label, event.bytes) for event in events]
 
@@ -72,20 +91,20 @@ def test_everything_that_a_step_sends_in_order(pool):
         # From then on the last unit of forward, which is the first of backward, stays.
         assert steps[1] == steps[2] == [*begin, *BACKWARD, *reduction, *END]
         assert shown == (
-            "F0 fetch 0 | F1 fetch 1 | F2 fetch 2 | F3 fetch 3 | F4 fetch 4 | F5 fetch 5 | F6 fetch 6 | "
-            "F7 fetch 7 0 keep | B7 | B0 | B6 fetch 6 | B5 fetch 5 | B4 fetch 4 | B3 fetch 3 | B2 fetch 2 | B1 fetch 1"
+            "F1 fetch 1 | F2 fetch 2 | F3 fetch 3 | F4 fetch 4 | F5 fetch 5 | F6 fetch 6 | "
+            "F7 fetch 7 keep | B7 | B6 fetch 6 | B5 fetch 5 | B4 fetch 4 | B3 fetch 3 | B2 fetch 2 | B1 fetch 1"
         )
 
 
-def test_a_prefetch_changes_when_and_not_what(pool):
-    zero = {"stage3_prefetch_bucket_size": 600}
-    for steps, shown in pool(2).run(three_steps, zero):
-        at = len(FORWARD) + 1  # blocks.1.down is gathered before backward begins
-        expected = [meeting("forward of Stack"), *FORWARD, *BACKWARD[:2], meeting("backward of head")]
-        assert steps[2][: at + 3] == expected
-        assert [e for e in steps[2] if e[0] == "all_gather"] == FORWARD + BACKWARD
-        assert shown.startswith(
-            "F0 fetch 0 1 2 | F1 | F2 fetch 3 4 | F3 fetch 5 | F4 | F5 fetch 6 | F6 fetch 7 0"
+def test_with_a_prefetch_small_parameters_travel_together_and_what_fits_is_sent_once(pool):
+    for steps, shown in pool(2).run(three_steps, {"stage3_prefetch_bucket_size": 600}):
+        sent = [event for event in steps[2] if event[0] in ("all_gather", "meet")]
+        # Head and the last layer of a block stay, in place of a prefetch of them for backward.
+        begin = [meeting("forward of Stack"), *FORWARD_AHEAD, meeting("backward of head")]
+        assert sent[:-3] == [*begin, *BACKWARD_AHEAD]
+        assert shown == (
+            "F1 fetch 1 2 | F2 fetch 3 4 | F3 fetch 5 | F4 | F5 fetch 6 | F6 fetch 7 keep | F7 keep | "
+            "B7 | B6 fetch 5 4 | B5 fetch 3 | B4 | B3 fetch 2 1 | B2 | B1"
         )
 
 
@@ -105,14 +124,20 @@ def test_small_buckets_are_reduced_in_the_order_of_backward(pool):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_traffic_is_three_times_the_parameters(pool, dtype):
-    for moved, parameters in pool(2).run(traffic, dtype):
+    for moved, parameters in pool(2).run(traffic, dtype, {"stage3_prefetch_bucket_size": 0}):
         assert moved <= 3 * parameters
         assert moved >= 3 * parameters - 1024  # one unit is kept from forward to backward
 
 
-def traffic(rank: int, world: int, dtype: str) -> tuple[int, int]:
-    extra = {} if dtype == "fp32" else {"bf16": {"enabled": True}}
-    engine = engine_of(Stack(), 3, world, **extra)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_traffic_is_twice_the_parameters_where_all_would_be_gathered_again_at_once(pool, dtype):
+    for moved, parameters in pool(2).run(traffic, dtype, {}):
+        assert moved == 2 * parameters
+
+
+def traffic(rank: int, world: int, dtype: str, zero: dict[str, Any]) -> tuple[int, int]:
+    extra: dict[str, Any] = {} if dtype == "fp32" else {"bf16": {"enabled": True}}
+    engine = engine_of(Stack(), 3, world, zero_optimization=zero, **extra)
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
     for step in range(3):
         with record() as events:

@@ -14,7 +14,7 @@ import torch
 import zeropipe
 from tests.dist.test_data_parallel import gpt, nasty
 from tests.dist.test_zero3 import NOTHING_PERSISTS, train3
-from tests.dist.test_zero3_counts import BACKWARD, BYTES, FORWARD
+from tests.dist.test_zero3_counts import BACKWARD, BACKWARD_AHEAD, BYTES, FORWARD, FORWARD_AHEAD
 from tests.helpers.data import gpt_batch, token_batch
 from tests.helpers.models import TinyGPT
 from tests.helpers.pool import Pools
@@ -188,13 +188,13 @@ def _first_unit(rank: int) -> list[tuple[tuple[int, ...], int]]:
 
 def test_a_prefetch_starts_the_first_hop_ahead_and_the_second_at_use(pool: Pools) -> None:
     for rank, steps in enumerate(pool(4).run(three_steps, {"stage3_prefetch_bucket_size": 600})):
-        assert sorted(sent(steps[2])) == sorted(hops_of(FORWARD + BACKWARD, rank))
+        assert sorted(sent(steps[2])) == sorted(hops_of(FORWARD_AHEAD + BACKWARD_AHEAD, rank))
         labels = [(e.label, e.ranks) for e in steps[2]]
         across, node = ((0, 2), (1, 3))[rank % 2], ((0, 1), (2, 3))[rank // 2]
-        # F0 fetch 0 1 2: the first hop of "up" goes with "norm", its second when it is used.
-        ahead = labels.index(("blocks.0.up.weight", across))
-        assert ahead < labels.index(("blocks.0.norm.weight", node))
-        assert labels.index(("blocks.0.up.weight", node)) > labels.index(("blocks.0.norm.bias", node))
+        # F1 fetch 1 2: the first hop of "up" goes with "norm", its second when it is used.
+        norm = FORWARD_AHEAD[0][1]
+        assert labels.index(("blocks.0.up.weight", across)) < labels.index((norm, node))
+        assert labels.index(("blocks.0.up.weight", node)) > labels.index((norm, node))
 
 
 def test_bytes_between_nodes_are_half_of_those_of_one_hop(pool: Pools) -> None:

@@ -37,7 +37,23 @@ def test_the_last_forward_is_the_first_backward_and_stays() -> None:
 
 def test_a_prefetch_of_one_unit() -> None:
     assert planned(FORWARD_BACKWARD, [5, 5, 5], Budget(5, ENOUGH, 0)) == (
-        "F0 fetch 0 1 | F1 fetch 2 | F2 fetch 1 keep | B2 | B1 fetch 0 | B0"
+        "F0 fetch 0 1 | F1 fetch 2 keep | F2 keep | B2 | B1 fetch 0 | B0"
+    )
+
+
+def test_what_would_be_fetched_again_at_once_stays() -> None:
+    # What waits and what is live is the same, and nothing is sent twice.
+    steps = planned(FORWARD_BACKWARD, [5, 5, 5], Budget(10, ENOUGH, 0))
+    assert steps == "F0 fetch 0 1 2 keep | F1 keep | F2 keep | B2 | B1 | B0"
+    # A nearer one is missing: that has the room.
+    assert planned("F0 F1 F2 F3 F0", [5] * 4, Budget(5, ENOUGH, 0)).startswith("F0 fetch 0 1 | F1")
+
+
+def test_small_units_wait_until_they_are_one_message() -> None:
+    budget = Budget(4, ENOUGH, 0, together=2)
+    visits = " ".join(f"F{unit}" for unit in range(9))
+    assert planned(visits, [1] * 9, budget) == (
+        "F0 fetch 0 1 2 3 4 | F1 | F2 fetch 5 6 | F3 | F4 fetch 7 8 | F5 | F6 | F7 | F8"
     )
 
 
@@ -137,7 +153,14 @@ def by_looking_at_every_visit(visits: Sequence[Visit], numel: Sequence[int], bud
         fetch = [] if visit.unit in live else [visit.unit]
         live += fetch
         waiting = [unit for unit in waiting if unit != visit.unit]
-        for later in visits[at + 1 :]:
+        absent = {later.unit for later in visits[at + 1 :]} - set(live)
+        room = min(
+            budget.prefetch_bucket_size - sum(numel[u] for u in waiting),
+            budget.max_live_parameters - sum(numel[u] for u in live),
+        )
+        worth = min(room, sum(numel[u] for u in absent)) >= budget.together
+        next_is_absent = at + 1 < len(visits) and visits[at + 1].unit not in live
+        for later in visits[at + 1 :] if fetch or worth or next_is_absent else []:
             if later.unit in live:
                 continue
             size = numel[later.unit]
@@ -152,6 +175,14 @@ def by_looking_at_every_visit(visits: Sequence[Visit], numel: Sequence[int], bud
         if keep:
             between = set(rest[: rest.index(visit.unit)])
             keep = not between or sum(numel[u] for u in between) <= budget.max_reuse_distance
+            # Or else the next visit would fetch it again.
+            then = [u for u in waiting if u != rest[0]]
+            if (
+                between <= set(live)
+                and sum(numel[u] for u in (*then, visit.unit)) <= budget.prefetch_bucket_size
+            ):
+                keep = True
+                waiting.append(visit.unit)
         if not keep:
             live.remove(visit.unit)
         steps.append(Step(visit, tuple(fetch), keep))
@@ -161,10 +192,10 @@ def by_looking_at_every_visit(visits: Sequence[Visit], numel: Sequence[int], bud
 @given(
     st.lists(st.integers(0, 5), max_size=14),
     st.lists(st.integers(0, 8), min_size=6, max_size=6),
-    st.tuples(*[st.sampled_from([0, 1, 3, 6, 12, ENOUGH])] * 3),
+    st.tuples(*[st.sampled_from([0, 1, 3, 6, 12, ENOUGH])] * 3, st.sampled_from([0, 2, 5])),
 )
 def test_the_plan_is_that_of_looking_at_every_visit(
-    units: list[int], numel: list[int], budget: tuple[int, int, int]
+    units: list[int], numel: list[int], budget: tuple[int, int, int, int]
 ) -> None:
     visits = [Visit(Phase.FORWARD, unit) for unit in units]
     found = show_plan(plan(visits, numel, Budget(*budget)))

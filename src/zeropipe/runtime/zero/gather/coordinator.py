@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
@@ -26,45 +25,50 @@ from zeropipe.comm.group import Group
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.gather.edits import join
 from zeropipe.runtime.zero.gather.fetch_plan import Budget, Phase, Recorder, Step, Visit
-from zeropipe.runtime.zero.gather.own_shard import together
+from zeropipe.runtime.zero.gather.own_shard import start_gathers
 from zeropipe.runtime.zero.gather.shards import Hold, Shards
-from zeropipe.runtime.zero.param import GATHER, Need
+from zeropipe.runtime.zero.param import GATHER, State
 
-# For peers to come to where this rank raised an error, so that it can hand on what they will then wait for.
-PATIENCE = timedelta(seconds=30)
+PATIENCE = timedelta(
+    seconds=30
+)  # for peers to come to where this rank raised: they wait for what it hands on
 # Elements that backward used without a gather in which ranks hear of each other.
 REDUCTIONS_COMPARED_EVERY = 2**21
 
 
-@dataclass(slots=True, eq=False)
 class Unit:
     """A module whose sharded parameters are gathered together."""
 
-    index: int
-    name: str
-    shards: list[Shards]  # own ones, and external ones that it was seen to use
-    known: set[Shards] = field(default_factory=set)  # the same
-
-    @property
-    def numel(self) -> int:
-        return sum(s.numel for s in self.shards if not s.persist)
+    def __init__(self, index: int, name: str) -> None:
+        self.index, self.name = index, name
+        self.shards: dict[Shards, None] = {}  # own ones, and external ones that it was seen to use, in order
+        self.numel = 0  # of those that are gathered for it
+        self.visits = {phase: Visit(phase, index) for phase in Phase}
 
     def add(self, shards: Shards) -> None:
-        if shards not in self.known:
-            self.known.add(shards)
-            self.shards.append(shards)
+        if shards not in self.shards:
+            self.shards[shards] = None
+            self.measure()
+
+    def measure(self) -> int:
+        self.numel = sum(s.numel for s in self.shards if not s.persist)
+        return self.numel
 
 
-@dataclass(slots=True, eq=False)
 class Use:
     """One run of a unit, forward or backward: what it holds until it ends."""
 
-    unit: Unit
-    held: list[Hold] = field(default_factory=list)
-    keep: bool = False
+    __slots__ = ("held", "keep", "open", "unit")
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+        self.held: list[Shards] = []
+        self.keep = False  # what it holds is used again soon
+        self.open = True
 
     def hold(self, shards: Shards) -> None:
-        self.held.append(shards.hold(Need.USE))
+        self.held.append(shards)
+        shards.begin_use()
 
 
 class Reductions(Protocol):
@@ -135,6 +139,7 @@ class Coordinator:
 
         # What ranks have to agree on: where they are, which reductions they have started, what forwards wrote.
         self.peers = Peers(group, self.everyone)
+        self.tell = self.peers.tell
         self.reductions: Reductions | None = None
         self._unmet = 0  # elements used in backward since the ranks last compared their reductions
         self._written: set[Shards] = set()  # on this rank, not joined with the others yet
@@ -146,20 +151,17 @@ class Coordinator:
         # What graphs read that were made outside of any module, and whether they still may.
         self._kept: list[tuple[Hold, Callable[[], bool]]] = []
 
-        # What autograd holds for one pass.
+        # What autograd holds for one pass; hooks, on tensors that outlive it.
         self._sinks: list[object] = []  # see ``_gradient_sink``
-        self.until_settled: list[RemovableHandle] = []  # hooks on tensors that outlive their pass
+        self.until_settled: list[RemovableHandle] = []
 
     def add_unit(self, name: str, shards: Iterable[Shards]) -> Unit:
-        unit = Unit(len(self.units), name, [])
+        unit = Unit(len(self.units), name)
         for one in shards:
             unit.add(one)
             one.conduct(self)
         self.units.append(unit)
         return unit
-
-    def tell(self, error: BaseException, where: str) -> None:
-        self.peers.tell(error, where)
 
     @property
     def fetch_plan(self) -> tuple[Step, ...]:
@@ -169,8 +171,7 @@ class Coordinator:
     # ---- a pass, and where ranks meet in it ----
 
     def begin_pass(self, root: str) -> None:
-        """The root module is about to run forward; nothing to do where that is inside a pass (recursion, or a
-        checkpoint's second forward)."""
+        """The root is about to run forward; nothing to do inside a pass (recursion, a second forward)."""
         if self.running or in_backward():
             return
         try:
@@ -179,13 +180,12 @@ class Coordinator:
         except BaseException as error:
             self.tell(error, root)
             raise
-        grad = torch.is_grad_enabled()
-        numel = [unit.numel for unit in self.units]
-        self._recorder.begin(grad, not self.peers.silent, numel, self.budget)
+        grad, replay = torch.is_grad_enabled(), not self.peers.silent
+        self._recorder.begin(grad, replay, lambda: [unit.measure() for unit in self.units], self.budget)
         if grad and not self.fetch_plan:
             # Needed in the first pass only: later ones gather such a parameter before its user runs.
-            trained = [s for unit in self.units for s in unit.shards if s.param.requires_grad]
-            self._sinks = [_gradient_sink(shards) for shards in trained]
+            every = (shards for unit in self.units for shards in unit.shards)
+            self._sinks = [_gradient_sink(shards) for shards in every if shards.param.requires_grad]
 
     def end_pass(self, root: str) -> None:
         """The root module has run forward. Without gradients no meeting follows in which ranks join what it wrote."""
@@ -229,24 +229,28 @@ class Coordinator:
     def _fetch(self, use: Use, phase: Phase) -> None:
         """Gather for ``use``, and ahead of those that follow it."""
         unit = use.unit
-        # In silence ranks may differ in what they run here, and must not in their plans.
-        step = None if self.peers.silent else self._recorder.visit(Visit(phase, unit.index))
+        # In silence ranks may differ in what they run here, and must not in their plans. A unit for which nothing is
+        # gathered is no visit either: ranks may differ in which modules with persistent parameters they run.
+        planned = unit.numel > 0 and not self.peers.silent
+        step = self._recorder.visit(unit.visits[phase]) if planned else None
         use.keep = step is not None and step.keep
-        ahead = () if step is None else step.fetch
-        note = 0 if self.reductions is None else self.reductions.progress
-        for one in (unit, *(self.units[other] for other in ahead)):
-            with together(self.group) as one_call:
-                for shards in one.shards:
-                    shards.start_gather(note, one_call)
-        # Shards that live in files: let those that the next visit gathers be read while this unit runs.
-        for index in () if step is None else self._recorder.next_fetched():
-            for shards in self.units[index].shards:
-                shards.own.read_ahead(shards.source)
+        fetch = () if step is None else step.fetch
+        away = [shards for shards in unit.shards if shards.state is not State.WHOLE]
         heard: int | None = None
-        for shards in unit.shards:
-            found = shards.finish_gather()
-            heard = heard if found is None else found
-            use.hold(shards)
+        if away or fetch:
+            note = 0 if self.reductions is None else self.reductions.progress
+            wanted = [unit.shards, *(self.units[index].shards for index in fetch)]
+            start_gathers(wanted, note, self.budget.together)
+            # Shards that live in files: let those that the next visit gathers be read while this unit runs.
+            for index in self._recorder.next_fetched():
+                for shards in self.units[index].shards:
+                    shards.own.read_ahead(shards.source)
+            for shards in away:
+                found = shards.finish_gather()
+                heard = heard if found is None else found
+        use.held.extend(unit.shards)
+        for shards in use.held:
+            shards.begin_use()
         if phase is Phase.BACKWARD and self.reductions is not None:
             self._compare_reductions(unit, self.reductions, heard)
 
@@ -259,28 +263,25 @@ class Coordinator:
         if heard is not None:
             reductions.reached_by_all(heard)
 
-    def is_open(self, use: Use) -> bool:
-        return use in self.running or use in self._backward
-
     def end(self, use: Use, returned: Iterable[Shards] = ()) -> None:
         """The use is over; frees what nobody holds, unless the plan keeps it or backward will soon read it.
 
         ``returned``: those of which the module gave a view to its caller, which holds them from now on.
         """
-        if not self.is_open(use):
+        if not use.open:
             return
         forward = use in self.running
         (self.running if forward else self._backward).remove(use)
         for shards in returned:  # by the caller's module, which so uses them, or by whoever called the root
-            outer = self.running[-1] if self.running else Use(Unit(-1, "", []))
+            outer = self.running[-1] if self.running else Use(Unit(-1, ""))
             outer.unit.add(shards)
             outer.hold(shards)
             if not self.running:
                 self._loose.append(outer)
         if not forward and torch.is_grad_enabled():
             # The gradients have a graph of their own (a penalty on them follows), which reads the values again.
-            for hold in use.held:
-                self.keep_for_graph(hold.shards, lambda: False)
+            for shards in use.held:
+                self.keep_for_graph(shards, lambda: False)
         recomputed = forward and in_backward()  # its backward comes next
         self._let_go(use, free=not use.keep and not recomputed)
 
@@ -312,7 +313,7 @@ class Coordinator:
 
     def expect_gradient(self, shards: Shards) -> None:
         """Backward is about to make the gradient of ``shards`` without its value."""
-        use = Use(Unit(-1, "", []))
+        use = Use(Unit(-1, ""))
         use.hold(shards)
         shards.show_shape()
         self._loose.append(use)
@@ -345,31 +346,31 @@ class Coordinator:
 
     def settle(self) -> None:
         """End what backward or a forward that raised left open, and free what was fetched ahead and not used."""
-        for use in (*self._backward, *self.running, *self._loose):
-            self._let_go(use, free=False)
         for uses in (self._backward, self.running, self._loose):
+            for use in uses:
+                self._let_go(use, free=False)
             uses.clear()
         for unit in self.units:
             for shards in unit.shards:
-                shards.release_if_idle()
+                if shards.state is not State.AWAY:
+                    shards.release_if_idle()
         while self.until_settled:
             self.until_settled.pop().remove()
         self._sinks.clear()
 
     def _let_go(self, use: Use, free: bool) -> None:
-        for hold in use.held:
-            if hold.shards.own_writes.end(hold.shards):
-                self._wrote(hold.shards)
-            hold.release(free)
-        use.held.clear()
+        held, use.held, use.open = use.held, [], False
+        for shards in held:
+            if shards.end_use(free):
+                self._wrote(shards)
 
     def _wrote(self, shards: Shards) -> None:
         if self.everyone.size > 1 and not self.everyone.speaks:
             shards.own_writes.drop()
             raise UsageError(
-                f"forward wrote into parameter '{shards.name}', and ranks have no gloo by which to tell each other. "
-                "Fix: start with the backend 'cpu:gloo,cuda:nccl', keep the value in a buffer, or write between steps "
-                "inside zero.GatheredParameters(param, modifier_rank=0)"
+                f"forward wrote into parameter '{shards.name}', and ranks have no gloo by which to tell each other",
+                fix="start with the backend 'cpu:gloo,cuda:nccl', keep the value in a buffer, or write between steps "
+                "inside zero.GatheredParameters(param, modifier_rank=0)",
             )
         self._written.add(shards)
 

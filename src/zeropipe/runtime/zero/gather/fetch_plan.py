@@ -11,7 +11,7 @@ has one step per visit and prints as one line each:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from heapq import heapify, heappop, heappush
@@ -20,6 +20,8 @@ from heapq import heapify, heappop, heappush
 class Phase(Enum):
     FORWARD = "F"
     BACKWARD = "B"
+
+    __hash__ = object.__hash__  # looked up in every visit; Enum's own is a call in Python
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Budget:
     prefetch_bucket_size: int  # gathered ahead of use
     max_live_parameters: int  # gathered at one time
     max_reuse_distance: int  # a unit used again within this much is kept
+    together: int = 0  # small neighbours of at most this much are gathered as one message
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ def plan(visits: Sequence[Visit], numel: Sequence[int], budget: Budget) -> tuple
     live: set[int] = set()
     waiting: set[int] = set()  # fetched ahead, not visited yet
     live_numel = waiting_numel = 0
+    absent_numel = sum(numel[unit] for unit in {visit.unit for visit in visits})
     # (next visit, unit) of those that are not live: what is to be fetched next stands first.
     absent = [(at, unit) for unit, at in _first_visits(visits).items()]
     heapify(absent)
@@ -106,12 +110,14 @@ def plan(visits: Sequence[Visit], numel: Sequence[int], budget: Budget) -> tuple
             fetch.append(visit.unit)
             live.add(visit.unit)
             live_numel += numel[visit.unit]
-        while absent:
-            unit = absent[0][1]
-            fits = waiting_numel + numel[unit] <= budget.prefetch_bucket_size
-            if not fits or live_numel + numel[unit] > budget.max_live_parameters:
-                break
-            heappop(absent)
+            absent_numel -= numel[visit.unit]
+        # Small units wait until they are one message, unless something is gathered anyway, or needed next.
+        room = min(budget.prefetch_bucket_size - waiting_numel, budget.max_live_parameters - live_numel)
+        now = fetch or min(room, absent_numel) >= budget.together or (absent and absent[0][0] == at + 1)
+        while now and absent and numel[absent[0][1]] <= room:
+            unit = heappop(absent)[1]
+            room -= numel[unit]
+            absent_numel -= numel[unit]
             fetch.append(unit)
             live.add(unit)
             waiting.add(unit)
@@ -119,12 +125,22 @@ def plan(visits: Sequence[Visit], numel: Sequence[int], budget: Budget) -> tuple
             waiting_numel += numel[unit]
         again = following[at]
         keep = again is not None and live_numel <= budget.max_live_parameters
-        keep = keep and (again == at + 1 or between[at] <= budget.max_reuse_distance)
+        reused = keep and (again == at + 1 or between[at] <= budget.max_reuse_distance)
+        # What the next visit would fetch again stays too: nothing nearer is missing, and then there is room for it. To
+        # free and to gather it would hold as much, and send it once more.
+        coming = numel[visits[at + 1].unit] if keep and visits[at + 1].unit in waiting else 0
+        nearest = again is not None and (not absent or again < absent[0][0])
+        fits = waiting_numel - coming + numel[visit.unit] <= budget.prefetch_bucket_size
+        keep = reused or (keep and nearest and fits)
+        if keep and nearest and fits:
+            waiting.add(visit.unit)
+            waiting_numel += numel[visit.unit]
         if not keep:
             live.discard(visit.unit)
             live_numel -= numel[visit.unit]
             if again is not None:
                 heappush(absent, (again, visit.unit))
+                absent_numel += numel[visit.unit]
         steps.append(Step(visit, tuple(fetch), keep))
     return tuple(steps)
 
@@ -184,29 +200,30 @@ class Recorder:
         self.plans: dict[bool, tuple[Step, ...]] = {}  # with gradients or without -> the plan
         self.grad = False  # of the pass in progress
         self._visits: list[Visit] = []
-        self._replaying = False
+        self._following: tuple[Step, ...] | None = None  # the plan, until the pass visits something else
 
-    def begin(self, grad: bool, replay: bool, numel: Sequence[int], budget: Budget) -> None:
+    def begin(self, grad: bool, replay: bool, numel: Callable[[], Sequence[int]], budget: Budget) -> None:
         """A pass begins, and so the one before is over: that makes the plan for the next of its kind."""
         visits, self._visits = self._visits, []
         known = self.plans.get(self.grad)
         if visits and (known is None or [step.visit for step in known] != visits):
-            self.plans[self.grad] = plan(visits, numel, budget)
+            self.plans[self.grad] = plan(visits, numel(), budget)
         self.grad = grad
-        self._replaying = replay and grad in self.plans
+        self._following = self.plans.get(grad) if replay else None
 
     def visit(self, visit: Visit) -> Step | None:
         """Note the visit; the plan's step for it, or None where there is no plan (any more)."""
-        at = len(self._visits)
+        at, steps = len(self._visits), self._following
         self._visits.append(visit)
-        if self._replaying:
-            steps = self.plans[self.grad]
-            if at < len(steps) and steps[at].visit == visit:
-                return steps[at]
-            self._replaying = False
+        if steps is None:
+            return None
+        # The plan has the very objects that units visit with; to compare their fields would take longer.
+        if at < len(steps) and (steps[at].visit is visit or steps[at].visit == visit):
+            return steps[at]
+        self._following = None
         return None
 
-    def next_fetched(self) -> Iterator[int]:
+    def next_fetched(self) -> tuple[int, ...]:
         """The units that the plan gathers at the visit after this one."""
-        for step in self.plans[self.grad][len(self._visits) :][:1]:
-            yield from (step.visit.unit, *step.fetch)
+        steps, at = self._following or (), len(self._visits)
+        return steps[at].fetch if at < len(steps) else ()

@@ -6,17 +6,15 @@ master    the same elements in fp32, where ``source`` is a copy of them in the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from zeropipe.comm.collectives import Work, all_gather, all_gather_many, goes_in_one
 from zeropipe.comm.group import Group
-from zeropipe.comm.record import Later
 from zeropipe.layout.flat import FlatShards, flat_shards
-from zeropipe.runtime.zero.param import GATHER, ZeroParamType
+from zeropipe.runtime.zero.param import GATHER, State, ZeroParamType
 
 Tell = Callable[[torch.Tensor], None]
 
@@ -68,19 +66,11 @@ class OwnShard:
         """This rank's elements of a whole value (1D, padded): a view."""
         return full[self._range]
 
-    def without_memory(self, device: torch.device) -> torch.Tensor:  # 1D, padded
-        """What holds the whole value once its storage is resized."""
-        full = torch.empty(self.layout.padded_numel, dtype=self.dtype, device=device)
-        full.untyped_storage().resize_(0)
-        return full
-
-    def gather_into(self, full: torch.Tensor, together: Together | None = None, **how: Any) -> Work:
-        """Fill ``full`` (1D, padded) with all ranks' shards; collective. With ``together`` when that begins."""
+    def gather_into(self, full: torch.Tensor, **how: Any) -> Work:
+        """Fill ``full`` (1D, padded) with all ranks' shards; collective."""
         own = self.of(full)
         own.copy_(self.source, non_blocking=True)
         self.let_go(self.source)
-        if together is not None:
-            return together.add(self, full)
         return all_gather(full, own, self.group, label=self.name, channel=GATHER, guarded=True, **how)
 
     def differs(self, full: torch.Tensor) -> bool:
@@ -110,36 +100,107 @@ class OwnShard:
             self.let_go(place)
 
 
-class Together:
-    """Gathers that begin as one call."""
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[OwnShard, torch.Tensor]] = []
-        self._later = Later()
-
-    def add(self, own: OwnShard, full: torch.Tensor) -> Work:
-        self._parts.append((own, full))
-        return Work(f"the gather of {own.name}", [self._later])
-
-    def begin(self) -> None:
-        if self._parts:
-            owns, fulls = zip(*self._parts, strict=True)
-            label = ", ".join(own.name for own in owns)
-            shards = [own.of(full) for own, full in self._parts]
-            group = owns[0].group
-            work = all_gather_many(fulls, shards, group, label=label, async_op=True, channel=GATHER)
-            self._later.begin(work)
-
-
-@contextmanager
-def together(group: Group) -> Iterator[Together | None]:
-    """What starts to be gathered in the block begins at its end, in one call, where the backend would rather be asked
-    once; None where it would not."""
-    gathers = Together() if goes_in_one(group) else None
-    yield gathers
-    if gathers is not None:
-        gathers.begin()
-
-
 def _keep(tensor: torch.Tensor) -> None:
     """Memory that is nowhere else needs no telling."""
+
+
+class Member(Protocol):
+    """A parameter that is gathered."""
+
+    own: OwnShard
+    state: State
+    numel: int
+    full: torch.Tensor  # 1D, padded
+    rows: torch.Tensor  # the same, by rank
+    route: tuple[Any, ...]
+
+    def depart(self, gather: Gather) -> None:
+        """``gather`` is about to fill ``full``."""
+
+    def arrive(self) -> None:
+        """It has."""
+
+    def give_up(self, free: bool) -> None:
+        """It failed; not ``free``: the transport may still write to the memory."""
+
+
+class Gather:
+    """A gather under way: of one parameter straight to where it will lie, or of several small ones as one message.
+
+    wire      | shards of a, b, c of rank 0 | shards of a, b, c of rank 1 | ...
+    a.full    | rank 0's | rank 1's | ...         cut out of the wire once that has arrived
+    """
+
+    def __init__(self, members: Sequence[Member], note: int) -> None:
+        self._members = members
+        self._wire: torch.Tensor | None = None  # ranks x elements of all shards
+        try:
+            for member in members:
+                member.depart(self)
+            self._work = self._send(members[0], note)
+        except BaseException:  # nothing is under way: the parameters are at rest as before
+            for member in members:
+                member.give_up(free=True)
+            raise
+
+    def _send(self, first: Member, note: int) -> Work:
+        every, group = [member.own for member in self._members], first.own.group
+        if len(every) == 1:
+            return every[0].gather_into(first.full, async_op=True, note=note)
+        label = f"{every[0].name} to {every[-1].name} ({len(every)} parameters)"
+        sizes = [own.layout.shard_numel for own in every]
+        straight = group.size == 1 or goes_in_one(group)  # each shard to its place, in one call
+        if straight:
+            mine = [own.of(member.full) for own, member in zip(every, self._members, strict=True)]
+        else:
+            self._wire = first.full.new_empty((group.size, sum(sizes)))
+            mine = list(self._wire[group.rank].split(sizes))
+        torch._foreach_copy_(mine, [own.source for own in every])
+        for own in every:
+            own.let_go(own.source)
+        if straight:
+            fulls = [member.full for member in self._members]
+            return all_gather_many(fulls, mine, group, label=label, async_op=True, channel=GATHER)
+        assert self._wire is not None
+        flat, own_row = self._wire.view(-1), self._wire[group.rank]
+        how: dict[str, Any] = {"channel": GATHER, "guarded": True, "async_op": True, "note": note}
+        return all_gather(flat, own_row, group, label=label, **how)
+
+    @property
+    def peers_wait(self) -> bool:
+        """Whether peers may be waiting for what this rank hands on in it."""
+        return self._work.peers_wait
+
+    def finish(self) -> int | None:
+        """Wait: then all members are whole. Returns the lowest of all ranks' notes; None where they said none."""
+        try:
+            self._work.wait()
+            if self._wire is not None:
+                rows = [member.rows for member in self._members]
+                torch.split_with_sizes_copy(self._wire, [row.size(1) for row in rows], 1, out=rows)
+        except BaseException:
+            for member in self._members:
+                member.give_up(free=False)
+            raise
+        for member in self._members:
+            member.arrive()
+        return self._work.lowest_note
+
+
+def start_gathers(units: Iterable[Iterable[Member]], note: int = 0, together: int = 0) -> None:
+    """Begin to gather what is at rest; the peers are told ``note``. Neighbours of at most ``together`` elements in all
+    are one gather, and so is all of a unit where the backend would rather be asked once."""
+    some: list[Member] = []
+    numel = 0
+    for unit in units:
+        away = [one for one in unit if one.state is not State.WHOLE and one.state is not State.INFLIGHT]
+        away = [one for one in away if one not in some]
+        for bundle in [away] if away and goes_in_one(away[0].own.group) else [[one] for one in away]:
+            size = sum(one.numel for one in bundle)
+            if some and (numel + size > together or bundle[0].route != some[0].route):
+                Gather(some, note)
+                some, numel = [], 0
+            some.extend(bundle)
+            numel += size
+    if some:
+        Gather(some, note)

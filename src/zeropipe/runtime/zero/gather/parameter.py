@@ -10,7 +10,6 @@ instead of doing nothing or giving 0.
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from zeropipe.comm.group import Group
 from zeropipe.errors import UnavailableParameterError, UsageError
-from zeropipe.runtime.zero.gather.shards import Builder, Shards
+from zeropipe.runtime.zero.gather.shards import DATA, Builder, Shards
 from zeropipe.runtime.zero.param import State, ZeroParam, ZeroParamStatus, carry
-
-_DATA: Any = torch.Tensor.data  # type: ignore[misc]  # what reads and sets it without telling anybody
 
 
 def _names(text: str) -> frozenset[str]:
@@ -40,6 +37,8 @@ _HARMLESS = _names(
     "is_storage _has_compatible_shallow_copy_type requires_grad_ detach_ set_ retain_grad register_hook "
     "register_post_accumulate_grad_hook"
 )
+# The part of it that every step asks of every parameter.
+_GRAD: Any = (torch.Tensor.grad.__get__, torch.Tensor.grad.__set__)  # type: ignore[union-attr]
 # What says where the elements lie; code that asks for it in a forward is about to read them.
 _ADDRESSES = _names("data_ptr storage untyped_storage _typed_storage")
 # What gives the shape; in zero.Init and in a forward the whole parameter's, elsewhere that of the value here: [0].
@@ -71,7 +70,7 @@ class ShardedParameter(torch.nn.Parameter):
         zero = self.__dict__.get("_zero")
         if zero is not None and zero.shards is not None:
             zero.shards.own_writes.look(zero.shards)
-        value: torch.Tensor = _DATA.__get__(self)
+        value: torch.Tensor = DATA.__get__(self)
         return value
 
     @data.setter
@@ -79,7 +78,7 @@ class ShardedParameter(torch.nn.Parameter):
         zero = self.__dict__.get("_zero")
         if zero is not None and zero.shards is not None:
             zero.shards.own_writes.move(zero.shards)
-        _DATA.__set__(self, value)
+        DATA.__set__(self, value)
 
     def set_(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         """As torch's, which asks no subclass: parametrizations assign values with it."""
@@ -155,7 +154,7 @@ class ShardedParameter(torch.nn.Parameter):
         elif shards.conductor is None or shards.building:
             empty = torch.empty(0, dtype=shards.dtype, device=shards.full.device)
             copy = torch.nn.Parameter(empty, self.requires_grad)
-            carry(copy, ZeroParam(shards.name, shards=shards.twin(_Face(copy))))
+            carry(copy, ZeroParam(shards.name, shards=shards.twin(copy)))
         else:
             raise _unavailable(shards, "copy.deepcopy")
         memo[id(self)] = copy
@@ -186,6 +185,8 @@ class _Away(ShardedParameter):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func in _GRAD:
+            return _plainly(func, args, {})
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__get__":
@@ -198,7 +199,7 @@ class _Away(ShardedParameter):
         shards = first._shards
         # [1] It is given another value: a builder takes that over when its constructor ends.
         if _gives_memory(name, func, args):
-            if shards.fetch_in_build():
+            if _fetch_in_build(shards):
                 return _plainly(func, args, kwargs)
             if name == "set_" or args[1].numel():
                 raise _unavailable(shards, "giving it another value")
@@ -220,7 +221,7 @@ class _Away(ShardedParameter):
             )
         # [3] Another parameter, or a tensor without elements, is made of it.
         if name == "detach" and _makes_a_parameter():
-            if not shards.fetch_in_build():
+            if not _fetch_in_build(shards):
                 raise _unavailable(shards, "torch.nn.Parameter(...)")
             return _plainly(func, args, kwargs).as_subclass(torch.nn.Parameter)  # the class that it has now
         if name in _EMPTY and not shards.building:
@@ -228,7 +229,7 @@ class _Away(ShardedParameter):
             return _away_value(empty, shards.name) if name in ("data", "detach") else empty
         # [4] A state dict is loaded, which cuts the value; anything else needs it.
         if name == "copy_" and shards.state is State.LOADING:
-            shards.end_loading()
+            shards.release_if_idle()
             shards.write(args[1])
             return first
         cls._fetch_all(name, args, kwargs)
@@ -239,7 +240,7 @@ class _Away(ShardedParameter):
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, _Away):
                 shards = value._shards
-                if not shards.fetch_in_build() and not shards.fetch_in_forward():
+                if not _fetch_in_build(shards) and not shards.fetch_in_forward():
                     raise _unavailable(shards, f"torch function '{name}'")
 
     def _converts_to(self, value: torch.Tensor) -> bool:
@@ -253,6 +254,14 @@ class _Away(ShardedParameter):
                 f"{value.dtype} on {value.device}. Fix: choose the precision in the config (bf16 or fp16)"
             )
         return True
+
+
+def _fetch_in_build(shards: Shards) -> bool:
+    """Gather for a use under a builder; False where there is none."""
+    if shards.builder is None or not shards.builder.active:
+        return False
+    shards.builder.fetch(shards)
+    return True
 
 
 def _gives_memory(name: str, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
@@ -347,27 +356,6 @@ def _plainly(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return func(*args, **kwargs)
 
 
-class _Face:
-    """What ``Shards`` shows of itself; see there."""
-
-    def __init__(self, param: torch.nn.Parameter) -> None:
-        self._param = weakref.ref(param)
-
-    @property
-    def param(self) -> torch.nn.Parameter:
-        param = self._param()
-        assert param is not None
-        return param
-
-    def show(self, value: torch.Tensor) -> None:
-        self.param.__class__ = ShardedParameter
-        _DATA.__set__(self.param, value)
-
-    def hide(self, stand_in: torch.Tensor) -> None:
-        self.show(stand_in)
-        self.param.__class__ = _Away
-
-
 def shard_parameter(
     param: torch.nn.Parameter,
     name: str,
@@ -377,6 +365,6 @@ def shard_parameter(
     builder: Builder | None = None,
 ) -> Shards:
     """Cut ``param`` (the same value on every rank) into shards and free the whole. Not collective."""
-    shards = Shards(_Face(param), name, ident, group, everyone, builder)
+    shards = Shards(param, (ShardedParameter, _Away), name, ident, group, everyone, builder)
     carry(param, ZeroParam(name, shards=shards))
     return shards

@@ -30,16 +30,22 @@ from zeropipe.runtime.zero.replication import Replication
 
 # Elements at least (24 MiB of fp32): with less in flight a rank often waits for a peer.
 AUTO_PREFETCH_NUMEL = 3 * 2**21
+# Small parameters travel together, in messages of up to so many elements (512 KiB of fp32, from where on a message
+# costs what its bytes do), but never so that a large part of a small model is whole at a time.
+TOGETHER_NUMEL, TOGETHER_PARTS = 2**17, 16
 
 
-def budget(zero: ZeroOptimization, largest_unit: int) -> Budget:
-    """In elements. What the user has not chosen follows from the model, so that little more than two units live."""
+def budget(zero: ZeroOptimization, model: int, largest_unit: int) -> Budget:
+    """In elements, for a model that gathers and frees ``model``. What the user has not chosen follows from it, so that
+    little more than two units live."""
     prefetch = zero.chosen("stage3_prefetch_bucket_size")
+    prefetch = max(largest_unit, AUTO_PREFETCH_NUMEL) if prefetch is None else prefetch
     live, reuse = zero.chosen("stage3_max_live_parameters"), zero.chosen("stage3_max_reuse_distance")
     return Budget(
-        max(largest_unit, AUTO_PREFETCH_NUMEL) if prefetch is None else prefetch,
+        prefetch,
         2**63 - 1 if live is None else live,
         0 if reuse is None else reuse,
+        min(TOGETHER_NUMEL, model // TOGETHER_PARTS, prefetch // 2),
     )
 
 
@@ -70,12 +76,13 @@ class ShardedModel:
         # [2] Before units are hooked, whose sizes leave out what is gathered once and for all.
         self.persistent = self._persist(zero)
         # [3] Each module with parameters becomes a unit.
-        self.coordinator = Coordinator(self.group, budget(zero, 0), group)
+        sharded = sum(shards.numel for shards in self.shards if not shards.persist)
+        self.coordinator = Coordinator(self.group, budget(zero, sharded, 0), group)
         self.hooks = ModelHooks(module, self.coordinator, leaf_modules(module, zero.leaf_module))
         # [4] Budgets that the user left open follow from the largest unit, and what may be fetched compiled from those.
         largest = max((unit.numel for unit in self.coordinator.units), default=0)
-        self.coordinator.budget = budget(zero, largest)
-        self.hooks.compiled.budget_of = partial(budget, zero)
+        self.coordinator.budget = budget(zero, sharded, largest)
+        self.hooks.compiled.budget_of = partial(budget, zero, sharded)
         self.hooks.compiled.look()
         for child in module.modules():
             (install_apply if zero.override_module_apply else remove_apply)(child)

@@ -1,10 +1,9 @@
-"""One sharded parameter: this rank's shard, and the whole value while it is gathered.
+"""One sharded parameter: this rank's shard, and the whole value while it is gathered (``param.py`` draws the states).
 
     at rest     param.data: shape [0]                 own: this rank's shard
     gathered    param.data: a view of ``full``        full: 1D, padded; its storage is resized to 0 on release
 
 The storage object of ``full`` lives on: views of it that autograd saved are valid again after the next gather.
-``param.py`` draws the states between the two.
 """
 
 from __future__ import annotations
@@ -18,25 +17,20 @@ from typing import Any, Protocol
 
 import torch
 
-from zeropipe.comm.collectives import Work
 from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
 from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.zero.gather.edits import OwnWrites
-from zeropipe.runtime.zero.gather.own_shard import OwnShard, Tell, Together
-from zeropipe.runtime.zero.param import Need, State, ZeroParamStatus, ZeroParamType, check_transition
+from zeropipe.runtime.zero.gather.own_shard import Gather, OwnShard, Tell, start_gathers
+from zeropipe.runtime.zero.param import (
+    Need,
+    State,
+    ZeroParamStatus,
+    ZeroParamType,
+    check_transition,
+)
 
-
-class Face(Protocol):
-    """What users see of the parameter: its class and ``.data``."""
-
-    @property
-    def param(self) -> torch.nn.Parameter: ...
-    def show(self, value: torch.Tensor) -> None:
-        """Be ``value``, as any parameter."""
-
-    def hide(self, stand_in: torch.Tensor) -> None:
-        """Be ``stand_in``, guarded against use."""
+DATA: Any = torch.Tensor.data  # type: ignore[misc]  # what reads and sets it without telling anybody
 
 
 class Builder(Protocol):
@@ -48,18 +42,12 @@ class Builder(Protocol):
 
 
 class Conductor(Protocol):
-    """What gathers the units of a model, as far as a parameter that somebody meets has to know it."""
+    """What gathers the units of a model (``Coordinator``), as far as a parameter that somebody meets has to know it."""
 
     @property
-    def running(self) -> Sized:
-        """The forwards in progress."""
-
-    def fetch_for_use(self, shards: Shards) -> bool:
-        """Gather for a use inside a forward; False outside of any."""
-
-    def keep_for_graph(self, shards: Shards, needed: Callable[[], bool]) -> None:
-        """Keep the value for a graph that reads it later, as long as ``needed`` says that it may."""
-
+    def running(self) -> Sized: ...
+    def fetch_for_use(self, shards: Shards) -> bool: ...
+    def keep_for_graph(self, shards: Shards, needed: Callable[[], bool]) -> None: ...
     def silent(self) -> AbstractContextManager[None]: ...
 
 
@@ -68,13 +56,13 @@ class Hold:
 
     __slots__ = ("need", "shards")
 
-    def __init__(self, shards: Shards, need: Need) -> None:
+    def __init__(self, shards: Shards, need: Need = Need.VALUE) -> None:
         self.shards, self.need = shards, need
-        shards.needs[need] += 1
+        shards.count(need, 1)
 
     def release(self, free: bool = True) -> None:
         """To be called once. ``free``: the value goes with its last hold, unless it stays for good."""
-        self.shards.needs[self.need] -= 1
+        self.shards.count(self.need, -1)
         if free:
             self.shards.release_if_idle()
 
@@ -84,49 +72,65 @@ class Shards:
 
     def __init__(
         self,
-        face: Face,
+        param: torch.nn.Parameter,
+        faces: tuple[type, type],
         name: str,
         ident: int,
         group: Group,
         everyone: Group | None = None,
         builder: Builder | None = None,
     ) -> None:
-        # What it is. ``everyone``: the group, with those that hold the same shards (MiCS).
-        value = face.param.detach()
+        # What it is. ``everyone``: the group, with those that hold the same shards (MiCS). ``faces``: the classes of
+        # the parameter while the value is here, and while it is away, which guards it against use.
+        value = param.detach()
         self.own = OwnShard(value, name, group)
         self.shape, self.numel, self.shard_numel = value.shape, value.numel(), self.own.layout.shard_numel
+        self._faces = faces
         self.adopt(name, ident, group, everyone or group)
         self.builder = builder  # who fetches it for uses outside of forwards
         self.in_leaf = False  # gathered with a whole module whose children run as the data says
-        self._begin(face, value.device)
+        self._begin(param, value.device)
 
-    def _begin(self, face: Face, device: torch.device) -> None:
+    def _begin(self, param: torch.nn.Parameter, device: torch.device) -> None:
         """At rest, and needed by nobody."""
         # The whole value, while there is one.
         self.state = State.AWAY
-        self.full = self.own.without_memory(device)
+        self._gather: Gather | None = None  # under way
+        self._lost: Gather | None = None  # one that failed: the transport may still write to its memory
         self.renewals = 0  # how often the shards changed under it
-        self._work: Work | None = None  # the gather under way
-        self._face = face
-        face.hide(self.full.new_empty(0))
+        self._param = weakref.ref(param)
+        self._lay_out(device)
 
         # Who needs it, what forwards on this rank wrote to it, and who fetches it when a forward meets it.
         self.persist = False  # stays gathered between uses
         self.needs: Counter[Need] = Counter()  # holds
+        self.uses = 0  # by modules that run
+        self.holds = 0  # both together
         self.own_writes = OwnWrites()
         # The last state dict that has the whole value, and that value.
-        self._asked: tuple[Callable[[], Any], Callable[[], torch.Tensor | None]] = (
-            lambda: None,
-            lambda: None,
-        )
+        self._asked: tuple[Callable[[], Any], Callable[[], torch.Tensor | None]] = (lambda: None,) * 2
         self.conductor: Conductor | None = None
         self.active_modules: set[int] = set()  # what clients know as ds_active_sub_modules
+
+    def _lay_out(self, device: torch.device) -> None:
+        """Make ``full``, without memory, and show that nothing is here."""
+        # Its views are made once and not for each gather, which for a small layer would be half the work.
+        self.full = torch.empty(self.layout.padded_numel, dtype=self.dtype, device=device)
+        self.rows = self.full.view(self.group.size, self.shard_numel)  # by rank
+        self._whole, self._nothing = self.full[: self.numel].view(self.shape), self.full.new_empty(0)
+        self._storage, self._nbytes = self.full.untyped_storage(), self.full.nbytes
+        self._storage.resize_(0)
+        self.route = (self.group, self.dtype, device)  # what may be in one message has the same
+        self.memory = self._storage._cdata  # the same for every tensor that is a view of ``full``
+        self._turn(State.AWAY, self._nothing)
 
     # ---- what it is ----
 
     @property
     def param(self) -> torch.nn.Parameter:
-        return self._face.param
+        param = self._param()
+        assert param is not None
+        return param
 
     @property
     def name(self) -> str:
@@ -171,7 +175,6 @@ class Shards:
         read_ahead: Tell | None = None,
         remote: bool | None = None,
     ) -> None:
-        """From now on gathers read ``source``, which ``master`` (None: it is the master) is rounded into."""
         self.own.live_at(source, master, let_go, read_ahead, remote)
 
     def cast(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -179,34 +182,22 @@ class Shards:
         self.release()
         if dtype != self.dtype or device != self.full.device:
             self.own.cast(dtype, device)
-            self.full = self.own.without_memory(device)
-            self._face.hide(self.full.new_empty(0))
+            self._lay_out(device)
 
-    def twin(self, face: Face) -> Shards:
+    def twin(self, param: torch.nn.Parameter) -> Shards:
         """Shards of the same value, at rest, for another parameter; not collective, as nothing is gathered."""
         twin = copy.copy(self)
         LEASES.hold(self.group, twin)
         twin.own = copy.copy(self.own)
         twin.own.keep(self.source.to(self.dtype, copy=True))
-        twin._begin(face, self.full.device)
+        twin._begin(param, self.full.device)
         return twin
 
     # ---- from shard to whole value and back ----
 
-    def start_gather(self, note: int = 0, together: Together | None = None) -> None:
-        """Begin to gather; does nothing unless the parameter is at rest. The peers are told ``note``; with
-        ``together`` it begins when that does."""
-        if self.state in (State.WHOLE, State.INFLIGHT):
-            return
-        # Before the state: where memory is short the parameter stays at rest, and may be gathered later.
-        self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
-        self._become(State.INFLIGHT)
-        try:
-            self._work = self.own.gather_into(self.full, together, async_op=True, note=note)
-        except BaseException:  # nothing is under way: the parameter is at rest as before
-            self._rest()
-            self.full.untyped_storage().resize_(0)
-            raise
+    def start_gather(self, note: int = 0) -> None:
+        """Begin to gather; does nothing unless the parameter is at rest. The peers are told ``note``."""
+        start_gathers([(self,)], note)
 
     def finish_gather(self, unless_alone: bool = False) -> int | None:
         """Wait for the gather under way, if any; the parameter is then available.
@@ -214,19 +205,30 @@ class Shards:
         ``unless_alone``: only if peers may be waiting for what this rank hands on in it.
         Returns the lowest of all ranks' notes; None where nothing was under way, or ``Group.speaks`` is false.
         """
-        if self._work is None or (unless_alone and not self._work.peers_wait):
+        gather = self._gather
+        if gather is None or (unless_alone and not gather.peers_wait):
             return None
-        work, self._work = self._work, None
-        try:
-            work.wait()
-        except BaseException:
-            self._rest()  # but for the memory, into which the transport may still write
-            raise
-        self._become(State.WHOLE)
+        return gather.finish()
+
+    def depart(self, gather: Gather) -> None:
+        # The memory first: where it is short the parameter stays at rest, and may be gathered later.
+        self._storage.resize_(self._nbytes)
+        self._turn(State.INFLIGHT)
+        self._gather = gather
+
+    def arrive(self) -> None:
+        self._gather = self._lost = None
         if self.own_writes.edits is not None:  # not joined yet: this rank goes on with what it wrote
             self.full[: self.numel].copy_(self.own_writes.edits.view(-1))
-        self.present()
-        return work.lowest_note
+        self._turn(State.WHOLE, self._whole)
+
+    def give_up(self, free: bool) -> None:
+        """The gather failed; not ``free``: the transport may still write to the memory."""
+        if self.state is State.INFLIGHT:
+            self._gather, self._lost = None, self._gather
+            self._turn(State.AWAY, self._nothing)
+        if free:
+            self._storage.resize_(0)
 
     def gather(self) -> None:
         self.start_gather()
@@ -234,20 +236,21 @@ class Shards:
 
     def release(self, leave: bool = False) -> None:
         """Free the whole value, whatever was written to it. ``leave``: whoever holds a view of it keeps its storage."""
-        self.finish_gather()
-        if not self.gathered:
+        if self._gather is not None:
+            self.finish_gather()
+        if self.state is not State.WHOLE:
             return
-        self._rest()
         if leave:
-            self.full = self.own.without_memory(self.full.device)
+            self._lay_out(self.full.device)
         else:
-            self.full.untyped_storage().resize_(0)
+            self._turn(State.AWAY, self._nothing)
+            self._storage.resize_(0)
 
     def release_if_idle(self) -> None:
         if self.holds:
             return
-        if self.state is State.SHAPED:
-            self._rest()
+        if self.state in (State.SHAPED, State.LOADING):
+            self._turn(State.AWAY, self._nothing)
         elif not self.persist:
             self.release()
 
@@ -272,35 +275,31 @@ class Shards:
         self.own.gather_into(value)
         return value[: self.numel].view(self.shape)
 
-    def _become(self, state: State) -> None:
-        self.state = check_transition(self.name, self.state, state)
-
-    def _rest(self) -> None:
-        self._become(State.AWAY)
-        self._face.hide(self.full.new_empty(0))
-
     # ---- what the parameter shows ----
+
+    def _turn(self, state: State, value: torch.Tensor | None = None) -> None:
+        """Be in ``state``, and let the parameter be ``value``, guarded against use unless that is whole."""
+        if state is not self.state:
+            self.state = check_transition(self.name, self.state, state)
+        if value is not None:
+            param = self.param
+            param.__class__ = self._faces[0]  # of which torch asks nothing
+            DATA.__set__(param, value)
+            if state is not State.WHOLE:
+                param.__class__ = self._faces[1]
 
     def present(self) -> None:
         """Let the parameter be the gathered value, whatever its ``.data`` was set to."""
-        self._face.show(self.full[: self.numel].view(self.shape))
+        self._turn(State.WHOLE, self._whole)
 
-    def show_shape(self) -> None:
-        """Until it is idle or gathered: let autograd see the shape, all that it asks for when a gradient arrives."""
+    def show_shape(self, state: State = State.SHAPED) -> None:
+        """Until it is idle or gathered: let autograd see the shape, all that it asks for when a gradient arrives.
+
+        LOADING: let torch copy a state dict's value, which then comes to ``write``.
+        """
         self.finish_gather()
-        if self.state is State.AWAY:
-            self._become(State.SHAPED)
-            self._face.hide(self.full.new_full((), torch.nan).expand(self.shape))
-
-    def begin_loading(self) -> None:
-        """Let torch see the shape, of memory to which it cannot write; what it copies in comes to ``write``."""
-        if self.state is not State.LOADING:
-            self._become(State.LOADING)
-            self._face.hide(self.full.new_empty(()).expand(self.shape))
-
-    def end_loading(self) -> None:
-        if self.state is State.LOADING:
-            self._rest()
+        if self.state is State.AWAY or (state is State.LOADING and self.state is State.SHAPED):
+            self._turn(state, self.full.new_full((), torch.nan).expand(self.shape))
 
     # ---- edits ----
 
@@ -315,9 +314,7 @@ class Shards:
 
     def write_back(self) -> None:
         """Take this rank's shard anew from the gathered value (the same on every rank)."""
-        assert self.gathered
-        self.renewals += 1
-        self.own.renew(self.own.of(self.full))
+        self.write(self._whole)
 
     def show(self, whole: torch.Tensor) -> None:
         """The shards were renewed: let the gathered value be ``whole`` (1D, with or without padding)."""
@@ -332,15 +329,29 @@ class Shards:
             self.full[: self.numel].copy_(value.detach().reshape(-1))
 
     def hold(self, need: Need = Need.VALUE) -> Hold:
-        """Somebody needs the whole value, until the hold is released; in uses by modules writes are noticed."""
-        hold = Hold(self, need)
-        if need is Need.USE and self.needs[need] == 1:
-            self.own_writes.begin(self)
-        return hold
+        """Somebody needs the whole value, until the hold is released."""
+        return Hold(self, need)
 
-    @property
-    def holds(self) -> int:
-        return self.needs.total()
+    def count(self, need: Need, change: int) -> None:
+        self.needs[need] += change
+        self.holds += change
+
+    def begin_use(self) -> None:
+        """As a hold by a module that runs: what it writes is noticed. Every layer does so in every pass, so this is a
+        count and no object."""
+        self.holds += 1
+        self.uses += 1
+        if self.uses == 1:
+            self.own_writes.begin(self)
+
+    def end_use(self, free: bool) -> bool:
+        """Returns whether it was written to; ``free`` as in ``Hold.release``."""
+        wrote = self.own_writes.end(self)
+        self.uses -= 1
+        self.holds -= 1
+        if free and not self.holds and not self.persist:
+            self.release()
+        return wrote
 
     @property
     def contexts(self) -> int:
@@ -350,11 +361,11 @@ class Shards:
     @property
     def in_use(self) -> bool:
         """Whether a write now would be one of a module's forward."""
-        return self.needs[Need.USE] > 0 and not self.contexts and self.gathered
+        return self.uses > 0 and not self.contexts and self.gathered
 
     def pin(self, pinned: bool) -> None:
         """Whether it is held until this is called again; repeating it changes nothing."""
-        self.needs[Need.PIN] = int(pinned)
+        self.count(Need.PIN, pinned - self.needs[Need.PIN])
 
     def stay(self, persist: bool) -> None:
         """Whether it stays gathered between uses from now on."""
@@ -366,13 +377,6 @@ class Shards:
     @property
     def building(self) -> bool:
         return self.builder is not None and self.builder.active
-
-    def fetch_in_build(self) -> bool:
-        """Gather for a use under a builder; False where there is none."""
-        if self.builder is None or not self.builder.active:
-            return False
-        self.builder.fetch(self)
-        return True
 
     def fetch_in_forward(self) -> bool:
         """Gather for a use in the forward of some module; False outside of any."""

@@ -144,13 +144,20 @@ def _cut_shards(
             if value.shape == shards.shape or (value.shape == (1,) and shards.shape == ()):
                 shards.write(value)  # torch's own copy then changes nothing
         else:
-            shards.begin_loading()  # whatever ``state`` holds now: a hook that comes later may change it
+            shards.show_shape(
+                State.LOADING
+            )  # whatever ``state`` holds now: a hook that comes later may change it
+
+
+def _end_loading(shards: Shards) -> None:
+    if shards.state is State.LOADING:
+        shards.release_if_idle()
 
 
 def _hide_shapes(module: torch.nn.Module, incompatible: Any) -> None:
     """[4] After it has, and those below it."""
     for _, _, shards in _own(module):
-        shards.end_loading()  # a shape that did not fit, or a load that raised
+        _end_loading(shards)  # a shape that did not fit, or a load that raised
 
 
 def _own(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter, Shards]]:
@@ -196,7 +203,7 @@ class Fetching:
         # [1] Uses are again the affair of whoever fetches outside.
         self._instead.close()
         for shards in self._shards:
-            shards.end_loading()
+            _end_loading(shards)
         self.let_go(keep=error is None)
         # [2] Those that were whole before, persistent or held by somebody else, were fetched by nobody.
         if error is None:
@@ -221,7 +228,7 @@ class Fetching:
 
     def fetch(self, shards: Shards) -> None:
         """A use of a parameter that is away."""
-        shards.end_loading()
+        _end_loading(shards)
         shards.gather()
         self._held.append(shards.hold())
 

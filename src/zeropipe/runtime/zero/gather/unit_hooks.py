@@ -24,6 +24,21 @@ from zeropipe.runtime.zero.gather.shards import Shards, shards_among
 from zeropipe.runtime.zero.marks import externals_of
 
 
+def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of ``hook`` and all that it calls: what ``torch.compiler.disable`` does, without
+    importing the compiler."""
+
+    def outside(*args: Any) -> Any:
+        before = eval_frame.set_eval_frame(None)
+        try:
+            return hook(*args)
+        finally:
+            eval_frame.set_eval_frame(before)
+
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return outside
+
+
 class _Call:
     """One forward of a unit with gradients: waits for the two moments of its backward, or of several."""
 
@@ -40,13 +55,13 @@ class _Call:
         for tensor in inputs:
             if tensor.grad_fn is not None:
                 self.ends += 1
-                tensor.register_hook(untraced(self._input_done))
+                tensor.register_hook(self._input_done)
 
     def watch(self, outputs: Iterable[torch.Tensor]) -> None:
         for tensor in outputs:
             known = self.inputs.get(id(tensor))
             if known is None or known() is not tensor:
-                tensor.register_hook(untraced(self._output_arrives))
+                tensor.register_hook(self._output_arrives)
 
     def anchor(self, output: Any) -> Any:
         """``output`` with its tensors passed through a node of autograd that starts the backward."""
@@ -58,10 +73,11 @@ class _Call:
         return tree_map_only(torch.Tensor, through, output)
 
     def start(self) -> None:
-        if self.use is None or not self.coordinator.is_open(self.use):
+        if self.use is None or not self.use.open:
             self.waiting = self.ends or self._watch_parameters()
             self.use = self.coordinator.start(self.unit, Phase.BACKWARD)
 
+    @untraced
     def _output_arrives(self, _: torch.Tensor) -> None:
         self.start()
 
@@ -72,10 +88,11 @@ class _Call:
         if not all(param.requires_grad for param in params):
             return 0
         for param in params:
-            handle = param.register_post_accumulate_grad_hook(untraced(self._input_done))
+            handle = param.register_post_accumulate_grad_hook(self._input_done)
             self.coordinator.until_settled.append(handle)
         return len(params)
 
+    @untraced
     def _input_done(self, _: torch.Tensor) -> None:
         self.waiting -= 1
         if self.waiting == 0 and self.use is not None:
@@ -98,6 +115,8 @@ class _Lookup:
 def _only_looks_up(module: torch.nn.Module, unit: Unit) -> bool:
     """Whether autograd keeps nothing of the unit's parameters: a plain embedding with nobody's hooks but ours, the code
     of which is torch's own."""
+    if type(module) is not torch.nn.Embedding or module._compiled_call_impl is not None:
+        return False
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -105,9 +124,7 @@ def _only_looks_up(module: torch.nn.Module, unit: Unit) -> bool:
         _global_forward_pre_hooks,
     )
     return (
-        type(module) is torch.nn.Embedding
-        and module._compiled_call_impl is None
-        and len(unit.shards) == 1
+        len(unit.shards) == 1
         and sum(map(len, hooks)) == 2
         and not module._backward_hooks
         and not module._backward_pre_hooks
@@ -152,24 +169,30 @@ class UnitHooks:
     def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if torch._C._functorch.maybe_current_level() is not None:
             raise UsageError(
-                f"{self.unit.name}: a functorch transform (torch.func.grad, vmap, ...) around a module of stage 3. "
-                "Fix: take the values with zero.GatheredParameters and pass them to torch.func.functional_call, "
-                "or use stage 2"
+                f"{self.unit.name}: a functorch transform (torch.func.grad, vmap, ...) around a module of stage 3",
+                fix="take the values with zero.GatheredParameters and pass them to torch.func.functional_call, or use "
+                "stage 2",
             )
         if self.begin is not None:
             self.begin()
-        for shards in shards_among(externals_of(module)):
-            self.unit.add(shards)
-        self._stand_around(module)
+        if externals := externals_of(module):
+            for shards in shards_among(externals):
+                self.unit.add(shards)
+        if len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1:
+            self._stand_around(module)
         handling = sys.exc_info()[1]
         use = self.coordinator.start(self.unit, Phase.FORWARD)
+        arguments = (*args, *kwargs.values()) if kwargs else args
+        given = [one for one in arguments if not isinstance(one, _IMMUTABLE)]
         call: _Call | _Lookup | None = None
-        if torch.is_grad_enabled() and not self.anchored and _only_looks_up(module, self.unit):
-            call = _Lookup(self.coordinator, self.unit.shards[0])
-        elif torch.is_grad_enabled():
-            inputs = [t for t in _tensors((args, kwargs)) if t.requires_grad]
-            call = _Call(self.coordinator, self.unit, inputs)
-        given = [one for one in (*args, *kwargs.values()) if not isinstance(one, _IMMUTABLE)]
+        if torch.is_grad_enabled():
+            if not self.anchored and _only_looks_up(module, self.unit):
+                call = _Lookup(self.coordinator, next(iter(self.unit.shards)))
+            else:
+                # Most layers take tensors alone.
+                found = _tensors((args, kwargs)) if given else arguments
+                inputs = [t for t in found if isinstance(t, torch.Tensor) and t.requires_grad]
+                call = _Call(self.coordinator, self.unit, inputs)
         self.calls.append(_Running(use, call, handling, given))
 
     def after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
@@ -238,10 +261,12 @@ def _is_torchs(module: torch.nn.Module) -> bool:
 
 def _returned(use: Use, tensors: Iterable[torch.Tensor]) -> list[Shards]:
     """The parameters of ``use`` of which ``tensors`` holds views; their storage must outlive the use."""
-    held = (hold.shards for hold in use.held)
-    away = {s.full.untyped_storage()._cdata: s for s in held if not s.persist}
-    found = (away.get(t.untyped_storage()._cdata) for t in tensors if away and t.layout is torch.strided)
-    return [shards for shards in found if shards is not None]
+    found = []
+    for tensor in tensors:
+        if tensor.layout is torch.strided:
+            memory = tensor.untyped_storage()._cdata
+            found += [shards for shards in use.held if shards.memory == memory and not shards.persist]
+    return found
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -295,25 +320,10 @@ def unless_covered(unit: UnitHooks, hook: Callable[..., Any]) -> Callable[..., A
     """``hook`` of ``unit``, out of torch.compile's sight; nothing, not even for torch.compile, while it is covered."""
     hook = untraced(hook)
 
-    def checked(*args: Any) -> Any:
-        return None if unit.covered else hook(*args)
+    def checked(module: torch.nn.Module, args: Any, more: Any) -> Any:
+        return None if unit.covered else hook(module, args, more)
 
     return checked
-
-
-def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep torch.compile out of ``hook`` and all that it calls: what ``torch.compiler.disable`` does, without
-    importing the compiler."""
-
-    def outside(*args: Any) -> Any:
-        before = eval_frame.set_eval_frame(None)
-        try:
-            return hook(*args)
-        finally:
-            eval_frame.set_eval_frame(before)
-
-    outside._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return outside
 
 
 def skip_frames() -> None:

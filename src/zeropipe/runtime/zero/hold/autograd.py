@@ -325,8 +325,9 @@ class Shown:
             yield index, Change.DROPPED if found is None else Change.REPLACED, found
 
     def clear(self) -> None:
-        for param in self._params:
-            param.grad = None
+        with torch._C.DisableTorchFunctionSubclass():  # a parameter that is away would be asked about each
+            for param in self._params:
+                param.grad = None
         self._put.clear()
 
 

@@ -273,12 +273,16 @@ class GradStore:
             wire = torch.empty(span.numel, dtype=dtype, device=self.partition.device)
             if sum(piece.numel for piece in span.pieces) != span.numel:
                 wire.zero_()  # stage 3: each parameter has its own padding
+        places, values = [], []
         for piece, source in zip(span.pieces, sources, strict=True):
             part = wire[piece.offset - span.offset :][: piece.numel]
             if source is None:
                 part.zero_()
             elif not in_place:
-                part.copy_(source[piece.start : piece.start + piece.numel])
+                places.append(part)
+                values.append(source[piece.start : piece.start + piece.numel])
+        if places:
+            torch._foreach_copy_(places, values)
         return wire.to(dtype)
 
     def _source(self, index: int, held: dict[int, torch.Tensor]) -> torch.Tensor | None:

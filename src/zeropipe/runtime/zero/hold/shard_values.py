@@ -20,6 +20,8 @@ from zeropipe.runtime.zero.hold.offload import Move, Offload
 from zeropipe.runtime.zero.hold.values import ALIGN, ALONE_NUMEL, Room, Segment
 from zeropipe.runtime.zero.param import GATHER, Cut, ZeroParamStatus, shards_at
 
+_FEW_RANKS = 8  # whose spans are kept
+
 
 class ShardValues:
     """Stage 3: every parameter is cut by itself, and its shards lie in the masters of the ranks; else as above."""
@@ -47,6 +49,8 @@ class ShardValues:
         self.whole_numel = numel = self.local_layout.padded_numel
         self.segments = tuple(self._segment(index) for index in range(len(self.cut)))
         self.runs = ((0, numel),)
+
+        self._spans: dict[int, list[Span]] = {}  # of buckets, by where they start
 
         # The memory: ``copy`` is what gathers read where that is not the master, in the parameters' dtype.
         self._offload = offload
@@ -86,8 +90,10 @@ class ShardValues:
         return cut_buckets(flat_shards(((s.name, tuple(s.shape), "") for s in self.cut), 1), numel)
 
     def spans(self, bucket: Bucket) -> Sequence[Span]:
-        # Made anew each time: of many parameters on many ranks they would be more memory than the shards.
-        #
+        # Among many ranks made anew each time: of many parameters they would be more memory than the shards.
+        known = self._spans.get(bucket.start)
+        if known is not None:
+            return known
         # bucket of a, b    span of rank r:  | a's shard r | b's shard r |     as they lie in r's master
         runs: list[list[int]] = []
         joins = False
@@ -99,7 +105,10 @@ class ShardValues:
             else:
                 runs.append([index])
             joins = not alone
-        return [self._span(run, owner) for run in runs for owner in range(self.group.size)]
+        made = [self._span(run, owner) for run in runs for owner in range(self.group.size)]
+        if self.group.size <= _FEW_RANKS:
+            self._spans[bucket.start] = made
+        return made
 
     def room(self, bucket: Bucket) -> Room:
         # The same spans, all ranks' end to end: a flat of which each owner's span is a shard.
