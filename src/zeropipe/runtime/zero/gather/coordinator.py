@@ -12,7 +12,7 @@ comes after such a meeting, so that every peer is on its way to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
@@ -29,9 +29,8 @@ from zeropipe.runtime.zero.gather.own_shard import start_gathers
 from zeropipe.runtime.zero.gather.shards import Hold, Shards
 from zeropipe.runtime.zero.param import GATHER, State
 
-PATIENCE = timedelta(
-    seconds=30
-)  # for peers to come to where this rank raised: they wait for what it hands on
+# For peers to come to where this rank raised an error, so that it can hand on what they will then wait for.
+PATIENCE = timedelta(seconds=30)
 # Elements that backward used without a gather in which ranks hear of each other.
 REDUCTIONS_COMPARED_EVERY = 2**21
 
@@ -92,6 +91,7 @@ class Peers:
 
     @contextmanager
     def silence(self) -> Iterator[None]:
+        """While every parameter is held whole, ranks need not agree on what they run."""
         self.silent += 1
         try:
             yield
@@ -139,7 +139,7 @@ class Coordinator:
 
         # What ranks have to agree on: where they are, which reductions they have started, what forwards wrote.
         self.peers = Peers(group, self.everyone)
-        self.tell = self.peers.tell
+        self.tell, self.silent = self.peers.tell, self.peers.silence
         self.reductions: Reductions | None = None
         self._unmet = 0  # elements used in backward since the ranks last compared their reductions
         self._written: set[Shards] = set()  # on this rank, not joined with the others yet
@@ -201,16 +201,13 @@ class Coordinator:
         known = {shards.ident: shards for unit in self.units for shards in unit.shards}
         join(written, [known[ident] for ident in sorted(known)], self.everyone)
 
-    def silent(self) -> AbstractContextManager[None]:
-        """While every parameter is held whole, ranks need not agree on what they run."""
-        return self.peers.silence()
-
     # ---- a use of a unit ----
 
     def start(self, unit: Unit, phase: Phase) -> Use:
         """Make the unit's parameters available; they stay so until the use ends."""
         if phase is Phase.BACKWARD and not self._backward:
-            self._unmet = 0  # a backward that raised may have left ranks with different counts
+            # The first of a backward. One that raised may have left ranks with different counts.
+            self._unmet = 0
             self.meet(f"backward of {unit.name}")
         use = Use(unit)
         (self.running if phase is Phase.FORWARD else self._backward).append(use)
@@ -228,26 +225,28 @@ class Coordinator:
 
     def _fetch(self, use: Use, phase: Phase) -> None:
         """Gather for ``use``, and ahead of those that follow it."""
-        unit = use.unit
+        unit, heard = use.unit, None
         # In silence ranks may differ in what they run here, and must not in their plans. A unit for which nothing is
         # gathered is no visit either: ranks may differ in which modules with persistent parameters they run.
         planned = unit.numel > 0 and not self.peers.silent
         step = self._recorder.visit(unit.visits[phase]) if planned else None
-        use.keep = step is not None and step.keep
-        fetch = () if step is None else step.fetch
+        fetch, use.keep = ((), False) if step is None else (step.fetch, step.keep)
         away = [shards for shards in unit.shards if shards.state is not State.WHOLE]
-        heard: int | None = None
         if away or fetch:
+            # [1] All of it is under way before any is waited for. The note tells peers which reductions have begun.
             note = 0 if self.reductions is None else self.reductions.progress
             wanted = [unit.shards, *(self.units[index].shards for index in fetch)]
             start_gathers(wanted, note, self.budget.together)
-            # Shards that live in files: let those that the next visit gathers be read while this unit runs.
+            # [2] Shards that live in files: let those that the next visit gathers be read while this unit runs.
             for index in self._recorder.next_fetched():
                 for shards in self.units[index].shards:
                     shards.own.read_ahead(shards.source)
+            # [3] Waiting is safe: a gather first compares words, and a peer that goes elsewhere says another one or
+            # leaves. What peers need of this rank in gathers that it has started is handed on as it meets them.
             for shards in away:
                 found = shards.finish_gather()
                 heard = heard if found is None else found
+        # [4] From here on writes are noticed, and nobody frees it.
         use.held.extend(unit.shards)
         for shards in use.held:
             shards.begin_use()
@@ -256,6 +255,9 @@ class Coordinator:
 
     def _compare_reductions(self, unit: Unit, reductions: Reductions, heard: int | None) -> None:
         """Tell the reducer which reductions every rank has started: as ``heard`` in a gather, or asked now and then."""
+        # In backward only a reduction that every rank has started may be waited for: of a later one a peer may not have
+        # sent its part, because it waits for this rank in a gather. Where nothing is gathered for long (it persists, or
+        # was kept) no note is heard, and gradients would pile up.
         self._unmet = 0 if heard is not None else self._unmet + unit.numel
         if self._unmet >= REDUCTIONS_COMPARED_EVERY and self.group.speaks:
             self._unmet = 0
@@ -282,18 +284,19 @@ class Coordinator:
             # The gradients have a graph of their own (a penalty on them follows), which reads the values again.
             for shards in use.held:
                 self.keep_for_graph(shards, lambda: False)
-        recomputed = forward and in_backward()  # its backward comes next
+        # A checkpoint runs this forward inside the backward: that of the unit comes next.
+        recomputed = forward and in_backward()
         self._let_go(use, free=not use.keep and not recomputed)
 
     def failed(self, use: Use, error: BaseException) -> None:
         """A forward raised: end it and, if nothing is left running, tell the peers."""
-        depth = self.running.index(use) if use in self.running else len(self.running)
-        self.unwind(depth, error, use.unit.name)
+        self.unwind(self.running.index(use) if use in self.running else None, error, use.unit.name)
 
-    def unwind(self, depth: int, error: BaseException, where: str) -> None:
+    def unwind(self, depth: int | None, error: BaseException, where: str) -> None:
         """As ``failed`` for all forwards in progress but the outermost ``depth``: compiled code skips the hooks that
         would have ended them."""
-        while len(self.running) > depth:
+        # Peers are told by the outermost alone: an exception that a module handles inside is nobody's business.
+        while depth is not None and len(self.running) > depth:
             self.end(self.running[-1])
         if not self.running and not in_backward():
             self.tell(error, where)
@@ -336,6 +339,7 @@ class Coordinator:
 
     def end_backward(self, step: bool = False) -> None:
         """A whole backward is over, or the micro-step is (``step``): as ``settle``, also for what graphs needed."""
+        # Every rank asks here, and ranks run the same graphs, so that they free the same.
         kept, self._kept = self._kept, []
         for hold, needed in kept:
             if not step and needed():
@@ -350,6 +354,7 @@ class Coordinator:
             for use in uses:
                 self._let_go(use, free=False)
             uses.clear()
+        # All units, not those of this pass: users gather parameters by hand, too.
         for unit in self.units:
             for shards in unit.shards:
                 if shards.state is not State.AWAY:

@@ -6,7 +6,13 @@
 A *visit* is a unit (a module whose parameters are gathered together) about to run forward or backward. A plan
 has one step per visit and prints as one line each:
 
-    F0 fetch 0 1 | F1 fetch 2 | F2 keep | B2 fetch 1 | ...
+    F0 fetch 0 1 | F1 fetch 2 keep | F2 keep | B2 | B1 fetch 0 | B0
+
+Units of one size, with a prefetch of one:
+
+    visit        F0     F1     F2     B2     B1     B0
+    sent         0 1    2                    0               1 and 2 are not sent again: they stay
+    whole        0 1    1 2    2 1    2 1    1 0    0        first the one that runs, then what waits for its visit
 """
 
 from __future__ import annotations
@@ -90,14 +96,13 @@ def plan(visits: Sequence[Visit], numel: Sequence[int], budget: Budget) -> tuple
     what is fetched and not yet used fits ``prefetch_bucket_size`` and what is live fits ``max_live_parameters``.
     So what is live is at most ``max_live_parameters`` and the visited unit.
     """
-    following = _next_visits(visits)
-    between = _numel_between(visits, following, numel)
+    first, following, between = _next_visits(visits, numel)
     live: set[int] = set()
     waiting: set[int] = set()  # fetched ahead, not visited yet
     live_numel = waiting_numel = 0
-    absent_numel = sum(numel[unit] for unit in {visit.unit for visit in visits})
+    absent_numel = sum(numel[unit] for unit in first)
     # (next visit, unit) of those that are not live: what is to be fetched next stands first.
-    absent = [(at, unit) for unit, at in _first_visits(visits).items()]
+    absent = [(at, unit) for unit, at in first.items()]
     heapify(absent)
     steps = []
     for at, visit in enumerate(visits):
@@ -105,12 +110,14 @@ def plan(visits: Sequence[Visit], numel: Sequence[int], budget: Budget) -> tuple
         if visit.unit in waiting:
             waiting.discard(visit.unit)
             waiting_numel -= numel[visit.unit]
+        # [1] It must be here. It stands first among the absent: no other visit is nearer.
         if visit.unit not in live:
-            heappop(absent)  # the visited unit itself: no other visit is nearer
+            heappop(absent)
             fetch.append(visit.unit)
             live.add(visit.unit)
             live_numel += numel[visit.unit]
             absent_numel -= numel[visit.unit]
+        # [2] Ahead of need, in the order of need: a unit that does not fit is not overtaken, or it would come late.
         # Small units wait until they are one message, unless something is gathered anyway, or needed next.
         room = min(budget.prefetch_bucket_size - waiting_numel, budget.max_live_parameters - live_numel)
         now = fetch or min(room, absent_numel) >= budget.together or (absent and absent[0][0] == at + 1)
@@ -123,6 +130,7 @@ def plan(visits: Sequence[Visit], numel: Sequence[int], budget: Budget) -> tuple
             waiting.add(unit)
             live_numel += numel[unit]
             waiting_numel += numel[unit]
+        # [3] It is freed, unless it is used again soon.
         again = following[at]
         keep = again is not None and live_numel <= budget.max_live_parameters
         reused = keep and (again == at + 1 or between[at] <= budget.max_reuse_distance)
@@ -145,29 +153,14 @@ def plan(visits: Sequence[Visit], numel: Sequence[int], budget: Budget) -> tuple
     return tuple(steps)
 
 
-def _first_visits(visits: Sequence[Visit]) -> dict[int, int]:
-    """Each unit's first visit."""
-    first: dict[int, int] = {}
-    for at, visit in enumerate(visits):
-        first.setdefault(visit.unit, at)
-    return first
-
-
-def _next_visits(visits: Sequence[Visit]) -> list[int | None]:
-    """For each visit, the index of the next visit of the same unit."""
+def _next_visits(
+    visits: Sequence[Visit], numel: Sequence[int]
+) -> tuple[dict[int, int], list[int | None], list[int]]:
+    """Each unit's first visit; and for each visit the next one of its unit, and the elements of the units that are
+    visited between the two, each counted once."""
+    nearest: dict[int, int] = {}
     following: list[int | None] = [None] * len(visits)
-    latest: dict[int, int] = {}
-    for at in reversed(range(len(visits))):
-        following[at] = latest.get(visits[at].unit)
-        latest[visits[at].unit] = at
-    return following
-
-
-def _numel_between(
-    visits: Sequence[Visit], following: Sequence[int | None], numel: Sequence[int]
-) -> list[int]:
-    """For each visit, the elements of the units visited between it and the next one of its unit, each counted once."""
-    found = [0] * len(visits)
+    between = [0] * len(visits)
     # A Fenwick tree over visits, in which the first one of each unit from here on counts: O(log n) to move one.
     sums = [0] * (len(visits) + 1)
 
@@ -185,12 +178,14 @@ def _numel_between(
         return total
 
     for at in reversed(range(len(visits))):
-        again, size = following[at], numel[visits[at].unit]
+        unit = visits[at].unit
+        again = following[at] = nearest.get(unit)
+        nearest[unit] = at
         if again is not None:
-            found[at] = up_to(again)
-            add(again, -size)
-        add(at, size)
-    return found
+            between[at] = up_to(again)
+            add(again, -numel[unit])
+        add(at, numel[unit])
+    return nearest, following, between
 
 
 class Recorder:

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from zeropipe.runtime.zero.gather.coordinator import Coordinator, Unit, in_backward
 from zeropipe.runtime.zero.gather.fetch_plan import Budget
@@ -27,13 +28,8 @@ from zeropipe.runtime.zero.gather.shards import Shards, shards_among, shards_in
 from zeropipe.runtime.zero.gather.unit_hooks import UnitHooks, skip_frames, unless_covered, untraced
 from zeropipe.runtime.zero.marks import externals_of, hide_external_parameters, show_external_parameters
 
+_Hook = Callable[[torch.nn.Module, Any, Any], Any]
 _COMPILED = "_compiled_call_impl"  # in a module's __dict__: what ``module.compile()`` made
-
-
-class Handle(Protocol):
-    """Takes something off a module."""
-
-    def remove(self) -> None: ...
 
 
 class ModelHooks:
@@ -45,7 +41,9 @@ class ModelHooks:
         self.module = module
         self.coordinator = coordinator
         self.units: dict[torch.nn.Module, Unit] = {}
-        self.handles: list[Handle] = []  # on modules; some clients take them off for a while
+        self.handles: list[
+            RemovableHandle | _Around
+        ] = []  # on modules; some clients take them off for a while
         self.hooked: list[tuple[torch.nn.Module, UnitHooks]] = []
         self.leaves = set(leaves)
         self._add(module, "", force=True)
@@ -125,7 +123,7 @@ class CompiledModules:
         self._children = [own["_modules"] for _, own in self._own if own["_modules"]]
         self._seen: list[torch.nn.Module] = []
         self._units: dict[torch.nn.Module, Unit] = {}
-        self._handles: list[Handle] = []
+        self._handles: list[RemovableHandle | _Around] = []
         self._watched: list[torch.nn.Module] = []  # whose compiled call something stands around
 
     def look(self) -> None:
@@ -133,11 +131,14 @@ class CompiledModules:
         coordinator = self._hooks.coordinator
         if "torch._dynamo" not in sys.modules or coordinator.running or in_backward():
             return
+        # Calls that ended by an exception which compiled code did not tell are forgotten here.
         for _, whole in self.whole:
             whole.reset()
         found = self._compiled()
         if found == self._seen and not any(_is_bare(module) for module in self._watched):
             return
+        # Units are made anew from what is compiled now; one that was made before for the same module is used again, so
+        # that its number in plans stays.
         self._seen = found
         self._take_off()
         self.whole.clear()
@@ -152,19 +153,25 @@ class CompiledModules:
         if not self._seen:
             return
         skip_frames()
+        # Compiled code skips the hooks of modules that an exception left: the root ends their uses.
         root = self._hooks.module
-        around: dict[torch.nn.Module, WholeUnit | _Failures] = {
-            root: _Failures(self._hooks.coordinator, root)
-        }
-        around.update(self.whole)
+        around: dict[torch.nn.Module, tuple[_Hook | None, _Hook]] = {root: (None, self._after_root)}
+        around.update({module: (whole.before, whole.after) for module, whole in self.whole})
         self._watched = [module for module in around if module.__dict__.get(_COMPILED) is not None]
-        self._handles.extend(_Around(module, around[module]) for module in self._watched)
+        self._handles.extend(_Around(module, *around[module]) for module in self._watched)
+        # Others run in a wrapper that ``torch.compile(module)`` made, which calls the hooks of its module.
         for module, whole in self.whole:
             if module not in self._watched:
                 before, after = untraced(whole.before), untraced(whole.after)
                 self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
                 self._handles.append(module.register_forward_hook(after, always_call=True))
         self._hooks.handles.extend(self._handles)
+
+    def _after_root(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        error = sys.exc_info()[1]
+        if output is None and error is not None and not in_backward():
+            self._hooks.coordinator.unwind(0, error, type(module).__name__)
+        return output
 
     def _compiled(self) -> list[torch.nn.Module]:
         """The modules that are compiled, and the wrappers that ``torch.compile(module)`` put around others."""
@@ -190,6 +197,7 @@ class CompiledModules:
     def _fits(self, numel: int, total: int) -> bool:
         """Whether a module of ``numel`` elements may be fetched whole, in a model that shards ``total``."""
         budget = self._hooks.coordinator.budget
+        # Half of the model at once is what a user accepts who compiles it as one.
         small = numel <= budget.prefetch_bucket_size or 2 * numel <= total
         return small and numel <= budget.max_live_parameters
 
@@ -256,35 +264,19 @@ class WholeUnit(UnitHooks):
             hooks.covered = covered
 
 
-class _Failures:
-    """Around a compiled model that is not one unit: compiled code skips the hooks of modules that an exception left."""
-
-    def __init__(self, coordinator: Coordinator, root: torch.nn.Module) -> None:
-        self._coordinator = coordinator
-        self._name = type(root).__name__
-
-    def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        """Nothing: the pass begins with the hooks inside."""
-
-    def after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        error = sys.exc_info()[1]
-        if output is None and error is not None and not in_backward():
-            self._coordinator.unwind(0, error, self._name)
-        return output
-
-
 class _Around:
     """Stands for what ``module.compile()`` made, until removed: calls it between the hooks of its unit."""
 
-    def __init__(self, module: torch.nn.Module, whole: WholeUnit | _Failures) -> None:
+    def __init__(self, module: torch.nn.Module, before: _Hook | None, after: _Hook) -> None:
         self._module = module
         self._compiled: Callable[..., Any] = module.__dict__[_COMPILED]
-        self._before = untraced(whole.before)
-        self._after = untraced(whole.after)
+        self._before = None if before is None else untraced(before)
+        self._after = untraced(after)
         setattr(module, _COMPILED, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._before(self._module, args, kwargs)
+        if self._before is not None:
+            self._before(self._module, args, kwargs)
         try:
             output = self._compiled(*args, **kwargs)
         except BaseException:
@@ -329,7 +321,7 @@ class ParameterOffload:
     def __init__(self, hooks: ModelHooks) -> None:
         self.module = hooks.module
         self.forward_hooks = hooks.handles
-        self.backward_hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.backward_hooks: list[RemovableHandle] = []
         self.param_coordinator = ParameterCoordinator(hooks.coordinator)
         self._hooks = hooks
 

@@ -22,13 +22,7 @@ from zeropipe.comm.leases import LEASES
 from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.zero.gather.edits import OwnWrites
 from zeropipe.runtime.zero.gather.own_shard import Gather, OwnShard, Tell, start_gathers
-from zeropipe.runtime.zero.param import (
-    Need,
-    State,
-    ZeroParamStatus,
-    ZeroParamType,
-    check_transition,
-)
+from zeropipe.runtime.zero.param import Need, State, ZeroParamStatus, ZeroParamType, check_transition
 
 DATA: Any = torch.Tensor.data  # type: ignore[misc]  # what reads and sets it without telling anybody
 
@@ -240,6 +234,7 @@ class Shards:
             self.finish_gather()
         if self.state is not State.WHOLE:
             return
+        # A view that somebody keeps would see the next gather in the old storage: the parameter takes another one.
         if leave:
             self._lay_out(self.full.device)
         else:
@@ -259,6 +254,7 @@ class Shards:
 
         ``asked``: a state dict, which gets the same tensor under every name that the parameter has.
         """
+        # Tied weights have several names, and whoever loads the dict tells by identity that they are one.
         known, value = (ref() for ref in self._asked)
         if asked is not None and known is asked and value is not None:
             return value

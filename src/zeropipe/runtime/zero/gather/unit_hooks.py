@@ -40,17 +40,25 @@ def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Call:
-    """One forward of a unit with gradients: waits for the two moments of its backward, or of several."""
+    """One forward of a unit with gradients: waits for the two moments of its backward, or of several.
 
-    __slots__ = ("coordinator", "ends", "inputs", "unit", "use", "waiting")
+    ``looks_up``: its backward reads indices and no parameter (an embedding): nothing is gathered, and it is no visit.
+    """
 
-    def __init__(self, coordinator: Coordinator, unit: Unit, inputs: Iterable[torch.Tensor]) -> None:
+    __slots__ = ("coordinator", "ends", "inputs", "looks_up", "unit", "use", "waiting")
+
+    def __init__(
+        self, coordinator: Coordinator, unit: Unit, inputs: Iterable[torch.Tensor], looks_up: bool
+    ) -> None:
         self.coordinator = coordinator
         self.unit = unit
+        self.looks_up = looks_up
         self.use: Use | None = None
         # By reference: an input that is gone by the end of the forward may have left its id to an output.
         self.inputs = {id(tensor): weakref.ref(tensor) for tensor in inputs}
-        self.ends = 0  # inputs whose gradient comes after those of the parameters: autograd gives leaves theirs at once
+        # Inputs whose gradient comes after those of the parameters, which autograd, a queue by the order of creation,
+        # gives to leaves at once. When the last one has come nobody reads the parameters any more.
+        self.ends = 0
         self.waiting = 0
         for tensor in inputs:
             if tensor.grad_fn is not None:
@@ -58,6 +66,7 @@ class _Call:
                 tensor.register_hook(self._input_done)
 
     def watch(self, outputs: Iterable[torch.Tensor]) -> None:
+        # An input that the module handed through is none of its results: its gradient says nothing of this unit.
         for tensor in outputs:
             known = self.inputs.get(id(tensor))
             if known is None or known() is not tensor:
@@ -73,13 +82,17 @@ class _Call:
         return tree_map_only(torch.Tensor, through, output)
 
     def start(self) -> None:
+        # With several outputs the first gradient starts it; with retain_graph it starts anew.
         if self.use is None or not self.use.open:
             self.waiting = self.ends or self._watch_parameters()
             self.use = self.coordinator.start(self.unit, Phase.BACKWARD)
 
     @untraced
     def _output_arrives(self, _: torch.Tensor) -> None:
-        self.start()
+        if self.looks_up:
+            self.coordinator.expect_gradient(next(iter(self.unit.shards)))
+        else:
+            self.start()
 
     def _watch_parameters(self) -> int:
         """Where no input tells the end, the last gradient of the parameters does; not so with a frozen one among
@@ -97,19 +110,6 @@ class _Call:
         self.waiting -= 1
         if self.waiting == 0 and self.use is not None:
             self.coordinator.end(self.use)
-
-
-class _Lookup:
-    """One forward of an embedding with gradients. Its backward reads indices, not the table: nothing is gathered, and
-    it is no visit."""
-
-    def __init__(self, coordinator: Coordinator, table: Shards) -> None:
-        self.coordinator = coordinator
-        self.table = table
-
-    def watch(self, outputs: Iterable[torch.Tensor]) -> None:
-        for tensor in outputs:
-            tensor.register_hook(untraced(lambda _: self.coordinator.expect_gradient(self.table)))
 
 
 def _only_looks_up(module: torch.nn.Module, unit: Unit) -> bool:
@@ -178,21 +178,21 @@ class UnitHooks:
         if externals := externals_of(module):
             for shards in shards_among(externals):
                 self.unit.add(shards)
+        # Others' hooks must see whole parameters, and ours stand outermost.
         if len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1:
             self._stand_around(module)
+        # To tell an exception of this forward from one that was being handled around it.
         handling = sys.exc_info()[1]
         use = self.coordinator.start(self.unit, Phase.FORWARD)
         arguments = (*args, *kwargs.values()) if kwargs else args
         given = [one for one in arguments if not isinstance(one, _IMMUTABLE)]
-        call: _Call | _Lookup | None = None
+        call: _Call | None = None
         if torch.is_grad_enabled():
-            if not self.anchored and _only_looks_up(module, self.unit):
-                call = _Lookup(self.coordinator, next(iter(self.unit.shards)))
-            else:
-                # Most layers take tensors alone.
-                found = _tensors((args, kwargs)) if given else arguments
-                inputs = [t for t in found if isinstance(t, torch.Tensor) and t.requires_grad]
-                call = _Call(self.coordinator, self.unit, inputs)
+            # Most layers take tensors alone; to look into whatever else there is takes as long as all the rest.
+            found = _tensors((args, kwargs)) if given else arguments
+            inputs = [t for t in found if isinstance(t, torch.Tensor) and t.requires_grad]
+            looks_up = not self.anchored and _only_looks_up(module, self.unit)
+            call = _Call(self.coordinator, self.unit, () if looks_up else inputs, looks_up)
         self.calls.append(_Running(use, call, handling, given))
 
     def after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
@@ -204,8 +204,9 @@ class UnitHooks:
             self.coordinator.failed(running.use, error)
             return None
         call = running.call
-        if isinstance(call, _Call) and self.anchored:
+        if call is not None and self.anchored:
             output = call.anchor(output)
+        # What leaves the forward: by its result, by what it was given, by attributes of the module.
         tensors = _tensors(output)
         if running.given:
             tensors += _tensors(running.given)
@@ -249,7 +250,7 @@ class _Running(NamedTuple):
     """One forward in progress."""
 
     use: Use
-    call: _Call | _Lookup | None  # its backward, where it will have one
+    call: _Call | None  # its backward, where it will have one
     handling: BaseException | None  # the exception that was being handled when it began
     given: list[Any]  # arguments by which something may leave it
 
