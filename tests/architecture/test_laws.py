@@ -117,7 +117,6 @@ def test_public_arguments_have_types(files: list[File]) -> None:
     """``Any`` says nothing, not even that nothing can be said: that has a name in ``given.py``, with the reason."""
     later = "its room was being rebuilt when the law came"
     allowed = {
-        "runtime/optimizers/registry.py": later,
         "runtime/zero/gather/hooks.py": later,
         "runtime/zero/gather/shards.py": later,
         "runtime/zero/gather/unit_hooks.py": later,

@@ -150,6 +150,7 @@ class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
         amsgrad: bool = False,
         fp32_optimizer_states: bool = True,
     ) -> None:
+        # Accepted by DeepSpeed and without effect there: who sets it expects other numbers.
         if amsgrad:
             raise refuse(type(self).__name__, "amsgrad", True, "leave it out")
         params = held(model_params)
@@ -208,6 +209,7 @@ class FusedLamb(Lamb):
         min_coeff: float = 0.01,
         amsgrad: bool = False,
     ) -> None:
+        # Better no optimizer than one that takes an option and computes without it.
         for key, value, fix in (
             ("eps_inside_sqrt", eps_inside_sqrt, "leave it out"),
             ("max_grad_norm", max_grad_norm, "set gradient_clipping in the config instead"),

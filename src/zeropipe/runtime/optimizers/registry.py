@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, describe
+from zeropipe.given import ParametersLike
 from zeropipe.names import homes, lazy
 from zeropipe.runtime.optimizers.fused import (
     FUSED_DEVICES,
@@ -71,6 +72,7 @@ class Request:
 
     def make(self, cls: Callable[..., torch.optim.Optimizer], **extra: Any) -> torch.optim.Optimizer:
         """Raises ConfigError for a hyperparameter that ``cls`` does not have, or a value that it refuses."""
+        # A name that is not known is told with the nearest one: most are slips of the pen.
         known = [
             name
             for name, parameter in inspect.signature(cls).parameters.items()
@@ -92,7 +94,10 @@ class Request:
 
 
 def build_optimizer(
-    type: str, params: Mapping[str, Any] | None, param_groups: Any, device: torch.device | str | None = None
+    type: str,
+    params: Mapping[str, Any] | None,
+    param_groups: ParametersLike,
+    device: torch.device | str | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that a config's ``optimizer`` section names, over ``param_groups``.
 
@@ -144,6 +149,7 @@ def require_shardable(optimizer: torch.optim.Optimizer, stage: int, allow_untest
     ``allow_untested`` (config key ``zero_allow_untested_optimizer``) lets unknown classes pass, not those known
     to need whole tensors. At stage 0 nothing is sharded, and only what an engine cannot serve at all is refused.
     """
+    # Asked at every stage: what no engine can serve does not depend on what is sharded.
     kind = classify(optimizer)
     _refuse_unservable(optimizer)
     if stage == 0 or kind != "whole":

@@ -77,6 +77,7 @@ class Communicates(Protocol):
 class Stepped(Optimizer):
     """One of ours: what it does in a step is ``_update``, without gradients being recorded."""
 
+    # A closure evaluates the model again, and may record gradients for it.
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
@@ -140,6 +141,7 @@ class OnShards(Stepped):
 
     def _counted(self, param: torch.Tensor, names: Sequence[str]) -> dict[str, Any]:
         """The state of ``param``, with zeros like it under ``names``, one step further."""
+        # By key: a parameter that changes its group may need what it had not (Muon's matrices and others).
         state: dict[str, Any] = self.state[param]
         if "step" not in state:
             state["step"] = torch.tensor(0.0)

@@ -112,7 +112,7 @@ def born_state(
     fills = kinds_of(optimizer).at_birth
     if not fills:
         return {}
-    # Newer torch makes it in the first step, older in the constructor alone.
+    # Newer torch makes it in the first step, older in the constructor alone, where a master was not there yet.
     made: dict[str, Any] = {key: torch.full_like(tensor, options[fill]) for key, fill in fills.items()}
     return {"step": torch.zeros((), device=tensor.device if options.get("fused") else None)} | made
 
