@@ -417,5 +417,7 @@ def _report(what: str, outcomes: Sequence[Outcome]) -> str:
         if o.error:
             lines.append(o.error.rstrip())
         if o.kind != "result" and o.output.strip():
-            lines.append(f"output of rank {o.rank}:\n{o.output[-3000:].rstrip()}")
+            # How it began, too: C++ says why it ends a process before Python's handler prints where that was.
+            shown = o.output if len(o.output) <= 6000 else f"{o.output[:2000]}\n[...]\n{o.output[-4000:]}"
+            lines.append(f"output of rank {o.rank}:\n{shown.rstrip()}")
     return "\n".join(lines)
