@@ -207,7 +207,10 @@ class Native:
         assert pg is not None
         options.asyncOp = True
         gather = getattr(pg, "all_gather_single_coalesced", None) or pg.allgather_into_tensor_coalesced
-        return Work(call, [gather([*map(_bytes, outputs)], [*map(_bytes, shards)], options)])
+        # Tensors of its own: gloo takes views of them on a thread of its own, which races with whoever takes a view
+        # of the same tensor here, and ended a process now and then (torch 2.13).
+        mine, theirs = ([_bytes(one).data for one in some] for some in (shards, outputs))
+        return Work(call, [gather(theirs, mine, options)])
 
     @_anywhere()
     def gather_from_owners(self, call: Call, cuts: Sequence[Cut]) -> Work:
