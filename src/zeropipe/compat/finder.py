@@ -103,7 +103,10 @@ def extend(module: ModuleType, path: str) -> None:
             try:
                 return own(name)
             except AttributeError:
-                pass
+                if ROOT not in sys.modules:
+                    raise
+        elif ROOT not in sys.modules:  # the alias was taken away again
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
         return _find(module, path, name, sys._getframe(1))
 
     if getattr(own, "extends", None) != path:

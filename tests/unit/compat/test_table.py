@@ -199,6 +199,18 @@ def test_what_only_deepspeed_users_look_for_stands_beside_our_own_names(deepspee
             assert getattr(module, name) is resolve(target)
 
 
+def test_without_the_alias_our_modules_answer_as_before(deepspeed: ModuleType, monkeypatch) -> None:
+    import zeropipe.runtime.utils as plain
+    import zeropipe.utils as lazy
+
+    assert importlib.import_module("deepspeed.runtime.utils").inf > 0
+    assert importlib.import_module("deepspeed.utils").is_initialized() in (True, False)
+    monkeypatch.delitem(sys.modules, "deepspeed")
+    for module in (plain, lazy):
+        with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'nothing'"):
+            module.nothing  # noqa: B018
+
+
 def test_code_of_a_module_is_found_for_python_m(deepspeed: ModuleType) -> None:
     spec = importlib.util.find_spec("deepspeed.launcher.runner")
     assert spec is not None and spec.loader is not None
