@@ -21,7 +21,7 @@ Cut = tuple[int, torch.Tensor]  # (owner: index in the group, view of the elemen
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run of a flat that is cut in equal shards, one for each member of a group.
+    """A run of a flat that is cut in equal shards, one for each member of a group::
 
         flat     |--- shard 0 ---|--- shard 1 ---|--- shard 2 ---|
         whole            |############################|
