@@ -333,13 +333,18 @@ def main() -> None:
         args.device, time.monotonic() + 60 * args.minutes, args.out.resolve(), args.only, args.contenders
     )
     small, large = session.scale.sizes
-    session.part("tests", 30, tests)
-    session.part(f"steps, {small}", 40, lambda s: steps(s, small))
-    session.part("trace", 20, trace)
-    session.part(f"steps, {large}", 60 if args.device == "cuda" else 20, lambda s: steps(s, large))
-    session.part("largest, on the device", 30, lambda s: largest(s, "device", 0.4))
-    session.part("largest, offloaded", 30, lambda s: largest(s, "host", 0.9))
-    write(session)
+    try:
+        session.part("tests", 30, tests)
+        session.part(f"steps, {small}", 40, lambda s: steps(s, small))
+        session.part("trace", 20, trace)
+        session.part(f"steps, {large}", 60 if args.device == "cuda" else 20, lambda s: steps(s, large))
+        session.part("largest, on the device", 30, lambda s: largest(s, "device", 0.4))
+        session.part("largest, offloaded", 30, lambda s: largest(s, "host", 0.9))
+    except KeyboardInterrupt:
+        session.left_out.append("what came after it was stopped by hand")
+        raise SystemExit(130) from None
+    finally:  # minutes on a GPU are not measured again for a key that was pressed
+        write(session)
 
 
 def write(session: Session) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.helpers.launch import start
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +63,18 @@ def test_what_there_is_no_time_for_is_named(tmp_path):
     ]
     assert "6 s were left, it takes 30" in left[0] or "5 s were left, it takes 30" in left[0]
     assert left[0] in (tmp_path / "results.md").read_text()
+
+
+def test_stopped_by_hand_it_writes_down_what_it_has(tmp_path):
+    """It lost all parts that were done."""
+    command = [sys.executable, "-m", "benchmarks.gpu.run", "--device", "cpu", "--out", str(tmp_path)]
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    with start([*command, "--only", "trace"], env={"PYTHONPATH": path}, cwd=ROOT) as running:
+        assert running.wait_for("left] trace", 100), running.stderr()
+        running.process.send_signal(signal.SIGINT)
+        assert running.wait(60)
+        assert running.process.returncode == 130, running.stderr()
+    assert found(tmp_path)["left out"] == ["what came after it was stopped by hand"]
 
 
 def test_without_a_gpu_it_says_how_to_run_without_one(tmp_path):
