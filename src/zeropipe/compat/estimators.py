@@ -15,6 +15,7 @@ from zeropipe.runtime.zero.param import zero_param
 
 GIB = 2**30
 _STATE = 16  # bytes a parameter: weights 2, gradients 2, master 4, moments 8
+_STATE_3 = 14  # the gathers of stage 3 read the master: there is no second copy in 16 bits
 
 
 def _counts(model: torch.nn.Module) -> tuple[int, int]:
@@ -68,7 +69,7 @@ def estimate_zero3_model_states_mem_needs(
     elif cpu_offload:
         host, device = (_STATE - 2) * total_params * share, gathered + 2 * total_params / ranks
     else:
-        host, device = 0, gathered + _STATE * total_params / ranks
+        host, device = 0, gathered + _STATE_3 * total_params / ranks
     return int(max(host, building) * additional_buffer_factor), int(device), gathered
 
 
