@@ -193,6 +193,7 @@ def test_folders_are_short(files: list[File]) -> None:
     check_tree(files, structure.is_full, {})
 
 
+@pytest.mark.process
 def test_the_way_from_initialize_to_the_engine_is_short() -> None:
     """One list of steps, in which no file is gone back to for a decision that belongs with another."""
     way = walk()

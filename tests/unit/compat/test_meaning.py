@@ -38,6 +38,7 @@ print("started once")
 """
 
 
+@pytest.mark.process
 def test_starting_twice_and_with_none_is_fine() -> None:
     done = python("-c", STARTING)
     assert done.stdout == "started once\n", done.stderr
