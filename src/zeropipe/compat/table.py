@@ -63,6 +63,16 @@ _ACCELERATOR = {
 }
 
 
+# Of the module ``flops_profiler.profiler``, and of the package around it.
+_FLOPS = {
+    name: f"zeropipe.runtime.flops:{name}"
+    for name in (
+        *("FlopsProfiler", "get_model_profile", "number_to_string", "flops_to_string", "macs_to_string"),
+        *("params_to_string", "duration_to_string"),
+    )
+}
+
+
 def _estimators(stage: int) -> dict[str, str]:
     name = f"estimate_zero{stage}_model_states_mem_needs"
     return _from("estimators", f"{name} {name}_all_live {name}_all_cold")
@@ -88,6 +98,9 @@ NAMES: Final = MappingProxyType(
         "ops.adam": {name: f"zeropipe.ops.adam:{name}" for name in ("DeepSpeedCPUAdam", "FusedAdam")},
         "ops.lamb": {"FusedLamb": "zeropipe.ops.lamb:FusedLamb"},
         "ops.lion": {name: f"zeropipe.ops.lion:{name}" for name in ("DeepSpeedCPULion", "FusedLion")},
+        "profiling": {},
+        "profiling.flops_profiler": _FLOPS,
+        "profiling.flops_profiler.profiler": _FLOPS,
         "runtime": _from("optimizers", "ZeROOptimizer"),
         "runtime.activation_checkpointing": {},
         "runtime.bf16_optimizer": _from("optimizers", "BF16_Optimizer"),
@@ -191,7 +204,6 @@ ABSENT: Final = MappingProxyType(
         "ops.op_builder": "nothing is compiled here, so there is nothing to build",
         "ops.sparse_attention": "use torch.nn.attention.flex_attention",
         "ops.transformer": _LAYERS,
-        "profiling": "use torch.profiler, or wall_clock_breakdown in the configuration",
         "replace_transformer_layer": _SERVE,
         "runtime.checkpoint_engine": "engine.save_checkpoint and load_checkpoint read and write files by themselves",
         "runtime.data_pipeline": "order the data in your own dataset",

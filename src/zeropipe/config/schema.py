@@ -1,7 +1,7 @@
 """The whole configuration as one frozen object, with the JSON's own names: a section for each owner.
 
-The section ``zero_optimization`` has a file of its own. ``@with_keys_without_effect`` adds the keys that do
-nothing here.
+The section ``zero_optimization``, and those by which a run is watched, have files of their own.
+``@with_keys_without_effect`` adds the keys that do nothing here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, PrivateAttr
 
 from zeropipe.config.fields import Count, Dtype, Lowercase, Real, Section, key, with_keys_without_effect
+from zeropipe.config.schema_watch import CommsLogger, CsvMonitor, FlopsProfiler, TensorBoard, Timers, Wandb
 from zeropipe.config.schema_zero import ZeroOptimization
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -144,57 +145,6 @@ class Aio(Section):
     """Tuning of file input and output for nvme offload."""
 
 
-# What is watched.
-
-
-class TensorBoard(Section):
-    """Write scalars for TensorBoard (extra: zeropipe[tensorboard])."""
-
-    enabled: bool = key(False, "Turn it on.")
-    output_path: str = key("", "Folder; empty: runs/.")
-    job_name: str = key("DeepSpeedJobName", "Folder of this run inside output_path.")
-
-
-class Wandb(Section):
-    """Send scalars to Weights & Biases (extra: zeropipe[wandb])."""
-
-    enabled: bool = key(False, "Turn it on.")
-    group: str | None = key(None, "Group of runs.")
-    team: str | None = key(None, "Team that owns the project.")
-    project: str = key("deepspeed", "Project.")
-
-
-class CsvMonitor(Section):
-    """Write one CSV file per scalar."""
-
-    enabled: bool = key(False, "Turn it on.")
-    output_path: str = key("", "Folder; empty: csv_monitor/.")
-    job_name: str = key("DeepSpeedJobName", "Folder of this run inside output_path.")
-
-
-@with_keys_without_effect("comms_logger")
-class CommsLogger(Section):
-    """A log of every collective."""
-
-    prof_all: bool = key(True, "Log all operations.")
-    prof_ops: list[Any] = key([], "Operations to log when prof_all is false.")
-    verbose: bool = key(False, "Print each one.")
-    debug: bool = key(False, "Print the caller too.")
-
-
-class ThroughputTimer(Section):
-    """Samples per second and TFLOP/s."""
-
-    enabled: bool = key(True, "Measure throughput when steps_per_print asks for it.")
-    synchronized: bool = key(True, "Synchronize the device around each measurement.")
-
-
-class Timers(Section):
-    """Timers of the engine."""
-
-    throughput: ThroughputTimer = key(ThroughputTimer(), "Samples per second and TFLOP/s.")
-
-
 # The whole.
 
 
@@ -278,6 +228,7 @@ class Config(Section):
     wandb: Wandb = key(Wandb(), "Scalars for Weights & Biases.")
     csv_monitor: CsvMonitor = key(CsvMonitor(), "Scalars in CSV files.")
     timers: Timers = key(Timers(), "Timers of the engine.")
+    flops_profiler: FlopsProfiler = key(FlopsProfiler(), "A profile of one forward.")
     comms_logger: CommsLogger = key(CommsLogger(), "A log of collectives.")
 
     tensor_parallel: dict[str, Any] = key({}, "Tensor parallelism; only autotp_size 0 or 1 is accepted.")

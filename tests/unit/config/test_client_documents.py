@@ -153,7 +153,7 @@ TOLD = {
     ),
     "flops and tuning": (
         {"flops_profiler": {"enabled": True, "profile_step": 1}, "autotuning": {"enabled": True}},
-        NoticeKind.NO_EFFECT, ("flops_profiler", "autotuning"),
+        NoticeKind.NO_EFFECT, ("autotuning",),
     ),
     "another engine for generation": (
         {"hybrid_engine": {"enabled": True, "max_out_tokens": 512}}, NoticeKind.NO_EFFECT, ("hybrid_engine",)

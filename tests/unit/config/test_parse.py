@@ -169,7 +169,7 @@ def test_foreign_keys_are_passed_over_with_one_warning() -> None:
 def test_keys_without_effect_are_said_once_and_only_when_they_ask_for_something() -> None:
     asked = parse_config(
         {
-            "flops_profiler": {"enabled": True, "profile_step": 3},
+            "autotuning": {"enabled": True, "fast": False},
             "comms_logger": {"enabled": True},
             "aio": {"block_size": 4096},
             "zero_optimization": {"stage": 2, "elastic_checkpoint": True},
@@ -180,11 +180,11 @@ def test_keys_without_effect_are_said_once_and_only_when_they_ask_for_something(
     assert notice.kind is NoticeKind.NO_EFFECT
     assert notice.level == logging.INFO
     assert set(notice.keys) == {
-        "flops_profiler", "comms_logger.enabled", "aio.block_size", "zero_optimization.elastic_checkpoint", "compile",
+        "autotuning", "comms_logger.enabled", "aio.block_size", "zero_optimization.elastic_checkpoint", "compile",
     }  # fmt: skip
     silent = parse_config(
         {
-            "flops_profiler": {"enabled": False, "profile_step": 3},
+            "autotuning": {"enabled": False, "fast": False},
             "aio": {"block_size": 1_048_576, "thread_count": 1},
             "zero_optimization": {"stage": 2, "elastic_checkpoint": False},
             "amp": {"enabled": False},

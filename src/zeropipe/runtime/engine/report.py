@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from zeropipe.runtime.engine.parts import Parts
+from zeropipe.runtime.engine.profile import ScheduledProfile
 from zeropipe.runtime.monitor import MonitorMaster
 from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
 from zeropipe.runtime.timers import PhaseTimers, ThroughputTimer, wall_clock_breakdown
@@ -49,6 +50,7 @@ class Reporter:
             self.throughput = ThroughputTimer(
                 self._clock.batch.train_batch_size, device=self._device if waits else None
             )
+        self._profile = ScheduledProfile(parts)
         self.listens = bool(self._every or self._memory or self._timers or self.monitor.enabled)
 
         # Since the last step. Losses, of this rank's micro-steps, are left where they are: reading one waits for it.
@@ -65,6 +67,8 @@ class Reporter:
         if not self._in_step and self.throughput is not None:
             self._in_step = True
             self.throughput.start()
+        if name == "forward" and self._profile.due:
+            return self._profile.running()  # of which a timer would not tell the truth
         return _SILENT if self._timers is None else self._timers(name)
 
     def loss(self, loss: torch.Tensor) -> None:
@@ -73,6 +77,7 @@ class Reporter:
 
     def stepped(self) -> None:
         """After an optimizer step was tried."""
+        self._profile.tell()
         optimizer = self._parts.optimizer
         if not self.listens or optimizer is None:
             return
