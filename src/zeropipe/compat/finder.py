@@ -23,6 +23,7 @@ from typing import Any
 from zeropipe.compat.absent import ROOT, message, stand_in
 from zeropipe.compat.table import ABSENT, BESIDE, MODULES, NAMES, VERSION
 from zeropipe.errors import InstallationError, UsageError
+from zeropipe.given import Anything
 
 _IMPORT_FROM = dis.opmap["IMPORT_FROM"]
 
@@ -132,7 +133,14 @@ def fill(module: ModuleType, path: str) -> None:
     module.__path__ = []
     vars(module).update(__getattr__=lookup, __dir__=lambda: sorted({*vars(module), *offered}))
     if path == "":
-        vars(module).update(__version__=VERSION, __zeropipe__=True)
+        vars(module).update(__version__=VERSION, __zeropipe__=True, __zeropipe_prints__=_print_progress)
+
+
+def _print_progress(progress: Anything) -> None:
+    # By way of the module, which loads what prints: ``import deepspeed`` alone stays cheap.
+    from zeropipe.compat.printed import print_progress
+
+    print_progress(progress)
 
 
 class AliasFinder(MetaPathFinder):

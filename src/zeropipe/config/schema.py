@@ -203,6 +203,9 @@ class Config(Section):
         1.0, "Clip the global gradient norm to this; 0 turns clipping off.", ge=0, allow_inf_nan=False
     )
 
+    managed_gradient_accumulation: bool = key(
+        True, "Count micro-steps and step at every so many; false: every call of step is an optimizer step."
+    )
     zero_optimization: ZeroOptimization = key(ZeroOptimization(), "What is sharded.")
     zero_allow_untested_optimizer: bool = key(
         False, "Accept an optimizer that is not known to work on shards."

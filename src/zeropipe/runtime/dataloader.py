@@ -58,6 +58,7 @@ class ZeroDataLoader:
             raise UsageError("batch_size of the data loader", expected="at least 1", found=batch_size)
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self._drop_last = drop_last
+        self._post_process: Callable[[Any, dict[str, Any]], Any] | None = None
 
         # The place: of this epoch, samples of this rank, or batches where the dataset has no order. Positions are saved
         # in ``_unit``, of which one of this rank stands for ``_ranks``. ``_resume``: the next iteration goes on here.
@@ -103,7 +104,13 @@ class ZeroDataLoader:
         self._resume = False
         # By seed and epoch, so that what workers draw is the same in a run that was resumed.
         self._generator.manual_seed(self.seed + self.epoch)
-        return self._stream() if self._sampler is None else self._map(self._sampler)
+        batches = self._stream() if self._sampler is None else self._map(self._sampler)
+        made = self._post_process
+        return batches if made is None else (made(batch, self.state_dict()) for batch in batches)
+
+    def post_process(self, made: Callable[[Any, dict[str, Any]], Any] | None) -> None:
+        """From the next iteration on yield ``made(batch, state)``; ``state``: the place after the batch."""
+        self._post_process = made
 
     def _map(self, sampler: _From) -> Iterator[Any]:
         sampler.inner.set_epoch(self.epoch)

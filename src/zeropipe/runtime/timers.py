@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -160,21 +161,42 @@ class ThroughputTimer:
         self._seconds: tuple[float, float] = (0.0, 0.0)  # of all counted steps, of the last
         self._steps = 0
 
+        # Of all steps, the warm-up's too.
+        self.epoch_count = self.global_step_count = 0
+
+    @property
+    def running(self) -> bool:
+        return self._since is not None
+
+    def update_epoch_count(self) -> None:
+        """An epoch is over; the rates go on."""
+        self.epoch_count += 1
+
     def start(self) -> None:
         """Begin a step; one that was begun and never stopped, because it failed, is forgotten."""
         self._since = self._clock()
 
-    def stop(self) -> None:
-        """Raises UsageError when no step was begun."""
+    def stop(self, global_step: bool = True, report_speed: bool = False) -> None:
+        """End a step, or (not ``global_step``) a part of it, which goes on. Raises UsageError when none was begun.
+
+        ``report_speed`` is accepted: nothing is printed from here.
+        """
         if self._since is None:
             raise UsageError("the throughput timer is not running", fix="call start() first")
+        if not global_step:
+            return
         seconds, self._since = self._clock() - self._since, None
+        self.global_step_count += 1
         # Not even counted: a first step of minutes would stay in the mean of a whole run.
         if self._skip > 0:
             self._skip -= 1
             return
         self._steps += 1
         self._seconds = self._seconds[0] + seconds, seconds
+
+    def avg_samples_per_sec(self) -> float:
+        """-inf before the first counted step."""
+        return self.stats().samples_per_second if self._steps else -math.inf
 
     def stats(self) -> Throughput:
         total, last = self._seconds

@@ -85,7 +85,10 @@ def build(
         model_group, counts = model_parts(model, mpu)
         check_world(config, group.size)
         micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
-        clock = Clock(solve_batch(config.train_batch_size, micro, accumulation, group.size))
+        clock = Clock(
+            solve_batch(config.train_batch_size, micro, accumulation, group.size),
+            config.managed_gradient_accumulation,
+        )
         dtypes = decide_dtypes(model, device, config, model_group)
         refuse_shared_memory(model)
         place_module(model, device, dtypes)

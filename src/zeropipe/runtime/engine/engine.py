@@ -46,7 +46,7 @@ class DeepSpeedEngine(Face):
         # What works on the parts.
         self.checkpoints = Checkpoints(parts)
         self.offload = Offloaded(parts.device)
-        self.report = Reporter(parts)
+        self.report = Reporter(parts, self.pipeline_parallelism)
 
         # What stands between the module's parameters and the optimizer.
         know_whole(self.module, parts.group)
@@ -56,6 +56,7 @@ class DeepSpeedEngine(Face):
         if parts.optimizer is not None:
             self._steps = Steps(parts.clock, parts.optimizer, parts.sharded)
             parts.optimizer.reducer.serve(missing_factor=self._scaling.missing)
+            parts.optimizer.serve(lambda loss, retain: self.backward(loss, retain, scale_wrt_gas=False))
             if parts.sharded is None:
                 self._rows = RowNorms(parts.module, parts.group)
                 parts.optimizer.reducer.serve(at_boundary=self._rows.join)
@@ -139,7 +140,7 @@ class DeepSpeedEngine(Face):
     def _end_micro_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         assert self._steps is not None, "there is an optimizer"
         # An asynchronous save that failed is told where all ranks are about to meet anyway.
-        if self.clock.is_boundary:
+        if self.clock.steps_now:
             self.checkpoints.saver.raise_pending()
         self.offload.bring_back(self.optimizer)
         # Telling may raise too (a full disk under a monitor); the step is not told twice then, nor taken twice.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,24 @@ import torch
 from zeropipe.given import DataLike, ScheduleLike
 from zeropipe.runtime.engine.checkpoints import Checkpoints
 from zeropipe.runtime.engine.module_state import load_weights, module_state, save_weights, whole_weights
-from zeropipe.runtime.engine.parts import Clock, Parts
-from zeropipe.runtime.engine.report import MemoryRow, memory_report
+from zeropipe.runtime.engine.parts import Clock
+from zeropipe.runtime.engine.report import MemoryRow, Reporter, memory_report, momenta
+from zeropipe.runtime.engine.settings import Settings
+from zeropipe.runtime.monitor import MonitorMaster
+from zeropipe.runtime.timers import ThroughputTimer
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
 from zeropipe.runtime.zero.hold.offload_states import Offloaded
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
+from zeropipe.runtime.zero.hold.reducer import Reducer
 
 
-class Face(torch.nn.Module):
+class Face(Settings):
     """The engine's interface but for training itself."""
 
     # Made by the engine itself.
-    _parts: Parts
     checkpoints: Checkpoints
     offload: Offloaded
+    report: Reporter
 
     # What it is made of. No setter where an engine cannot work on another.
 
@@ -68,11 +72,6 @@ class Face(torch.nn.Module):
         return self._parts.collate_fn
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The configuration as it was given: the same dict."""
-        return self._parts.config.raw
-
-    @property
     def _sharded(self) -> ShardedModel | None:
         return self._parts.sharded
 
@@ -105,6 +104,10 @@ class Face(torch.nn.Module):
     def gradient_accumulation_steps(self) -> int:
         return self.clock.batch.gradient_accumulation_steps
 
+    def get_batch_info(self) -> tuple[Callable[[], int], Callable[[], int], Callable[[], int]]:
+        """Three methods to call: samples of a step, of a micro-step on this rank, and micro-steps of a step."""
+        return self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps
+
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next ``step`` is an optimizer step."""
         return self.clock.is_boundary
@@ -124,28 +127,9 @@ class Face(torch.nn.Module):
         """
         self.clock.set_train_batch_size(train_batch_size)
 
-    # What the configuration says.
-
-    def zero_optimization(self) -> bool:
-        return self._parts.config.zero_optimization.stage > 0
-
-    def zero_optimization_stage(self) -> int:
-        return self._parts.config.zero_optimization.stage
-
-    def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        return self._parts.config.zero_optimization.stage3_gather_16bit_weights_on_model_save
-
-    def fp16_enabled(self) -> bool:
-        return self._parts.config.precision == "fp16"
-
-    def bfloat16_enabled(self) -> bool:
-        return self._parts.config.precision == "bf16"
-
-    def gradient_clipping(self) -> float:
-        return self._parts.config.gradient_clipping
-
-    def dynamic_loss_scale(self) -> bool:
-        return self._parts.config.fp16.enabled and self._parts.config.fp16.loss_scale == 0
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the samples of a micro-step on each rank; accumulation stays. Raises ConfigError below 1."""
+        self.clock.set_micro_batch_size(micro_batch_size)
 
     # What the optimizer says.
 
@@ -162,6 +146,10 @@ class Face(torch.nn.Module):
         """The learning rate of each param group."""
         return [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
 
+    def get_mom(self) -> list[Any]:
+        """The momentum of each param group, as its optimizer names it: ``betas``, or a number; 0 for none."""
+        return [] if self.optimizer is None else momenta(self.optimizer.param_groups)
+
     def get_type(self) -> str | None:
         """The class name of the torch optimizer."""
         return None if self.optimizer is None else type(self.optimizer.optimizer).__name__
@@ -176,6 +164,26 @@ class Face(torch.nn.Module):
         At stages 2 and 3 the whole local gradients live until then.
         """
         return self._parts.need_optimizer("no_sync").reducer.local_only()
+
+    def coalesce_grad_reduction(self) -> AbstractContextManager[None]:
+        """As ``no_sync``, and what the block has left on this rank is reduced, once, when it ends."""
+        return _coalesced(self._parts.need_optimizer("coalesce_grad_reduction").reducer)
+
+    def allreduce_gradients(self, bucket_size: int | None = None) -> None:
+        """Reduce now what backwards have left on this rank; ``step`` does so anyway. Collective.
+
+        ``bucket_size`` is accepted and changes nothing: the buckets are those of the configuration.
+        """
+        self._parts.need_optimizer("allreduce_gradients").reducer.reduce_now()
+
+    # Its data.
+
+    def set_data_post_process_func(self, post_process_func: Callable[[Any, dict[str, Any]], Any]) -> None:
+        """``post_process_func(batch, state)`` makes what the engine's loader yields; ``state``: the loader's place.
+
+        Raises UsageError where there is no such loader.
+        """
+        self._parts.post_process(post_process_func)
 
     # Its weights.
 
@@ -203,6 +211,8 @@ class Face(torch.nn.Module):
         file cannot be written.
         """
         return save_weights(self._parts, Path(save_dir) / save_filename, exclude_frozen_parameters)
+
+    save_fp16_model = save_16bit_model  # its older name
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
         """The whole state dict in host memory on rank 0, an empty one elsewhere; collective; tied tensors stay tied.
@@ -295,7 +305,21 @@ class Face(torch.nn.Module):
         """Raise on every rank alike what an asynchronous save has failed with; costs nothing without one."""
         self.checkpoints.saver.raise_pending()
 
-    # Its memory.
+    # What it tells, and its memory.
+
+    @property
+    def tput_timer(self) -> ThroughputTimer:
+        """Samples per second of the steps so far, those of a short warm-up not counted."""
+        return self.report.throughput
+
+    @property
+    def monitor(self) -> MonitorMaster:
+        """Where scalars go that the configuration asks for: ``monitor.write_events([(name, value, samples)])``."""
+        return self.report.monitor
+
+    def steps_per_print(self) -> float | None:
+        """A line is told every so many steps; None: never."""
+        return self.report.steps_per_print
 
     def memory_report(self) -> tuple[MemoryRow, ...]:
         """Live bytes on this rank against the stage's formula: parameters, gradients, optimizer state."""
@@ -322,3 +346,10 @@ class Face(torch.nn.Module):
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what ``offload_states`` moved away; nothing to do where nothing is."""
         self.offload.bring_back(self.optimizer, non_blocking=non_blocking)
+
+
+@contextmanager
+def _coalesced(reducer: Reducer) -> Iterator[None]:
+    with reducer.local_only():
+        yield
+    reducer.reduce_now()

@@ -10,6 +10,7 @@ schedule.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -39,6 +40,7 @@ class Clock:
     """
 
     batch: BatchSizes
+    managed: bool = True  # False: every ``step`` is a boundary, whatever was counted, and no backward is one
 
     # Saved, so that a run that is resumed counts on.
     micro_steps: int = 0
@@ -54,7 +56,12 @@ class Clock:
     def is_boundary(self) -> bool:
         if self.forced_boundary is not None:
             return self.forced_boundary
-        return (self.micro_steps + 1) % self.batch.gradient_accumulation_steps == 0
+        return self.managed and (self.micro_steps + 1) % self.batch.gradient_accumulation_steps == 0
+
+    @property
+    def steps_now(self) -> bool:
+        """Whether a micro-step that ends now ends in an optimizer step."""
+        return self.is_boundary or (not self.managed and self.forced_boundary is None)
 
     def force(self, boundary: bool | None) -> bool | None:
         """Say what the coming micro-steps are, whatever the count says (None: ask the count). What was said before."""
@@ -93,6 +100,13 @@ class Clock:
         self.batch = BatchSizes(train_batch_size, batch.micro_batch_size, steps, batch.world)
         # A window that was begun would end after another number of micro-steps than it is divided by.
         self.micro_steps = 0
+
+    def set_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the samples of a micro-step on each rank, and with them those of a step."""
+        if micro_batch_size < 1:
+            raise ConfigError("set_train_micro_batch_size", expected="at least 1", found=micro_batch_size)
+        steps, ranks = self.batch.gradient_accumulation_steps, self.batch.world
+        self.batch = BatchSizes(micro_batch_size * steps * ranks, micro_batch_size, steps, ranks)
 
     def state_dict(self) -> dict[str, int]:
         return {key: getattr(self, key) for key in _SAVED}
@@ -153,6 +167,18 @@ class Parts:
     def take_loader(self, loader: DataLike) -> None:
         self.training_dataloader = loader
 
+    def post_process(self, made: Callable[[Any, dict[str, Any]], Any]) -> None:
+        """Have the loader yield ``made(batch, its place)``."""
+        set_by = getattr(self.training_dataloader, "post_process", None)
+        if set_by is None:
+            found = type(self.training_dataloader).__name__
+            raise UsageError(
+                "set_data_post_process_func: the engine has no loader of its own",
+                found="none" if self.training_dataloader is None else f"a {found}",
+                fix="give initialize training_data=, or change the batches where your own loader makes them",
+            )
+        set_by(made)
+
     def drop(self) -> None:
         """The engine is destroyed: what is left is a module and its figures."""
         self.optimizer = self.sharded = self.mixed = self.lr_scheduler = self.training_dataloader = None
@@ -193,7 +219,7 @@ class Steps:
             self._passes = reducer.passes
             if self._sharded is not None:
                 self._sharded.settle()
-        if not self._clock.is_boundary:
+        if not self._clock.steps_now:
             self._clock.tick()
             return False
         # [3] The clock after the optimizer: a step that raises is still the coming one.

@@ -1,7 +1,9 @@
 """What an engine tells while it trains, where the config asks for it: log lines, timings, scalars for a monitor; and,
 when it is asked, what it holds on its device beside what the stage's formula allows.
 
-Silent by default, and then it costs nothing: no timer is started and no scalar is read from the device.
+Silent by default, and then it costs two readings of the clock a step: no scalar is read from the device. In a process
+that knows zeropipe as ``deepspeed`` a line is also printed, every 10 steps or as the config says, in the words that
+scripts look for there.
 
 The formula is the one of the table "memory and traffic" in ``docs/architecture.md`` (P parameters, N ranks),
 with the layout's padding included, so that a ratio other than 1 is memory that nobody planned.
@@ -11,9 +13,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,45 +33,76 @@ from zeropipe.runtime.zero.hold.partition import Partition
 
 _log = logging.getLogger("zeropipe")
 _SILENT: AbstractContextManager[None] = nullcontext()
+_PRINTED_EVERY = 10  # steps, under the name deepspeed, unless the config says otherwise
 _ADAM_MOMENTS = 2  # state that an Adam-like optimizer keeps per element, before it has made any
+
+
+def momenta(param_groups: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """The momentum of each param group, as its optimizer names it: ``betas``, or a number; 0 where there is none."""
+    return [group.get("betas", group.get("momentum", 0)) for group in param_groups]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an engine has come, for whoever prints it."""
+
+    step: int
+    skipped: int
+    rates: list[float]  # by param group
+    momenta: list[Any]  # by param group
+    loss: float | None  # of the last step; None where a plain backward kept it from us
+    seconds: float  # of a step, on average since the last line
+    samples_per_second: float  # likewise
+    pipeline: bool
+    throughput: ThroughputTimer
 
 
 class Reporter:
     """Tells of one engine, on the first of its ranks."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, pipeline: bool = False) -> None:
         config, first = parts.config, parts.first
-        self._parts, self._clock, self._device = parts, parts.clock, parts.device
+        self._parts, self._clock, self._device, self._pipeline = parts, parts.clock, parts.device, pipeline
 
-        # What the config asks for.
+        # What the config asks for. Whoever is at home under the name deepspeed prints, and does so unasked.
+        printer = getattr(sys.modules.get("deepspeed"), "__zeropipe_prints__", None)
+        self._print: Callable[[Progress], None] | None = printer if first else None
         every = config.steps_per_print
-        self._every = int(every) if first and every is not None and math.isfinite(every) else 0
+        self.steps_per_print = _PRINTED_EVERY if every is None and printer is not None else every
+        self._every = self._steps(self.steps_per_print) if first else 0
+        self._logs = every is not None
         self._memory = first and config.memory_breakdown
         self._timers = PhaseTimers(self._device) if first and config.wall_clock_breakdown else None
         self.monitor = MonitorMaster(config, enabled=first)
-        self.throughput: ThroughputTimer | None = None
-        if self._every and config.timers.throughput.enabled:
-            waits = config.timers.throughput.synchronized
-            self.throughput = ThroughputTimer(
-                self._clock.batch.train_batch_size, device=self._device if waits else None
-            )
+        # Nobody's device is waited for unless a line is asked for.
+        self._rates = bool(self._every and self._logs and config.timers.throughput.enabled)
+        waits = self._rates and config.timers.throughput.synchronized
+        self.throughput = ThroughputTimer(
+            self._clock.batch.train_batch_size, device=self._device if waits else None
+        )
         self._profile = ScheduledProfile(parts)
         self.listens = bool(self._every or self._memory or self._timers or self.monitor.enabled)
 
         # Since the last step. Losses, of this rank's micro-steps, are left where they are: reading one waits for it.
         self._losses: list[torch.Tensor] = []
         self._in_step = False
+        self._printed: tuple[int, float] | None = None  # the step and the time of the last line
 
         if first and config.dump_state:
             changed = ", ".join(f"{key} {value!r}" for key, value in config.settings(changed=True).items())
             _log.info("engine on %s, batch %s; settings: %s", self._device, self._clock.batch, changed)
 
+    @staticmethod
+    def _steps(every: float | None) -> int:
+        return int(every) if every is not None and math.isfinite(every) else 0
+
     def phase(self, name: str) -> AbstractContextManager[object]:
         """Around one phase of a micro-step: it is timed where ``wall_clock_breakdown`` asks for it."""
         # A step lasts from the first phase of its first micro-step on: what a program does before is none of it.
-        if not self._in_step and self.throughput is not None:
+        if not self._in_step:
             self._in_step = True
             self.throughput.start()
+            self._printed = self._printed or (self._clock.global_steps, time.perf_counter())
         if name == "forward" and self._profile.due:
             return self._profile.running()  # of which a timer would not tell the truth
         return _SILENT if self._timers is None else self._timers(name)
@@ -79,17 +115,20 @@ class Reporter:
         """After an optimizer step was tried."""
         self._profile.tell()
         optimizer = self._parts.optimizer
-        if not self.listens or optimizer is None:
-            return
-        if self.throughput is not None and self._in_step:
+        if self.throughput.running:
             self.throughput.batch_size = self._clock.batch.train_batch_size
             self.throughput.stop()
         self._in_step = False
-        # Only now are scalars read, which waits for the device: once a step, and only where somebody listens.
+        if not self.listens or optimizer is None:
+            return
         losses, self._losses = self._losses, []
         step = self._clock.global_steps
+        due = self._every > 0 and step % self._every == 0
         rates = [group["lr"] for group in optimizer.param_groups]
-        loss = torch.stack([x.float().cpu() for x in losses]).mean().item() if losses else None
+        loss = None
+        # Only now are scalars read, which waits for the device: once a step at most, and only where somebody listens.
+        if losses and (due or self.monitor.enabled):
+            loss = torch.stack([x.float().cpu() for x in losses]).mean().item()
         if self.monitor.enabled:
             told = {
                 "train_loss": loss,
@@ -101,13 +140,26 @@ class Reporter:
             self.monitor.write_events(
                 [(f"Train/Samples/{name}", value, at) for name, value in told.items() if value is not None]
             )
-        if self._every and step % self._every == 0:
+        if due and self._logs:
             _log.info("%s", self._line(rates, optimizer.loss_scale, loss))
+        if due and self._print is not None:
+            self._print(self._progress(optimizer, rates, loss))
         if self._timers is not None:
             _log.info("step %d: %s", step, wall_clock_breakdown(self._timers.times()))
         if self._memory:
             rows = "; ".join(map(str, memory_report(self._parts.module, optimizer)))
             _log.info("step %d: %s; %s", step, rows, self._allocated())
+
+    def _progress(self, optimizer: ZeroOptimizer, rates: list[float], loss: float | None) -> Progress:
+        # The loss has been read by now, so the device has done what is counted.
+        step, now = self._clock.global_steps, time.perf_counter()
+        since, then = self._printed or (step, now)
+        self._printed = step, now
+        seconds = (now - then) / max(1, step - since)
+        rate = self._clock.batch.train_batch_size / seconds if seconds else 0.0
+        moved = momenta(optimizer.param_groups)
+        skipped = self._clock.skipped_steps
+        return Progress(step, skipped, rates, moved, loss, seconds, rate, self._pipeline, self.throughput)
 
     def _line(self, rates: list[float], loss_scale: float, loss: float | None) -> str:
         parts = [f"step {self._clock.global_steps}", f"skipped {self._clock.skipped_steps}"]
@@ -116,7 +168,7 @@ class Reporter:
             parts.append(f"loss {loss:.5g} (this rank)")
         if loss_scale != 1.0:
             parts.append(f"loss scale {loss_scale:g}")
-        if self.throughput is not None and self.throughput.stats().steps:
+        if self._rates and self.throughput.stats().steps:
             parts.append(str(self.throughput.stats()))
         return " | ".join(parts)
 

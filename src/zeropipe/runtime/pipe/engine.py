@@ -67,6 +67,7 @@ class PipelineEngine(DeepSpeedEngine):
     """
 
     module: PipelineModule
+    pipeline_parallelism = True
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)

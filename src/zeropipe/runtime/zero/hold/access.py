@@ -96,8 +96,7 @@ class Trained:
         # as one more term, see ``GradStore.reopen``.
         if self.reducer.window_is_empty:
             return None  # no backward ran since the last step
-        self.reducer.refuse_broken()
-        self.reducer.finish_window()
+        self.reducer.reduce_now()
         return self.store.shard
 
     def _local(self, shard: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ their ``params`` lists now hold the masters.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,14 @@ from zeropipe.runtime.zero.hold.policy import Policy, Scaler, StepOptions
 from zeropipe.runtime.zero.hold.reducer import Reducer
 from zeropipe.runtime.zero.hold.runs import Update
 from zeropipe.runtime.zero.hold.shard_values import ShardValues
-from zeropipe.runtime.zero.hold.stepping import Figures, Stepping, refuse, survey, unused_everywhere
+from zeropipe.runtime.zero.hold.stepping import (
+    Figures,
+    Stepping,
+    install_zero_grad,
+    refuse,
+    survey,
+    unused_everywhere,
+)
 from zeropipe.runtime.zero.hold.values import FlatValues
 from zeropipe.runtime.zero.param import ZeroParam, carry, shards_at
 from zeropipe.tensor.norms import NonFinite, clip_coefficient
@@ -94,10 +100,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._grad_norm: float | None = None
         self._progress: _Progress | None = None
 
+        self._backward: Callable[[torch.Tensor, bool], object] = _no_engine
         watch = Watch(group, micro_step) if options.scaler is not None else None
         keeps_own = (lambda: False) if self._own is None else self._own.wants_local_gradients
         self.reducer = Reducer(policy, is_boundary, watch, options.replicas, keeps_own, self._give_up_step)
-        self._zero_grad = _install_zero_grad(optimizer, self.reducer)
+        self._zero_grad = install_zero_grad(optimizer, self.reducer.clear)
         for index, params in enumerate(self._given):
             self._adopt(index, params)
 
@@ -127,13 +134,36 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     cur_scale = loss_scale
 
     @property
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale follows overflows."""
+        return self.options.scaler is not None and self.options.scaler.dynamic
+
+    @property
+    def clip_grad(self) -> float:
+        """The norm that gradients are clipped to; 0: they are not."""
+        return self.options.clip
+
+    @property
     def loss_scaler(self) -> Scaler | None:
         return self.options.scaler
+
+    @property
+    def cpu_offload(self) -> bool:
+        """Whether masters and optimizer state live in host memory, or in files."""
+        return self.policy.offload_optimizer
 
     @property
     def grad_norm(self) -> float | None:
         """Global L2 norm of the last step's gradients before clipping; None before the first."""
         return self._grad_norm
+
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> None:
+        """As ``engine.backward``, of a loss that the caller has divided by the accumulation steps already."""
+        self._backward(loss, retain_graph)
+
+    def serve(self, backward: Callable[[torch.Tensor, bool], object]) -> None:
+        """Have ``backward(loss, retain_graph)`` run what ``self.backward`` is asked for: the engine knows the scale."""
+        self._backward = backward
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, reduced ones too; ``.grad`` is None afterwards.
@@ -257,6 +287,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Remove every hook and give the torch optimizer back its own parameters, without state."""
         # Hooks first: none of what follows may be seen by a backward.
         self.reducer.arrivals.remove()
+        self._backward = _no_engine
         if vars(self.optimizer).get("zero_grad") is self._zero_grad:
             del vars(self.optimizer)["zero_grad"]
         self.forget_step()
@@ -311,6 +342,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Let clients find the hooks of stage 3."""
         self.parameter_offload = parameter_offload
 
+    def refresh_fp32_params(self) -> None:
+        """Nothing has to be called for it: see ``take_edits``."""
+        self.take_edits()
+
     def take_edits(self) -> None:
         """Let what was written to parameters in place since the last step reach the masters; not collective."""
         for partition in self.partitions:
@@ -355,18 +390,5 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         param_group["params"] = masters
 
 
-def _install_zero_grad(optimizer: torch.optim.Optimizer, reducer: Reducer) -> Callable[..., None]:
-    """Let ``optimizer.zero_grad`` forget the window's gradients; returns what stands in its place, if nothing did."""
-    # Its param groups hold the masters by now, whose gradients exist only in the middle of a step. The method is kept
-    # in the optimizer's own ``__dict__``, so that its class stays as it is, and weakly: users keep it for longer.
-    optimizer_of, clear_of = weakref.ref(optimizer), weakref.WeakMethod(reducer.clear)
-
-    def zero_grad(set_to_none: bool = True) -> None:
-        optimizer, clear = optimizer_of(), clear_of()
-        if optimizer is not None:
-            type(optimizer).zero_grad(optimizer, set_to_none)
-        if clear is not None:
-            clear()
-
-    optimizer.__dict__.setdefault("zero_grad", zero_grad)
-    return zero_grad
+def _no_engine(loss: torch.Tensor, retain_graph: bool) -> None:
+    raise UsageError("optimizer.backward: this optimizer has no engine", fix="call backward on the loss")

@@ -149,8 +149,7 @@ class Reducer:
         """Hook the partition's parameters and return the store of their gradients."""
         store = GradStore(partition, self.policy)
         self.stores.append(store)
-        self._order = []
-        self._learned = ()
+        self._order, self._learned = [], ()
         self.arrivals.listen(store, partition.params)
         return store
 
@@ -164,12 +163,17 @@ class Reducer:
         finally:
             self._local_only = before
 
+    def reduce_now(self) -> None:
+        """Reduce what is left on this rank. Collective; nothing to do where no backward ran since the last step."""
+        if not self.window_is_empty:
+            self.refuse_broken()
+            self.finish_window()
+
     @contextmanager
     def one_pass(self) -> Iterator[None]:
         """Around one backward: the pass ends with the block, also when no parameter got a gradient."""
         self.settle()
-        before, self._explicit = self._explicit, True
-        passes = self.passes
+        before, self._explicit, passes = self._explicit, True, self.passes
         try:
             yield
             self._begin()
@@ -262,8 +266,7 @@ class Reducer:
         self._before_clear()
         self.settle()
         self._broken = ""
-        self._owes = True
-        self._apart = False
+        self._owes, self._apart = True, False
         self._window_start = self.passes
         if self.watch is not None:
             self.watch.clear()
@@ -339,8 +342,7 @@ class Reducer:
             self._plan()
         for entry in self._order:
             entry.waiting.update(entry.bucket.tensors)
-        self._next = self._waited = self._common = 0
-        self._complete = []
+        self._next, self._waited, self._common, self._complete = 0, 0, 0, []
 
     def _plan(self) -> None:
         """Lay down the order of the buckets for this pass and those that follow it."""

@@ -24,7 +24,8 @@ What is kept aside costs no bits: whatever the optimizer computes of a tensor's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -328,3 +329,20 @@ class _Aside:
                 for a, b in self._ranges:
                     old[a:b].copy_(made[a:b])
                 self._state[self._partition.master][key] = old
+
+
+def install_zero_grad(optimizer: torch.optim.Optimizer, clear: Callable[[], None]) -> Callable[..., None]:
+    """Let ``optimizer.zero_grad`` call ``clear``, a method, too; returns what stands in its place, if nothing did."""
+    # Its param groups hold the masters by now, whose gradients exist only in the middle of a step. The method is kept
+    # in the optimizer's own ``__dict__``, so that its class stays as it is, and weakly: users keep it for longer.
+    optimizer_of, clear_of = weakref.ref(optimizer), weakref.WeakMethod(clear)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        wrapped, forget = optimizer_of(), clear_of()
+        if wrapped is not None:
+            type(wrapped).zero_grad(wrapped, set_to_none)
+        if forget is not None:
+            forget()
+
+    optimizer.__dict__.setdefault("zero_grad", zero_grad)
+    return zero_grad
