@@ -78,10 +78,12 @@ def stage_3() -> Names:
     names, config = basics(), CONFIG | {"zero_optimization": {"stage": 3}}
     model = Model()
     smaller = nn.Linear(WIDTH, 4)
+    if names["rank"] == 0:
+        torch.save(model.state_dict(), "pytorch_model.bin")
     for module in (model, smaller):
         zeropipe.zero.Init(module=module, config_dict_or_path=config)
     pair = {"a": model.head.weight, "b": smaller.weight, "n": 4}
-    return names | pair | {"zero": zeropipe.zero, "Model": Model, "config": config}
+    return names | pair | {"folder": ".", "zero": zeropipe.zero, "Model": Model, "config": config}
 
 
 def pipelines() -> Names:

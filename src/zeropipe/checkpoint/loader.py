@@ -12,12 +12,11 @@ One process alone (``open_source``) does the first two.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from zeropipe.checkpoint.reader import Reader, wanted_shapes
 from zeropipe.checkpoint.save import tags
@@ -29,12 +28,11 @@ from zeropipe.checkpoint.sources.deepspeed import parse_deepspeed
 from zeropipe.checkpoint.sources.ours import parse_ours
 from zeropipe.checkpoint.sources.parallel import seen_from
 from zeropipe.checkpoint.sources.universal import parse_universal
-from zeropipe.comm.collectives import all_gather_object, broadcast_object
+from zeropipe.comm.agreement import together
+from zeropipe.comm.collectives import broadcast_object
 from zeropipe.comm.dcp import INDEX_NAME
 from zeropipe.comm.group import SELF, Group
-from zeropipe.errors import CheckpointError, describe
-
-_Result = TypeVar("_Result")
+from zeropipe.errors import CheckpointError
 
 
 def open_source(
@@ -109,7 +107,7 @@ def load(
         fix = "`zeropipe ckpt verify` says which file is at fault"
         look = partial(_checked, candidate, into, group, trust=trust, verify=verify)
         what = f"{path} cannot be read"
-        reader, errors = _together(group, "checkpoint checked", look, what, fix, CheckpointError)
+        reader, errors = together(group, "checkpoint checked", look, what, fix, CheckpointError)
         if errors:
             if choice.strict:
                 raise CheckpointError(errors[0])
@@ -119,7 +117,7 @@ def load(
         assert reader is not None
         fix = "the engine's state is mixed now: load another checkpoint before training on"
         fill = partial(reader.fill, optimizer=optimizer, moments=moments)
-        loaded, errors = _together(group, "checkpoint read", fill, f"reading {path} failed half way", fix)
+        loaded, errors = together(group, "checkpoint read", fill, f"reading {path} failed half way", fix)
         if errors:
             raise CheckpointError(errors[0])
         assert loaded is not None
@@ -132,29 +130,6 @@ def load(
 def nothing_there(folder: str | os.PathLike[str], tag: str | None) -> str:
     """The log line for a load that found nothing."""
     return "; ".join(tags.choose(Path(folder), tag).notices)
-
-
-def _together(
-    group: Group,
-    label: str,
-    work: Callable[[], _Result],
-    what: str,
-    fix: str,
-    *told: type[Exception],
-) -> tuple[_Result | None, list[str]]:
-    """What ``work`` gives on this rank, and the errors of all ranks: those of ``told`` say by themselves what is wrong.
-
-    Whoever raised in between would leave the others waiting in the gather.
-    """
-    rank = group.ranks[group.rank]
-    done, error = None, ""
-    try:
-        done = work()
-    except told as reason:
-        error = f"[rank {rank}] {reason}"
-    except Exception as reason:
-        error = describe(f"{what}: {type(reason).__name__}: {reason}", rank=rank, fix=fix)
-    return done, [e for e in all_gather_object(error, group, label=label) if e]
 
 
 def _checked(

@@ -27,7 +27,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -35,8 +35,9 @@ from zeropipe.comm.group import Group
 from zeropipe.comm.messages import WORDS, peers, receive_from, send_to, start, tag_of
 from zeropipe.comm.native import all_gather_object
 from zeropipe.comm.record import SEAM, Call, Work
-from zeropipe.errors import CommunicationError, DesyncError
+from zeropipe.errors import CommunicationError, DesyncError, describe
 
+_Result = TypeVar("_Result")
 _NOTE_BYTES = 8
 _TEXT_BYTES = 192 - _NOTE_BYTES  # of a label its end, which tells layers apart
 
@@ -265,6 +266,29 @@ def agree(items: Mapping[str, str], group: Group) -> None:
     if len(set(digests)) > 1:
         everyone: list[dict[str, str]] = all_gather_object(dict(items), group, label="agree")
         raise DesyncError(first_difference(everyone, group.ranks))
+
+
+def together(
+    group: Group,
+    label: str,
+    work: Callable[[], _Result],
+    what: str,
+    fix: str,
+    *told: type[Exception],
+) -> tuple[_Result | None, list[str]]:
+    """What ``work`` gives on this rank, and the errors of all ranks: those of ``told`` say by themselves what is wrong.
+
+    Whoever raised in between would leave the others waiting in the gather.
+    """
+    rank = group.ranks[group.rank]
+    done, error = None, ""
+    try:
+        done = work()
+    except told as reason:
+        error = f"[rank {rank}] {reason}"
+    except Exception as reason:
+        error = describe(f"{what}: {type(reason).__name__}: {reason}", rank=rank, fix=fix)
+    return done, [e for e in all_gather_object(error, group, label=label) if e]
 
 
 def first_difference(everyone: list[dict[str, str]], ranks: tuple[int, ...]) -> str:

@@ -10,11 +10,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -30,12 +29,16 @@ from zeropipe.runtime.zero.gather.shards import Builder, Hold, Shards, shards_am
 from zeropipe.runtime.zero.gather.state_dict import install_state_dict
 from zeropipe.runtime.zero.hold.offload import Arena
 from zeropipe.runtime.zero.param import GATHER, carry
+from zeropipe.tensor.memory import FreedMemory
 from zeropipe.tensor.model import overlapping, shared_memory, was_prepared, working_dtypes
 
 # Elements that stay gathered after a use; older ones are put back while the constructor runs on.
 WINDOW = 2**22
 _OWN_REFERENCES = 2  # to a storage: the tensor, and the Python object of the storage itself
-_FREED_AT_ONCE = 32 * 2**20  # bytes freed before it is worth the walk through the heap
+
+
+# Given all modules that were built, and those whose tensors have memory but no values yet.
+Load = Callable[[list[torch.nn.Module], list[torch.nn.Module]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +97,19 @@ class Build:
         site: Site,
         built: Callable[[torch.nn.Module], None] = lambda _: None,  # told of each module that is
         what: str = "zero.Init",
+        load: Load | None = None,  # fills what was built, at the end
     ) -> None:
-        self.site, self.what = site, what
+        self.site, self.what, self._load = site, what, load
         self.active = True
         self._built = built
         self._ids = itertools.count()
         self._freed = FreedMemory()
+
+        # Where weights are loaded: whether a parameter was made in 16 bits, those that were rounded with their module,
+        # and modules that nothing has initialized.
+        self._prepared = False
+        self._unset: list[torch.nn.Module] = []
+        self._narrowed: list[tuple[Shards, torch.dtype]] = []
 
         # What runs, innermost last; the block itself is the first.
         #
@@ -146,6 +156,8 @@ class Build:
                 frame.built.append(weakref.ref(module))
             self._settle(frame)
             self._shard(frame)
+            if self._load is not None:
+                self._round(_alive(frame.built), prepared=False)
         except BaseException:
             self._drop(frame)
             raise
@@ -159,9 +171,11 @@ class Build:
     def convert(self, module: torch.nn.Module) -> None:
         """Shard a module that exists, as if it were constructed now, part by part: no more than one part is whole at a
         time of what is on the meta device."""
+        made: dict[torch.Tensor, torch.nn.Parameter] = {}  # of one on meta; modules may share it
         for child in module.modules():
             with self._run(_Frame(child)):
-                _materialize(child, self.site.device)
+                if not _materialize(child, self.site.device, made, needs_values=self._load is None):
+                    self._unset.append(child)
         self._name(module, lambda name, _: name)
 
     def _name(self, module: torch.nn.Module, name_of: Callable[[str, Shards], str]) -> None:
@@ -256,6 +270,7 @@ class Build:
 
     def _cut(self, name: str, param: torch.nn.Parameter) -> None:
         site, ident = self.site, next(self._ids)
+        self._prepared |= was_prepared([param])
         shards = cut(param, f"{name}#{ident}", ident, site, self)
         self._freed.add(shards.full.numel() * shards.full.element_size())
         if site.remote:
@@ -270,7 +285,14 @@ class Build:
         self._settle(outermost)
         self._shard(outermost)
         meet("the end of zero.Init", self.site.group, channel=GATHER)
-        self._round(_alive(outermost.built))
+        built = _alive(outermost.built)
+        if self._load is None:
+            params = (param for module in built for param in module._parameters.values() if param is not None)
+            self._round(built, was_prepared(params))
+        else:
+            self._widen_again()
+            self._load(built, self._unset)
+            self._settle(outermost)
         self._freed.give_back()
 
     def abandon(self, error: BaseException) -> None:
@@ -281,19 +303,20 @@ class Build:
         said = f"{self.what} raised {type(error).__name__}: {error}"
         leave_all(said, error, [self.site.group], [self.site.group], channel=GATHER)
 
-    def _round(self, modules: list[torch.nn.Module]) -> None:
+    def _round(self, modules: list[torch.nn.Module], prepared: bool) -> None:
         """Cast the shards of ``modules`` to what they work in, but for those that an engine has taken over by now, or
         that a constructor outside of a nested context is using."""
-        # Not earlier: half of what constructors make are buffers and intermediate values, and a weight that is
-        # initialized once more would be drawn in 16 bits.
+        # At the end: half of what constructors make are buffers and intermediate values, and a weight that is
+        # initialized once more would be drawn in 16 bits. With each module where weights are loaded: few values stay,
+        # and all in fp32 would be twice the shards.
         if self.site.dtype is None:
             return
         arena = self.site.arena
-        params = (param for module in modules for param in module._parameters.values() if param is not None)
-        for param, dtype in working_dtypes(modules, self.site.dtype, was_prepared(params)).items():
+        for param, dtype in working_dtypes(modules, self.site.dtype, prepared).items():
             shards = shards_of(param)
             if shards is None or shards.dtype == dtype or shards.holds or shards.conductor is not None:
                 continue
+            self._narrowed.append((shards, shards.dtype))
             wide = shards.source
             shards.cast(dtype, shards.full.device)
             self._freed.add(wide.nbytes)
@@ -301,6 +324,12 @@ class Build:
                 shards.live_at(wide.view(dtype)[: shards.shard_numel].copy_(shards.source), None)
             elif arena is not None:
                 shards.live_at(arena.keep(shards.source), None)
+
+    def _widen_again(self) -> None:
+        """What was rounded with its module, before it was seen that the model has 16-bit parameters and those in fp32
+        are so on purpose."""
+        for shards, dtype in self._narrowed if self._prepared else ():
+            shards.cast(dtype, shards.full.device)
 
 
 def cut(
@@ -322,20 +351,34 @@ def _deferred(param: torch.nn.Parameter) -> bool:
     return torch.nn.parameter.is_lazy(param) or param.is_meta
 
 
-def _materialize(module: torch.nn.Module, device: torch.device) -> None:
-    """Give ``module``'s own tensors on the meta device their memory and first values."""
+def _materialize(
+    module: torch.nn.Module,
+    device: torch.device,
+    made: dict[torch.Tensor, torch.nn.Parameter],
+    needs_values: bool,
+) -> bool:
+    """Give ``module``'s own tensors on the meta device their memory and first values; False: it could not say these."""
     own = (*module._parameters.values(), *module._buffers.values())
     if not any(tensor is not None and tensor.is_meta for tensor in own):
-        return
+        return True
     reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-    if reset is None:
+    if reset is None and needs_values:
         raise UsageError(
             f"zero.Init: a {type(module).__name__} is on the meta device and has no reset_parameters() that would give "
             "it values",
-            fix="add that method, or build the model inside the context instead of on meta",
+            fix="add that method, name files with weights=, or build the model inside the context instead of on meta",
         )
+    before = {
+        name: param for name, param in module._parameters.items() if param is not None and param.is_meta
+    }
     module.to_empty(device=device, recurse=False)
-    reset()
+    for name, param in before.items():
+        now = module._parameters[name]
+        assert now is not None
+        module._parameters[name] = made.setdefault(param, now)
+    if reset is not None:
+        reset()
+    return reset is not None
 
 
 def _shared(value: torch.Tensor) -> bool:
@@ -343,27 +386,3 @@ def _shared(value: torch.Tensor) -> bool:
     count = getattr(torch._C, "_storage_Use_Count", None)
     storage = value.untyped_storage()
     return count is not None and count(storage._cdata) > _OWN_REFERENCES
-
-
-class FreedMemory:
-    """Counts what a caller frees in pieces between which it allocates what stays, and gives it back to the system."""
-
-    def __init__(self) -> None:
-        # glibc fills the holes of freed blocks only with what fits, and gives back no hole below a block in use: a
-        # model cut into shards one parameter at a time could so take as much memory as the whole. Other C libraries
-        # are left alone.
-        self._trim: Callable[[ctypes.c_size_t], int] | None = None
-        with suppress(OSError, TypeError, AttributeError):
-            self._trim = ctypes.CDLL(None).malloc_trim
-        self._freed = 0
-
-    def add(self, nbytes: int) -> None:
-        """``nbytes`` of host memory were freed; now and then all holes go back."""
-        self._freed += nbytes
-        if self._freed >= _FREED_AT_ONCE:
-            self.give_back()
-
-    def give_back(self) -> None:
-        self._freed = 0
-        if self._trim is not None:
-            self._trim(ctypes.c_size_t(0))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -32,10 +33,12 @@ from zeropipe.names import lazy
 from zeropipe.runtime.zero.gather.build import Build, Site
 from zeropipe.runtime.zero.gather.shards import Shards, shards_in
 from zeropipe.runtime.zero.gather.state_dict import built_by
+from zeropipe.runtime.zero.gather.weights import load_built
 from zeropipe.runtime.zero.gather.whole import GatheredParameters
 from zeropipe.runtime.zero.hold.offload import arena_of
 from zeropipe.runtime.zero.param import CHANNELS
 from zeropipe.runtime.zero.replication import shard_group
+from zeropipe.tensor.weight_files import Weights
 
 
 class Init:
@@ -58,12 +61,18 @@ class Init:
             config's, else the one that each is made with.
         mpu: an object with ``get_data_parallel_group()``.
         zero_param_parallel_group, sequence_data_parallel_group: other names for ``data_parallel_group``.
+        weights: a folder, a file, an index file or files (safetensors, or what ``torch.save`` wrote of a state dict),
+            whose keys are names of the one model that is built: when the context ends each rank reads its own elements
+            of each tensor and no others. Names without weights keep what their constructors gave; a warning names
+            them, and keys that are unused. A ``module`` on meta needs no ``reset_parameters``. In 16 bits parameters
+            are rounded with their module, so those beside which fp32 is to stay are to be made in 16 bits.
 
     The rest is accepted for the interface's sake: ``mem_efficient_linear`` (torch's linear saves no copies here),
     ``pin_memory`` (the config's ``offload_param`` decides), ``param_swapper``.
 
     Raises:
-        ConfigError: a wrong config or argument; DesyncError: another rank builds another model, or raised.
+        ConfigError: a wrong config or argument; DesyncError: another rank builds another model, or raised;
+        CheckpointError, on every rank: weights that cannot be read or do not fit; UsageError: none, or not one model.
     """
 
     def __init__(
@@ -83,6 +92,7 @@ class Init:
         zero_quantized_nontrainable_weights: bool = False,
         sequence_data_parallel_group: ProcessGroup = None,
         param_swapper: Anything = None,
+        weights: Weights | None = None,
     ) -> None:
         self._entered: list[ExitStack] = []
         source = config_dict_or_path if config_dict_or_path is not None else config
@@ -108,6 +118,7 @@ class Init:
             return
         if remote_device is None and zero is not None:
             remote_device = zero.offload_param.device
+        self._weights = weights
         self._see_apply = zero is None or zero.override_module_apply
         # [2] Which ranks share a parameter. Collective: an engine's groups start with the whole world.
         init_distributed()
@@ -143,7 +154,9 @@ class Init:
             self._entered.pop().__exit__(kind, error, trace)
 
     def _build(self) -> Build:
-        return Build(self.site, built=install_apply if self._see_apply else lambda _: None)
+        built = install_apply if self._see_apply else lambda _: None
+        load = None if self._weights is None else partial(load_built, self._weights, self.site.group)
+        return Build(self.site, built, load=load)
 
     def _constructor(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """What wraps torch's tensor constructors: looked up now, as other libraries replace it."""
@@ -304,7 +317,7 @@ _ABSENT = object()
 
 def install_apply(module: torch.nn.Module) -> None:
     """Let ``module.apply`` see whole parameters. May be repeated."""
-    module.__dict__.setdefault(_APPLY, functools.partial(apply, module))
+    module.__dict__.setdefault(_APPLY, partial(apply, module))
 
 
 def remove_apply(module: torch.nn.Module) -> None:
