@@ -113,8 +113,11 @@ def refuse_shared_memory(module: torch.nn.Module) -> None:
             raise UsageError(shared_memory("initialize", pair))
 
 
-def place_module(module: torch.nn.Module, device: torch.device, dtypes: Dtypes) -> None:
-    """Move the module to ``device`` in ``dtypes``; parameters that are shards stay as they are."""
+def place_module(
+    module: torch.nn.Module, device: torch.device, dtypes: Dtypes, cut_later: bool = False
+) -> None:
+    """Move the module to ``device`` in ``dtypes``; parameters that are shards stay as they are, and those that are cut
+    later (``cut_later``: all) where they are: a model that no device holds whole may come from the host."""
     lazy = [name for name, param in module.named_parameters(remove_duplicate=False) if is_lazy(param)]
     if lazy:
         raise UsageError(
@@ -134,7 +137,9 @@ def place_module(module: torch.nn.Module, device: torch.device, dtypes: Dtypes) 
                 "call zero.Init(module=model, config_dict_or_path=config) first, which makes it module by module, or "
                 "model.to_empty(device=...) and initialize it"
             )
-        placed = tensor.to(device, grads.get(tensor) or dtypes.of(tensor))
+        stays = cut_later and (tensor in grads or isinstance(tensor, torch.nn.Parameter))
+        place = tensor.device if stays else device
+        placed = tensor.to(place, grads.get(tensor) or dtypes.of(tensor))
         if placed is not tensor and is_trained(tensor):
             raise UsageError(
                 f"initialize: another engine trains this module in {tensor.dtype} on {tensor.device}, and this one "

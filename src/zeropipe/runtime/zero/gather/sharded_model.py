@@ -27,6 +27,7 @@ from zeropipe.runtime.zero.hold.reducer import Reducer
 from zeropipe.runtime.zero.marks import hide_external_parameters, leaf_modules
 from zeropipe.runtime.zero.param import Need, carry, is_trained
 from zeropipe.runtime.zero.replication import Replication
+from zeropipe.tensor.memory import FreedMemory
 
 # Elements at least (24 MiB of fp32): with less in flight a rank often waits for a peer.
 AUTO_PREFETCH_NUMEL = 3 * 2**21
@@ -159,9 +160,11 @@ def shard_module(
     not be their own dtype. Returns the shards in the order of ``named_parameters``.
     """
     group, within = site.group, site.within
-    made = []
+    made, freed = list[Shards](), FreedMemory()
     for ident, (name, param) in enumerate(module.named_parameters()):
+        nbytes = param.nbytes
         shards = shards_of(param) or cut(param, name, ident, site)
+        freed.add(nbytes)
         if shards.group.ranks != within.ranks:
             raise UsageError(
                 f"parameter '{name}' was made shards of other ranks",
@@ -175,6 +178,7 @@ def shard_module(
         shards.adopt(name, ident, within, group)
         shards.cast(dtypes.get(param, shards.dtype), site.device)
         made.append(shards)
+    freed.give_back()
     for child in module.modules():
         install_state_dict(child)
     return made

@@ -174,13 +174,14 @@ class Offload:
         """Whether the optimizer steps piece by piece on files."""
         return self._state_files is not None
 
-    def state(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A 1-D tensor of zeros for a master, a moment or a gradient shard of parameters on ``device``."""
-        return self._zeros(numel, dtype, device, self.policy.optimizer_place, self._state_files)
+    def state(self, numel: int, dtype: torch.dtype, device: torch.device, written: int = 0) -> torch.Tensor:
+        """A 1-D tensor of zeros for a master, a moment or a gradient shard of parameters on ``device``; the first
+        ``written`` elements are about to be written and may be anything."""
+        return self._zeros(numel, dtype, device, self.policy.optimizer_place, self._state_files, written)
 
-    def source(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A 1-D tensor of zeros for what gathers read of parameters on ``device``."""
-        return self._zeros(numel, dtype, device, self.policy.param_place, self._param_files)
+    def source(self, numel: int, dtype: torch.dtype, device: torch.device, written: int = 0) -> torch.Tensor:
+        """A 1-D tensor of zeros for what gathers read of parameters on ``device``; ``written`` as in ``state``."""
+        return self._zeros(numel, dtype, device, self.policy.param_place, self._param_files, written)
 
     def gathers_read_masters(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether parameters of ``dtype`` on ``device`` need no copy of their shards beside the masters."""
@@ -227,14 +228,24 @@ class Offload:
             files.close()
 
     def _zeros(
-        self, numel: int, dtype: torch.dtype, device: torch.device, place: Place, files: Files | None
+        self,
+        numel: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        place: Place,
+        files: Files | None,
+        written: int,
     ) -> torch.Tensor:
         if files is not None:
             return files.zeros(numel, dtype)
         # Pinned, since a copy from memory that may be paged waits for the GPU; on a CPU run HOST is where all is.
         if place is Place.HOST and device.type != "cpu":
-            return torch.zeros(numel, dtype=dtype, pin_memory=self.policy.pin_memory)
-        return torch.zeros(numel, dtype=dtype, device=device)
+            made = torch.empty(numel, dtype=dtype, pin_memory=self.policy.pin_memory)
+        else:
+            made = torch.empty(numel, dtype=dtype, device=device)
+        # Of the rest no page is there before somebody writes it (``tensor/memory.py``).
+        made[written:].zero_()
+        return made
 
 
 def check_folders(policy: Policy, numels: Mapping[torch.dtype, int], ranks: int) -> None:

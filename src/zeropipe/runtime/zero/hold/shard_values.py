@@ -19,6 +19,7 @@ from zeropipe.layout.flat import FlatShards, Piece, flat_shards
 from zeropipe.runtime.zero.hold.offload import Move, Offload
 from zeropipe.runtime.zero.hold.values import ALIGN, ALONE_NUMEL, Room, Segment
 from zeropipe.runtime.zero.param import GATHER, Cut, ZeroParamStatus, shards_at
+from zeropipe.tensor.memory import moving
 
 _FEW_RANKS = 8  # whose spans are kept
 
@@ -55,19 +56,21 @@ class ShardValues:
         # The memory: ``copy`` is what gathers read where that is not the master, in the parameters' dtype.
         self._offload = offload
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        master = offload.state(numel, wide, self.device)
         self.copy: torch.Tensor | None = None  # 1D, as the master
-        if not offload.gathers_read_masters(self.dtype, self.device):
-            self.copy = offload.source(numel, self.dtype, self.device)
         remote = offload.is_remote(self.device)
-        for shards, segment in zip(self.cut, self.segments, strict=True):
-            piece = master[segment.room]
-            offload.copy(piece, shards.source)
-            source = piece if self.copy is None else self.copy[segment.room]
-            if self.copy is not None:
-                offload.copy(source, shards.source)
-            ahead = offload.read_ahead if remote else None
-            shards.live_at(source, None if self.copy is None else piece, offload.let_go, ahead, remote)
+        with moving([shards.source for shards in self.cut]) as values:
+            master = offload.state(numel, wide, self.device, self.local_layout.numel)
+            if not offload.gathers_read_masters(self.dtype, self.device):
+                self.copy = offload.source(numel, self.dtype, self.device, self.local_layout.numel)
+            for shards, segment, value in zip(self.cut, self.segments, values, strict=True):
+                piece = master[segment.room]
+                offload.copy(piece, value)
+                source = piece if self.copy is None else self.copy[segment.room]
+                if self.copy is not None:
+                    offload.copy(source, value)
+                ahead = offload.read_ahead if remote else None
+                shards.live_at(source, None if self.copy is None else piece, offload.let_go, ahead, remote)
+                del value
         self.master = torch.nn.Parameter(master)
 
         # What the parameters that stay gathered showed last, and which these were: to see that somebody wrote to them.

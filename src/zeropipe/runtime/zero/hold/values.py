@@ -23,6 +23,7 @@ from zeropipe.layout.buckets import Bucket, Span, cut_buckets
 from zeropipe.layout.flat import FlatShards, Piece, flat_shards
 from zeropipe.runtime.zero.hold.offload import Move
 from zeropipe.runtime.zero.hold.policy import Policy
+from zeropipe.tensor.memory import moving
 
 # Why 16 elements: a cache line of fp32. torch's fused CPU steps handle the last numel % 16 elements in a scalar loop
 # whose rounding differs by an ulp; a whole number of lines leaves no such rest, so that where the shards are cut
@@ -293,12 +294,13 @@ def take_edited(master: torch.Tensor, values: torch.Tensor) -> None:
 
 def _flatten(params: Sequence[torch.nn.Parameter], layout: FlatShards) -> torch.Tensor:
     """Move the parameters into one buffer."""
-    flat = torch.zeros(layout.padded_numel, dtype=params[0].dtype, device=params[0].device)
-    # One at a time, so that at most one exists twice.
-    for index, param in enumerate(params):
-        view = flat[slice(*layout.tensor_range(index))].view(param.shape)
-        view.copy_(param.detach())
-        param.data = view
+    with moving(params) as values:
+        flat = torch.empty(layout.padded_numel, dtype=params[0].dtype, device=params[0].device)
+        flat[layout.numel :].zero_()
+        for index, (param, value) in enumerate(zip(params, values, strict=True)):
+            view = flat[slice(*layout.tensor_range(index))].view(value.shape)
+            param.data = view.copy_(value)
+            del value
     return flat
 
 
