@@ -1,8 +1,10 @@
 """Values on their way into one new buffer, of which no more than one is in memory twice.
 
-host      pages of a new buffer come as they are written, those of a value go as it is freed:
-              |aaaa|bbbb|cccc|  + |....|....|....|     |    |    |cccc|  + |aaaa|bbbb|....|
-device    an allocation is whole at once, so all values wait on the host until it is there
+::
+
+    host      pages of a new buffer come as they are written, those of a value go as it is freed:
+                  |aaaa|bbbb|cccc|  + |....|....|....|     |    |    |cccc|  + |aaaa|bbbb|....|
+    device    an allocation is whole at once, so all values wait on the host until it is there
 """
 
 from __future__ import annotations
