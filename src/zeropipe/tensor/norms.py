@@ -19,6 +19,8 @@ from math import inf, isfinite
 
 import torch
 
+from zeropipe.tensor.host import HOST
+
 # torch adds the same amount in clip_grad_norm_: the factor stays finite for a zero gradient.
 CLIP_EPS = 1e-6
 
@@ -31,7 +33,7 @@ _ROUGH_RUN = 32 * 1024
 
 def _chunk_norms(x: torch.Tensor, p: float) -> torch.Tensor:  # 1D fp64, one norm per chunk
     flat = x.detach().reshape(-1)
-    chunks = flat.split(_CPU_CHUNK if x.device.type == "cpu" else _DEVICE_CHUNK)
+    chunks = flat.split(_CPU_CHUNK if HOST.sees(x) else _DEVICE_CHUNK)
     return torch.stack([torch.linalg.vector_norm(c, p, dtype=torch.float64) for c in chunks])
 
 
@@ -43,7 +45,7 @@ def squared_norm(x: torch.Tensor, read: Callable[[torch.Tensor], None] | None = 
     """
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=x.device)
-    if x.device.type != "cpu":
+    if not HOST.sees(x):
         return _chunk_norms(x, 2.0).square_().sum()
     # On CPU a conversion into one buffer and a dot product take half the time of a norm that converts.
     flat = x.detach().reshape(-1)
@@ -58,11 +60,11 @@ def squared_norm(x: torch.Tensor, read: Callable[[torch.Tensor], None] | None = 
 
 
 def rough_squared_norm(x: torch.Tensor, read: Callable[[torch.Tensor], None] | None = None) -> float:
-    """``squared_norm`` to about seven digits, for fp32 on CPU in a quarter of its time; elsewhere ``squared_norm``.
+    """``squared_norm`` of what the host sees to about seven digits, for fp32 in a quarter of its time.
 
-    How the tensor is cut shows in the last of these digits. Waits for the device.
+    How the tensor is cut shows in the last of these digits.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.dtype != torch.float32:
         return squared_norm(x, read).item()
     total = 0.0
     flat = x.detach().view(-1)
@@ -136,11 +138,11 @@ def overflow_flag(tensors: Iterable[torch.Tensor | None], device: torch.device |
 
 @dataclass(frozen=True, slots=True)
 class NonFinite:
-    """Where inf or NaN was first seen. ``rank`` and ``micro_step`` are None where not known."""
+    """Where inf or NaN was first seen. None: a rank or micro-step that is not known, a count that was not taken."""
 
     name: str
-    num_inf: int
-    num_nan: int
+    num_inf: int | None
+    num_nan: int | None
     numel: int  # elements looked at: the whole gradient, or this rank's piece of it
     rank: int | None = None
     micro_step: int | None = None
@@ -152,7 +154,8 @@ class NonFinite:
             for word, n in (("rank", self.rank), ("micro-step", self.micro_step))
             if n is not None
         ]
-        text = f"gradient of parameter '{self.name}' has {' and '.join(counts)} in {self.numel} elements"
+        found = " and ".join(counts) or "inf or NaN"
+        text = f"gradient of parameter '{self.name}' has {found} in {self.numel} elements"
         return text if not where else f"{text} ({', '.join(where)})"
 
 

@@ -239,7 +239,8 @@ def show_loaded_shards(parts: Parts) -> None:
     for param in parts.module.parameters():
         shards = shards_of(param)
         if shards is not None and id(param) not in held and shards.status is ZeroParamStatus.AVAILABLE:
-            shards.show(shards.settled().view(-1))
+            settled = shards.settled().view(-1)
+            shards.renewed()[: settled.numel()].copy_(settled)
 
 
 # ---- what is no tensor of module or optimizer ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from math import sqrt
 from typing import Any
 
@@ -19,6 +20,7 @@ from zeropipe.runtime.optimizers.shard_view import (
     flat,
     put_back,
 )
+from zeropipe.tensor.host import sent
 
 
 @dataclass(slots=True)
@@ -28,7 +30,7 @@ class _Slot:
     param: torch.Tensor
     view: ShardView
     value: torch.Tensor  # 1-D, the parameter's elements
-    update: torch.Tensor  # 1-D, the Adam direction plus weight decay
+    update: torch.Tensor  # 1-D, the gradient, then the Adam direction plus weight decay
     group: dict[str, Any]
 
     def runs(self, run: torch.Tensor) -> list[torch.Tensor]:
@@ -76,10 +78,15 @@ class Lamb(OnShards):
         )
 
     def _update(self) -> None:
+        alike: dict[tuple[int, float], list[_Slot]] = {}  # by param group and step count
         by_group: dict[Group, list[_Slot]] = {}
         for param, grad, group in self._stepped():
-            slot = self._direction(param, grad, group)
+            state = self._counted(param, self.per_element_state)
+            slot = _Slot(param, self._view(param), flat(param), grad, group)
+            alike.setdefault((id(group), float(state["step"])), []).append(slot)
             by_group.setdefault(slot.view.group, []).append(slot)
+        for (_, step), slots in alike.items():
+            self._turn(slots, step)
         for members, slots in by_group.items():
             # Each group's all-reduce is met by all of its members: a master has a gradient on all of them or on none.
             for slot, ratio in zip(slots, _trust_ratios(slots, members), strict=True):
@@ -88,21 +95,28 @@ class Lamb(OnShards):
                 slot.value.add_(slot.update, alpha=-float(slot.group["lr"]))
                 put_back(slot.param, slot.value)
 
-    def _direction(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> _Slot:
-        # [1] Adam's direction, elementwise: shards need nobody for it.
-        value, state = flat(param), self._counted(param, self.per_element_state)
-        mean, square = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+    def _turn(self, slots: list[_Slot], step: float) -> None:
+        """Let the update of each slot, which is its gradient yet, be Adam's direction plus the decay."""
+        # [1] Elementwise: shards need nobody for it, and all tensors go in one call.
+        group, grads = slots[0].group, [slot.update for slot in slots]
+        states = [self.state[slot.param] for slot in slots]
+        means, squares = ([state[name].view(-1) for state in states] for name in self.per_element_state)
         first, second = group["betas"]
-        mean.lerp_(grad, 1.0 - first)
-        square.mul_(second).addcmul_(grad, grad, value=1.0 - second)
-        step = float(state["step"])
+        torch._foreach_lerp_(means, grads, 1.0 - first)
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, grads, grads, value=1.0 - second)
         corrections = (1.0 - first**step, 1.0 - second**step) if group["bias_correction"] else (1.0, 1.0)
-        # The corrections are divided out of the result: no further buffer of the parameters' size.
-        update = square.sqrt().div_(sqrt(corrections[1])).add_(group["eps"])
-        torch.div(mean, update, out=update).div_(corrections[0])
+        # The corrections are divided out of the result, which takes the place of the roots: one buffer for both.
+        updates = torch._foreach_sqrt(squares)
+        torch._foreach_div_(updates, sqrt(corrections[1]))
+        torch._foreach_add_(updates, group["eps"])
+        for mean, update in zip(means, updates, strict=True):
+            torch.div(mean, update, out=update)
+        torch._foreach_div_(updates, corrections[0])
         if group["weight_decay"]:
-            update.add_(value, alpha=group["weight_decay"])
-        return _Slot(param, self._view(param), value, update, group)
+            torch._foreach_add_(updates, [slot.value for slot in slots], alpha=group["weight_decay"])
+        for slot, update in zip(slots, updates, strict=True):
+            slot.update = update
 
 
 def _trust_ratios(slots: list[_Slot], group: Group) -> list[torch.Tensor]:
@@ -111,15 +125,18 @@ def _trust_ratios(slots: list[_Slot], group: Group) -> list[torch.Tensor]:
     # where a tensor is cut changes its norm by less than an fp32 can show.
     counts = [len(slot.view.layout.tensors) for slot in slots]
     sums = torch.zeros(2, sum(counts), dtype=torch.float64, device=slots[0].value.device)
-    for slot, column in zip(slots, sums.split(counts, dim=1), strict=True):
-        index = torch.tensor(
-            [piece.tensor for piece in slot.view.pieces()], device=sums.device, dtype=torch.long
-        )
-        if len(index):
-            for row, run in zip(column, (slot.value, slot.update), strict=True):
-                wide = torch.promote_types(run.dtype, torch.float32)  # 16-bit norms would overflow or round
-                norms = torch.stack(torch._foreach_norm(slot.runs(run), 2, wide))
-                row[index] = norms.double().square()
+    by_dtype: dict[torch.dtype, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}  # column, weight, update
+    for slot, start in zip(slots, accumulate(counts, initial=0), strict=False):
+        runs = zip(slot.view.pieces(), slot.runs(slot.value), slot.runs(slot.update), strict=True)
+        by_dtype.setdefault(slot.value.dtype, []).extend((start + p.tensor, w, u) for p, w, u in runs)
+    for dtype, pieces in by_dtype.items():
+        if not pieces:
+            continue
+        columns, *both = zip(*pieces, strict=True)
+        wide = torch.promote_types(dtype, torch.float32)  # 16-bit norms would overflow or round
+        norms = torch.stack(torch._foreach_norm([run for runs in both for run in runs], 2, wide))
+        # No two pieces of a rank are of one tensor.
+        sums[:, sent(columns, torch.long, sums.device)] = norms.double().square().view(2, -1)
     if group.size > 1:
         collectives.all_reduce(sums, group, label="lamb norms")
     # [3] A norm of 0 says nothing of the step's length (a bias at its start, a gradient of zeros): ratio 1.

@@ -155,8 +155,8 @@ class Cut(Protocol):
         ``source`` lives away from where the parameter is used.
         """
 
-    def show(self, whole: torch.Tensor) -> None:
-        """The shards were renewed: let the gathered value be ``whole`` (1D, with or without padding)."""
+    def renewed(self) -> torch.Tensor:
+        """The shards were renewed: the memory of the gathered value (1D, padded), to be written to."""
 
     def differs(self) -> bool:
         """Whether this rank's elements of the gathered value are no longer those of its shard."""

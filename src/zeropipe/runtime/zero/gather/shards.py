@@ -312,10 +312,10 @@ class Shards:
         """Take this rank's shard anew from the gathered value (the same on every rank)."""
         self.write(self._whole)
 
-    def show(self, whole: torch.Tensor) -> None:
-        """The shards were renewed: let the gathered value be ``whole`` (1D, with or without padding)."""
+    def renewed(self) -> torch.Tensor:
+        """The shards were renewed: the memory of the gathered value (1D, padded), to be written to."""
         self.renewals += 1
-        self.full[: whole.numel()].copy_(whole)
+        return self.full
 
     def write(self, value: torch.Tensor) -> None:
         """Take this rank's shard from ``value`` (the whole, the same on every rank); not collective."""

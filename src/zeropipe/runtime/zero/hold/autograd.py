@@ -16,6 +16,7 @@ Nothing here decides what becomes of a gradient: that is the reducer's.
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ from torch.autograd.graph import _engine_run_backward, get_gradient_edge
 from zeropipe.comm.collectives import all_gather_object
 from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
+from zeropipe.tensor.host import HOST
 from zeropipe.tensor.norms import NonFinite, all_finite, earliest
 
 Store = TypeVar("Store", contravariant=True)  # who keeps the gradients of some parameters
@@ -337,27 +339,34 @@ class Watch:
     def __init__(self, group: Group, micro_step: Callable[[], int]) -> None:
         self._group = group
         self._micro_step = micro_step
-        # Of bad ones (on a GPU of all, where looking would wait): name, numel, micro-step, counts of inf and NaN.
-        self._seen: list[tuple[str, int, int, torch.Tensor]] = []
+        self._rank = group.ranks[group.rank]
+        self._bad: list[NonFinite] = []
+        # On a device, where looking would wait: of each gradient the largest magnitude, one small kernel.
+        self._unread: list[tuple[NonFinite, torch.Tensor]] = []
 
     def look(self, name: str, grad: torch.Tensor) -> None:
-        if grad.is_sparse:
-            grad = grad.coalesce().values()  # of an embedding: repeated rows are added first
-        if grad.device.type == "cpu" and bool(all_finite(grad)):
+        here = HOST.sees(grad)
+        if grad.is_sparse:  # of an embedding: repeated rows are added first, which on a device would wait
+            grad = grad.coalesce().values() if here else grad._values()
+        if not grad.numel() or (here and bool(all_finite(grad))):
             return
-        counts = torch.stack([torch.isinf(grad).sum(), torch.isnan(grad).sum()])
-        self._seen.append((name, grad.numel(), self._micro_step(), counts))
+        inf, nan = (int(torch.isinf(grad).sum()), int(torch.isnan(grad).sum())) if here else (None, None)
+        found = NonFinite(name, inf, nan, grad.numel(), self._rank, self._micro_step())
+        if here:
+            self._bad.append(found)
+        else:
+            self._unread.append((found, torch.linalg.vector_norm(grad.detach(), math.inf)))
 
     def clear(self) -> None:
-        self._seen.clear()
+        self._bad.clear()
+        self._unread.clear()
 
     def find(self) -> NonFinite | None:
         """The earliest bad gradient of all ranks in this window; collective, the same on every rank."""
-        rank = self._group.ranks[self._group.rank]
-        mine = None
-        for name, numel, micro_step, counts in self._seen:
-            num_inf, num_nan = counts.tolist()
-            if num_inf or num_nan:
-                mine = NonFinite(name, num_inf, num_nan, numel, rank, micro_step)
-                break
+        if self._unread:
+            largest = torch.stack([value.float() for _, value in self._unread]).tolist()
+            pairs = zip(self._unread, largest, strict=True)
+            self._bad += [found for (found, _), value in pairs if not math.isfinite(value)]
+            self._unread.clear()
+        mine = next(iter(self._bad), None)
         return earliest(all_gather_object(mine, self._group, label="overflow"))

@@ -39,6 +39,7 @@ from zeropipe.runtime.zero.hold.stepping import (
 )
 from zeropipe.runtime.zero.hold.values import FlatValues
 from zeropipe.runtime.zero.param import ZeroParam, carry, shards_at
+from zeropipe.tensor.host import Number
 from zeropipe.tensor.norms import NonFinite, clip_coefficient
 
 
@@ -97,7 +98,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         # What the last step found, and one that is under way, or raised.
         self.overflow = False
         self.last_nonfinite: NonFinite | None = None
-        self._grad_norm: float | None = None
+        self._grad_norm: Number | None = None
         self._progress: _Progress | None = None
 
         self._backward: Callable[[torch.Tensor, bool], object] = _no_engine
@@ -154,7 +155,12 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     @property
     def grad_norm(self) -> float | None:
-        """Global L2 norm of the last step's gradients before clipping; None before the first."""
+        """Global L2 norm of the last step's gradients before clipping; None before the first.
+
+        Where the step did not need it, who asks waits for the device.
+        """
+        if isinstance(self._grad_norm, torch.Tensor):
+            self._grad_norm = self._grad_norm.item()
         return self._grad_norm
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> None:
@@ -230,26 +236,31 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             reducer.finish_window()
             progress.reduced, progress.passes = True, reducer.passes
         if progress.figures is None:
-            awake = sum(param.requires_grad for _, param in self._dormant)
+            awake = sum(param.requires_grad for _, param in self._dormant) if self._dormant else None
             progress.figures = survey(reducer.stores, self._group, options, reducer.keeps_own(), awake)
         if progress.figures.woken:
             self._wake(in_step=True)
             progress.figures = survey(reducer.stores, self._group, options, reducer.keeps_own(), 0)
-        unused = unused_everywhere(reducer.stores, self._group) if progress.figures.unseen else {}
+        figures = progress.figures
+        unused = unused_everywhere(reducer.stores, self._group, figures.used) if figures.unseen else {}
         if options.refuse_unused:
             refuse(unused)
 
         # [3] From here on each rank decides by itself, alike.
-        norm = self._grad_norm = progress.figures.square**0.5 / self.loss_scale
-        overflows = not norm < float("inf")  # true for inf and for NaN
-        self.overflow = overflows and (options.scaler is not None or options.skip_nonfinite)
+        norm = self._grad_norm = figures.square**0.5 / self.loss_scale
+        # Not below infinity: inf or NaN. A norm that the host was not told skips no step.
+        skips = options.scaler is not None or options.skip_nonfinite
+        self.overflow = skips and not norm < float("inf")
         if self.overflow:
             self.last_nonfinite = None if reducer.watch is None else reducer.watch.find()
             self.forget_step()
             if options.scaler is not None:
                 options.scaler.update_scale(True, self.last_nonfinite)
             return False
-        clip = float(clip_coefficient(norm, options.clip)) if options.clip > 0 else 1.0
+        clip: Number = 1.0
+        if options.clip > 0:
+            clip = clip_coefficient(norm, options.clip)
+            clip = clip if isinstance(norm, torch.Tensor) else float(clip)
         own = self._own if reducer.keeps_own() else None
         progress.update = self._stepping.update(reducer.stores, clip / self.loss_scale, unused, own)
         reducer.use(True)

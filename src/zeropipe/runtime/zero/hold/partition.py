@@ -40,6 +40,7 @@ from zeropipe.runtime.optimizers.state_kinds import (
 from zeropipe.runtime.zero.hold.offload import Move, Offload
 from zeropipe.runtime.zero.hold.shard_values import ShardValues
 from zeropipe.runtime.zero.hold.values import FlatValues
+from zeropipe.tensor.host import HOST, Number, changes
 
 
 class Partition:
@@ -104,10 +105,10 @@ class Partition:
             return self.offload.state(self.master.numel(), dtype, self.device)
         return torch.zeros_like(self.master, dtype=dtype, requires_grad=False)
 
-    def load_gradient(self, shard: torch.Tensor, factor: float, unused: Sequence[int]) -> None:
+    def load_gradient(self, shard: torch.Tensor, factor: Number, unused: Sequence[int]) -> None:
         """Let what is stepped have ``factor`` times ``shard`` (1D, as the master) as its gradient."""
         # A copy is scaled here; a shard that is read where it lies has been, by a job of its own (``stepping.py``).
-        grad = shard if factor == 1.0 else shard.to(self.master.dtype, copy=True).mul_(factor)
+        grad = shard.to(self.master.dtype, copy=True).mul_(factor) if changes(factor) else shard
         grad = grad.to(self.master.device, self.master.dtype)
         if self.flat:
             self.master.grad = grad
@@ -230,7 +231,10 @@ class HeldState:
                 apart |= {index: before for index in unused if index not in apart}
             else:
                 apart |= dict.fromkeys(cohort.members, shared)
-        if apart and main is not None:  # who has caught up with it is apart no longer
+        # Who has caught up with it is apart no longer. It may have while the main cohort was left out; where a look at
+        # counts would wait for a device, it is only looked for then.
+        waits = any(torch.is_tensor(value) and not HOST.sees(value) for value in (main or {}).values())
+        if apart and main is not None and not (waits and any(cohort.main for cohort in cohorts)):
             alike = {id(s): same_shared(s, main) for s in apart.values() if s is not None}
             apart = {i: s for i, s in apart.items() if s is None or not alike[id(s)]}
         return main, apart

@@ -35,6 +35,7 @@ from zeropipe.runtime.optimizers.state_kinds import (
 from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.partition import Cohort, Partition, Range, copy_counts
 from zeropipe.runtime.zero.hold.values import ALIGN, cuts
+from zeropipe.tensor.host import Number, changes
 
 # What is done next, which may be tried again until it returns; it may return what is to be done right after it.
 Job = Callable[[], "list[Job] | None"]
@@ -126,7 +127,7 @@ class Runs:
         update: Update,
         optimizer: torch.optim.Optimizer,
         store: GradStore,
-        factor: float,
+        factor: Number,
         unused: Sequence[int],
     ) -> None:
         self._update = update
@@ -137,7 +138,7 @@ class Runs:
 
         # Gradients in files are read, and multiplied, window by window; others are whole in ``.grad``, and right.
         self._paged = store.partition.offload.pages_state
-        self._factor = factor if self._paged else 1.0
+        self._factor: Number = factor if self._paged else 1.0
 
         # A call of one fused kernel has happened or not, so it may work in place. Any other works on copies, which
         # are put in place once it has returned: so a call that raised can be repeated.
@@ -239,8 +240,8 @@ class Runs:
             yield self._run(at, cohort, slice(*lines))
             scraps += [(a, b) for a, b in ((start, lines[0]), (lines[1], stop)) if a < b]
         if scraps:
-            where = torch.cat([torch.arange(a, b) for a, b in scraps])
-            yield self._run(at, cohort, where.to(self._partition.master.device))
+            device = self._partition.master.device
+            yield self._run(at, cohort, torch.cat([torch.arange(a, b, device=device) for a, b in scraps]))
         elif not cohort.ranges and window[0] == 0:
             yield self._run(at, cohort, None)
 
@@ -259,7 +260,7 @@ class Runs:
 
         param = torch.nn.Parameter(cut(master))
         gradient = cut(self._gradient())
-        if self._factor != 1.0 or gradient.dtype != master.dtype:
+        if changes(self._factor) or gradient.dtype != master.dtype:
             gradient = gradient.to(master.dtype, copy=True).mul_(self._factor)
         param.grad = gradient.to(master.device)
         if cohort.shared is None:

@@ -17,8 +17,9 @@ from zeropipe.comm.group import Group
 from zeropipe.layout.buckets import Bucket, Span, cut_buckets
 from zeropipe.layout.flat import FlatShards, Piece, flat_shards
 from zeropipe.runtime.zero.hold.offload import Move, Offload
-from zeropipe.runtime.zero.hold.values import ALIGN, ALONE_NUMEL, Room, Segment
+from zeropipe.runtime.zero.hold.values import ALIGN, ALONE_NUMEL, Room, Segment, take_edited
 from zeropipe.runtime.zero.param import GATHER, Cut, ZeroParamStatus, shards_at
+from zeropipe.tensor.host import HOST
 from zeropipe.tensor.memory import moving
 
 _FEW_RANKS = 8  # whose spans are kept
@@ -148,13 +149,14 @@ class ShardValues:
         layout = flat_shards(((s.name, (s.shard_numel,), "") for s in gathered), 1)
         # Row r: rank r's shards of all that is gathered.
         wire = torch.empty((self.group.size, layout.numel), dtype=self.dtype, device=self.device)
-        own = wire[self.shard]
-        for index, shards in enumerate(gathered):
-            own[slice(*layout.tensor_range(index))].copy_(shards.source)
+        own, sizes = wire[self.shard], [shards.shard_numel for shards in gathered]
+        torch._foreach_copy_(own.split(sizes), [shards.source for shards in gathered])
+        for shards in gathered:
             self._offload.let_go(shards.source)
         all_gather(wire.view(-1), own, self.group, label="persistent parameters")
-        for index, shards in enumerate(gathered):
-            shards.show(wire[:, slice(*layout.tensor_range(index))].reshape(-1))
+        torch.split_with_sizes_copy(
+            wire, sizes, 1, out=[s.renewed().view(self.group.size, -1) for s in gathered]
+        )
         self._remember()
 
     def publish_run(self, start: int, stop: int) -> Work:
@@ -169,7 +171,7 @@ class ShardValues:
             place.copy_(flat[segment.piece.start : segment.piece.start + segment.piece.numel])
             self._offload.let_go(place)
         if shards.status is ZeroParamStatus.AVAILABLE:
-            shards.show(flat)
+            shards.renewed()[: flat.numel()].copy_(flat)
 
     def refresh_master(self) -> None:
         if self.copy is not None:
@@ -178,6 +180,9 @@ class ShardValues:
     def take_edits(self, sure: bool = False) -> None:
         # Only what stays gathered can have been written to; what a ``GatheredParameters`` holds is left to that.
         gathered = self._gathered()
+        if self._blind:
+            self._take_all(gathered)
+            return
         # One comparison of all first, with what they showed last: a step would notice one for each small parameter.
         known, values = self._shown
         if known == _facts(gathered):
@@ -194,13 +199,29 @@ class ShardValues:
                 shards.write_back()
         self._remember()
 
+    @property
+    def _blind(self) -> bool:
+        """Whether to compare values would make the host wait for the device, which can do without: all is there."""
+        return not HOST.sees(self.device) and self.copy is None and self.master.device == self.device
+
+    def _take_all(self, gathered: Sequence[Cut]) -> None:
+        """Let the shards be what the gathered values show, whether somebody wrote to those or not."""
+        if not gathered:
+            return
+        sources, shown = [s.source for s in gathered], [s.own_elements for s in gathered]
+        if self.dtype != self.master.dtype:
+            masters = torch.cat(sources)
+            take_edited(masters, torch.cat(shown))
+            shown = list(masters.split([s.shard_numel for s in gathered]))
+        torch._foreach_copy_(sources, shown)
+
     def take_edit(self, index: int) -> None:
         shards = self.cut[index]
         if _is_gathered(shards) and not shards.contexts and shards.differs():
             shards.write_back()
 
     def _remember(self) -> None:
-        gathered = self._gathered()
+        gathered = [] if self._blind else self._gathered()
         self._shown = (_facts(gathered), self._own_elements(gathered))
 
     def _own_elements(self, gathered: Sequence[Cut]) -> torch.Tensor:

@@ -25,7 +25,7 @@ What is kept aside costs no bits: whatever the optimizer computes of a tensor's 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -42,6 +42,7 @@ from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.partition import Cohort, Partition, copy_counts
 from zeropipe.runtime.zero.hold.policy import StepOptions
 from zeropipe.runtime.zero.hold.runs import Job, Runs, Update, leaves_early
+from zeropipe.tensor.host import HOST, Number, changes, sent
 from zeropipe.tensor.norms import rough_squared_norm, squared_norm
 
 # Elements that a call which does not happen in one kernel may change and still be undone; a copy of that much is cheap.
@@ -54,23 +55,26 @@ Unused = Mapping[Partition, Sequence[int]]  # the parameters that no rank gave a
 class Figures:
     """Sums over all ranks, known before a step so that they decide alike."""
 
-    square: float  # squared norm of the scaled gradients
-    unseen: float  # parameters without a gradient on some rank, counted there
+    square: Number  # squared norm of the scaled gradients
+    unseen: float  # parameters without a gradient on some rank, counted there (on a device: on this one)
     woken: float  # parameters that were unfrozen since the last step, counted on each rank
+    used: Sequence[float] | None = None  # by parameter, the ranks that gave it a gradient; None: not known
 
 
-def survey(stores: Sequence[GradStore], group: Group, options: StepOptions, own: bool, awake: int) -> Figures:
+def survey(
+    stores: Sequence[GradStore], group: Group, options: StepOptions, own: bool, awake: int | None
+) -> Figures:
     """One small collective, one more where other ranks hold other parts of the model.
 
     ``own``: gradients are each rank's own, for an optimizer that exchanges something else. All ranks still decide on
-    overflow and the clip factor together, before anything is exchanged. ``awake``: parameters unfrozen on this rank.
+    overflow and the clip factor together, before anything is exchanged. ``awake``: parameters unfrozen on this rank;
+    None: none is frozen.
     """
     device = stores[0].partition.params[0].device if stores else torch.device("cpu")
     # A norm that decides nothing, neither a clip factor nor whether the step is taken, may be off by a rounding.
     decides = options.clip > 0 or options.scaler is not None or options.skip_nonfinite
-    square = squared_norm if decides or device.type != "cpu" else rough_squared_norm
     unseen = 0 if own else sum(len(store.partition.params) - len(store.seen) for store in stores)
-    squares: torch.Tensor | float = 0.0
+    squares: Number = 0.0
     # [1] This rank's share of the sum, so that each element counts once.
     for store in stores:
         partition, counts = store.partition, options.counts
@@ -85,13 +89,16 @@ def survey(stores: Sequence[GradStore], group: Group, options: StepOptions, own:
                     squares = squares - squared_norm(store.view(index).reshape(-1)) / group.size
             squares = squares + squared_norm(store.buffer) / group.size
         elif (options.replicas if partition.sharded else group).rank == 0:
+            square = squared_norm if decides or not HOST.sees(store.shard) else rough_squared_norm
             whole = square(store.shard, partition.offload.let_go)
             away = (squared_norm(partition.local(store.shard, i)) for i in copies)
             squares = squares + whole - sum(away, start=0.0)
     # [2] Everything that ranks must know alike, in one message.
+    if stores and not HOST.sees(device):
+        return _survey_afar(stores, group, options, squares, 0 if own else unseen, awake)
     if group.size == 1 and options.model_group.size == 1:
-        return Figures(float(squares), unseen, awake)
-    figures = torch.tensor([0.0, unseen, awake], dtype=torch.float64, device=device)
+        return Figures(float(squares), unseen, awake or 0)
+    figures = torch.tensor([0.0, unseen, awake or 0], dtype=torch.float64, device=device)
     figures[0] = squares
     all_reduce(figures, group, label="gradient norm")
     if options.model_group.size > 1:
@@ -99,17 +106,58 @@ def survey(stores: Sequence[GradStore], group: Group, options: StepOptions, own:
     return Figures(*figures.tolist())
 
 
-def unused_everywhere(stores: Sequence[GradStore], group: Group) -> dict[Partition, list[int]]:
-    """The parameters that no rank gave a gradient; collective."""
+def _survey_afar(
+    stores: Sequence[GradStore],
+    group: Group,
+    options: StepOptions,
+    squares: Number,
+    unseen: int,
+    awake: int | None,
+) -> Figures:
+    """[2] on a device, which the host asks for the sums only where it cannot go on without one of them."""
+    # It can where no step is skipped and every parameter has a gradient here: what nobody used, this rank did not use
+    # either. Those who lack one look, and see who has it; so all say of each parameter what they have.
+    device = stores[0].partition.device
+    partitions = [store.partition for store in stores]
+    seen = [float(not unseen or i in s.seen) for s in stores for i in range(len(s.partition.params))]
+    away = any(partition.master.device != device or partition.offload.pages_state for partition in partitions)
+    skips = options.scaler is not None or options.skip_nonfinite
+    if group.size == 1 and options.model_group.size == 1:
+        known = float(squares) if skips or away else squares
+        return Figures(known, unseen, awake or 0, seen)
+    figures = torch.ones(2 + len(seen), dtype=torch.float64, device=device)
+    if unseen:
+        figures[2:] = sent(seen, figures.dtype, device)
+    # A number that the host has is written by the device; a tensor of the host would be a copy that it waits for.
+    square = squares.item() if isinstance(squares, torch.Tensor) and HOST.sees(squares) else squares
+    figures[0], figures[1] = square, awake or 0
+    all_reduce(figures, group, label="gradient norm")
+    if options.model_group.size > 1:
+        all_reduce(figures[:1], options.model_group, label="gradient norm of all stages")
+    if not (skips or away or unseen or awake is not None):
+        return Figures(figures[0], 0, 0)
+    known, woken, *used = figures.tolist()
+    return Figures(known, unseen, woken, used)
+
+
+def unused_everywhere(
+    stores: Sequence[GradStore], group: Group, known: Sequence[float] | None
+) -> dict[Partition, list[int]]:
+    """The parameters that no rank gave a gradient; collective unless it is ``known`` who did (``Figures.used``)."""
+    if known is not None:
+        counts = iter(known)
+        every = [(store.partition, [next(counts) for _ in store.partition.params]) for store in stores]
+        return _unused(every)
     device = stores[0].partition.params[0].device if stores else torch.device("cpu")
     flags = [index in store.seen for store in stores for index in range(len(store.partition.params))]
     used = torch.tensor(flags, dtype=torch.int32, device=device)
     all_reduce(used, group, op="max", label="used parameters")
     marks = used.split([len(store.partition.params) for store in stores])
-    found = {
-        store.partition: [index for index, mark in enumerate(own.tolist()) if not mark]
-        for store, own in zip(stores, marks, strict=True)
-    }
+    return _unused((store.partition, own.tolist()) for store, own in zip(stores, marks, strict=True))
+
+
+def _unused(marks: Iterable[tuple[Partition, Sequence[float]]]) -> dict[Partition, list[int]]:
+    found = {partition: [index for index, mark in enumerate(own) if not mark] for partition, own in marks}
     return {partition: indices for partition, indices in found.items() if indices}
 
 
@@ -139,7 +187,7 @@ class Stepping:
         self._communicates = isinstance(optimizer, Communicates)
 
     def update(
-        self, stores: Sequence[GradStore], factor: float, unused: Unused, own: Communicates | None = None
+        self, stores: Sequence[GradStore], factor: Number, unused: Unused, own: Communicates | None = None
     ) -> Update:
         """What steps all partitions on ``factor`` times their gradients.
 
@@ -223,23 +271,23 @@ class Stepping:
             p.state.set_counts(main, apart)
 
 
-def _load(store: GradStore, factor: float, unused: Sequence[int]) -> Iterator[Job]:
+def _load(store: GradStore, factor: Number, unused: Sequence[int]) -> Iterator[Job]:
     """Set the gradients of what is stepped to ``factor`` times the store's."""
     partition, shard = store.partition, store.shard
     in_place = shard.dtype == partition.master.dtype and shard.device == partition.master.device
-    if in_place and factor != 1.0:
+    if in_place and changes(factor):
         yield partial(_scale, shard, factor)
     yield partial(partition.load_gradient, shard, 1.0 if in_place else factor, unused)
 
 
-def _scale(shard: torch.Tensor, factor: float) -> None:
+def _scale(shard: torch.Tensor, factor: Number) -> None:
     shard.mul_(factor)
 
 
-def _hand_over(optimizer: Communicates, stores: Sequence[GradStore], factor: float) -> None:
+def _hand_over(optimizer: Communicates, stores: Sequence[GradStore], factor: Number) -> None:
     """Give the optimizer ``factor`` times this rank's gradients: the whole buffer of each partition."""
     for store in stores:
-        gradient = store.buffer if factor == 1.0 else store.buffer.float().mul_(factor)
+        gradient = store.buffer.float().mul_(factor) if changes(factor) else store.buffer
         master = store.partition.master
         optimizer.set_local_gradient(master, gradient.to(master.device))
 

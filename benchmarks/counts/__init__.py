@@ -1,0 +1,1 @@
+"""What a step asks of a device: collectives, copies, kernels, and how often the host waits."""
