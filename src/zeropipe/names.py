@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, Final
 
-_LEAF = ("set_z3_leaf_modules", "unset_z3_leaf_modules", "set_z3_leaf_module", "get_z3_leaf_modules",
+_LEAF = ("set_z3_leaf_modules", "set_z3_leaf_modules_by_name", "set_z3_leaf_modules_by_suffix",
+         "unset_z3_leaf_modules", "set_z3_leaf_module", "get_z3_leaf_modules",
          "z3_leaf_module", "z3_leaf_parameter")  # fmt: skip
 _ACCESS = tuple(
     f"safe_{verb}_{extent}_{what}"
@@ -96,7 +97,7 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
         },
         "zeropipe.utils": {
             "zeropipe.runtime.dataloader": ("RepeatingLoader",),
-            "zeropipe.runtime.zero.hold.access": _ACCESS,
+            "zeropipe.runtime.zero.hold.access": (*_ACCESS, "safe_update_full_grad_vectorized"),
             "zeropipe.runtime.zero.marks": _LEAF,
             "zeropipe.utils.init_on_device": ("OnDevice",),
             "zeropipe.utils.logging": ("log_dist",),

@@ -13,7 +13,10 @@ import zeropipe
 from tests.helpers.models import build
 from tests.helpers.referee import assert_bitwise
 from tests.helpers.zero3 import Block, Stack, engine_of, gathered, settings, whole, x_batch
+from zeropipe import utils
+from zeropipe.compat.table import BESIDE
 from zeropipe.errors import UnavailableParameterError, UsageError
+from zeropipe.runtime.zero.gather.sharded_model import unsharded
 
 
 def inference(rank: int, world: int) -> None:
@@ -189,11 +192,22 @@ class Leafy(nn.Module):
         return x
 
 
-def leaf_units(rank: int, world: int, marked: bool) -> tuple[list[str], dict[str, torch.Tensor]]:
+MARKED = ("blocks.0", "blocks.1")
+WAYS = {  # the mark on the model, the key of the configuration
+    "class": (lambda model: utils.set_z3_leaf_modules(model, [Block]), {}),
+    "name": (lambda model: utils.set_z3_leaf_modules_by_name(model, MARKED), {}),
+    "suffix": (lambda model: utils.set_z3_leaf_modules_by_suffix(model, ["s.0", "ocks.1"]), {}),
+    "key names": (lambda model: None, {"leaf_module": {"names": [*MARKED]}}),
+    "key suffixes": (lambda model: None, {"leaf_module": {"name_suffixes": ["s.0", "s.1"]}}),
+    "key classes": (lambda model: None, {"leaf_module": {"classes": ["Block"]}}),
+}
+
+
+def leaf_units(rank: int, world: int, way: str | None) -> tuple[list[str], dict[str, torch.Tensor]]:
     model = build(Leafy)
-    if marked:
-        zeropipe.zero.set_z3_leaf_modules(model, [Block])
-    engine = engine_of(model, 3, world)
+    mark, keys = WAYS[way] if way else (lambda model: None, {})
+    mark(model)
+    engine = engine_of(model, 3, world, zero_optimization=keys)
     for step in range(3):
         engine.backward(engine(x_batch(step, rank)).square().mean())
         engine.step()
@@ -201,7 +215,77 @@ def leaf_units(rank: int, world: int, marked: bool) -> tuple[list[str], dict[str
 
 
 def test_a_leaf_module_is_one_unit(pool):
-    plain = pool(2).run(leaf_units, False)[0][1]
-    for names, weights in pool(2).run(leaf_units, True):
-        assert names == ["Leafy", "blocks.0", "blocks.1"]
-        assert_bitwise(weights, plain)
+    """Said in any of six ways."""
+    plain = pool(2).run(leaf_units, None)[0][1]
+    for way in WAYS:
+        for names, weights in pool(2).run(leaf_units, way):
+            assert names == ["Leafy", "blocks.0", "blocks.1"], way
+            assert_bitwise(weights, plain)
+
+
+def test_leaves_are_marked_by_name_and_by_suffix():
+    model = Leafy()
+    found, missing = utils.set_z3_leaf_modules_by_name(model, ["blocks.0", "blok.1"], raise_if_not_found=False)
+    assert found == [model.blocks[0]] == utils.get_z3_leaf_modules(model) and missing == ["blok.1"]
+    assert utils.set_z3_leaf_modules_by_suffix(model, ["s.0"], flag=False) == ([model.blocks[0]], [])
+    assert utils.get_z3_leaf_modules(model) == []
+    with pytest.raises(UsageError, match=r"by_name: .*found blok\.1\. Fix: did you mean blocks\.1\?"):
+        utils.set_z3_leaf_modules_by_name(model, ["blok.1"])
+    with pytest.raises(UsageError, match=r"by_suffix: .*found zzz"):
+        utils.set_z3_leaf_modules_by_suffix(model, ["zzz"])
+    model.alias = model.blocks[1]  # one module by two names
+    assert utils.set_z3_leaf_modules_by_name(model, ["alias"]) == ([model.blocks[1]], [])
+
+
+def unwrapped(rank: int, world: int) -> None:
+    """Generation in the middle of training: whole weights, no messages, and the next steps as without it."""
+    for stage in (2, 3):
+        engines = [engine_of(build(Leafy), stage, world) for _ in range(2)]
+        for step in range(3):
+            for engine in engines:
+                engine.backward(engine(x_batch(step, rank)).square().mean())
+                engine.step()
+            with unsharded(engines[0]) as model:
+                assert model is engines[0] and all(p.numel() for p in model.parameters())
+                with zeropipe.comm.record() as events, torch.no_grad():
+                    for _ in range(rank + 1):  # ranks generate as much as they like
+                        model(x_batch(step, rank))
+                assert not events
+        assert_bitwise(whole(engines[0].module), whole(engines[1].module))
+        for engine in engines:
+            engine.destroy()
+
+
+def test_a_model_unwrapped_for_generation_is_whole(pool):
+    assert homes_of("runtime.zero") == homes_of("zero") == "zeropipe.runtime.zero.gather.sharded_model:unsharded"
+    pool(2).run(unwrapped)
+
+
+def homes_of(path: str) -> str:
+    return BESIDE[path]["unwrap_model_for_generation"]
+
+
+def vectorized(rank: int, world: int) -> None:
+    for stage in (0, 1, 2, 3):
+        engines = [engine_of(build(Leafy), stage, world) for _ in range(2)]
+        params = [list(engine.module.parameters()) for engine in engines]
+        utils.safe_update_full_grad_vectorized(params[0], lambda grad, param: 1 / 0)  # there are none yet
+        for engine in engines:
+            engine.backward(engine(x_batch(0, rank)).square().mean())
+        seen = []
+
+        def halve(grad: torch.Tensor, param: nn.Parameter, seen: list[Any] = seen) -> torch.Tensor:
+            seen.append((grad.dtype, tuple(grad.shape) == tuple(getattr(param, "ds_shape", param.shape))))
+            return grad / 2
+
+        utils.safe_update_full_grad_vectorized(params[0], halve)
+        assert set(seen) == {(torch.float32, True)} and len(seen) == len(params[0])
+        for one, other in zip(*params, strict=True):
+            assert_bitwise(utils.safe_get_full_grad(one), utils.safe_get_full_grad(other) / 2)
+        for engine in engines:
+            engine.step()
+            engine.destroy()
+
+
+def test_gradients_are_changed_one_after_the_other(pool):
+    pool(2).run(vectorized)

@@ -73,6 +73,9 @@ _FLOPS = {
 }
 
 
+_WHOLE = {"unwrap_model_for_generation": "zeropipe.runtime.zero.gather.sharded_model:unsharded"}
+
+
 def _estimators(stage: int) -> dict[str, str]:
     name = f"estimate_zero{stage}_model_states_mem_needs"
     return _from("estimators", f"{name} {name}_all_live {name}_all_cold")
@@ -149,6 +152,8 @@ BESIDE: Final = MappingProxyType(
             "get_ma_status ensure_directory_exists inf",
         )
         | _from("optimizers", "DummyOptim"),
+        "runtime.zero": _WHOLE,
+        "zero": _WHOLE,
         "runtime.zero.config": _from("configuration", "DeepSpeedZeroConfig ZERO_OPTIMIZATION"),
         "runtime.zero.mics": _from("optimizers", "MiCS_Optimizer"),
         "runtime.zero.offload_config": _from("configuration", "OffloadDeviceEnum"),

@@ -7,7 +7,8 @@ with a module and may be made before there is an engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from functools import partial
 
 import torch
@@ -40,6 +41,50 @@ def set_z3_leaf_modules(
     for module in found:
         set_z3_leaf_module(module, True)
     return found
+
+
+def set_z3_leaf_modules_by_name(
+    model: torch.nn.Module, module_names: Sequence[str], flag: bool = True, raise_if_not_found: bool = True
+) -> tuple[list[torch.nn.Module], list[str]]:
+    """Mark the modules of these full names (``flag`` False: take the mark off); returns them and the names of none.
+
+    Raises UsageError for a name of none, unless ``raise_if_not_found`` is False.
+    """
+    return _mark(model, module_names, flag, raise_if_not_found, "name", str.__eq__)
+
+
+def set_z3_leaf_modules_by_suffix(
+    model: torch.nn.Module,
+    module_name_suffixes: Sequence[str],
+    flag: bool = True,
+    raise_if_not_found: bool = True,
+) -> tuple[list[torch.nn.Module], list[str]]:
+    """As ``set_z3_leaf_modules_by_name``, of all modules whose full names end so."""
+    return _mark(model, module_name_suffixes, flag, raise_if_not_found, "suffix", str.endswith)
+
+
+def _mark(
+    model: torch.nn.Module,
+    wanted: Sequence[str],
+    flag: bool,
+    refuses: bool,
+    kind: str,
+    fits: Callable[[str, str], bool],
+) -> tuple[list[torch.nn.Module], list[str]]:
+    named = dict(model.named_modules(remove_duplicate=False))
+    missing = [want for want in wanted if not any(fits(name, want) for name in named)]
+    if missing and refuses:
+        near = [match for want in missing for match in get_close_matches(want, named, n=1)]
+        raise UsageError(
+            f"set_z3_leaf_modules_by_{kind}: the model has no such module",
+            expected="names as model.named_modules() gives them",
+            found=", ".join(missing),
+            fix=f"did you mean {', '.join(near)}?" if near else None,
+        )
+    found = {module: None for name, module in named.items() if any(fits(name, want) for want in wanted)}
+    for module in found:
+        set_z3_leaf_module(module, flag)
+    return list(found), missing
 
 
 def unset_z3_leaf_modules(

@@ -7,7 +7,7 @@ exist between backward and step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -148,6 +148,20 @@ def safe_get_full_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
 def safe_set_full_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Set the averaged gradient to ``value`` (the parameter's shape, the same on every rank)."""
     _required(param).write(What.GRADIENT, value, True)
+
+
+def safe_update_full_grad_vectorized(
+    param_list: Sequence[torch.nn.Parameter],
+    update_func: Callable[[torch.Tensor, torch.nn.Parameter], torch.Tensor],
+) -> None:
+    """Set each averaged gradient to ``update_func(gradient, parameter)``, which is given it whole, in fp32.
+
+    A parameter without a gradient is passed over. Collective: ``update_func`` must give the same on every rank.
+    """
+    for param in param_list:
+        grad = safe_get_full_grad(param)
+        if grad is not None:
+            safe_set_full_grad(param, update_func(grad, param))
 
 
 def safe_get_full_optimizer_state(param: torch.nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
