@@ -370,3 +370,8 @@ class Watch:
             self._unread.clear()
         mine = next(iter(self._bad), None)
         return earliest(all_gather_object(mine, self._group, label="overflow"))
+
+
+def no_engine(loss: torch.Tensor, retain_graph: bool) -> None:
+    """What runs the backward that an optimizer is asked for before it has an engine, and after."""
+    raise UsageError("optimizer.backward: this optimizer has no engine", fix="call backward on the loss")

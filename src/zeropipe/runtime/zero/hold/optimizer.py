@@ -22,7 +22,7 @@ from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
 from zeropipe.runtime.optimizers.registry import classify
 from zeropipe.runtime.optimizers.shard_view import Communicates, ShardAware
 from zeropipe.runtime.zero.hold.access import Trained, trained_of
-from zeropipe.runtime.zero.hold.autograd import Watch
+from zeropipe.runtime.zero.hold.autograd import Watch, no_engine
 from zeropipe.runtime.zero.hold.offload import Offload
 from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.policy import Policy, Scaler, StepOptions
@@ -101,7 +101,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._grad_norm: Number | None = None
         self._progress: _Progress | None = None
 
-        self._backward: Callable[[torch.Tensor, bool], object] = _no_engine
+        self._backward: Callable[[torch.Tensor, bool], object] = no_engine
         watch = Watch(group, micro_step) if options.scaler is not None else None
         keeps_own = (lambda: False) if self._own is None else self._own.wants_local_gradients
         self.reducer = Reducer(policy, is_boundary, watch, options.replicas, keeps_own, self._give_up_step)
@@ -298,7 +298,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Remove every hook and give the torch optimizer back its own parameters, without state."""
         # Hooks first: none of what follows may be seen by a backward.
         self.reducer.arrivals.remove()
-        self._backward = _no_engine
+        self._backward = no_engine
         if vars(self.optimizer).get("zero_grad") is self._zero_grad:
             del vars(self.optimizer)["zero_grad"]
         self.forget_step()
@@ -353,14 +353,12 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Let clients find the hooks of stage 3."""
         self.parameter_offload = parameter_offload
 
-    def refresh_fp32_params(self) -> None:
-        """Nothing has to be called for it: see ``take_edits``."""
-        self.take_edits()
-
     def take_edits(self) -> None:
         """Let what was written to parameters in place since the last step reach the masters; not collective."""
         for partition in self.partitions:
             partition.values.take_edits()
+
+    refresh_fp32_params = take_edits  # nobody has to call it: a step does
 
     def _adopt(self, index: int, params: list[torch.nn.Parameter]) -> None:
         """Make partitions of the parameters of param group ``index``, one per dtype; frozen ones wait."""
@@ -399,7 +397,3 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 one = Trained(name, at, partition, store, self.reducer, lambda: self.loss_scale)
                 carry(param, ZeroParam(name, one, shards_at(param)))
         param_group["params"] = masters
-
-
-def _no_engine(loss: torch.Tensor, retain_graph: bool) -> None:
-    raise UsageError("optimizer.backward: this optimizer has no engine", fix="call backward on the loss")
