@@ -19,7 +19,7 @@ from math import inf, isfinite
 
 import torch
 
-from zeropipe.tensor.host import HOST
+from zeropipe.tensor.host import HOST, Number
 
 # torch adds the same amount in clip_grad_norm_: the factor stays finite for a zero gradient.
 CLIP_EPS = 1e-6
@@ -111,6 +111,14 @@ def clip_coefficient(norm: torch.Tensor | float, max_norm: float) -> torch.Tenso
     if max_norm <= 0:
         return torch.ones_like(value)
     return (max_norm / (value + CLIP_EPS)).clamp(max=1.0)
+
+
+def clip_factor(norm: Number, max_norm: float) -> Number:
+    """``clip_coefficient``, where ``norm`` is: on the host or on the device. 1.0 where there is nothing to clip."""
+    if max_norm <= 0:
+        return 1.0
+    factor = clip_coefficient(norm, max_norm)
+    return factor if isinstance(norm, torch.Tensor) else factor.item()
 
 
 def all_finite(x: torch.Tensor) -> torch.Tensor:

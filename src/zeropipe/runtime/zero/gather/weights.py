@@ -85,7 +85,8 @@ class Loading:
         self.together("reading the weights", read)
         for shards in values:
             if shards.gathered:
-                shards.show(shards.settled().view(-1))
+                settled = shards.settled().view(-1)
+                shards.renewed()[: settled.numel()].copy_(settled)
 
     def whole(self, name: str, value: Value, like: torch.Tensor) -> torch.Tensor:
         """``value`` in the shape, dtype and device of ``like``, of which each rank reads a part; collective."""

@@ -40,7 +40,7 @@ from zeropipe.runtime.zero.hold.stepping import (
 from zeropipe.runtime.zero.hold.values import FlatValues
 from zeropipe.runtime.zero.param import ZeroParam, carry, shards_at
 from zeropipe.tensor.host import Number
-from zeropipe.tensor.norms import NonFinite, clip_coefficient
+from zeropipe.tensor.norms import NonFinite, clip_factor
 
 
 @dataclass(slots=True)
@@ -155,10 +155,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     @property
     def grad_norm(self) -> float | None:
-        """Global L2 norm of the last step's gradients before clipping; None before the first.
-
-        Where the step did not need it, who asks waits for the device.
-        """
+        """Global L2 norm of the last step's gradients before clipping, None before one; may wait for the device."""
         if isinstance(self._grad_norm, torch.Tensor):
             self._grad_norm = self._grad_norm.item()
         return self._grad_norm
@@ -257,10 +254,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             if options.scaler is not None:
                 options.scaler.update_scale(True, self.last_nonfinite)
             return False
-        clip: Number = 1.0
-        if options.clip > 0:
-            clip = clip_coefficient(norm, options.clip)
-            clip = clip if isinstance(norm, torch.Tensor) else float(clip)
+        clip = clip_factor(norm, options.clip)
         own = self._own if reducer.keeps_own() else None
         progress.update = self._stepping.update(reducer.stores, clip / self.loss_scale, unused, own)
         reducer.use(True)
