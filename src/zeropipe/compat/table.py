@@ -114,8 +114,35 @@ NAMES: Final = MappingProxyType(
             "configuration",
             "PIPE_REPLICATED ROUTE_TRAIN ROUTE_EVAL ROUTE_PREDICT ROUTE_ENCODE PLD_THETA PLD_GAMMA",
         ),
+        "runtime.data_pipeline": {},
+        "runtime.data_pipeline.curriculum_scheduler": {
+            "CurriculumScheduler": "zeropipe.runtime.curriculum:CurriculumScheduler"
+        },
+        "runtime.data_pipeline.data_routing": {},
+        "runtime.data_pipeline.data_routing.helper": _from(
+            "tools", "save_without_random_ltd remove_random_ltd_state_dict"
+        ),
+        "runtime.data_pipeline.data_sampling": {},
+        "runtime.data_pipeline.data_sampling.data_analyzer": {
+            "DataAnalyzer": "zeropipe.runtime.data_pipeline.analyzer:DataAnalyzer"
+        },
+        "runtime.data_pipeline.data_sampling.data_sampler": {
+            "DeepSpeedDataSampler": "zeropipe.runtime.data_pipeline.sampler:DeepSpeedDataSampler"
+        },
+        "runtime.data_pipeline.data_sampling.indexed_dataset": {
+            name: f"zeropipe.runtime.data_pipeline.indexed:{name}"
+            for name in (
+                "MMapIndexedDataset",
+                "MMapIndexedDatasetBuilder",
+                "data_file_path",
+                "index_file_path",
+            )
+        },
         "runtime.fp16.fused_optimizer": _from("optimizers", "FP16_Optimizer"),
         "runtime.fp16.unfused_optimizer": _from("optimizers", "FP16_UnfusedOptimizer"),
+        "runtime.progressive_layer_drop": {
+            "ProgressiveLayerDrop": "zeropipe.runtime.curriculum:ProgressiveLayerDrop"
+        },
         "runtime.zero.stage3": _from("optimizers", "DeepSpeedZeroOptimizer_Stage3") | _estimators(3),
         "runtime.zero.stage_1_and_2": _from("optimizers", "DeepSpeedZeroOptimizer") | _estimators(2),
         "utils.nvtx": _from("tools", "instrument_w_nvtx"),
@@ -180,6 +207,7 @@ _MOE = "write the experts as modules and mark them with set_z3_leaf_modules"
 _SERVE = "serve the exported weights with an inference engine"
 _LAYERS = "use the model's own layers"
 _TP = "use torch.distributed.tensor.parallel"
+_LTD = "drop tokens in the model's own forward"
 _INSIDE = "the engine does this inside; call its public methods"
 
 # What people ask for and is not here -> what to do instead. These names, and those below them, may be imported: what
@@ -211,14 +239,17 @@ ABSENT: Final = MappingProxyType(
         "ops.transformer": _LAYERS,
         "replace_transformer_layer": _SERVE,
         "runtime.checkpoint_engine": "engine.save_checkpoint and load_checkpoint read and write files by themselves",
-        "runtime.data_pipeline": "order the data in your own dataset",
+        "runtime.data_pipeline.data_routing.basic_layer": _LTD,
+        "runtime.data_pipeline.data_routing.helper.convert_to_random_ltd": _LTD,
+        "runtime.data_pipeline.data_routing.scheduler": _LTD,
+        "runtime.data_pipeline.data_sampling.data_analyzer.DistributedDataAnalyzer": "use DataAnalyzer",
+        "runtime.data_pipeline.data_sampling.variable_batch_size_and_lr": "make such batches in your own dataset",
         "runtime.domino": _TP,
         "runtime.eigenvalue": "compute it with torch.func",
         "runtime.engine.MoE": _MOE,
         "runtime.engine.autocast_if_enabled": "use the section torch_autocast of the configuration",
         "runtime.hybrid_engine": "gather with deepspeed.zero.GatheredParameters and generate",
         "runtime.pipe.engine._tensor_bytes": "tensor.numel() * tensor.element_size()",
-        "runtime.progressive_layer_drop": "drop layers in the model's own forward",
         "runtime.quantize": "quantize the trained model with another library",
         "runtime.sequence_parallel": "use torch.distributed.tensor.experimental.context_parallel",
         "runtime.sparse_tensor": "use torch.sparse_coo_tensor",

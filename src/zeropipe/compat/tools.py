@@ -252,6 +252,19 @@ def ensure_directory_exists(filename: str) -> None:
     Path(filename).parent.mkdir(parents=True, exist_ok=True)
 
 
+# deepspeed.runtime.data_pipeline.data_routing.helper
+
+
+def remove_random_ltd_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with the names that the layers had before DeepSpeed wrapped them to drop tokens."""
+    return {name.replace(".random_ltd_layer", ""): value for name, value in state_dict.items()}
+
+
+def save_without_random_ltd(model: torch.nn.Module) -> dict[str, Any]:
+    """The model's state dict, or that of the model in an engine."""
+    return remove_random_ltd_state_dict(getattr(model, "module", model).state_dict())
+
+
 # deepspeed.utils, deepspeed.utils.logging, deepspeed.utils.nvtx
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, PrivateAttr
 
 from zeropipe.config.fields import Count, Dtype, Lowercase, Real, Section, key, with_keys_without_effect
+from zeropipe.config.schema_data import Curriculum, DataEfficiency, ProgressiveLayerDrop
 from zeropipe.config.schema_watch import CommsLogger, CsvMonitor, FlopsProfiler, TensorBoard, Timers, Wandb
 from zeropipe.config.schema_zero import ZeroOptimization
 
@@ -220,6 +221,12 @@ class Config(Section):
     checkpoint: Checkpoint = key(Checkpoint(), "How checkpoints are written and read.")
     aio: Aio = key(Aio(), "Tuning of files for nvme offload.")
     dataloader_drop_last: bool = key(False, "Drop a last micro-batch that is not full.")
+
+    curriculum_learning: Curriculum = key(Curriculum(), "A curriculum by the length of sequences.")
+    data_efficiency: DataEfficiency = key(DataEfficiency(), "Sampling of the training data.")
+    progressive_layer_drop: ProgressiveLayerDrop = key(
+        ProgressiveLayerDrop(), "How many layers run, told to the model's forward."
+    )
 
     steps_per_print: Real | None = key(
         None, "Log a line every so many steps; unset or Infinity: never.", gt=0

@@ -30,7 +30,6 @@ PASSED_OVER: list[tuple[dict[str, Any], str, str]] = [
 # What would give other results than DeepSpeed gives stays an error -> its key.
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
-    ({"data_efficiency": {"enabled": True}}, "data_efficiency"),
     ({"tensor_parallel": {"autotp_size": 4}}, "autotp_size"),
     ({"msamp": {"enabled": True}}, "msamp"),
     ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads"),

@@ -59,7 +59,7 @@ MISTAKES = [
     Mistake("two casts of inputs", {"fp16": {"enabled": True, "auto_cast": True}, "torch_autocast": {"enabled": True}}, ("'fp16.auto_cast'", "'torch_autocast.enabled'", "true"), "false", {"torch_autocast": {"enabled": True}}),
     Mistake("amp", {"amp": {"enabled": True, "opt_level": "O1"}}, ("'amp'", "O1"), "bf16", {"bf16": {"enabled": True}}),
     Mistake("quantized gradients", zero(stage=3, zero_quantized_gradients=True), ("'zero_optimization.zero_quantized_gradients'", "True"), "false", zero(stage=3, zero_quantized_gradients=False)),
-    Mistake("curriculum", {"curriculum_learning": {"enabled": True}}, ("'curriculum_learning'", "True"), "dataset", {"curriculum_learning": {"enabled": False}}),
+    Mistake("curriculum", {"curriculum_learning": {"enabled": True, "schedule_type": "linear"}}, ("'curriculum_learning.schedule_type'", "'linear'"), "fixed_linear", {"curriculum_learning": {"enabled": True, "schedule_type": "fixed_linear"}}),
     Mistake("elasticity", {"elasticity": {"enabled": True}}, ("'elasticity'", "True"), "batch sizes", {"elasticity": {"enabled": False}}),
     Mistake("compression, deep inside", {"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": True}}}}, ("'compression_training'", "True"), "remove", {}),
     Mistake("tensor parallelism", {"tensor_parallel": {"autotp_size": 2}}, ("'tensor_parallel.autotp_size'", "2"), "remove", {"tensor_parallel": {"autotp_size": 1}}),

@@ -17,6 +17,7 @@ from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
 from zeropipe.given import DataLike, Mesh, Mpu, Namespace, OptimizerLike, ParametersLike, ScheduleLike
 from zeropipe.runtime import lr_schedules
+from zeropipe.runtime.data_pipeline.sampler import DeepSpeedDataSampler, SampledLoader
 from zeropipe.runtime.dataloader import ZeroDataLoader
 from zeropipe.runtime.engine.dtypes import (
     Dtypes,
@@ -96,16 +97,9 @@ def build(
         base = make_optimizer(optimizer, model, model_parameters, config, policy, device)
         schedule = make_scheduler(lr_scheduler, base, config)
         check_room(model, group, config, policy, dtypes)
-        loader = None
-        if training_data is not None:
-            loader = ZeroDataLoader(
-                training_data,
-                clock.batch.micro_batch_size,
-                group.rank,
-                group.size,
-                collate_fn,
-                drop_last=config.dataloader_drop_last,
-            )
+        loader = (
+            None if training_data is None else make_loader(training_data, config, clock, group, collate_fn)
+        )
         items = digest(model, base, config)
 
     # [2] All ranks mean the same model and settings. From here on they do the same things in the same order.
@@ -290,6 +284,43 @@ def make_optimizer(
         schedule = config.scheduler.params or {}
         optimizer.check_run(schedule.get("total_num_steps"), schedule.get("warmup_num_steps"))
     return optimizer
+
+
+def make_loader(
+    data: DataLike,
+    config: Config,
+    clock: Clock,
+    group: Group,
+    collate_fn: Callable[[list[Any]], Any] | None,
+) -> ZeroDataLoader | SampledLoader:
+    """This rank's micro-batches of the training data: in a random order, or as the section data_efficiency says."""
+    batch, efficiency = clock.batch, config.data_efficiency
+    sampling = efficiency.data_sampling
+    if not (efficiency.enabled and sampling.enabled and sampling.curriculum_learning.enabled):
+        return ZeroDataLoader(
+            data,
+            batch.micro_batch_size,
+            group.rank,
+            group.size,
+            collate_fn,
+            drop_last=config.dataloader_drop_last,
+        )
+    if not hasattr(data, "__len__"):
+        raise ConfigError(
+            "config section 'data_efficiency.data_sampling.curriculum_learning' with training data without a length",
+            expected="a dataset with a length, of which samples are drawn by number",
+            found=type(data).__name__,
+            fix="give such a dataset, or remove the section",
+        )
+    sampler = DeepSpeedDataSampler(
+        efficiency,
+        len(data),
+        batch.micro_batch_size,
+        group.rank,
+        group.size,
+        gradient_accumulation_steps=batch.gradient_accumulation_steps,
+    )
+    return SampledLoader(data, sampler, collate_fn, sampling.num_workers, sampling.pin_memory)
 
 
 def make_scheduler(given: ScheduleLike, optimizer: torch.optim.Optimizer | None, config: Config) -> Any:

@@ -24,6 +24,7 @@ from zeropipe.runtime.engine.checkpoints import Checkpoints
 from zeropipe.runtime.engine.dtypes import dtype_of
 from zeropipe.runtime.engine.face import Face
 from zeropipe.runtime.engine.parts import Parts, Steps
+from zeropipe.runtime.engine.regimes import Regimes
 from zeropipe.runtime.engine.report import Reporter
 from zeropipe.runtime.engine.scaling import Scaling
 from zeropipe.runtime.zero.hold.offload_states import Offloaded
@@ -47,6 +48,7 @@ class DeepSpeedEngine(Face):
         self.checkpoints = Checkpoints(parts)
         self.offload = Offloaded(parts.device)
         self.report = Reporter(parts, self.pipeline_parallelism)
+        self.regimes = Regimes(parts)
 
         # What stands between the module's parameters and the optimizer.
         know_whole(self.module, parts.group)
@@ -89,6 +91,8 @@ class DeepSpeedEngine(Face):
             args, kwargs = tree_map_only(
                 torch.Tensor, lambda t: t.half() if t.is_floating_point() else t, (args, kwargs)
             )
+        if self.training:
+            kwargs |= self.regimes.arguments()
         with phase, self._autocast():
             return self.module(*args, **kwargs)
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from zeropipe.given import DataLike, ScheduleLike
+from zeropipe.runtime.curriculum import CurriculumScheduler, ProgressiveLayerDrop
 from zeropipe.runtime.engine.checkpoints import Checkpoints
 from zeropipe.runtime.engine.module_state import load_weights, module_state, save_weights, whole_weights
 from zeropipe.runtime.engine.parts import Clock
+from zeropipe.runtime.engine.regimes import Regimes
 from zeropipe.runtime.engine.report import MemoryRow, Reporter, memory_report, momenta
 from zeropipe.runtime.engine.settings import Settings
 from zeropipe.runtime.monitor import MonitorMaster
@@ -31,6 +33,7 @@ class Face(Settings):
     checkpoints: Checkpoints
     offload: Offloaded
     report: Reporter
+    regimes: Regimes
 
     # What it is made of. No setter where an engine cannot work on another.
 
@@ -130,6 +133,22 @@ class Face(Settings):
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Change the samples of a micro-step on each rank; accumulation stays. Raises ConfigError below 1."""
         self.clock.set_micro_batch_size(micro_batch_size)
+
+    @property
+    def curriculum_scheduler_legacy(self) -> CurriculumScheduler | None:
+        """Of the section ``curriculum_learning``: the difficulty, and where a custom schedule is set."""
+        return self.regimes.curriculum
+
+    def set_custom_curriculum_learning_schedule(
+        self, schedule_func_dict: Mapping[str, Callable[[int], int]]
+    ) -> None:
+        """By metric of ``data_efficiency``: the difficulty of a step, counted from 1."""
+        self.training_dataloader.data_sampler.set_custom_curriculum_learning_schedule(schedule_func_dict)
+
+    @property
+    def progressive_layer_drop(self) -> ProgressiveLayerDrop | None:
+        """Of the section of that name: the share of layers that the coming step keeps."""
+        return self.regimes.layer_drop
 
     # What the optimizer says.
 

@@ -116,6 +116,8 @@ class PipelineEngine(DeepSpeedEngine):
         self._settlement.need_whole("train_batch")
         self.train()
         optimizer.wake()
+        if self.regimes.advance():  # sequences of another length
+            self._mailbox.forget_forms()
         executor = self._training_executor()
         count = executor.schedule.micro_batches
         factor = self.loss_scale / count
