@@ -389,7 +389,7 @@ def _gradient(param: torch.nn.Parameter) -> torch.Tensor:
     # A store that does not keep it whole leaves it in the parameter until it is reduced, unless it widens it.
     if not store.keeps_whole and store.dtype == store.partition.dtype:
         return param.grad
-    store.accept(one.index, keep_grad=store.keeps_whole)
+    store.accept(one.index, param.grad, keep_grad=store.keeps_whole)
     taken = store.local(one.index)
     assert taken is not None
     return taken

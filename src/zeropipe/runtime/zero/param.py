@@ -165,6 +165,10 @@ class Cut(Protocol):
         """Take this rank's shard anew from the gathered value (the same on every rank)."""
 
 
+def stays(tensor: torch.Tensor) -> None:
+    """``let_go`` and ``read_ahead`` of memory that is nowhere else."""
+
+
 @dataclass(slots=True, weakref_slot=True)
 class ZeroParam:
     """Carried by a parameter as ``param._zero``, the only state that zeropipe puts there.

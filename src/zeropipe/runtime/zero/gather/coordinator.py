@@ -26,7 +26,7 @@ from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.gather.edits import join
 from zeropipe.runtime.zero.gather.fetch_plan import Budget, Phase, Recorder, Step, Visit
 from zeropipe.runtime.zero.gather.own_shard import start_gathers
-from zeropipe.runtime.zero.gather.shards import Hold, Shards
+from zeropipe.runtime.zero.gather.shards import Hold, Shards, begin_uses, end_uses
 from zeropipe.runtime.zero.param import GATHER, State
 
 # For peers to come to where this rank raised an error, so that it can hand on what they will then wait for.
@@ -67,7 +67,7 @@ class Use:
 
     def hold(self, shards: Shards) -> None:
         self.held.append(shards)
-        shards.begin_use()
+        begin_uses((shards,))
 
 
 class Reductions(Protocol):
@@ -231,11 +231,12 @@ class Coordinator:
         planned = unit.numel > 0 and not self.peers.silent
         step = self._recorder.visit(unit.visits[phase]) if planned else None
         fetch, use.keep = ((), False) if step is None else (step.fetch, step.keep)
-        away = [shards for shards in unit.shards if shards.state is not State.WHOLE]
+        every = list(unit.shards)
+        away = [shards for shards in every if shards.state is not State.WHOLE]
         if away or fetch:
             # [1] All of it is under way before any is waited for. The note tells peers which reductions have begun.
             note = 0 if self.reductions is None else self.reductions.progress
-            wanted = [unit.shards, *(self.units[index].shards for index in fetch)]
+            wanted = [every, *(self.units[index].shards for index in fetch)]
             start_gathers(wanted, note, self.budget.together)
             # [2] Shards that live in files: let those that the next visit gathers be read while this unit runs.
             for index in self._recorder.next_fetched():
@@ -247,9 +248,8 @@ class Coordinator:
                 found = shards.finish_gather()
                 heard = heard if found is None else found
         # [4] From here on writes are noticed, and nobody frees it.
-        use.held.extend(unit.shards)
-        for shards in use.held:
-            shards.begin_use()
+        use.held = every
+        begin_uses(every)
         if phase is Phase.BACKWARD and self.reductions is not None:
             self._compare_reductions(unit, self.reductions, heard)
 
@@ -285,8 +285,7 @@ class Coordinator:
             for shards in use.held:
                 self.keep_for_graph(shards, lambda: False)
         # A checkpoint runs this forward inside the backward: that of the unit comes next.
-        recomputed = forward and in_backward()
-        self._let_go(use, free=not use.keep and not recomputed)
+        self._let_go(use, free=not use.keep and not (forward and in_backward()))
 
     def failed(self, use: Use, error: BaseException) -> None:
         """A forward raised: end it and, if nothing is left running, tell the peers."""
@@ -355,19 +354,16 @@ class Coordinator:
                 self._let_go(use, free=False)
             uses.clear()
         # All units, not those of this pass: users gather parameters by hand, too.
-        for unit in self.units:
-            for shards in unit.shards:
-                if shards.state is not State.AWAY:
-                    shards.release_if_idle()
+        here = [one for unit in self.units for one in unit.shards if one.state is not State.AWAY]
+        for shards in here:
+            shards.release_if_idle()
         while self.until_settled:
             self.until_settled.pop().remove()
         self._sinks.clear()
 
     def _let_go(self, use: Use, free: bool) -> None:
         held, use.held, use.open = use.held, [], False
-        for shards in held:
-            if shards.end_use(free):
-                self._wrote(shards)
+        end_uses(held, free, self._wrote)
 
     def _wrote(self, shards: Shards) -> None:
         if self.everyone.size > 1 and not self.everyone.speaks:

@@ -102,32 +102,34 @@ class OwnWrites:
     def __init__(self) -> None:
         self.edits: torch.Tensor | None = None
 
-        # Of the use that is going on. Where nothing is written the price is one comparison of versions.
-        self._version = 0
+        # Of the use that is going on.
         self._before: Fingerprint | None = None
         self._moved = False
 
         # Written to before: versions also count writes that change nothing, so from then on bytes are compared.
         self._suspect = False
 
+        # Whether there is more to see to than the parameter's version, which is the price where nothing is written.
+        self.alert = False
+
     def begin(self, value: Value) -> None:
-        """A use begins."""
-        self._version = value.param._version
+        """A use begins; need not be called unless ``alert``."""
         self._before = fingerprint(value.full) if self._suspect and value.in_use and value.numel else None
-        self._moved = False
+        self._moved, self.alert = False, self._suspect
 
     def look(self, value: Value) -> None:
         """Somebody takes ``.data``."""
         if self._before is None and value.in_use and value.numel:
-            self._before = fingerprint(value.full)
+            self._before, self.alert = fingerprint(value.full), True
 
     def move(self, value: Value) -> None:
         """Somebody sets ``.data``; a forward that puts it back before it ends has written nothing."""
         self._moved = value.in_use
+        self.alert = self.alert or self._moved
 
-    def end(self, value: Value) -> bool:
-        """A use ends: whether the value was written to since it began."""
-        if not self._moved and self._before is None and self._version == value.param._version:
+    def end(self, value: Value, counted: bool) -> bool:
+        """A use ends: whether the value was written to since it began. ``counted``: its version has changed."""
+        if not counted and not self._moved and self._before is None:
             return False
         if not value.in_use:
             return False

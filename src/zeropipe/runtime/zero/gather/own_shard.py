@@ -14,7 +14,7 @@ import torch
 from zeropipe.comm.collectives import Work, all_gather, all_gather_many, goes_in_one
 from zeropipe.comm.group import Group
 from zeropipe.layout.flat import FlatShards, flat_shards
-from zeropipe.runtime.zero.param import GATHER, State, ZeroParamType
+from zeropipe.runtime.zero.param import GATHER, State, ZeroParamType, stays
 
 Tell = Callable[[torch.Tensor], None]
 
@@ -33,8 +33,8 @@ class OwnShard:
         self.source = source
         self.master: torch.Tensor | None = None
         # A place that is a file is told of what was read and is not used for a while, and of what will be read soon.
-        self.let_go: Tell = _keep
-        self.read_ahead: Tell = _keep
+        self.let_go: Tell = stays
+        self.read_ahead: Tell = stays
 
     def lay_out(self, name: str, group: Group) -> None:
         spec = (name, tuple(self.shape), str(self.dtype).removeprefix("torch."))
@@ -100,10 +100,6 @@ class OwnShard:
             self.let_go(place)
 
 
-def _keep(tensor: torch.Tensor) -> None:
-    """Memory that is nowhere else needs no telling."""
-
-
 class Member(Protocol):
     """A parameter that is gathered."""
 
@@ -112,6 +108,7 @@ class Member(Protocol):
     numel: int
     full: torch.Tensor  # 1D, padded
     rows: torch.Tensor  # the same, by rank
+    own_elements: torch.Tensor  # this rank's row
     route: tuple[Any, ...]
 
     def depart(self, gather: Gather) -> None:
@@ -151,13 +148,14 @@ class Gather:
         sizes = [own.layout.shard_numel for own in every]
         straight = group.size == 1 or goes_in_one(group)  # each shard to its place, in one call
         if straight:
-            mine = [own.of(member.full) for own, member in zip(every, self._members, strict=True)]
+            mine = [member.own_elements for member in self._members]
         else:
             self._wire = first.full.new_empty((group.size, sum(sizes)))
             mine = list(self._wire[group.rank].split(sizes))
         torch._foreach_copy_(mine, [own.source for own in every])
         for own in every:
-            own.let_go(own.source)
+            if own.let_go is not stays:
+                own.let_go(own.source)
         if straight:
             fulls = [member.full for member in self._members]
             return all_gather_many(fulls, mine, group, label=label, async_op=True, channel=GATHER)
@@ -190,17 +188,20 @@ class Gather:
 def start_gathers(units: Iterable[Iterable[Member]], note: int = 0, together: int = 0) -> None:
     """Begin to gather what is at rest; the peers are told ``note``. Neighbours of at most ``together`` elements in all
     are one gather, and so is all of a unit where the backend would rather be asked once."""
-    some: list[Member] = []
-    numel = 0
+    some: dict[Member, None] = {}
+    numel, route = 0, None
     for unit in units:
-        away = [one for one in unit if one.state is not State.WHOLE and one.state is not State.INFLIGHT]
-        away = [one for one in away if one not in some]
+        away = [
+            one
+            for one in unit
+            if one.state is not State.WHOLE and one.state is not State.INFLIGHT and one not in some
+        ]
         for bundle in [away] if away and goes_in_one(away[0].own.group) else [[one] for one in away]:
-            size = sum(one.numel for one in bundle)
-            if some and (numel + size > together or bundle[0].route != some[0].route):
-                Gather(some, note)
-                some, numel = [], 0
-            some.extend(bundle)
-            numel += size
+            size = sum([one.numel for one in bundle])
+            if some and (numel + size > together or bundle[0].route != route):
+                Gather(list(some), note)
+                some, numel = {}, 0
+            some.update(dict.fromkeys(bundle))
+            numel, route = numel + size, bundle[0].route
     if some:
-        Gather(some, note)
+        Gather(list(some), note)

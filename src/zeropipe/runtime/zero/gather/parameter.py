@@ -207,7 +207,7 @@ class _Away(ShardedParameter):
                 shards.cast(args[1].dtype, args[1].device)
                 return None
         # [2] What is free to ask, which in a forward is often the beginning of a use.
-        if (name in _EMPTY or name in _ADDRESSES) and shards.fetch_in_forward():
+        if (name in _EMPTY or name in _ADDRESSES) and _fetch_in_forward(shards):
             shards.own_writes.look(shards)
             return _plainly(func, args, kwargs)
         if name in _HARMLESS or name in _ADDRESSES:
@@ -240,7 +240,7 @@ class _Away(ShardedParameter):
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, _Away):
                 shards = value._shards
-                if not _fetch_in_build(shards) and not shards.fetch_in_forward():
+                if not _fetch_in_build(shards) and not _fetch_in_forward(shards):
                     raise _unavailable(shards, f"torch function '{name}'")
 
     def _converts_to(self, value: torch.Tensor) -> bool:
@@ -262,6 +262,11 @@ def _fetch_in_build(shards: Shards) -> bool:
         return False
     shards.builder.fetch(shards)
     return True
+
+
+def _fetch_in_forward(shards: Shards) -> bool:
+    """Gather for a use in the forward of some module; False outside of any."""
+    return shards.conductor is not None and shards.conductor.fetch_for_use(shards)
 
 
 def _gives_memory(name: str, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:

@@ -19,10 +19,11 @@ import torch
 
 from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
+from zeropipe.errors import UsageError
 from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.zero.gather.edits import OwnWrites
 from zeropipe.runtime.zero.gather.own_shard import Gather, OwnShard, Tell, start_gathers
-from zeropipe.runtime.zero.param import Need, State, ZeroParamStatus, ZeroParamType, check_transition
+from zeropipe.runtime.zero.param import Need, State, ZeroParamStatus, check_transition
 
 DATA: Any = torch.Tensor.data  # type: ignore[misc]  # what reads and sets it without telling anybody
 
@@ -101,6 +102,7 @@ class Shards:
         self.uses = 0  # by modules that run
         self.holds = 0  # both together
         self.own_writes = OwnWrites()
+        self._version = 0  # the parameter's, when the use began
         # The last state dict that has the whole value, and that value.
         self._asked: tuple[Callable[[], Any], Callable[[], torch.Tensor | None]] = (lambda: None,) * 2
         self.conductor: Conductor | None = None
@@ -108,9 +110,10 @@ class Shards:
 
     def _lay_out(self, device: torch.device) -> None:
         """Make ``full``, without memory, and show that nothing is here."""
-        # Its views are made once and not for each gather, which for a small layer would be half the work.
+        # Its views are made once: to make them for each gather would be half the work of a small layer.
         self.full = torch.empty(self.layout.padded_numel, dtype=self.dtype, device=device)
         self.rows = self.full.view(self.group.size, self.shard_numel)  # by rank
+        self.own_elements = self.own.of(self.full)
         self._whole, self._nothing = self.full[: self.numel].view(self.shape), self.full.new_empty(0)
         self._storage, self._nbytes = self.full.untyped_storage(), self.full.nbytes
         self._storage.resize_(0)
@@ -141,10 +144,6 @@ class Shards:
     @property
     def source(self) -> torch.Tensor:  # 1D, shard_numel
         return self.own.source
-
-    @property
-    def kind(self) -> ZeroParamType:
-        return self.own.kind
 
     @property
     def status(self) -> ZeroParamStatus:
@@ -207,7 +206,7 @@ class Shards:
     def depart(self, gather: Gather) -> None:
         # The memory first: where it is short the parameter stays at rest, and may be gathered later.
         self._storage.resize_(self._nbytes)
-        self._turn(State.INFLIGHT)
+        self.state = check_transition(self.own.name, self.state, State.INFLIGHT)
         self._gather = gather
 
     def arrive(self) -> None:
@@ -234,8 +233,7 @@ class Shards:
             self.finish_gather()
         if self.state is not State.WHOLE:
             return
-        # A view that somebody keeps would see the next gather in the old storage: the parameter takes another one.
-        if leave:
+        if leave:  # a view would see the next gather in the old storage: the parameter takes another one
             self._lay_out(self.full.device)
         else:
             self._turn(State.AWAY, self._nothing)
@@ -276,13 +274,13 @@ class Shards:
     def _turn(self, state: State, value: torch.Tensor | None = None) -> None:
         """Be in ``state``, and let the parameter be ``value``, guarded against use unless that is whole."""
         if state is not self.state:
-            self.state = check_transition(self.name, self.state, state)
+            self.state = check_transition(self.own.name, self.state, state)
         if value is not None:
-            param = self.param
-            param.__class__ = self._faces[0]  # of which torch asks nothing
+            param, (here, away) = self.param, self._faces
+            param.__class__ = here  # of which torch asks nothing
             DATA.__set__(param, value)
             if state is not State.WHOLE:
-                param.__class__ = self._faces[1]
+                param.__class__ = away
 
     def present(self) -> None:
         """Let the parameter be the gathered value, whatever its ``.data`` was set to."""
@@ -298,11 +296,6 @@ class Shards:
             self._turn(state, self.full.new_full((), torch.nan).expand(self.shape))
 
     # ---- edits ----
-
-    @property
-    def own_elements(self) -> torch.Tensor:
-        """This rank's elements of the gathered value: 1D, shard_numel, a view."""
-        return self.own.of(self.full)
 
     def differs(self) -> bool:
         """Whether this rank's elements of the gathered value are no longer those of its shard."""
@@ -332,23 +325,6 @@ class Shards:
         self.needs[need] += change
         self.holds += change
 
-    def begin_use(self) -> None:
-        """As a hold by a module that runs: what it writes is noticed. Every layer does so in every pass, so this is a
-        count and no object."""
-        self.holds += 1
-        self.uses += 1
-        if self.uses == 1:
-            self.own_writes.begin(self)
-
-    def end_use(self, free: bool) -> bool:
-        """Returns whether it was written to; ``free`` as in ``Hold.release``."""
-        wrote = self.own_writes.end(self)
-        self.uses -= 1
-        self.holds -= 1
-        if free and not self.holds and not self.persist:
-            self.release()
-        return wrote
-
     @property
     def contexts(self) -> int:
         """How many GatheredParameters hold it."""
@@ -374,9 +350,37 @@ class Shards:
     def building(self) -> bool:
         return self.builder is not None and self.builder.active
 
-    def fetch_in_forward(self) -> bool:
-        """Gather for a use in the forward of some module; False outside of any."""
-        return self.conductor is not None and self.conductor.fetch_for_use(self)
+
+def begin_uses(every: Iterable[Shards]) -> None:
+    """A module that runs needs these, as a hold does, and what it writes to them is noticed."""
+    # Every layer does so in every pass: a count, no object, and no call for each parameter.
+    for shards in every:
+        shards.holds += 1
+        shards.uses += 1
+        if shards.uses == 1:
+            shards._version = shards.param._version
+            if shards.own_writes.alert:
+                shards.own_writes.begin(shards)
+
+
+def end_uses(every: Iterable[Shards], free: bool, wrote: Callable[[Shards], None]) -> None:
+    """``free`` as in ``Hold.release``; ``wrote`` is told of each that was written to. All end before one raises."""
+    error = None
+    for shards in every:
+        version = shards.param._version
+        if version != shards._version or shards.own_writes.alert:
+            try:
+                if shards.own_writes.end(shards, version != shards._version):
+                    shards._version = shards.param._version
+                    wrote(shards)
+            except UsageError as found:
+                error = found
+        shards.uses -= 1
+        shards.holds -= 1
+        if free and not shards.holds and not shards.persist:
+            shards.release()
+    if error is not None:
+        raise error
 
 
 def shards_of(param: torch.Tensor) -> Shards | None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch._C._dynamo import eval_frame
+from torch._C._functorch import maybe_current_level
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -63,14 +65,16 @@ class _Call:
         for tensor in inputs:
             if tensor.grad_fn is not None:
                 self.ends += 1
-                tensor.register_hook(self._input_done)
+                _on_gradient(tensor, self._input_done)
 
     def watch(self, outputs: Iterable[torch.Tensor]) -> None:
-        # An input that the module handed through is none of its results: its gradient says nothing of this unit.
         for tensor in outputs:
+            if not tensor.requires_grad or tensor.grad_fn is None:
+                continue
+            # An input that the module handed through is none of its results: its gradient says nothing of this unit.
             known = self.inputs.get(id(tensor))
             if known is None or known() is not tensor:
-                tensor.register_hook(self._output_arrives)
+                _on_gradient(tensor, self._output_arrives)
 
     def anchor(self, output: Any) -> Any:
         """``output`` with its tensors passed through a node of autograd that starts the backward."""
@@ -112,10 +116,22 @@ class _Call:
             self.coordinator.end(self.use)
 
 
+def _on_gradient(tensor: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> None:
+    """As ``tensor.register_hook``, of which nobody takes the handle: that would be more work than the hook."""
+    node, hooks = tensor.grad_fn, tensor._backward_hooks
+    if type(tensor) is not torch.Tensor or node is None:
+        tensor.register_hook(hook)
+        return
+    if hooks is None:
+        hooks = tensor._backward_hooks = OrderedDict()
+        node._register_hook_dict(tensor)
+    hooks[id(hook)] = hook  # torch's own keys are small numbers
+
+
 def _only_looks_up(module: torch.nn.Module, unit: Unit) -> bool:
     """Whether autograd keeps nothing of the unit's parameters: a plain embedding with nobody's hooks but ours, the code
     of which is torch's own."""
-    if type(module) is not torch.nn.Embedding or module._compiled_call_impl is not None:
+    if module._compiled_call_impl is not None:
         return False
     hooks = (
         module._forward_hooks,
@@ -167,7 +183,7 @@ class UnitHooks:
         self._attributes: dict[tuple[str, int], weakref.ref[torch.Tensor]] = {}
 
     def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        if torch._C._functorch.maybe_current_level() is not None:
+        if maybe_current_level() is not None:
             raise UsageError(
                 f"{self.unit.name}: a functorch transform (torch.func.grad, vmap, ...) around a module of stage 3",
                 fix="take the values with zero.GatheredParameters and pass them to torch.func.functional_call, or use "
@@ -191,30 +207,31 @@ class UnitHooks:
             # Most layers take tensors alone; to look into whatever else there is takes as long as all the rest.
             found = _tensors((args, kwargs)) if given else arguments
             inputs = [t for t in found if isinstance(t, torch.Tensor) and t.requires_grad]
-            looks_up = not self.anchored and _only_looks_up(module, self.unit)
+            looks_up = (
+                type(module) is torch.nn.Embedding and not self.anchored and _only_looks_up(module, self.unit)
+            )
             call = _Call(self.coordinator, self.unit, () if looks_up else inputs, looks_up)
         self.calls.append(_Running(use, call, handling, given))
 
     def after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         if not self.calls:
             return None  # ``before`` has not been reached
-        running = self.calls.pop()
-        error = sys.exc_info()[1]
-        if output is None and error is not None and error is not running.handling:
-            self.coordinator.failed(running.use, error)
+        use, call, handling, given = self.calls.pop()
+        error = sys.exc_info()[1] if output is None else None
+        if error is not None and error is not handling:
+            self.coordinator.failed(use, error)
             return None
-        call = running.call
         if call is not None and self.anchored:
             output = call.anchor(output)
         # What leaves the forward: by its result, by what it was given, by attributes of the module.
         tensors = _tensors(output)
-        if running.given:
-            tensors += _tensors(running.given)
-        if not _is_torchs(module):
+        if given:
+            tensors += _tensors(given)
+        if not type(module).__module__.startswith("torch.nn."):  # whose own code leaves nothing in attributes
             tensors += self._set_attributes(module)
         if call is not None:
-            call.watch(t for t in tensors if t.requires_grad and t.grad_fn is not None)
-        self.coordinator.end(running.use, _returned(running.use, tensors))
+            call.watch(tensors)
+        self.coordinator.end(use, _returned(use, tensors))
         if self.begin is not None:
             self.coordinator.end_pass(self.unit.name)
         return output
@@ -253,11 +270,6 @@ class _Running(NamedTuple):
     call: _Call | None  # its backward, where it will have one
     handling: BaseException | None  # the exception that was being handled when it began
     given: list[Any]  # arguments by which something may leave it
-
-
-def _is_torchs(module: torch.nn.Module) -> bool:
-    """Whether the code of the forward is torch's own, which leaves nothing in attributes."""
-    return type(module).__module__.startswith("torch.nn.")
 
 
 def _returned(use: Use, tensors: Iterable[torch.Tensor]) -> list[Shards]:

@@ -46,8 +46,8 @@ class Taker(Protocol[Store]):
     def expect(self, store: Store, index: int) -> float:
         """A gradient is about to be added; returns what it must be multiplied by."""
 
-    def take(self, store: Store, index: int) -> None:
-        """It is in ``.grad``."""
+    def take(self, store: Store, index: int, grad: torch.Tensor | None) -> None:
+        """It is in ``.grad``; None: a custom function's backward said that there is none."""
 
 
 class Arrivals(Generic[Store]):
@@ -88,7 +88,7 @@ class Arrivals(Generic[Store]):
 
     def _hooks(
         self, store: Store, index: int, param: torch.nn.Parameter, free: set[int]
-    ) -> tuple[Callable[[torch.Tensor | None], torch.Tensor | None], Callable[[torch.nn.Parameter], None]]:
+    ) -> tuple[Callable[[torch.Tensor | None], torch.Tensor | None], Callable[[torch.Tensor], None]]:
         taker, store_of, param_of = self._taker, weakref.ref(store), weakref.ref(param)
 
         # Autograd is about to add ``grad`` to ``.grad``; None: a custom function said that there is none.
@@ -105,10 +105,10 @@ class Arrivals(Generic[Store]):
             # A new tensor: another parameter's gradient, or a user, may share autograd's memory.
             return None if grad is None or factor == 1.0 else grad * factor
 
-        def after(_: torch.nn.Parameter) -> None:
+        def after(param: torch.Tensor) -> None:
             taken_by, store = taker(), store_of()
             if taken_by is not None and store is not None:
-                taken_by.take(store, index)
+                taken_by.take(store, index, param.grad)
 
         return before, after
 
@@ -228,7 +228,7 @@ class AbsentGradient(torch.Tensor):
         return f"AbsentGradient('{self.parameter}')"
 
 
-_OWN = -1  # in place of an address: autograd's own memory
+_OWN, _STAND_IN = -1, -2  # in place of an address: autograd's own memory, none
 _aten = torch.ops.aten
 _ALIASES = (_aten.detach.default, _aten.detach_.default, _aten.alias.default)
 _ZEROES = (_aten.zero_.default, _aten._foreach_zero_.default)
@@ -253,8 +253,8 @@ class Shown:
         # of which nobody is told, so what is found there is compared with this.
         self._put: dict[int, tuple[torch.Tensor, int]] = {}
 
-        # Made once, as a small model would notice: what stands for views, and stand-ins.
-        self._faces: dict[int, torch.Tensor] = {}
+        # Made once, as a small model would notice: what was put for views, and these; and stand-ins.
+        self._faces: dict[int, tuple[tuple[torch.Tensor, int], torch.Tensor]] = {}
         self._absent: dict[int, AbsentGradient] = {}
 
     def __contains__(self, index: int) -> bool:
@@ -268,66 +268,79 @@ class Shown:
     def view(self, index: int, view: torch.Tensor) -> None:
         """Let ``.grad`` be ``view``'s memory."""
         # An object of its own: users set ``.grad.data`` too, which must not move the view of the buffer.
-        face, where = self._faces.get(index), view.data_ptr()
-        if face is None or face.data_ptr() != where:
-            face = self._faces[index] = view.detach()
-        self._put[index] = face, where
-        self._params[index].grad = face
+        known = self._faces.get(index)
+        if known is None or known[1] is not view or known[0][0].data_ptr() != known[0][1]:
+            known = self._faces[index] = (view.detach(), view.data_ptr()), view
+        self._put[index] = known[0]
+        self._params[index].grad = known[0][0]
 
     def absent(self, indices: Iterable[int], reduced: bool = True) -> None:
         """Let the ``.grad`` of these be stand-ins; not ``reduced``: unless autograd's own is there."""
-        for index in indices:
-            param = self._params[index]
-            found = None if reduced else param.grad
-            if found is not None and not isinstance(found, AbsentGradient):
-                self._put[index] = found, _OWN
-                continue
-            stand_in = self._absent.get(index)
-            try:
-                param.grad = stand_in
-            except RuntimeError:  # the parameter was gathered then and is away now, or the other way round
-                stand_in = None
-            if stand_in is None:
-                stand_in = param.grad = self._absent[index] = AbsentGradient(param, self._names[index])
-            stand_in.zeroed = False
-            self._put[index] = stand_in, 0
+        with torch._C.DisableTorchFunctionSubclass():  # a parameter that is away would be asked about each
+            for index in indices:
+                param = self._params[index]
+                found = None if reduced else param.grad
+                if found is not None and not isinstance(found, AbsentGradient):
+                    self._put[index] = found, _OWN
+                    continue
+                stand_in = self._absent.get(index)
+                try:
+                    param.grad = stand_in
+                except (
+                    RuntimeError
+                ):  # the parameter was gathered then and is away now, or the other way round
+                    stand_in = None
+                if stand_in is None:
+                    stand_in = param.grad = self._absent[index] = AbsentGradient(param, self._names[index])
+                stand_in.zeroed = False
+                self._put[index] = stand_in, _STAND_IN
 
     def hide(self, index: int) -> None:
         """Nothing is shown: the gradient waits for its reduction."""
         self._put.pop(index, None)
         self._params[index].grad = None
 
-    def changes(self, lift: bool) -> Iterator[tuple[int, Change, torch.Tensor | None]]:
+    def changes(self, lift: bool) -> list[tuple[int, Change, torch.Tensor | None]]:
         """What users did, each change once, and what they put there. ``lift``: a backward begins, and autograd needs
         the place of the stand-ins."""
-        for index, (put, where) in list(self._put.items()):
-            param = self._params[index]
-            found = param.grad
-            if isinstance(put, AbsentGradient):  # the gradient is elsewhere: only its loss can be taken over
+        seen: list[tuple[int, Change, torch.Tensor | None]] = []
+        here: list[int] = []  # stand-ins
+        gone: list[int] = []
+        params = self._params
+        with torch._C.DisableTorchFunctionSubclass():
+            for index, (put, where) in self._put.items():
+                found = params[index].grad
                 if found is put:
-                    if put.zeroed:
-                        put.zeroed = False
-                        yield index, Change.ZEROED, None
-                    if lift:
-                        param.grad = None
-                        del self._put[index]
-                    continue
-                if found is not None:
+                    if where == _STAND_IN:
+                        here.append(index)
+                        continue
+                    if where == _OWN or where == put.data_ptr():
+                        continue
+                elif (
+                    where == _STAND_IN and found is not None
+                ):  # only the loss of what is elsewhere can be taken over
                     raise UsageError(
                         f"the .grad of '{self._names[index]}' was replaced between backward and step, but the ranks "
                         "hold the gradient elsewhere, as shards, in another dtype or times fp16's loss scale",
                         fix="call zeropipe.utils.safe_set_full_grad(param, value) on every rank",
                     )
-            elif found is put and where in (_OWN, put.data_ptr()):
-                continue
+                gone.append(index)
+                # What replaced autograd's own is what the next pass adds to, as for a plain tensor.
+                if found is None or where != _OWN:
+                    seen.append((index, Change.DROPPED if found is None else Change.REPLACED, found))
+            # Nothing was done until here: where it raises no change is lost.
+            for index in here:
+                if self._absent[index].zeroed:
+                    self._absent[index].zeroed = False
+                    seen.append((index, Change.ZEROED, None))
+                if lift:
+                    params[index].grad = None
+        for index in [*gone, *here] if lift else gone:
             del self._put[index]
-            # What replaced autograd's own is what the next pass adds to, as for a plain tensor.
-            if found is not None and where == _OWN:
-                continue
-            yield index, Change.DROPPED if found is None else Change.REPLACED, found
+        return seen
 
     def clear(self) -> None:
-        with torch._C.DisableTorchFunctionSubclass():  # a parameter that is away would be asked about each
+        with torch._C.DisableTorchFunctionSubclass():
             for param in self._params:
                 param.grad = None
         self._put.clear()

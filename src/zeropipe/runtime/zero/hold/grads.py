@@ -9,7 +9,8 @@ stages 2, 3   the buffer is this rank's shard, as the master lies, to which ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from math import prod
 
@@ -57,9 +58,6 @@ class GradStore:
 
         # The memory: ``buffer`` is whole, or the shard. At stage 3 it lives where masters do, copied there on the way.
         self.keeps_whole = not policy.shards_gradients
-        self._sends = (
-            partition.group.size > 1 or policy.shards_parameters
-        )  # to owners, where there are shards
         numel, shard = partition.master.numel(), partition.values.shard
         self._own = slice(shard * numel, (shard + 1) * numel)  # of a whole buffer: this rank's shard
         numel = partition.values.whole_numel if self.keeps_whole else numel
@@ -67,6 +65,7 @@ class GradStore:
             buffer = partition.offload.state(numel, self.dtype, partition.device)
         else:
             buffer = torch.zeros(numel, dtype=self.dtype, device=partition.device)
+        self._too_large = ALONE_NUMEL if partition.group.size == 1 else sys.maxsize  # to wait for its bucket
         self._copies = HostCopies(partition.device) if buffer.device != partition.device else None
         self._replace(buffer)
 
@@ -95,12 +94,19 @@ class GradStore:
         self._shard = buffer[self._own] if self.keeps_whole else buffer
         # keeps_whole, or a group of one: each parameter's gradient in the buffer, in its shape. Kept, because making
         # a view for every parameter in every step is what a small model would notice.
-        alone = not self.policy.shards_parameters and self.partition.group.size == 1
+        partition, policy, alone = self.partition, self.policy, self.partition.group.size == 1
         self._views: list[torch.Tensor] = []
         at = 0
-        for shape in self.partition.shapes if self.keeps_whole or alone else ():
+        for shape in partition.shapes if self.keeps_whole or (alone and not policy.shards_parameters) else ():
             self._views.append(buffer[at : at + prod(shape)].view(shape))
             at += prod(shape)
+        # Where they go in the end, in a group of one; at stage 3 if nothing lies between autograd and the shard.
+        self._places, self._sends = self._views, not alone
+        if alone and policy.shards_parameters:
+            in_memory = self._copies is None and not partition.offload.has_files
+            self._sends = not in_memory or policy.reduce_dtype not in (None, self.dtype)
+            rooms = zip(partition.values.segments, partition.shapes, strict=True)
+            self._places = [buffer[s.start : s.start + prod(shape)].view(shape) for s, shape in rooms]
 
     def move(self, move: Move) -> None:
         """Let the buffer be ``move`` of itself. One that a ``.grad`` is a view of stays: that must be where the
@@ -121,11 +127,9 @@ class GradStore:
             return held
         return self._views[index] if index in self._filled else None
 
-    def accept(self, index: int, keep_grad: bool) -> None:
-        """Take ``param.grad`` in. ``keep_grad`` (whole gradients only): no reduction follows, and it stays visible."""
-        param = self.partition.params[index]
-        grad = param.grad
-        assert grad is not None
+    def accept(self, index: int, grad: torch.Tensor, keep_grad: bool) -> None:
+        """Take ``grad`` in, which is ``param.grad``. ``keep_grad`` (whole gradients only): no reduction follows, and it
+        stays visible."""
         # [1] To the buffer, where it stays visible, or where it cannot wait; [2] else it waits in its own memory, which
         # is freed (or sent from) when its bucket goes.
         if grad.layout != torch.strided:
@@ -139,7 +143,7 @@ class GradStore:
                 else:
                     view.copy_(grad)
             self._filled.add(index)
-            if keep_grad and view.dtype == param.dtype and not self.policy.scales_loss:
+            if keep_grad and view.dtype == self.partition.dtype and not self.policy.scales_loss:
                 self.shown.view(index, view)
             else:
                 self.shown.hide(index)
@@ -155,7 +159,7 @@ class GradStore:
     def _may_wait(self, index: int, grad: torch.Tensor) -> bool:
         # Whether the gradient need not go through the buffer, which may hold some and may round; where nothing is sent,
         # a large one had better go while it is in cache.
-        if index in self._filled or (self.partition.group.size == 1 and grad.numel() >= ALONE_NUMEL):
+        if index in self._filled or grad.numel() >= self._too_large:
             return False
         return grad.dtype == self.dtype or torch.promote_types(grad.dtype, self.dtype) == self.dtype
 
@@ -194,11 +198,12 @@ class GradStore:
 
     def _launch_to_owners(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> Work:
         dtype = self.policy.reduce_dtype or self.dtype  # also for a gradient alone: buckets must not show
+        sources = {index: self._source(index, held) for index in bucket.tensors}
         cuts: list[tuple[int, torch.Tensor]] = []
         outputs: list[torch.Tensor] = []
         places: list[torch.Tensor] = []
         for span in self.partition.values.spans(bucket):
-            wire = self._wire(span, bucket.start + span.start, held, dtype)
+            wire = self._wire(span, bucket.start + span.start, held, sources, dtype)
             cuts.append((span.shard, wire))
             if span.shard != self.partition.values.shard:
                 continue
@@ -259,31 +264,43 @@ class GradStore:
         return work.then(store)
 
     def _wire(
-        self, span: Span, start: int, held: dict[int, torch.Tensor], dtype: torch.dtype
+        self,
+        span: Span,
+        start: int,
+        held: Collection[int],
+        sources: Mapping[int, torch.Tensor | None],
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         """The span's elements (they begin at ``start`` of the buffer) as they are sent; a view where that does."""
-        sources = [self._source(piece.tensor, held) for piece in span.pieces]
-        whole = sources[0] if len(sources) == 1 and span.pieces[0].numel == span.numel else None
-        if whole is not None and whole.dtype == dtype:
-            return whole[span.pieces[0].start :][: span.numel]  # sent from where autograd put it
-        in_place = self.keeps_whole and not any(piece.tensor in held for piece in span.pieces)
-        if in_place:
+        first = span.pieces[0] if len(span.pieces) == 1 and span.pieces[0].numel == span.numel else None
+        whole = None if first is None else sources[first.tensor]
+        if first is not None and whole is not None and whole.dtype == dtype:
+            return whole[first.start :][: span.numel]  # sent from where autograd put it
+        if self.keeps_whole and not any(piece.tensor in held for piece in span.pieces):
             wire = self.buffer[start : start + span.numel]
-        else:
-            wire = torch.empty(span.numel, dtype=dtype, device=self.partition.device)
-            if sum(piece.numel for piece in span.pieces) != span.numel:
-                wire.zero_()  # stage 3: each parameter has its own padding
-        places, values = [], []
-        for piece, source in zip(span.pieces, sources, strict=True):
-            part = wire[piece.offset - span.offset :][: piece.numel]
+            for piece in span.pieces:
+                if sources[piece.tensor] is None:
+                    wire[piece.offset - span.offset :][: piece.numel].zero_()
+            return wire.to(dtype)
+        # Zeros where nothing came, and at stage 3 where each parameter has its own padding.
+        wire, parts, at = torch.empty(span.numel, dtype=dtype, device=self.partition.device), [], span.offset
+        for piece in span.pieces:
+            source = sources[piece.tensor]
+            if piece.offset != at:
+                parts.append(wire.new_zeros(piece.offset - at))
             if source is None:
-                part.zero_()
-            elif not in_place:
-                places.append(part)
-                values.append(source[piece.start : piece.start + piece.numel])
-        if places:
-            torch._foreach_copy_(places, values)
-        return wire.to(dtype)
+                parts.append(wire.new_zeros(piece.numel))
+            else:
+                part = (
+                    source[piece.start : piece.start + piece.numel]
+                    if piece.numel != source.numel()
+                    else source
+                )
+                parts.append(part)
+            at = piece.offset + piece.numel
+        if at != span.offset + span.numel:
+            parts.append(wire.new_zeros(span.offset + span.numel - at))
+        return torch.cat(parts, out=wire)
 
     def _source(self, index: int, held: dict[int, torch.Tensor]) -> torch.Tensor | None:
         """Parameter ``index``'s gradient, 1D; None where there is none."""
@@ -296,11 +313,12 @@ class GradStore:
         if fresh:
             for index in bucket.tensors:
                 if index not in held and index not in self._filled:
-                    self._views[index].zero_()
+                    self._places[index].zero_()
         if held:
-            self._filled.update(held)
+            if self._views:
+                self._filled.update(held)
             store = torch._foreach_copy_ if fresh else torch._foreach_add_
-            store([self._views[index] for index in held], list(held.values()))
+            store([self._places[index] for index in held], list(held.values()))
 
     def take_changes(self, lift: bool = False) -> None:
         """Let what users did to ``.grad`` since the last backward be done to the gradients that are held."""

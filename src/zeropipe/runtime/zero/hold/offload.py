@@ -194,6 +194,11 @@ class Offload:
         same_folder = places[0] is not Place.FILE or self._param_files is self._state_files
         return same_folder and (places[0] is Place.DEVICE or dtype == torch.float32)
 
+    @property
+    def has_files(self) -> bool:
+        """Whether anything lives in files."""
+        return bool(self._files)
+
     def in_files(self, tensor: torch.Tensor) -> bool:
         return self._state_files is not None and self._state_files.owns(tensor)
 

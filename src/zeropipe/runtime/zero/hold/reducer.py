@@ -92,7 +92,7 @@ class Reducer:
 
         # Its buckets, in launch order; more than two on their way would hold more gradients than they hide.
         self._order: list[_Open] = []
-        self._place: dict[tuple[int, int], _Open] = {}  # (id of the store, parameter) -> its bucket
+        self._place: dict[GradStore, dict[int, _Open]] = {}  # store, parameter -> its bucket
         self._next = 0  # the first that is not launched
         self._in_flight: deque[Work] = deque()
         self._waited = 0  # how many are reduced
@@ -258,7 +258,7 @@ class Reducer:
                     continue
                 if self.watch is not None:
                     self.watch.look(store.partition.names[index], grad)
-                store.accept(index, keep_grad=False)
+                store.accept(index, grad, keep_grad=False)
             store.launch(bucket).wait()
 
     def clear(self) -> None:
@@ -279,31 +279,29 @@ class Reducer:
             return False
         if not self._explicit and not self._ends():
             return False
-        return self._phase is Phase.ADDING or index in self._place[id(store), index].waiting
+        return self._phase is Phase.ADDING or index in self._place[store][index].waiting
 
     def expect(self, store: GradStore, index: int) -> float:
         """A gradient is about to be added to ``.grad``; returns what it must be multiplied by."""
         if self._open and not self._explicit and not self._ends():
             self.settle()
-        if self._phase is Phase.REDUCING and index not in self._place[id(store), index].waiting:
+        if self._phase is Phase.REDUCING and index not in self._place[store][index].waiting:
             self.finish_pass()  # a second gradient in one pass: re-entrant backward
         self._begin()
         return self._missing
 
-    def take(self, store: GradStore, index: int) -> None:
-        """Take over what is in ``.grad``."""
-        # None: a custom function's backward said so; this rank adds nothing to the sum.
-        grad = store.partition.params[index].grad
+    def take(self, store: GradStore, index: int, grad: torch.Tensor | None) -> None:
+        """Take over what is in ``.grad``; None: this rank adds nothing to the sum."""
         if self.watch is not None and grad is not None:
             self.watch.look(store.partition.names[index], grad)
         if self._phase is not Phase.REDUCING:
             # Where the dtype is the parameter's own, autograd itself adds up a sharded store's gradients.
             if grad is not None and (store.keeps_whole or store.dtype != store.partition.dtype):
-                store.accept(index, keep_grad=store.keeps_whole)
+                store.accept(index, grad, keep_grad=store.keeps_whole)
             return
         if grad is not None:
-            store.accept(index, keep_grad=False)
-        bucket = self._place[id(store), index]
+            store.accept(index, grad, keep_grad=False)
+        bucket = self._place[store][index]
         bucket.waiting.discard(index)
         if bucket.waiting:
             return
@@ -355,14 +353,17 @@ class Reducer:
         for key in launch_order([len(store.buckets) for store in self.stores], late, self._learned):
             store = self.stores[key[0]]
             self._order.append(_Open(key, store, store.buckets[key[1]]))
-        self._place = {(id(o.store), index): o for o in self._order for index in o.bucket.tensors}
+        self._place = {store: {} for store in self.stores}
+        for entry in self._order:
+            self._place[entry.store].update(dict.fromkeys(entry.bucket.tensors, entry))
 
     def _launch_next(self) -> None:
         entry = self._order[self._next]
         self._next += 1
         for index in sorted(entry.waiting):  # no gradient in this pass; maybe an earlier, unreduced one
-            if entry.store.partition.params[index].grad is not None:
-                entry.store.accept(index, keep_grad=False)
+            grad = entry.store.partition.params[index].grad
+            if grad is not None:
+                entry.store.accept(index, grad, keep_grad=False)
         self._wait_down_to(_MAX_IN_FLIGHT - 1)
         self._in_flight.append(entry.store.launch(entry.bucket))
         if not self.policy.overlap_comm:

@@ -18,7 +18,7 @@ from zeropipe.layout.buckets import Bucket, Span, cut_buckets
 from zeropipe.layout.flat import FlatShards, Piece, flat_shards
 from zeropipe.runtime.zero.hold.offload import Move, Offload
 from zeropipe.runtime.zero.hold.values import ALIGN, ALONE_NUMEL, Room, Segment, take_edited
-from zeropipe.runtime.zero.param import GATHER, Cut, ZeroParamStatus, shards_at
+from zeropipe.runtime.zero.param import GATHER, Cut, ZeroParamStatus, shards_at, stays
 from zeropipe.tensor.host import HOST
 from zeropipe.tensor.memory import moving
 
@@ -70,7 +70,8 @@ class ShardValues:
                 if self.copy is not None:
                     offload.copy(source, value)
                 ahead = offload.read_ahead if remote else None
-                shards.live_at(source, None if self.copy is None else piece, offload.let_go, ahead, remote)
+                let_go = offload.let_go if offload.has_files else stays
+                shards.live_at(source, None if self.copy is None else piece, let_go, ahead, remote)
                 del value
         self.master = torch.nn.Parameter(master)
 
