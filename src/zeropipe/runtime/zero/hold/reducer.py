@@ -353,9 +353,8 @@ class Reducer:
         for key in launch_order([len(store.buckets) for store in self.stores], late, self._learned):
             store = self.stores[key[0]]
             self._order.append(_Open(key, store, store.buckets[key[1]]))
-        self._place = {store: {} for store in self.stores}
-        for entry in self._order:
-            self._place[entry.store].update(dict.fromkeys(entry.bucket.tensors, entry))
+        of = [(store, [entry for entry in self._order if entry.store is store]) for store in self.stores]
+        self._place = {store: {index: o for o in own for index in o.bucket.tensors} for store, own in of}
 
     def _launch_next(self) -> None:
         entry = self._order[self._next]
