@@ -60,8 +60,10 @@ def initialize(
         dist_init_required: False leaves ``torch.distributed`` alone.
         collate_fn: for the loader.
         config, config_params: dict, path, JSON or base64 text (two names for one thing).
-        mesh_param: a device mesh with an axis ``data_parallel``, or with two whose names end in ``replicate``
-            and ``shard``: at stage 3, shards within the latter and replicas across the former (MiCS, HSDP).
+        mesh_param: a device mesh with an axis ``data_parallel``, and ``sequence_parallel`` where ranks share
+            sequences; or with two whose names end in ``replicate`` and ``shard``: at stage 3, shards within the
+            latter and replicas across the former (MiCS, HSDP). Or a pair: how many different samples, how many ranks
+            to a sequence.
 
     Returns:
         ``(engine, engine.optimizer, dataloader, lr_scheduler)``; those that do not apply are None.

@@ -13,6 +13,7 @@ from tests.helpers.models import MLP, build
 from tests.helpers.train import config
 from zeropipe.compat import optimizers, ranks, tools
 from zeropipe.errors import UsageError
+from zeropipe.utils import groups
 
 KINDS = {name for name in optimizers.__all__ if name[0].isupper() and "Optim" in name and name != "DummyOptim"}
 EXPECTED = {
@@ -74,8 +75,8 @@ def over_ranks(rank: int, world: int) -> None:
     out = torch.empty(world)
     ranks.allgather_fn(out, torch.tensor([float(rank)]))
     assert out.tolist() == [float(r) for r in range(world)]
-    assert ranks.get_world_group() is group is ranks._get_data_parallel_group()
-    assert (ranks._get_data_parallel_rank(), ranks._get_data_parallel_world_size()) == (rank, world)
+    assert ranks.get_world_group() is group is ranks._get_sequence_data_parallel_group()
+    assert (groups.get_data_parallel_rank(), groups.get_data_parallel_world_size()) == (rank, world)
     assert ranks._get_broadcast_src_rank() == 0
 
 

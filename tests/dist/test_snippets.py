@@ -125,6 +125,7 @@ GIVEN: dict[str, Callable[[], Names]] = {
     "offload.md": lambda: with_engine() | {"generate": lambda *prompt: None},
     "optimizers.md": basics,
     "precision.md": basics,
+    "sequence-parallelism.md": basics,
     "monitoring.md": monitoring,
     "zero.md": stage_3,
     "pipeline.md": pipelines,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # its functions hold the world of their first import for good: here there is none yet
 
 from zeropipe.errors import ConfigError, UsageError
-from zeropipe.given import Anything
+from zeropipe.given import Anything, Mpu
 from zeropipe.layout.two_hops import TwoHops
 
 _ENV = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -134,12 +134,14 @@ def world() -> Group:
     return from_process_group(pg)
 
 
-def new_group(ranks: Sequence[int], timeout: timedelta | None = None) -> Group | None:
+def new_group(
+    ranks: Sequence[int], timeout: timedelta | None = None, backend: str | None = None
+) -> Group | None:
     """Start a group. Every rank of the world must call this, in the same order; None for non-members."""
     everyone = world()
     if tuple(ranks) == everyone.ranks:
         return everyone
-    pg = dist.new_group(list(ranks), timeout=timeout)
+    pg = dist.new_group(list(ranks), timeout=timeout, backend=backend)
     return from_process_group(pg) if everyone.ranks[everyone.rank] in ranks else None
 
 
@@ -165,11 +167,37 @@ def new_groups(lists: Sequence[Sequence[int]]) -> Group:
     Raises UsageError when no list names this rank.
     """
     mine: Group | None = None
+    # torch.distributed.nn's backward names the members of a "gloo" group by their ranks in the world, and so fails in
+    # any smaller one. In a group of the same backend by its longer name it takes another way.
+    backend = "cpu:gloo" if dist.is_initialized() and dist.get_backend() == "gloo" else None
     for ranks in lists:
-        mine = new_group(ranks) or mine
+        mine = new_group(ranks, backend=backend) or mine
     if mine is None:
         raise UsageError(f"rank {world().rank} is in none of the groups {list(map(list, lists))}")
     return mine
+
+
+def group_of(mpu: Mpu) -> Group:
+    """The ranks that hold the same parameters as this one: those of ``mpu``'s data-parallel group, with the ranks that
+    share its sequences.
+
+    Raises UsageError where ``mpu`` divides sequences and does not say who holds the same parameters.
+    """
+    # Ours is a group already; others have torch's process groups.
+    own = getattr(mpu, "data_group", None)
+    if isinstance(own, Group):
+        return own
+    shared = getattr(mpu, "get_sequence_parallel_world_size", None)
+    if shared is None or shared() == 1:
+        return from_process_group(mpu.get_data_parallel_group())
+    if not hasattr(mpu, "get_sequence_data_parallel_group"):
+        raise UsageError(
+            f"mpu divides a sequence among {shared()} ranks",
+            expected="get_sequence_data_parallel_group(), of the ranks that hold the same parameters",
+            found="no such method",
+            fix="pass the mpu of initialize_sequence_parallel(size)",
+        )
+    return from_process_group(mpu.get_sequence_data_parallel_group())
 
 
 # How this process joins the others.

@@ -80,15 +80,18 @@ def configure(deepspeed_config: object = None, **options: Any) -> None:
 mpu: Final = None  # nobody gave one
 
 
-def _get_data_parallel_group() -> Any:
+# Ranks that share a sequence (or none do) hold the same parameters: their gradients are averaged over the world.
+
+
+def _get_sequence_data_parallel_group() -> Any:
     return world().pg
 
 
-def _get_data_parallel_world_size() -> int:
+def _get_sequence_data_parallel_world_size() -> int:
     return world().size
 
 
-def _get_data_parallel_rank() -> int:
+def _get_sequence_data_parallel_rank() -> int:
     return world().rank
 
 

@@ -18,7 +18,8 @@ _SAME = """
     checkpoint.zero_checkpoint checkpointing comm pipe runtime.base_optimizer runtime.dataloader runtime.engine
     runtime.fp16 runtime.fp16.loss_scaler runtime.fp16.onebit runtime.fp16.onebit.adam runtime.fp16.onebit.lamb
     runtime.fp16.onebit.zoadam runtime.lr_schedules runtime.pipe runtime.pipe.engine runtime.pipe.module
-    runtime.pipe.schedule runtime.pipe.topology runtime.utils runtime.zero runtime.zero.config runtime.zero.mics
+    runtime.pipe.schedule runtime.pipe.topology runtime.sequence_parallel
+    runtime.sequence_parallel.ulysses_sp runtime.utils runtime.zero runtime.zero.config runtime.zero.mics
     runtime.zero.partition_parameters runtime.zero.tiling utils utils.groups utils.init_on_device utils.logging
     utils.tensor_fragment utils.zero_to_fp32
 """
@@ -57,6 +58,8 @@ _RNG = """_MODEL_PARALLEL_RNG_TRACKER_NAME _CUDA_RNG_STATE_TRACKER _set_cuda_rng
     model_parallel_reconfigure_tp_seed detach_variable"""
 
 
+_PLACES = """initialize_sequence_parallel get_sequence_parallel_group get_sequence_parallel_rank
+    get_sequence_parallel_world_size get_data_parallel_group get_data_parallel_rank get_data_parallel_world_size"""
 _ACCELERATOR = {
     name: f"zeropipe.accelerator:{name}"
     for name in ("get_accelerator", "set_accelerator", "is_current_accelerator_supported")
@@ -143,6 +146,13 @@ NAMES: Final = MappingProxyType(
         "runtime.progressive_layer_drop": {
             "ProgressiveLayerDrop": "zeropipe.runtime.curriculum:ProgressiveLayerDrop"
         },
+        "runtime.sequence_parallel.parallel_state_sp": {
+            name: f"zeropipe.runtime.sequence_parallel.place:{name}" for name in _PLACES.split()
+        },
+        "sequence": {},
+        "sequence.layer": {
+            "DistributedAttention": "zeropipe.runtime.sequence_parallel.attention:DistributedAttention"
+        },
         "runtime.zero.stage3": _from("optimizers", "DeepSpeedZeroOptimizer_Stage3") | _estimators(3),
         "runtime.zero.stage_1_and_2": _from("optimizers", "DeepSpeedZeroOptimizer") | _estimators(2),
         "utils.nvtx": _from("tools", "instrument_w_nvtx"),
@@ -192,13 +202,10 @@ BESIDE: Final = MappingProxyType(
         },
         "utils.groups": _from(
             "ranks",
-            "mpu _get_data_parallel_group _get_data_parallel_world_size _get_data_parallel_rank "
-            "_get_broadcast_src_rank _get_model_parallel_world_size _get_zero_param_intra_parallel_group",
-        )
-        | {
-            f"_get_sequence_data_parallel_{what}": f"zeropipe.compat.ranks:_get_data_parallel_{what}"
-            for what in ("group", "rank", "world_size")
-        },
+            "mpu _get_sequence_data_parallel_group _get_sequence_data_parallel_world_size "
+            "_get_sequence_data_parallel_rank _get_broadcast_src_rank _get_model_parallel_world_size "
+            "_get_zero_param_intra_parallel_group",
+        ),
         "utils.logging": _from("tools", "print_dist print_json_dist print_configuration should_log_le"),
     }
 )
@@ -251,7 +258,8 @@ ABSENT: Final = MappingProxyType(
         "runtime.hybrid_engine": "gather with deepspeed.zero.GatheredParameters and generate",
         "runtime.pipe.engine._tensor_bytes": "tensor.numel() * tensor.element_size()",
         "runtime.quantize": "quantize the trained model with another library",
-        "runtime.sequence_parallel": "use torch.distributed.tensor.experimental.context_parallel",
+        "runtime.sequence_parallel.ulysses_sp.UlyssesSPFwdLossBwdWithLogits": "use UlyssesSPDataLoaderAdapter",
+        "runtime.sequence_parallel.ulysses_sp.TiledLoss": "use TiledFusedLogitsLoss, which has no logits to keep",
         "runtime.sparse_tensor": "use torch.sparse_coo_tensor",
         "runtime.state_dict_factory": "load the files with torch.load or safetensors",
         "runtime.tensor_parallel": _TP,
@@ -260,7 +268,9 @@ ABSENT: Final = MappingProxyType(
         "runtime.zero.partition_parameters.AllGatherCoalescedHandle": _INSIDE,
         "runtime.zero.partition_parameters.shutdown_init_context": "leave the block of deepspeed.zero.Init",
         "runtime.zero.utils": "any torch optimizer is supported, or refused by initialize with the reason",
-        "sequence": "use torch.distributed.tensor.experimental.context_parallel",
+        "sequence.auto_tp": _TP,
+        "sequence.cross_entropy": "compute the loss of each rank's own tokens, and weigh it by their number",
+        "sequence.fpdt_layer": "use TiledMLP and TiledFusedLogitsLoss of runtime.sequence_parallel.ulysses_sp",
         "tools": "use hooks of torch.nn.Module",
         "tp_model_init": _TP,
         "utils.debug": "print(zeropipe.zero.describe(model)) shows every parameter",

@@ -241,6 +241,10 @@ class Config(Section):
     flops_profiler: FlopsProfiler = key(FlopsProfiler(), "A profile of one forward.")
     comms_logger: CommsLogger = key(CommsLogger(), "A log of collectives.")
 
+    sequence_parallel_size: Count = key(1, "Ranks that share one sequence (Ulysses).", gt=0)
+    data_parallel_size: Count | None = key(
+        None, "Checked: ranks / sequence_parallel_size, the number of different micro-batches.", gt=0
+    )
     tensor_parallel: dict[str, Any] = key({}, "Tensor parallelism; only autotp_size 0 or 1 is accepted.")
 
     # What the JSON itself does not say; no two configurations differ by these.

@@ -1,6 +1,7 @@
-"""The process groups that every rank has when nothing but data is divided, under the names that clients ask for.
+"""The process groups that a rank is in, under the names that clients ask for.
 
-A model that is divided in other ways carries its groups itself, in the grid of its ``PipelineModule``.
+A model that is divided in other ways than its data and its sequences carries its groups itself, in the grid of its
+``PipelineModule``.
 """
 
 from __future__ import annotations
@@ -8,7 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 from zeropipe.comm.group import world
-from zeropipe.errors import UsageError
+from zeropipe.runtime.sequence_parallel.place import (
+    get_data_parallel_group,
+    get_data_parallel_rank,
+    get_data_parallel_world_size,
+    get_sequence_parallel_group,
+    get_sequence_parallel_rank,
+    get_sequence_parallel_world_size,
+)
+
+__all__ = [
+    "get_data_parallel_group",
+    "get_data_parallel_rank",
+    "get_data_parallel_world_size",
+    "get_model_parallel_rank",
+    "get_model_parallel_world_size",
+    "get_world_group",
+]
 
 
 def get_world_group() -> Any:
@@ -16,20 +33,7 @@ def get_world_group() -> Any:
     return world().pg
 
 
-def get_data_parallel_group() -> Any:
-    """The process group of all ranks, which all hold different data."""
-    return world().pg
-
-
-def get_data_parallel_rank() -> int:
-    return world().rank
-
-
-def get_data_parallel_world_size() -> int:
-    return world().size
-
-
-# Tensors and sequences are not divided among ranks, so each rank is a model- and a sequence-parallel group of one.
+# Tensors are not divided among ranks, so each rank is a model-parallel group of one.
 
 
 def get_model_parallel_rank() -> int:
@@ -40,13 +44,9 @@ def get_model_parallel_world_size() -> int:
     return 1
 
 
-_get_sequence_parallel_rank = get_model_parallel_rank
-_get_sequence_parallel_world_size = get_model_parallel_world_size
-
-
-def _get_sequence_parallel_group() -> Any:
-    """Raises UsageError."""
-    raise UsageError(
-        "sequence parallelism (Ulysses) is not part of zeropipe",
-        fix="use torch.distributed.tensor.experimental.context_parallel, or shorter sequences",
-    )
+_get_sequence_parallel_group = get_sequence_parallel_group
+_get_sequence_parallel_rank = get_sequence_parallel_rank
+_get_sequence_parallel_world_size = get_sequence_parallel_world_size
+_get_data_parallel_group = get_data_parallel_group
+_get_data_parallel_rank = get_data_parallel_rank
+_get_data_parallel_world_size = get_data_parallel_world_size

@@ -69,9 +69,11 @@ PACKAGE = (
     Name("runtime.fp16.loss_scaler.LossScaler", "files that DeepSpeed wrote", "unpickles", f"{_MEANING}::test_what_deepspeeds_files_name_can_be_loaded", "zeropipe.runtime.fp16.loss_scaler:LossScaler"),
     Name("runtime.zero.config.ZeroStageEnum", "files that DeepSpeed wrote", "unpickles, an int", f"{_MEANING}::test_what_deepspeeds_files_name_can_be_loaded", "zeropipe.runtime.zero.config:ZeroStageEnum"),
     Name("utils.tensor_fragment.fragment_address", "files that DeepSpeed wrote", "unpickles", f"{_MEANING}::test_what_deepspeeds_files_name_can_be_loaded", "zeropipe.checkpoint.save.files:FragmentAddress"),
-    Name("utils.groups._get_sequence_parallel_rank", "accelerate, with sequence parallelism", "0: there is none", f"{_MEANING}::test_groups_without_model_parallelism", "zeropipe.utils.groups:_get_sequence_parallel_rank"),
-    Name("utils.groups._get_sequence_parallel_group", "accelerate, with sequence parallelism", "an error that says so", f"{_MEANING}::test_groups_without_model_parallelism", "zeropipe.utils.groups:_get_sequence_parallel_group"),
-    Name("utils.groups._get_sequence_parallel_world_size", "accelerate, with sequence parallelism", "1: there is none", f"{_MEANING}::test_groups_without_model_parallelism", "zeropipe.utils.groups:_get_sequence_parallel_world_size"),
+    Name("runtime.sequence_parallel.ulysses_sp.UlyssesSPAttentionHF", "accelerate, with sequence parallelism", "attention on whole sequences", "tests/clients/test_sequences.py::test_the_trainer", "zeropipe.runtime.sequence_parallel.hugging_face:UlyssesSPAttentionHF"),
+    Name("runtime.sequence_parallel.ulysses_sp.UlyssesSPDataLoaderAdapter", "accelerate, transformers, with sequence parallelism", "each rank's tokens", "tests/dist/test_sequence_parallel.py::test_ranks_take_turns_in_each_others_batches", "zeropipe.runtime.sequence_parallel.data:UlyssesSPDataLoaderAdapter"),
+    Name("utils.groups._get_sequence_parallel_rank", "accelerate, with sequence parallelism", "0 where there is none", f"{_MEANING}::test_groups_without_model_parallelism", "zeropipe.runtime.sequence_parallel.place:get_sequence_parallel_rank"),
+    Name("utils.groups._get_sequence_parallel_group", "accelerate, with sequence parallelism", "an error where there is none", f"{_MEANING}::test_groups_without_model_parallelism", "zeropipe.runtime.sequence_parallel.place:get_sequence_parallel_group"),
+    Name("utils.groups._get_sequence_parallel_world_size", "accelerate, with sequence parallelism", "1 where there is none", f"{_MEANING}::test_groups_without_model_parallelism", "zeropipe.runtime.sequence_parallel.place:get_sequence_parallel_world_size"),
 )  # fmt: skip
 
 # Asked of engines, optimizers and parameters.
@@ -98,8 +100,6 @@ MEMBERS = (
 # Asked for too, by features that zeropipe does not have: stand-ins, which say so when they are used. And one name that
 # clients ask for only where deepspeed is not installed.
 OTHERS = (
-    "runtime.sequence_parallel.ulysses_sp.UlyssesSPAttentionHF",
-    "runtime.sequence_parallel.ulysses_sp.UlyssesSPDataLoaderAdapter",
     "tp_model_init",
     "utils.is_initialized",
 )

@@ -50,7 +50,9 @@ def test_groups_without_model_parallelism() -> None:
     assert (groups.get_data_parallel_rank(), groups.get_data_parallel_world_size()) == (0, 1)
     assert (groups.get_model_parallel_rank(), groups.get_model_parallel_world_size()) == (0, 1)
     assert (groups._get_sequence_parallel_rank(), groups._get_sequence_parallel_world_size()) == (0, 1)
-    with pytest.raises(UsageError, match=r"sequence parallelism.*not part of zeropipe.*Fix"):
+    with pytest.raises(
+        UsageError, match=r"sequences are not divided.*Fix: call initialize_sequence_parallel"
+    ):
         groups._get_sequence_parallel_group()
     assert zeropipe.utils.groups is groups
 

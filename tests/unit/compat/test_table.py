@@ -147,7 +147,7 @@ def test_what_is_not_offered_may_be_imported_and_says_so_when_used(deepspeed: Mo
 @pytest.mark.parametrize(
     "asks",
     [
-        "from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP as A; A.apply()",
+        "from deepspeed.sequence.fpdt_layer import FPDT_Attention as A; A.apply()",
         "import deepspeed; deepspeed.tp_model_init(model=None, tp_size=2)",  # tensor-parallel injection
         "import deepspeed; deepspeed.init_inference(None)",
         "import deepspeed.moe.layer; deepspeed.moe.layer.MoE(16, None)",

@@ -29,16 +29,20 @@ from zeropipe.runtime.engine.dtypes import (
 )
 from zeropipe.runtime.engine.parts import Clock, Parts
 from zeropipe.runtime.engine.placement import (
+    Samples,
     data_parallel_group,
+    divided_sequences,
     model_parts,
     pick_device,
     replication,
+    samples_of,
     synchronize_module,
 )
 from zeropipe.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, get_loss_scaler
 from zeropipe.runtime.optimizers.registry import build_optimizer, require_shardable
 from zeropipe.runtime.optimizers.shard_view import Communicates
 from zeropipe.runtime.pipe.module import PipelineModule
+from zeropipe.runtime.sequence_parallel.place import take
 from zeropipe.runtime.zero.gather.hooks import ParameterOffload
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
 from zeropipe.runtime.zero.hold.offload import Offload, check_folders
@@ -75,7 +79,9 @@ def build(
     stages = SELF
     if isinstance(model, PipelineModule):
         mpu, stages = model.mpu(), model.grid.pipe_group
+    mpu, mesh = divided_sequences(mpu, mesh, config)
     group = data_parallel_group(mpu, mesh)
+    samples = samples_of(group, mpu)
     if group.ranks[group.rank] == 0:
         for notice in config.notices:
             _log.log(notice.level, notice.text)
@@ -87,7 +93,7 @@ def build(
         check_world(config, group.size)
         micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
         clock = Clock(
-            solve_batch(config.train_batch_size, micro, accumulation, group.size),
+            solve_batch(config.train_batch_size, micro, accumulation, samples.size),
             config.managed_gradient_accumulation,
         )
         dtypes = decide_dtypes(model, device, config, model_group)
@@ -98,12 +104,15 @@ def build(
         schedule = make_scheduler(lr_scheduler, base, config)
         check_room(model, group, config, policy, dtypes)
         loader = (
-            None if training_data is None else make_loader(training_data, config, clock, group, collate_fn)
+            None if training_data is None else make_loader(training_data, config, clock, samples, collate_fn)
         )
         items = digest(model, base, config)
 
     # [2] All ranks mean the same model and settings. From here on they do the same things in the same order.
     agree({_OUTCOME: "prepared", **items}, group)
+
+    if samples.size < group.size:
+        take(mpu, model)
 
     # [3] Shards first: the optimizer takes the parameters as they are from then on.
     sharded = shard_model(model, group, mesh, device, config, dtypes)
@@ -138,6 +147,7 @@ def build(
         group,
         device,
         mpu=mpu,
+        samples=samples,
         collate_fn=collate_fn,
         stages=stages,
         optimizer=zero,
@@ -290,7 +300,7 @@ def make_loader(
     data: DataLike,
     config: Config,
     clock: Clock,
-    group: Group,
+    samples: Samples,
     collate_fn: Callable[[list[Any]], Any] | None,
 ) -> ZeroDataLoader | SampledLoader:
     """This rank's micro-batches of the training data: in a random order, or as the section data_efficiency says."""
@@ -300,8 +310,8 @@ def make_loader(
         return ZeroDataLoader(
             data,
             batch.micro_batch_size,
-            group.rank,
-            group.size,
+            samples.rank,
+            samples.size,
             collate_fn,
             drop_last=config.dataloader_drop_last,
         )
@@ -316,8 +326,8 @@ def make_loader(
         efficiency,
         len(data),
         batch.micro_batch_size,
-        group.rank,
-        group.size,
+        samples.rank,
+        samples.size,
         gradient_accumulation_steps=batch.gradient_accumulation_steps,
     )
     return SampledLoader(data, sampler, collate_fn, sampling.num_workers, sampling.pin_memory)

@@ -182,8 +182,8 @@ class DeepSpeedEngine(Face):
         return ZeroDataLoader(
             dataset,
             batch_size or parts.clock.batch.micro_batch_size,
-            parts.group.rank,
-            parts.group.size,
+            parts.samples.rank,
+            parts.samples.size,
             collate_fn or parts.collate_fn,
             num_workers=num_local_io_workers or 0,
             drop_last=parts.config.dataloader_drop_last,

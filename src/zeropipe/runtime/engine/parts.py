@@ -23,6 +23,7 @@ from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UsageError
 from zeropipe.given import DataLike, ScheduleLike
 from zeropipe.runtime.engine.dtypes import MixedInputs
+from zeropipe.runtime.engine.placement import Samples
 from zeropipe.runtime.lr_schedules.base import step_schedule
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
@@ -131,6 +132,7 @@ class Parts:
     clock: Clock
     group: Group
     device: torch.device
+    samples: Samples
     mpu: Any = None
     collate_fn: Any = None
     stages: Group = SELF  # of a pipeline: each of these ranks knows the names of its own stages alone

@@ -8,31 +8,78 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from zeropipe.checkpoint.save.records import Grid
 from zeropipe.comm.collectives import broadcast
-from zeropipe.comm.group import SELF, Group, from_process_group, world
+from zeropipe.comm.group import SELF, Group, from_process_group, group_of, world
+from zeropipe.config.schema import Config
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
 from zeropipe.given import Mesh, Mpu, Namespace
+from zeropipe.runtime.sequence_parallel.place import (
+    initialize_sequence_parallel,
+    ranks_of_a_sequence,
+)
 from zeropipe.runtime.zero.param import is_sharded, is_trained
 from zeropipe.runtime.zero.replication import Replication, replicated, shard_size, with_hops
 
 _SLICE_RANK = ("get_tensor_model_parallel_rank", "get_slice_parallel_rank")
+_SEQUENCE = "sequence_parallel"  # the axis of a device mesh
 _SLICES = ("get_tensor_model_parallel_world_size", "get_slice_parallel_world_size")
+
+
+def divided_sequences(mpu: Mpu, mesh: Mesh, config: Config) -> tuple[Mpu, Mesh]:
+    """``mpu`` and ``mesh`` where sequences are divided as any of them, or the config, says. Collective where they are.
+
+    Raises ConfigError where two of them say different things.
+    """
+    said: dict[str, int] = {}
+    if "sequence_parallel_size" in config.model_fields_set:
+        said["config key 'sequence_parallel_size'"] = config.sequence_parallel_size
+    pair = isinstance(mesh, tuple | list)
+    axis = not pair and mesh is not None and _SEQUENCE in (getattr(mesh, "mesh_dim_names", None) or ())
+    if pair or axis:
+        said["initialize: mesh_param"] = mesh[1] if pair else mesh[_SEQUENCE].size()
+    if mpu is not None:
+        said["initialize: mpu"] = ranks_of_a_sequence(mpu)
+    if len(set(said.values())) > 1:
+        raise ConfigError(
+            "how many ranks share a sequence",
+            expected="one number",
+            found=", ".join(f"{size} by {who}" for who, size in said.items()),
+            fix="say it in one place; a PipelineModule does not divide sequences",
+        )
+    size = next(iter(said.values()), 1)
+    given = {"config key 'data_parallel_size'": config.data_parallel_size}
+    if pair:
+        given["initialize: mesh_param"] = mesh[0]
+    for who, samples in given.items():
+        if samples is not None and samples * size != world().size:
+            raise ConfigError(
+                who,
+                expected=f"{world().size // size}, so that with {size} ranks to a sequence they are {world().size}",
+                found=samples,
+            )
+    if size > 1:
+        mpu = initialize_sequence_parallel(size) if mpu is None else mpu
+        if axis and tuple(from_process_group(mesh.get_group(_SEQUENCE)).ranks) != mpu.sequence_group.ranks:
+            raise ConfigError(
+                "initialize: mesh_param",
+                expected="consecutive ranks along its axis 'sequence_parallel'",
+                found=from_process_group(mesh.get_group(_SEQUENCE)).ranks,
+                fix="make it the last axis of the mesh",
+            )
+    return mpu, None if pair or axis else mesh
 
 
 def data_parallel_group(mpu: Mpu, mesh: Mesh) -> Group:
     """The ranks that hold replicas of this rank's part of the model: from ``mpu``, a device mesh, or all."""
-    # Ours is a group already; others have torch's process groups.
-    own = getattr(mpu, "data_group", None)
-    if isinstance(own, Group):
-        return own
     if mpu is not None:
-        return from_process_group(mpu.get_data_parallel_group())
+        return group_of(mpu)
     if mesh is None or not hasattr(mesh, "get_group"):
         return world()
     pair = _mesh_pair(mesh)
@@ -73,6 +120,22 @@ def _mesh_pair(mesh: Any) -> tuple[str, str] | None:
     names = mesh.mesh_dim_names or ()
     found = [next((n for n in names if n.endswith(end)), None) for end in ("replicate", "shard")]
     return (found[0], found[1]) if found[0] is not None and found[1] is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Which share of the samples is this rank's: that of ``rank`` among ``size``. Ranks that share a sequence have the
+    same."""
+
+    rank: int
+    size: int
+
+
+def samples_of(group: Group, mpu: Mpu) -> Samples:
+    ranks = ranks_of_a_sequence(mpu)
+    if ranks == 1:
+        return Samples(group.rank, group.size)
+    return Samples(_ask(mpu, "get_data_parallel_rank", default=group.rank // ranks), group.size // ranks)
 
 
 def model_parts(

@@ -69,7 +69,8 @@ class Settings(torch.nn.Module):
 
     @property
     def dp_world_size(self) -> int:
-        return self._parts.group.size
+        """How many ranks see different samples."""
+        return self._parts.samples.size
 
     @property
     def mp_world_size(self) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.comm.group import Group, from_process_group, init_distributed, world
+from zeropipe.comm.group import Group, from_process_group, group_of, init_distributed, world
 from zeropipe.comm.leases import LEASES
 from zeropipe.config.parse import Source, parse_config
 from zeropipe.config.schema import Config
@@ -171,8 +171,7 @@ def _group(given: ProcessGroup, mpu: Mpu) -> Group:
     if isinstance(given, Group):
         return given
     if given is None and mpu is not None:
-        own = getattr(mpu, "data_group", None)
-        return own if isinstance(own, Group) else from_process_group(mpu.get_data_parallel_group())
+        return group_of(mpu)
     return world() if given is None else from_process_group(given)
 
 
