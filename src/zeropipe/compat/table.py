@@ -29,6 +29,7 @@ MODULES: Final = MappingProxyType(
     {path: f"zeropipe.{path}" for path in _SAME.split()}
     | {
         "comm.comm": "zeropipe.comm",
+        "checkpoint.ds_to_universal": "zeropipe.compat.features.ds_to_universal",
         "launcher.runner": "zeropipe.compat.runner",
         "ops.adagrad.cpu_adagrad": "zeropipe.ops.adagrad",
         "ops.adam.cpu_adam": "zeropipe.ops.adam",
@@ -66,6 +67,9 @@ _ACCELERATOR = {
 }
 
 
+_CHECKPOINT_ENGINE = _from(
+    "features.checkpoint_files", "CheckpointEngine CheckpointCommitInfo TorchCheckpointEngine"
+)
 # Of the module ``flops_profiler.profiler``, and of the package around it.
 _FLOPS = {
     name: f"zeropipe.runtime.flops:{name}"
@@ -104,12 +108,22 @@ NAMES: Final = MappingProxyType(
         "ops.adam": {name: f"zeropipe.ops.adam:{name}" for name in ("DeepSpeedCPUAdam", "FusedAdam")},
         "ops.lamb": {"FusedLamb": "zeropipe.ops.lamb:FusedLamb"},
         "ops.lion": {name: f"zeropipe.ops.lion:{name}" for name in ("DeepSpeedCPULion", "FusedLion")},
+        "moe": {},
+        "moe.utils": _from(
+            "features.experts",
+            "is_moe_param is_moe_param_group has_moe_layers split_params_into_shared_and_expert_params "
+            "split_params_grads_into_shared_and_expert_params configure_moe_param_groups "
+            "split_params_into_different_moe_groups_for_optimizer",
+        ),
         "profiling": {},
         "profiling.flops_profiler": _FLOPS,
         "profiling.flops_profiler.profiler": _FLOPS,
         "runtime": _from("optimizers", "ZeROOptimizer"),
         "runtime.activation_checkpointing": {},
         "runtime.bf16_optimizer": _from("optimizers", "BF16_Optimizer"),
+        "runtime.checkpoint_engine": {},
+        "runtime.checkpoint_engine.checkpoint_engine": _CHECKPOINT_ENGINE,
+        "runtime.checkpoint_engine.torch_checkpoint_engine": _CHECKPOINT_ENGINE,
         "runtime.config": _from(
             "configuration", f"DeepSpeedConfig DeepSpeedConfigError DtypeEnum {_OPTIMIZER_NAMES}"
         ),
@@ -153,6 +167,7 @@ NAMES: Final = MappingProxyType(
         "sequence.layer": {
             "DistributedAttention": "zeropipe.runtime.sequence_parallel.attention:DistributedAttention"
         },
+        "runtime.state_dict_factory": _from("features.checkpoint_files", "SDLoaderFactory MegatronSDLoader"),
         "runtime.zero.stage3": _from("optimizers", "DeepSpeedZeroOptimizer_Stage3") | _estimators(3),
         "runtime.zero.stage_1_and_2": _from("optimizers", "DeepSpeedZeroOptimizer") | _estimators(2),
         "utils.nvtx": _from("tools", "instrument_w_nvtx"),
@@ -235,7 +250,10 @@ ABSENT: Final = MappingProxyType(
         "linear": "use peft for adapters",
         "model_implementations": _SERVE,
         "module_inject": _TP,
-        "moe": _MOE,
+        "moe.experts": _MOE,
+        "moe.layer": _MOE,
+        "moe.mappings": _MOE,
+        "moe.sharded_moe": _MOE,
         "monitor": "use the sections tensorboard, wandb and csv_monitor of the configuration",
         "nebula": "checkpoints go to a file system",
         "ops.adam.multi_tensor_apply": "use torch's foreach functions",
@@ -245,7 +263,7 @@ ABSENT: Final = MappingProxyType(
         "ops.sparse_attention": "use torch.nn.attention.flex_attention",
         "ops.transformer": _LAYERS,
         "replace_transformer_layer": _SERVE,
-        "runtime.checkpoint_engine": "engine.save_checkpoint and load_checkpoint read and write files by themselves",
+        "runtime.checkpoint_engine.nebula_checkpoint_engine": "use checkpoint.async_save in the configuration",
         "runtime.data_pipeline.data_routing.basic_layer": _LTD,
         "runtime.data_pipeline.data_routing.helper.convert_to_random_ltd": _LTD,
         "runtime.data_pipeline.data_routing.scheduler": _LTD,
@@ -261,7 +279,6 @@ ABSENT: Final = MappingProxyType(
         "runtime.sequence_parallel.ulysses_sp.UlyssesSPFwdLossBwdWithLogits": "use UlyssesSPDataLoaderAdapter",
         "runtime.sequence_parallel.ulysses_sp.TiledLoss": "use TiledFusedLogitsLoss, which has no logits to keep",
         "runtime.sparse_tensor": "use torch.sparse_coo_tensor",
-        "runtime.state_dict_factory": "load the files with torch.load or safetensors",
         "runtime.tensor_parallel": _TP,
         "runtime.utils.graph_process": "use torch.cuda.graph",
         "runtime.zero.mics_utils": "set mics_shard_size in the configuration",

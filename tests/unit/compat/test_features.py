@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from zeropipe.compat.absent import AbsentError
+from zeropipe.errors import CheckpointError, UsageError
 
 _RUNTIME = "zeropipe.runtime"
 SAME = {
@@ -38,3 +40,146 @@ def test_dropping_tokens_is_refused_where_it_would_begin(deepspeed: ModuleType) 
     assert list(helper.remove_random_ltd_state_dict({"layer.0.random_ltd_layer.weight": 1})) == [
         "layer.0.weight"
     ]
+
+
+# ---- experts: there are none ----
+
+
+def test_scripts_without_expert_layers_get_their_param_groups_back(deepspeed: ModuleType) -> None:
+    moe = import_module("deepspeed.moe.utils")
+    model = torch.nn.Linear(2, 2)
+    params, group = list(model.parameters()), {"params": list(model.parameters()), "weight_decay": 0.1}
+    assert not any(map(moe.is_moe_param, params)) and moe.has_moe_layers(model) == (False, 0)
+    assert moe.is_moe_param_group({"moe": True}) and not moe.is_moe_param_group(group)
+    split = moe.split_params_into_different_moe_groups_for_optimizer
+    assert split(group)[0] is group and split([group])[0] is group
+    assert moe.configure_moe_param_groups(params) == [{"params": params, "name": "dense-params"}]
+    assert moe.configure_moe_param_groups([group])[0] is group
+    assert moe.split_params_into_shared_and_expert_params(params) == (params, [])
+    model(torch.ones(1, 2)).sum().backward()
+    shared, experts = moe.split_params_grads_into_shared_and_expert_params(params)
+    assert len(shared) == 2 and experts == []
+
+
+def test_an_expert_layer_says_what_to_do_where_it_is_built_or_marked(deepspeed: ModuleType) -> None:
+    from deepspeed.moe.layer import MoE  # type: ignore[import-not-found]
+
+    with pytest.raises(AbsentError, match="set_z3_leaf_modules"):
+        MoE(hidden_size=4, expert=torch.nn.Linear(4, 4))
+    marked = torch.nn.Parameter(torch.zeros(2))
+    marked.allreduce = False  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=r"allreduce = False.*remove the mark"):
+        import_module("deepspeed.moe.utils").configure_moe_param_groups([marked])
+
+
+# ---- files of checkpoints ----
+
+
+def test_a_checkpoint_engine_of_the_users_own(deepspeed: ModuleType, tmp_path: Path) -> None:
+    engines = import_module("deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine")
+    base = import_module("deepspeed.runtime.checkpoint_engine.checkpoint_engine")
+    engine, path = engines.TorchCheckpointEngine(), str(tmp_path / "one.pt")
+    info = base.CheckpointCommitInfo(tag="t", save_dir=str(tmp_path), save_latest=True)
+    engine.create(info)
+    engine.set_commit_info(info)
+    shared = torch.arange(4.0)
+    engine.save({"a": shared, "view": shared[1:], "step": 3}, path)
+    assert engine.commit("t") is True and engine.get_commit_info() == info
+    back = engine.load(path, map_location="cpu")
+    assert back["step"] == 3 and torch.equal(back["view"], shared[1:])
+    assert back["view"].untyped_storage().data_ptr() == back["a"].untyped_storage().data_ptr()
+    assert (
+        not engine.is_decoupled()
+        and engine.is_data_parallel_writer(0)
+        and not engine.is_data_parallel_writer(1)
+    )
+    with pytest.raises(FileNotFoundError):
+        engine.load(str(tmp_path / "none.pt"))
+    torch.save({"a": Path}, path)
+    with pytest.raises(CheckpointError, match="runs code"):
+        engine.load(path)
+
+    class Counting(base.CheckpointEngine):
+        pass
+
+    with pytest.raises(UsageError, match="Counting"):
+        Counting().save({}, path)
+
+
+def megatron(whole: dict[str, torch.Tensor], ranks: int, rank: int, version: float) -> dict[str, object]:
+    """What Megatron's rank would hold of whole weights."""
+    part: dict[str, torch.Tensor] = {}
+    for name, value in whole.items():
+        if "query_key_value" in name and version == 0:
+            part[name] = torch.cat([third.chunk(ranks)[rank] for third in value.chunk(3)])
+        elif "layernorm" in name:
+            part[name] = value
+        else:
+            part[name] = value.chunk(ranks, 1 if name.endswith(("dense.weight", "4h_to_h.weight")) else 0)[
+                rank
+            ]
+    return {"module": part, "iteration": 7}
+
+
+@pytest.mark.parametrize("version", [0, 2.0])
+def test_megatrons_files_load_at_another_number_of_ranks(
+    deepspeed: ModuleType, tmp_path: Path, version: float
+) -> None:
+    factory = import_module("deepspeed.runtime.state_dict_factory").SDLoaderFactory
+    shapes = {
+        "h.attention.query_key_value.weight": (24, 4), "h.attention.query_key_value.bias": (24,),
+        "h.attention.dense.weight": (4, 8), "h.mlp.dense_h_to_4h.weight": (16, 4), "h.mlp.dense_h_to_4h.bias": (16,),
+        "h.mlp.dense_4h_to_h.weight": (4, 16), "word_embeddings.weight": (8, 4), "h.input_layernorm.weight": (4,),
+    }  # fmt: skip
+    whole = {name: torch.randn(shape) for name, shape in shapes.items()}
+    files = [str(tmp_path / f"mp_rank_0{rank}.pt") for rank in range(2)]
+    for rank, file in enumerate(files):
+        torch.save(megatron(whole, 2, rank, version), file)
+    for ranks in (1, 2, 4):
+        for rank in range(ranks):
+            loader = factory.get_sd_loader(files, sd_type="Megatron", version=version)
+            path, found, (scales, merged) = loader.load(ranks, rank)
+            wanted = megatron(whole, ranks, rank, version)["module"]
+            assert found["iteration"] == 7 and scales is None and path == files[rank * 2 // ranks]
+            assert merged == max(1, 2 // ranks) and found["module"].keys() == wanted.keys()
+            for name, value in wanted.items():
+                assert torch.equal(found["module"][name], value), (ranks, rank, name)
+    loader.sanity_check(files[0])
+    by_json = factory.get_sd_loader_json({"type": "Megatron", "checkpoints": files, "version": version})
+    assert by_json.load(2, 1)[0] == files[1]
+    for bad, text in (((3, 0), "divisor"), ((16, 0), "cannot be cut")):
+        with pytest.raises(CheckpointError, match=text):
+            factory.get_sd_loader(files, version=version).load(*bad)
+    with pytest.raises(CheckpointError, match=r"missing.*none\.pt"):
+        factory.get_sd_loader([files[0], str(tmp_path / "none.pt")])
+    with pytest.raises(CheckpointError, match="pass version"):
+        factory.get_sd_loader(files).load(1, 0) if version == 0 else factory.get_sd_loader(files).load(4, 0)
+
+
+def test_a_checkpoint_becomes_universal_by_the_command_that_scripts_call(
+    deepspeed: ModuleType, tmp_path: Path
+) -> None:
+    import zeropipe
+
+    torch.manual_seed(0)
+    settings = {"train_batch_size": 1, "optimizer": {"type": "Adam", "params": {"lr": 0.1}}}
+    model = torch.nn.Linear(3, 2)
+    engine, *_ = zeropipe.initialize(model=model, config=settings)
+    engine.backward(engine(torch.ones(1, 3)).sum())
+    engine.step()
+    engine.save_checkpoint(str(tmp_path), "there")
+    engine.destroy()
+    converter = import_module("deepspeed.checkpoint.ds_to_universal")
+    output = tmp_path / "there_universal"
+    converter.main(
+        converter.parse_arguments(["--input_folder", str(tmp_path / "there"), "--output_folder", str(output)])
+    )
+    saved = torch.load(output / "zero" / "weight" / "fp32.pt", weights_only=True)
+    assert torch.equal(saved["param"].view(2, 3), model.weight.detach())
+    assert (tmp_path / "latest_universal").read_text() == "there_universal"
+    with pytest.raises(CheckpointError):
+        converter.main(
+            converter.parse_arguments(
+                ["--input_folder", str(tmp_path / "no"), "--output_folder", str(output)]
+            )
+        )

@@ -1,0 +1,1 @@
+"""Features of DeepSpeed that are small modules of their own here."""
