@@ -95,6 +95,7 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
                 "unshard_module",
             ),
         },
+        "zeropipe.runtime.zero.gather.init": {"zeropipe.compat.pretrained.seam": ("stream_pretrained",)},
         "zeropipe.utils": {
             "zeropipe.runtime.dataloader": ("RepeatingLoader",),
             "zeropipe.runtime.zero.hold.access": (*_ACCESS, "safe_update_full_grad_vectorized"),

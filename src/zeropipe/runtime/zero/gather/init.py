@@ -145,6 +145,10 @@ class Init:
                 # Undone before the block ends: what happens then is not construction.
                 entered.enter_context(ModulePatch(build.frame, self._constructor()))
                 self._entered.append(entered.pop_all())
+            lookup, _ = lazy(__name__)
+            lookup(
+                "stream_pretrained"
+            )()  # what fills it next may be a library that would read all of it on each rank
         return self
 
     def __exit__(

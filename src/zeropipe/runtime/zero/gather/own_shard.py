@@ -6,7 +6,8 @@ master    the same elements in fp32, where ``source`` is a copy of them in the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -98,6 +99,17 @@ class OwnShard:
                 new = shard.to(place.device)
                 place.copy_(torch.where(new == place.to(new.dtype), place, new.to(place.dtype)))
             self.let_go(place)
+
+    @contextmanager
+    def anew(self, device: torch.device) -> Iterator[torch.Tensor]:
+        """A tensor (1D, in the parameter's dtype) for all elements of the shard, which are taken from it at the end."""
+        if self.master is None and self.source.dtype == self.dtype:
+            yield self.source  # where they stay
+            self.let_go(self.source)
+        else:
+            shard = torch.zeros(self.layout.shard_numel, dtype=self.dtype, device=device)
+            yield shard
+            self.renew(shard)
 
 
 class Member(Protocol):

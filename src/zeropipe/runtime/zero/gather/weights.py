@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -32,29 +30,11 @@ logger = logging.getLogger(__name__)
 _SHOWN = 8  # names in a message
 
 
-class Value(Protocol):
-    """A tensor that is not here."""
-
-    def part(self, loading: Loading, layout: FlatShards, group: Group, out: torch.Tensor) -> None:
-        """Fill ``out`` (1D, a shard of ``layout``) with this rank's shard."""
-
-
-@dataclass(frozen=True)
-class InFiles:
-    """One whose elements lie in files."""
-
-    mosaic: Mosaic
-
-    def part(self, loading: Loading, layout: FlatShards, group: Group, out: torch.Tensor) -> None:
-        for piece in layout.pieces(group.rank):
-            loading.reader.fill(self.mosaic, piece.start, out[piece.offset : piece.offset + piece.numel])
-
-
 class Loading:
     """One load, by the ranks of ``group``. ``what`` it is called in errors."""
 
     def __init__(self, reader: Reader, group: Group, what: str) -> None:
-        self.reader, self.group, self.what = reader, group, what
+        self._reader, self.group, self.what = reader, group, what
 
     def together(self, label: str, work: Callable[[], None]) -> None:
         """Do ``work``, which communicates nothing. Raises CheckpointError on every rank where it raised on one."""
@@ -73,14 +53,13 @@ class Loading:
         )
         return stored
 
-    def into_shards(self, values: Mapping[Shards, InFiles]) -> None:
+    def into_shards(self, values: Mapping[Shards, Mosaic]) -> None:
         """Let the shards be those of ``values``; collective."""
 
         def read() -> None:
-            for shards, value in values.items():
-                shard = torch.zeros(shards.shard_numel, dtype=shards.dtype, device=shards.full.device)
-                value.part(self, shards.layout, shards.group, shard)
-                shards.own.renew(shard)
+            for shards, mosaic in values.items():
+                with shards.own.anew(shards.full.device) as shard:
+                    self._read(mosaic, shards.layout, shards.group, shard)
 
         self.together("reading the weights", read)
         for shards in values:
@@ -88,17 +67,21 @@ class Loading:
                 settled = shards.settled().view(-1)
                 shards.renewed()[: settled.numel()].copy_(settled)
 
-    def whole(self, name: str, value: Value, like: torch.Tensor) -> torch.Tensor:
-        """``value`` in the shape, dtype and device of ``like``, of which each rank reads a part; collective."""
+    def whole(self, name: str, mosaic: Mosaic, like: torch.Tensor) -> torch.Tensor:
+        """``mosaic`` in the shape, dtype and device of ``like``, of which each rank reads a part; collective."""
         dtype = str(like.dtype).removeprefix("torch.")
         layout = flat_shards([(name, tuple(like.shape), dtype)], self.group.size)
         full = torch.zeros(layout.padded_numel, dtype=like.dtype, device=like.device)
         start, stop = layout.shard_range(self.group.rank)
         own = full[start:stop]
-        self.together(f"reading {name}", lambda: value.part(self, layout, self.group, own))
+        self.together(f"reading {name}", lambda: self._read(mosaic, layout, self.group, own))
         # As bytes: a buffer may have a dtype that no backend sends.
         all_gather(full.view(torch.uint8), own.view(torch.uint8), self.group, label=name).wait()
         return full[: layout.numel].view(like.shape)
+
+    def _read(self, mosaic: Mosaic, layout: FlatShards, group: Group, out: torch.Tensor) -> None:
+        for piece in layout.pieces(group.rank):
+            self._reader.fill(mosaic, piece.start, out[piece.offset : piece.offset + piece.numel])
 
 
 def load_built(
@@ -155,16 +138,12 @@ def load_weights(root: torch.nn.Module, weights: Weights, group: Group, what: st
             _check(name, one, targets[name])
         # Of tied parameters the last name counts, as in ``load_state_dict``.
         loading.into_shards(
-            {
-                shards: InFiles(one.mosaic)
-                for name, one in plain.items()
-                if (shards := shards_of(targets[name]))
-            }
+            {shards: one.mosaic for name, one in plain.items() if (shards := shards_of(targets[name]))}
         )
         with torch.no_grad():
             for name, one in plain.items():
                 if shards_of(targets[name]) is None:
-                    targets[name].copy_(loading.whole(name, InFiles(one.mosaic), targets[name]))
+                    targets[name].copy_(loading.whole(name, one.mosaic, targets[name]))
             unused = set(stored) - ours
             missing = [
                 name
@@ -244,9 +223,7 @@ def _load_own(
     """Let the module load its part itself; returns the names that it misses, and the keys that it has no use for."""
     start = f"{prefix}." if prefix else ""
     state = {
-        key.removeprefix(start): loading.whole(
-            key, InFiles(one.mosaic), torch.empty(one.shape, dtype=one.dtype)
-        )
+        key.removeprefix(start): loading.whole(key, one.mosaic, torch.empty(one.shape, dtype=one.dtype))
         for key, one in stored.items()
         if key.startswith(start)
     }
