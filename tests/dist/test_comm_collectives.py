@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.helpers.data import generator
 from tests.helpers.pool import Pools
 from tests.helpers.referee import assert_bitwise
 from zeropipe.comm import collectives as comm
-from zeropipe.comm.group import Group, new_group, new_groups, world
+from zeropipe.comm.group import Group, new_group, new_groups, with_words, world
 from zeropipe.comm.leases import LEASES
 from zeropipe.comm.native import Native
 from zeropipe.comm.record import Event, inject, record
@@ -157,30 +158,33 @@ def test_the_backends_own_calls_give_the_same(pool: Pools, size: int, dtype: str
     pool(size).run(check_natively, dtype)
 
 
-def check_runs(rank: int, size: int, staged: bool = False) -> None:
+def for_gpus_alone() -> Group:
+    """The world, as one that was started with NCCL alone."""
+    group = replace(with_words(world()), backends=(("cuda", "strict"),))
+    assert group.carrying(torch.empty(1)).backend == "gloo"
+    return group
+
+
+def check_runs(rank: int, size: int, beside: bool = False) -> None:
     """A run of a flat is reduced as its cuts are, and gathers that begin together are gathers."""
-    with pytest.MonkeyPatch.context() as patch:
-        if staged:  # as on a group that has a backend for GPUs alone: there and back
-            patch.setattr(Group, "only_device", "cpu")
-            patch.setattr(Group, "has_tags", False)
-        g, shard = LEASES.with_lanes(world(), 2), 7
-        for start, stop in [(0, shard * size), (0, 5), (3, shard * size - 2), (shard, 2 * shard), (shard + 2, shard + 2)]:
-            for channel, op in ((0, "sum"), (2, "avg")):
-                inputs = [data(r, stop - start, "float32", key=start) for r in range(size)]
-                run = comm.Run(inputs[rank].clone(), start, shard)
-                want = comm.Run(expected(op, inputs), start, shard).part(rank)
-                output = torch.empty_like(want)
-                comm.reduce_run(run, output, g, op=op, channel=channel)
-                assert_bitwise(output, want, f"{start} to {stop}")
-                inside = comm.Run(inputs[rank].clone(), start, shard)
-                comm.reduce_run(inside, inside.part(rank), g, op=op, channel=channel)
-                assert_bitwise(inside.part(rank), want, "in place")
-        numels = [3, 1, 4000]
-        mine = [data(rank, numel, "bfloat16", key=numel) for numel in numels]
-        outputs = [torch.empty(numel * size, dtype=torch.bfloat16) for numel in numels]
-        comm.all_gather_many(outputs, mine, g, channel=1, async_op=True).wait()
-        for output, numel in zip(outputs, numels, strict=True):
-            assert_bitwise(output, torch.cat([data(r, numel, "bfloat16", key=numel) for r in range(size)]))
+    g, shard = LEASES.with_lanes(for_gpus_alone() if beside else world(), 2), 7
+    for start, stop in [(0, shard * size), (0, 5), (3, shard * size - 2), (shard, 2 * shard), (shard + 2, shard + 2)]:
+        for channel, op in ((0, "sum"), (2, "avg")):
+            inputs = [data(r, stop - start, "float32", key=start) for r in range(size)]
+            run = comm.Run(inputs[rank].clone(), start, shard)
+            want = comm.Run(expected(op, inputs), start, shard).part(rank)
+            output = torch.empty_like(want)
+            comm.reduce_run(run, output, g, op=op, channel=channel)
+            assert_bitwise(output, want, f"{start} to {stop}")
+            inside = comm.Run(inputs[rank].clone(), start, shard)
+            comm.reduce_run(inside, inside.part(rank), g, op=op, channel=channel)
+            assert_bitwise(inside.part(rank), want, "in place")
+    numels = [3, 1, 4000]
+    mine = [data(rank, numel, "bfloat16", key=numel) for numel in numels]
+    outputs = [torch.empty(numel * size, dtype=torch.bfloat16) for numel in numels]
+    comm.all_gather_many(outputs, mine, g, channel=1, async_op=True).wait()
+    for output, numel in zip(outputs, numels, strict=True):
+        assert_bitwise(output, torch.cat([data(r, numel, "bfloat16", key=numel) for r in range(size)]))
 
 
 @pytest.mark.native
@@ -190,29 +194,26 @@ def test_a_run_is_reduced_as_its_cuts_and_gathers_may_begin_together(pool: Pools
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_cpu_tensors_travel_through_the_device_where_the_group_has_no_other_backend(
+def test_cpu_tensors_travel_beside_a_group_that_has_a_backend_for_gpus_alone(
     native_pool: Pools, size: int
 ) -> None:
-    native_pool(size).run(check_runs, staged=True)
-    native_pool(size).run(check_messages, staged=True)
+    native_pool(size).run(check_runs, beside=True)
+    native_pool(size).run(check_messages, beside=True)
 
 
-def check_messages(rank: int, size: int, staged: bool = False) -> None:
+def check_messages(rank: int, size: int, beside: bool = False) -> None:
     """Every member sends to every other before it receives: without tags only messages that begin together may."""
-    with pytest.MonkeyPatch.context() as patch:
-        if staged:
-            patch.setattr(Group, "only_device", "cpu")
-        g, others = world(), [r for r in range(size) if r != rank]
-        messages = comm.Messages(g, "test")
-        sent = {r: data(rank, 6000, "float32", key=r) for r in others}
-        got = {r: torch.empty(6000) for r in others}
-        works = [messages.send(sent[r], r, 1) for r in others] + [messages.recv(got[r], r, 1) for r in others]
-        messages.begin()
-        for work in works:
-            work.wait()
-        for r in others:
-            assert_bitwise(got[r], data(r, 6000, "float32", key=rank))
-        comm.Messages(g, "none").begin()
+    g, others = for_gpus_alone() if beside else world(), [r for r in range(size) if r != rank]
+    messages = comm.Messages(g, "test")
+    sent = {r: data(rank, 6000, "float32", key=r) for r in others}
+    got = {r: torch.empty(6000) for r in others}
+    works = [messages.send(sent[r], r, 1) for r in others] + [messages.recv(got[r], r, 1) for r in others]
+    messages.begin()
+    for work in works:
+        work.wait()
+    for r in others:
+        assert_bitwise(got[r], data(r, 6000, "float32", key=rank))
+    comm.Messages(g, "none").begin()
 
 
 @pytest.mark.parametrize("size", [2, 4])

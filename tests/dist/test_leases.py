@@ -5,13 +5,18 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import pytest
+import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
 import zeropipe
 from tests.dist.test_zero_two_hops import TWO_HOPS, nodes_of
 from tests.helpers.pool import Pools
 from tests.helpers.zero3 import Stack, engine_of, x_batch
 from zeropipe import zero
+from zeropipe.comm.group import disjoint
 from zeropipe.comm.group import world as everyone
 from zeropipe.comm.leases import LEASES, Leases
 
@@ -35,8 +40,6 @@ def step(engine: Any, rank: int) -> None:
 
 def works() -> None:
     """torch.distributed still carries what a user sends."""
-    import torch
-
     total = torch.ones(3)
     dist.all_reduce(total)
     assert total.tolist() == [dist.get_world_size()] * 3
@@ -178,3 +181,49 @@ def _world(rank: int, world: int) -> bool:
     LEASES.hold(taken[0, 1], zeropipe)
     LEASES.drop(zeropipe)
     return taken[0, 1] == everyone() and groups() == before
+
+
+def split(rank: int, world: int) -> tuple[list[Any], list[tuple[int, ...]]]:
+    """A world that was started with its device, whose communicators are split: torch's own call is played by gloo."""
+    everyone: Any = dist.group.WORLD
+    calls: list[Any] = []
+
+    def split_group(parent: Any, lists: list[list[int]], timeout: Any = None) -> Any:
+        calls.append((parent is everyone, lists))
+        members = dist.get_process_group_ranks(parent)
+        mine = [[members[at] for at in ranks] for ranks in lists if rank in (members[at] for at in ranks)]
+        everyone.bound_device_id = None
+        made = dist.new_group(mine[0], use_local_synchronization=True) if mine else None
+        everyone.bound_device_id = torch.device("cpu", 0)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        # A stand-in for NCCL: gloo, bound to a device, that says it can.
+        patch.setattr(everyone, "bound_device_id", torch.device("cpu", 0))
+        patch.setattr(dist.ProcessGroupGloo, "supports_splitting", True)
+        patch.setattr(dist, "split_group", split_group)
+        engine = engine_with(MICS)
+        step(engine, rank)
+        again = engine_with(MICS)  # theirs are there
+        found = [one.ranks for one in (again._sharded.parts.shard, again._sharded.parts.replicas)]
+        for one in (engine, again):
+            one.destroy()
+            zero.unshard_module(one.module)
+    return calls, found
+
+
+def test_shard_groups_and_replicas_are_two_splits_of_the_world(pool: Pools) -> None:
+    """They were a communicator each, in which all ranks of the world took part."""
+    for rank, (calls, found) in enumerate(pool(4).run(split)):
+        assert calls == [(True, [[0, 1], [2, 3]]), (True, [[0, 2], [1, 3]])]  # alike on every rank
+        assert found == [(rank // 2 * 2, rank // 2 * 2 + 1), (rank % 2, rank % 2 + 2)]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True).map(tuple), max_size=8))
+def test_what_starts_together_has_no_common_member(lists: list[tuple[int, ...]]) -> None:
+    bundles = disjoint(lists)
+    assert sorted(ranks for bundle in bundles for ranks in bundle) == sorted(lists)
+    for bundle in bundles:
+        members = [rank for ranks in bundle for rank in ranks]
+        assert len(members) == len(set(members))
+    assert bundles == disjoint(lists)

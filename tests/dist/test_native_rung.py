@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ import torch.distributed as dist
 from tests.helpers.pool import Pools, RankFailure
 from tests.helpers.zero3 import Stack, engine_of, x_batch
 from zeropipe.comm import collectives as comm
+from zeropipe.comm.agreement import meet
 from zeropipe.comm.group import world as everyone
-from zeropipe.comm.record import Event, inject
+from zeropipe.comm.record import Event, inject, record
+from zeropipe.errors import DesyncError
+from zeropipe.runtime.zero.gather import coordinator
 
 DEPTH = 6
 
@@ -44,6 +48,54 @@ def test_reductions_are_retired_in_the_middle_of_backward_where_ranks_have_no_wo
     for _, (started, most) in native_pool(3).run(in_flight):
         assert started == 6 * DEPTH + 1  # a bucket for each parameter
         assert most <= started // 2
+
+
+def words(rank: int, world: int) -> list[list[str]]:
+    """What ranks tell each other in each step, of backwards in which nothing is gathered for long."""
+    options = {"reduce_bucket_size": 1, "stage3_max_reuse_distance": 10**9}
+    engine = engine_of(Stack(DEPTH), 3, world, zero_optimization=options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coordinator, "REDUCTIONS_COMPARED_EVERY", 1)
+        said: list[list[str]] = []
+        for step in range(2):
+            with record() as events:
+                engine.backward(engine(x_batch(step, rank)).square().mean())
+                engine.step()
+            said.append([event.label for event in events if event.op == "meet"])
+    engine.destroy()
+    return said
+
+
+def test_no_rank_waits_for_words_in_the_middle_of_backward(native_pool: Pools, pool: Pools) -> None:
+    """Beside NCCL gloo carries words. One for every 2M elements of backward made every host wait for all others, where
+    reductions are retired without them."""
+    for of_rank in native_pool(2).run(words):
+        for said in of_rank:
+            assert said and "backward goes on" not in said
+            assert len(said) <= 6
+    # Where nobody else knows what has arrived it is said.
+    assert all("backward goes on" in said for _, said in pool(2).run(words))
+
+
+def started_without_gloo(rank: int, world: int) -> tuple[bool, str]:
+    """Ranks that part in a world of NCCL alone: in a meeting, and before it."""
+    engine = engine_of(Stack(2), 3, world)
+    group = engine.optimizer.partitions[0].group
+    found = ""
+    try:
+        meet(f"rank {rank % 2} goes its way", group, patience=timedelta(seconds=20))
+    except DesyncError as error:
+        found = str(error)
+    meet("all are back", group)
+    engine.destroy()
+    return group.backend == "strict" and group.has_tags is False, found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_that_part_hear_of_it_in_a_world_without_gloo(native_pool: Pools, size: int) -> None:
+    for rank, (native, found) in enumerate(native_pool(size).run(started_without_gloo)):
+        assert native
+        assert f"this one is at 'rank {rank % 2} goes its way'" in found
 
 
 def odd_order(rank: int, world: int) -> None:

@@ -2,8 +2,9 @@
 
 NCCL has no tags. On one communicator every rank must issue the same collectives in the same order, or they hang or mix
 their data. gloo is as strict for its own collectives, so a backend that is gloo under another name takes every path
-that NCCL takes: zeropipe knows gloo by name alone. What is issued is logged where torch.distributed is called, not
-where zeropipe says that it calls, and compared between ranks after every task.
+that NCCL takes: zeropipe knows gloo by name alone, and starts it beside this one, for words, as beside NCCL. What is
+issued is logged where torch.distributed is called, not where zeropipe says that it calls, and compared between ranks
+after every task.
 
 gloo adds floats in an order of its own. Among more than two ranks they are added in the order of ranks, from what gloo
 has moved, so that what is proved to the bit elsewhere is proved to the bit here.
@@ -78,6 +79,8 @@ class Log:
     def _add(self, pg: Any, entry: Entry, pair: tuple[int, ...] | None = None) -> None:
         import torch.distributed as dist
 
+        if dist.get_backend(pg) == "gloo":  # beside the strict one, for words: it has tags, and no order
+            return
         ranks = tuple(dist.get_process_group_ranks(pg))
         among = ranks if pair is None else tuple(sorted(ranks[at] for at in pair))
         self._issued[str(pg.group_name) + ("" if pair is None else " messages"), among].append(entry)

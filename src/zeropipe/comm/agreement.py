@@ -245,6 +245,7 @@ class Talks:
 
     def of(self, group: Group, channel: int) -> Talk:
         """The one talk of this process group on ``channel``, whoever asks."""
+        group = group.speaking or group
         key = group.ranks, channel, group.started
         if key not in self._talks:
             self._talks[key] = Talk(group, channel)

@@ -94,7 +94,7 @@ def all_reduce(
     call = Call("all_reduce", group, label, async_op, op).check(tensor).enter(tensor.nbytes)
     if tensor.numel() == 0:
         return Work(call)
-    return _CARRIERS.carrier(tensor, group).all_reduce(call, tensor).under(call)
+    return _CARRIERS.carrier(tensor, call.group).all_reduce(call, tensor).under(call)
 
 
 def reduce_scatter(
@@ -112,7 +112,7 @@ def reduce_scatter(
     """
     _check_sizes("reduce_scatter", input, output, group)
     call = Call("reduce_scatter", group, label, async_op, op).check(input).enter(input.nbytes)
-    return _CARRIERS.carrier(input, group).reduce_scatter(call, output, input).under(call)
+    return _CARRIERS.carrier(input, call.group).reduce_scatter(call, output, input).under(call)
 
 
 def reduce_to_owners(
@@ -140,7 +140,7 @@ def reduce_to_owners(
     found = [output.numel() for output in outputs]
     if own != found:
         raise UsageError(f"{call}: the outputs must hold this rank's {own} elements, found {found}")
-    return _CARRIERS.carrier(cuts[0][1], group).reduce_to_owners(call, cuts, outputs).under(call)
+    return _CARRIERS.carrier(cuts[0][1], call.group).reduce_to_owners(call, cuts, outputs).under(call)
 
 
 def reduce_run(
@@ -162,7 +162,7 @@ def reduce_run(
     call.enter(run.whole.nbytes)
     if not run.whole.numel():
         return Work(call)
-    return _CARRIERS.carrier(run.whole, group).reduce_run(call, run, output).under(call)
+    return _CARRIERS.carrier(run.whole, call.group).reduce_run(call, run, output).under(call)
 
 
 def all_gather(
@@ -188,9 +188,9 @@ def all_gather(
         output
     )
     # In two hops each is an event of its own, with the bytes that it moves (``enter_hop``).
-    if group.hops is None or not output.numel():
+    if call.group.hops is None or not output.numel():
         call.enter(output.nbytes)
-    return _CARRIERS.carrier(output, group).all_gather(call, output, shard).under(call)
+    return _CARRIERS.carrier(output, call.group).all_gather(call, output, shard).under(call)
 
 
 def all_gather_many(
@@ -208,9 +208,9 @@ def all_gather_many(
         if output.numel() != shard.numel() * size or output.dtype != shard.dtype:
             _check_sizes("all_gather", output, shard, group)
     call = Call("all_gather", group, label, async_op, channel=channel).check(outputs[0])
-    if group.hops is None:
+    if call.group.hops is None:
         call.enter(sum([output.nbytes for output in outputs]))
-    return _CARRIERS.carrier(outputs[0], group).all_gather_many(call, outputs, shards).under(call)
+    return _CARRIERS.carrier(outputs[0], call.group).all_gather_many(call, outputs, shards).under(call)
 
 
 def gather_from_owners(cuts: Sequence[Cut], group: Group, *, label: str = "", async_op: bool = False) -> Work:
@@ -222,7 +222,7 @@ def gather_from_owners(cuts: Sequence[Cut], group: Group, *, label: str = "", as
         return Work("gather_from_owners of nothing")
     call = Call("gather_from_owners", group, label, async_op).check(cuts[0][1])
     call.enter(sum(view.nbytes for _, view in cuts))
-    return _CARRIERS.carrier(cuts[0][1], group).gather_from_owners(call, cuts).under(call)
+    return _CARRIERS.carrier(cuts[0][1], call.group).gather_from_owners(call, cuts).under(call)
 
 
 def broadcast(
@@ -232,6 +232,7 @@ def broadcast(
     call = Call("broadcast", group, label, async_op).check(tensor).enter(tensor.nbytes)
     if group.size == 1 or tensor.numel() == 0:
         return Work(call)
+    call.group.backend_for(tensor)
     return _CARRIERS.native.broadcast(call, tensor, src).under(call)
 
 
@@ -245,7 +246,7 @@ def all_to_all(
             f"output {output.numel()}"
         )
     call = Call("all_to_all", group, label, async_op).check(input).enter(input.nbytes)
-    return _CARRIERS.carrier(input, group).all_to_all(call, output, input).under(call)
+    return _CARRIERS.carrier(input, call.group).all_to_all(call, output, input).under(call)
 
 
 def send(
@@ -253,7 +254,8 @@ def send(
 ) -> Work:
     """Send ``tensor`` (contiguous) to member ``dst``; it must not change before the work is done."""
     call = Call("send", group, label, async_op).check(tensor).enter(tensor.nbytes)
-    handle = send_to(tensor, dst, group, tag)
+    call.group.backend_for(tensor)
+    handle = send_to(tensor, dst, call.group, tag)
     return Work(call, [] if handle is None else [handle]).under(call)
 
 
@@ -262,7 +264,8 @@ def recv(
 ) -> Work:
     """Receive into ``tensor`` (contiguous) from member ``src``; shape and dtype must be the sender's."""
     call = Call("recv", group, label, async_op).check(tensor).enter(tensor.nbytes)
-    handle = receive_from(tensor, src, group, tag)
+    call.group.backend_for(tensor)
+    handle = receive_from(tensor, src, call.group, tag)
     return Work(call, [] if handle is None else [handle]).under(call)
 
 
@@ -274,7 +277,6 @@ class Messages:
     # order but that of the messages from one rank to another.
     def __init__(self, group: Group, label: str) -> None:
         self._group, self._label = group, label
-        self._waits = goes_in_one(group)
         self._later = Later()
         self._messages: list[tuple[bool, torch.Tensor, int, int]] = []
 
@@ -286,12 +288,11 @@ class Messages:
 
     def _add(self, sends: bool, tensor: torch.Tensor, member: int, tag: int) -> Work:
         # With tags nothing is gained by waiting: the first piece travels while the next is made.
-        if not self._waits:
-            call = send if sends else recv
-            return call(tensor, member, self._group, tag=tag, label=self._label, async_op=True)
-        Call("send" if sends else "recv", self._group, self._label, async_op=True).check(tensor).enter(
-            tensor.nbytes
-        )
+        if not goes_in_one(self._group.carrying(tensor)):
+            begin = send if sends else recv
+            return begin(tensor, member, self._group, tag=tag, label=self._label, async_op=True)
+        call = Call("send" if sends else "recv", self._group, self._label, async_op=True).check(tensor)
+        call.enter(tensor.nbytes).group.backend_for(tensor)
         self._messages.append((sends, tensor, member, tag))
         return Work(f"messages {self._label!r}", [self._later])
 

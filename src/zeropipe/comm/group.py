@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -40,6 +40,8 @@ class Group:
     # Process groups of the same ranks for channels from 1 on (``Leases.lanes``). On gloo tags keep channels apart;
     # NCCL has no tags, and two channels on one communicator would have to be interleaved alike on all ranks.
     lanes: tuple[weakref.ref[dist.ProcessGroup], ...] = field(default=(), compare=False, repr=False)
+    # The same ranks over gloo, where the group has none itself (``with_words``).
+    beside: Group | None = field(default=None, compare=False, repr=False)
 
     @property
     def pg(self) -> dist.ProcessGroup | None:
@@ -66,15 +68,19 @@ class Group:
         return all(name == "gloo" for _, name in self.backends)
 
     @property
-    def speaks(self) -> bool:
-        """Whether members can tell each other words (``agreement.py``): it takes gloo, alone or beside NCCL."""
-        return dict(self.backends).get("cpu") == "gloo"
+    def speaking(self) -> Group | None:
+        """The group by which members tell each other words (``agreement.py``): it takes gloo, here or beside."""
+        return self if dict(self.backends).get("cpu") == "gloo" else self.beside
 
     @property
-    def only_device(self) -> str | None:
-        """The device that CPU tensors travel through, where the group has a backend for nothing else."""
-        kinds = [kind for kind, _ in self.backends]
-        return kinds[0] if kinds and "cpu" not in kinds else None
+    def speaks(self) -> bool:
+        return self.speaking is not None
+
+    def carrying(self, tensor: torch.Tensor) -> Group:
+        """The group that ``tensor`` travels by: CPU tensors (offloaded state) go beside one for a device alone."""
+        if self.beside is None or tensor.device.type != "cpu" or "cpu" in dict(self.backends):
+            return self
+        return self.beside
 
     def backend_for(self, tensor: torch.Tensor) -> str:
         """The backend that carries ``tensor``.
@@ -82,8 +88,6 @@ class Group:
         Raises UsageError when the group has none for its device.
         """
         kind = tensor.device.type
-        if kind == "cpu" and self.only_device is not None:
-            return self.backends[0][1]
         for device, name in self.backends:
             # torch names gloo for every device, and its messages take any pointer for one of host memory.
             if device == kind and (name != "gloo" or kind == "cpu"):
@@ -117,12 +121,57 @@ def from_process_group(pg: dist.ProcessGroup) -> Group:
     backends = (
         tuple(tuple(pair.split(":", 1)) for pair in str(config).split(",")) if ":" in str(config) else ()
     )
-    return Group(
+    group = Group(
         ranks=tuple(dist.get_process_group_ranks(pg)),
         rank=dist.get_rank(pg),
         started=weakref.ref(pg),
         backends=backends or (("cpu", str(config)), ("cuda", str(config))),  # type: ignore[arg-type]
     )
+    return replace(group, beside=_BESIDE.of(group.ranks)) if group.speaking is None else group
+
+
+class _Beside:
+    """The gloo groups beside those of a world that was started without it. Process groups belong to the process, and
+    so does this."""
+
+    def __init__(self) -> None:
+        self._world: weakref.ref[dist.ProcessGroup] | None = None  # the one that these are of
+        self._groups: dict[tuple[int, ...], Group] = {}
+
+    def of(self, ranks: tuple[int, ...]) -> Group | None:
+        """That of ``ranks``, if it was started in this world."""
+        here = self._world is not None and self._world() is dist.group.WORLD
+        return self._groups.get(ranks) if here else None
+
+    def start(self, group: Group) -> Group:
+        """That of ``group``; collective among its members alone, the first time."""
+        found = self.of(group.ranks)
+        if found is None:
+            if self._world is None or self._world() is not dist.group.WORLD:
+                assert dist.group.WORLD is not None
+                self._world, self._groups = weakref.ref(dist.group.WORLD), {}
+            # A host's own words and tensors have no business in a GPU's queue, and torch splits no communicator for it.
+            pg = dist.new_group(
+                list(group.ranks), backend="gloo", use_local_synchronization=True, sort_ranks=False
+            )
+            found = self._groups[group.ranks] = Group(
+                group.ranks, group.rank, weakref.ref(pg), (("cpu", "gloo"),)
+            )
+        return found
+
+
+_BESIDE = _Beside()
+
+
+def with_words(group: Group) -> Group:
+    """``group``, with gloo beside it if it has none: for the words of ``agreement.py``, and for CPU tensors.
+
+    Collective among its members, the first time that these ranks ask. Where torch was built without gloo there are
+    none: ranks that part then wait until the backend's own watchdog ends them, and CPU tensors are refused.
+    """
+    if group.size == 1 or group.pg is None or group.speaks or not dist.is_gloo_available():
+        return group
+    return replace(group, beside=_BESIDE.start(group))
 
 
 def world() -> Group:
@@ -134,29 +183,62 @@ def world() -> Group:
     return from_process_group(pg)
 
 
-def new_group(
-    ranks: Sequence[int], timeout: timedelta | None = None, backend: str | None = None
-) -> Group | None:
+def new_group(ranks: Sequence[int], timeout: timedelta | None = None) -> Group | None:
     """Start a group. Every rank of the world must call this, in the same order; None for non-members."""
+    return start_groups([tuple(ranks)], timeout).get(tuple(ranks))
+
+
+def start_groups(
+    lists: Sequence[tuple[int, ...]], timeout: timedelta | None = None, backend: str | None = None
+) -> dict[tuple[int, ...], Group]:
+    """This rank's groups of ``lists``, which start together. Every rank of the world must call this, with the same."""
     everyone = world()
-    if tuple(ranks) == everyone.ranks:
-        return everyone
-    pg = dist.new_group(list(ranks), timeout=timeout, backend=backend)
-    return from_process_group(pg) if everyone.ranks[everyone.rank] in ranks else None
+    found = {ranks: with_words(everyone) for ranks in lists if ranks == everyone.ranks}
+    others = [ranks for ranks in dict.fromkeys(lists) if ranks != everyone.ranks]
+    # A communicator of its own for each group is a meeting of the world. Where the world's can be split, groups without
+    # a common member are one split, whatever their number: the shard groups of MiCS, and then the replicas.
+    splits = everyone.size > 1 and _splits(everyone)
+    for together in disjoint(others) if splits else [[ranks] for ranks in others]:
+        if splits:
+            pg = dist.split_group(everyone.pg, [list(ranks) for ranks in together], timeout=timeout)
+        else:
+            pg = dist.new_group(list(together[0]), timeout=timeout, backend=backend)
+        mine = next((ranks for ranks in together if everyone.ranks[everyone.rank] in ranks), None)
+        if mine is not None:
+            assert pg is not None
+            found[mine] = with_words(from_process_group(pg))
+    return found
+
+
+def disjoint(lists: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """``lists`` in as few bundles as come without search, such that those of one have no common member."""
+    bundles: list[list[tuple[int, ...]]] = []
+    for ranks in lists:
+        free = (b for b in bundles if not any(set(ranks) & set(other) for other in b))
+        bundle = next(free, None)
+        if bundle is None:
+            bundles.append(bundle := [])
+        bundle.append(ranks)
+    return bundles
+
+
+def _splits(group: Group) -> bool:
+    """Whether communicators of ``group`` come of a split: those that were started with their device do."""
+    pg, everyone = group.pg, dist.group.WORLD
+    device = None if everyone is None else everyone.bound_device_id
+    return pg is not None and device is not None and bool(pg._get_backend(device).supports_splitting)
 
 
 def start_lane(group: Group) -> weakref.ref[dist.ProcessGroup]:
     """Start one more process group of the same ranks. Collective among them alone."""
-    everyone, parent = dist.group.WORLD, group.pg
-    assert everyone is not None
+    parent = group.pg
     assert parent is not None
-    if everyone.bound_device_id is None:
+    if _splits(group):
+        # By a start anew every rank of the world would have to take part.
+        pg = dist.split_group(parent, [list(range(group.size))])
+    else:
         # torch names it by its ranks and what is there of them: the same on all, who have started the same.
         pg = dist.new_group(list(group.ranks), use_local_synchronization=True, sort_ranks=False)
-    else:
-        # Communicators that were started with their device are split: without this every rank of the world would
-        # have to take part.
-        pg = dist.split_group(parent, [list(range(group.size))])
     assert pg is not None
     return weakref.ref(pg)
 
@@ -166,15 +248,13 @@ def new_groups(lists: Sequence[Sequence[int]]) -> Group:
 
     Raises UsageError when no list names this rank.
     """
-    mine: Group | None = None
     # torch.distributed.nn's backward names the members of a "gloo" group by their ranks in the world, and so fails in
     # any smaller one. In a group of the same backend by its longer name it takes another way.
     backend = "cpu:gloo" if dist.is_initialized() and dist.get_backend() == "gloo" else None
-    for ranks in lists:
-        mine = new_group(ranks, backend=backend) or mine
-    if mine is None:
+    mine = start_groups([tuple(ranks) for ranks in lists], backend=backend)
+    if not mine:
         raise UsageError(f"rank {world().rank} is in none of the groups {list(map(list, lists))}")
-    return mine
+    return next(iter(mine.values()))
 
 
 def group_of(mpu: Mpu) -> Group:

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from zeropipe.comm.collectives import all_gather_object, goes_in_one
-from zeropipe.comm.group import Group, new_group, start_lane, world
+from zeropipe.comm.group import Group, start_groups, start_lane, world
 from zeropipe.given import Anything
 
 Ranks = tuple[int, ...]
@@ -62,20 +62,21 @@ class Leases:
         # From here on all ranks see the same reports, so they decide alike without asking again.
         found: dict[Ranks, Group] = {}
         kept: set[str] = set()
+        lacking: list[Ranks] = []
         for ranks in wanted:
             shared = [name for name in reports[ranks[0]] if all(name in reports[rank] for rank in ranks)]
             name = min((name for name in shared if reports[ranks[0]][name][0] == ranks), default=None)
             if ranks == everyone.ranks:
                 found[ranks] = everyone
             elif name is None:
-                group = new_group(ranks)
-                if group is not None:
-                    found[ranks] = group
-                    kept.add(self._add(group))
+                lacking.append(ranks)
             else:
                 kept.add(name)
                 if everyone.rank in ranks:
                     found[ranks] = self._leases[name].group
+        for ranks, group in start_groups(lacking).items():
+            found[ranks] = group
+            kept.add(self._add(group))
         # What no rank uses or takes over now is destroyed by all at once, in one order of names.
         used = {name for report in reports for name, (_, in_use) in report.items() if in_use}
         for name in sorted(self._leases.keys() - used - kept):

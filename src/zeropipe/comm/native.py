@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import wraps
 from typing import Any, Protocol
 
 import torch
@@ -102,43 +101,6 @@ class Alone:
         return Work(call)
 
 
-Moved = list[tuple[torch.Tensor, torch.Tensor]]  # (here, its copy on the device)
-
-
-def _through(device: str, what: Any, moved: Moved) -> Any:
-    """``what`` with every CPU tensor in it on ``device``."""
-    if isinstance(what, torch.Tensor) and what.device.type == "cpu":
-        moved.append((what, what.to(device, copy=True)))
-        return moved[-1][1]
-    return [_through(device, one, moved) for one in what] if isinstance(what, (list, tuple)) else what
-
-
-def _anywhere(written: int = 0) -> Callable[[Callable[..., Work]], Callable[..., Work]]:
-    """A method for CPU tensors too (offloaded state) over a group that has a backend for its device alone: through the
-    device and, once it is waited for, back. ``written``: the argument after the call that comes back."""
-
-    def wrap(carry: Callable[..., Work]) -> Callable[..., Work]:
-        @wraps(carry)
-        def carried(self: Native, call: Call, *what: Any) -> Work:
-            # A world that its user started with NCCL alone has nothing else: to start gloo beside it later would take
-            # every rank of the world, at a place where only this group's ranks are.
-            device = call.group.only_device
-            if device is None:
-                return carry(self, call, *what)
-            moved: list[Moved] = [[] for _ in what]
-            there = [_through(device, *pair) for pair in zip(what, moved, strict=True)]
-
-            def back() -> None:
-                for here, its in moved[written]:
-                    here.copy_(its)
-
-            return carry(self, call, *there).then(back)
-
-        return carried
-
-    return wrap
-
-
 class Native:
     """The backend's own algorithms. Each is one call of torch's, or a number of them that no number of ranks raises."""
 
@@ -152,15 +114,12 @@ class Native:
     # Channel 0 has everything else, in the order of the program: norms, broadcasts, what is told at the end of a step.
     in_one = True
 
-    @_anywhere()
     def all_reduce(self, call: Call, tensor: torch.Tensor) -> Work:
         return Work(call, [dist.all_reduce(tensor, _OPS[call.reduction], call.pg, async_op=True)])
 
-    @_anywhere()
     def reduce_scatter(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work:
         return Work(call, [_reduce_scatter(output, input, _OPS[call.reduction], call.pg, async_op=True)])
 
-    @_anywhere(written=1)
     def reduce_to_owners(self, call: Call, cuts: Sequence[Cut], outputs: Sequence[torch.Tensor]) -> Work:
         group, places, handles = call.group, iter(outputs), list[Any]()
         # A call for each cut: this is for few, ``reduce_run`` for what all ranks share.
@@ -188,13 +147,11 @@ class Native:
         work = self.all_reduce(call, run.whole)
         return work.then(lambda: put(output, run.part(rank))) if rank in owners else work
 
-    @_anywhere()
     def all_gather(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work:
         if call.group.hops is not None and output.numel():
             return self._two_hops(call, output, shard)
         return Work(call, [_all_gather(_bytes(output), _bytes(shard), call.pg, async_op=True)])
 
-    @_anywhere()
     def all_gather_many(
         self, call: Call, outputs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]
     ) -> Work:
@@ -212,20 +169,16 @@ class Native:
         mine, theirs = ([_bytes(one).data for one in some] for some in (shards, outputs))
         return Work(call, [gather(theirs, mine, options)])
 
-    @_anywhere()
     def gather_from_owners(self, call: Call, cuts: Sequence[Cut]) -> Work:
         ranks, pg = call.group.ranks, call.pg
         return Work(call, [dist.broadcast(view, ranks[owner], pg, async_op=True) for owner, view in cuts])
 
-    @_anywhere()
     def all_to_all(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work:
         return Work(call, [dist.all_to_all_single(output, input, group=call.pg, async_op=True)])
 
-    @_anywhere()
     def broadcast(self, call: Call, tensor: torch.Tensor, src: int) -> Work:
         return Work(call, [dist.broadcast(_bytes(tensor), call.group.ranks[src], call.pg, async_op=True)])
 
-    @_anywhere()
     def exchange(self, call: Call, messages: Sequence[tuple[bool, torch.Tensor, int, int]]) -> Work:
         """Messages (whether it is sent, what, with which member, tag) in one call, which has no order among them."""
         ranks, pg = call.group.ranks, call.pg
@@ -283,7 +236,7 @@ def all_gather_object(obj: Anything, group: Group, *, label: str = "") -> list[A
     if group.size == 1:
         return [obj]
     found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, obj, group.pg)
+    dist.all_gather_object(found, obj, (group.speaking or group).pg)
     return found
 
 
@@ -292,5 +245,5 @@ def broadcast_object(obj: Anything, src: int, group: Group, *, label: str = "") 
     Call("broadcast_object", group, label).enter()
     box = [obj]
     if group.size > 1:
-        dist.broadcast_object_list(box, group.ranks[src], group.pg)
+        dist.broadcast_object_list(box, group.ranks[src], (group.speaking or group).pg)
     return box[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -86,7 +86,8 @@ class Call:
         return self.group.on(self.channel)
 
     def check(self, tensor: torch.Tensor) -> Call:
-        """Raise UsageError where ``tensor`` cannot travel or be reduced so, before anything is sent."""
+        """The call by the group that carries ``tensor``. Raises UsageError where that cannot travel or be reduced so,
+        before anything is sent."""
         if self.reduction not in REDUCTIONS:
             raise UsageError(f"{self.op}: op is one of {', '.join(REDUCTIONS)}; found {self.reduction!r}")
         if self.reduction == "avg" and not tensor.dtype.is_floating_point:
@@ -95,7 +96,8 @@ class Call:
             )
         if not tensor.is_contiguous():
             raise UsageError(f"{self.op}: the tensor must be contiguous; found strides {tensor.stride()}")
-        return self
+        group = self.group.carrying(tensor)
+        return self if group is self.group else replace(self, group=group)
 
     def enter(self, nbytes: int | None = None) -> Call:
         """Pass through the seam; ``nbytes`` None: no tensor moves."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -83,8 +85,13 @@ def test_which_groups_need_lanes_and_which_devices_carry() -> None:
     gpus = Group((0, 1), 0, backends=(("cuda", "nccl"),))
     assert [group.has_tags for group in (gloo, both, gpus)] == [True, False, False]
     assert [group.speaks for group in (gloo, both, gpus)] == [True, True, False]
-    assert [group.only_device for group in (gloo, both, gpus)] == [None, None, "cuda"]
-    assert gpus.backend_for(torch.empty(1)) == "nccl"  # through the device
+    here, there = torch.empty(1), torch.empty(1, device="meta")
+    beside = replace(gpus, beside=gloo)
+    assert beside.speaks and beside.speaking is gloo
+    assert beside.carrying(here) is gloo and beside.carrying(there) is beside
+    assert both.carrying(here) is both and replace(both, beside=gloo).carrying(here) is not gloo
+    with pytest.raises(UsageError, match="a cpu tensor cannot be sent over nccl"):
+        gpus.backend_for(here)
 
 
 def test_the_log_of_the_native_rung_names_the_first_difference() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from zeropipe.comm.agreement import agree
-from zeropipe.comm.group import SELF, Group, world
+from zeropipe.comm.group import SELF, Group, with_words, world
 from zeropipe.config.batch import check_world, solve_batch
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
@@ -166,7 +166,7 @@ def shared_fate(group: Group | None) -> Iterator[None]:
         yield
     except Exception as error:
         with suppress(Exception):  # the error to raise is the first, also where nobody can be told
-            agree({_OUTCOME: f"{type(error).__name__}: {error}"}, group or world())
+            agree({_OUTCOME: f"{type(error).__name__}: {error}"}, group or with_words(world()))
         raise
 
 

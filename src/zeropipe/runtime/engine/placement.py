@@ -15,7 +15,7 @@ import torch
 
 from zeropipe.checkpoint.save.records import Grid
 from zeropipe.comm.collectives import broadcast
-from zeropipe.comm.group import SELF, Group, from_process_group, group_of, world
+from zeropipe.comm.group import SELF, Group, from_process_group, group_of, with_words, world
 from zeropipe.config.schema import Config
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
@@ -78,6 +78,10 @@ def divided_sequences(mpu: Mpu, mesh: Mesh, config: Config) -> tuple[Mpu, Mesh]:
 
 def data_parallel_group(mpu: Mpu, mesh: Mesh) -> Group:
     """The ranks that hold replicas of this rank's part of the model: from ``mpu``, a device mesh, or all."""
+    return with_words(_data_parallel_group(mpu, mesh))
+
+
+def _data_parallel_group(mpu: Any, mesh: Any) -> Group:
     if mpu is not None:
         return group_of(mpu)
     if mesh is None or not hasattr(mesh, "get_group"):
@@ -103,7 +107,7 @@ def replication(zero: ZeroOptimization, group: Group, mesh: Mesh) -> Replication
     pair = None if mesh is None or not hasattr(mesh, "get_group") else _mesh_pair(mesh)
     if pair is None:
         return replicated(group, zero).with_lanes()
-    replicas, shard = (from_process_group(mesh.get_group(name)) for name in pair)
+    replicas, shard = (with_words(from_process_group(mesh.get_group(name))) for name in pair)
     if size is not None and size != shard.size:
         raise ConfigError(
             "config key 'zero_optimization.mics_shard_size' and the device mesh differ",
@@ -147,7 +151,7 @@ def model_parts(
     group = getattr(mpu, "model_group", None)
     if not isinstance(group, Group):
         pg = mpu.get_model_parallel_group() if hasattr(mpu, "get_model_parallel_group") else None
-        group = SELF if pg is None else from_process_group(pg)
+        group = SELF if pg is None else with_words(from_process_group(pg))
     if group.size == 1:
         return SELF, None
     # Parts are pipeline stages and tensor-parallel slices. A parameter that several ranks hold whole counts on one of

@@ -255,11 +255,11 @@ class Coordinator:
 
     def _compare_reductions(self, unit: Unit, reductions: Reductions, heard: int | None) -> None:
         """Tell the reducer which reductions every rank has started: as ``heard`` in a gather, or asked now and then."""
-        # In backward only a reduction that every rank has started may be waited for: of a later one a peer may not have
-        # sent its part, because it waits for this rank in a gather. Where nothing is gathered for long (it persists, or
-        # was kept) no note is heard, and gradients would pile up.
+        # Only a reduction that every rank has started may be waited for: of a later one a peer, which waits for this
+        # rank in a gather, may not have sent its part. Where nothing is gathered for long gradients would pile up; not
+        # on backends that know what has arrived, where a host that waits for all others would leave its device idle.
         self._unmet = 0 if heard is not None else self._unmet + unit.numel
-        if self._unmet >= REDUCTIONS_COMPARED_EVERY and self.group.speaks:
+        if self._unmet >= REDUCTIONS_COMPARED_EVERY and self.group.has_tags:
             self._unmet = 0
             heard = meet("backward goes on", self.group, channel=GATHER, note=reductions.progress)
         if heard is not None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.comm.group import Group, from_process_group, group_of, init_distributed, world
+from zeropipe.comm.group import Group, from_process_group, group_of, init_distributed, with_words, world
 from zeropipe.comm.leases import LEASES
 from zeropipe.config.parse import Source, parse_config
 from zeropipe.config.schema import Config
@@ -175,8 +175,8 @@ def _group(given: ProcessGroup, mpu: Mpu) -> Group:
     if isinstance(given, Group):
         return given
     if given is None and mpu is not None:
-        return group_of(mpu)
-    return world() if given is None else from_process_group(given)
+        return with_words(group_of(mpu))
+    return with_words(world() if given is None else from_process_group(given))
 
 
 def _dtype(given: torch.dtype | None, config: Config | None) -> torch.dtype | None:
