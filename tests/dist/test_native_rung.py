@@ -10,13 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import zeropipe
 from tests.helpers.pool import Pools, RankFailure
+from tests.helpers.train import config
 from tests.helpers.zero3 import Stack, engine_of, x_batch
 from zeropipe.comm import collectives as comm
 from zeropipe.comm.agreement import meet
 from zeropipe.comm.group import world as everyone
 from zeropipe.comm.record import Event, inject, record
-from zeropipe.errors import DesyncError
+from zeropipe.errors import ConfigError, DesyncError, UsageError
 from zeropipe.runtime.zero.gather import coordinator
 
 DEPTH = 6
@@ -96,6 +98,25 @@ def test_ranks_that_part_hear_of_it_in_a_world_without_gloo(native_pool: Pools, 
     for rank, (native, found) in enumerate(native_pool(size).run(started_without_gloo)):
         assert native
         assert f"this one is at 'rank {rank % 2} goes its way'" in found
+
+
+def fails_alone(rank: int, world: int, where: str) -> str:
+    """The very first thing that this world does: gloo beside it has not been started yet."""
+    settings: Any = "/nowhere.json" if rank == 1 and where == "configuration" else config(3, world)
+    model = Stack(1).to("meta" if rank == 1 and where == "model" else "cpu")
+    with pytest.raises((ConfigError, UsageError, DesyncError)) as caught:
+        zeropipe.initialize(model=model, config=settings)
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.parametrize(("where", "what"), [("configuration", "nowhere.json"), ("model", "meta device")])
+def test_a_rank_that_fails_alone_in_initialize_tells_the_others_without_gloo(
+    native_pool: Pools, where: str, what: str
+) -> None:
+    first, second = native_pool(2).run_faulty(fails_alone, where)
+    assert (first.kind, second.kind) == ("result", "result"), first.error + second.error
+    assert first.value.startswith("DesyncError") and what in first.value
+    assert not second.value.startswith("DesyncError")
 
 
 def odd_order(rank: int, world: int) -> None:

@@ -169,7 +169,8 @@ def with_words(group: Group) -> Group:
     Collective among its members, the first time that these ranks ask. Where torch was built without gloo there are
     none: ranks that part then wait until the backend's own watchdog ends them, and CPU tensors are refused.
     """
-    if group.size == 1 or group.pg is None or group.speaks or not dist.is_gloo_available():
+    # Of torch's fake group one rank alone is there, and nobody would answer.
+    if group.size == 1 or group.speaks or group.backend == "fake" or not dist.is_gloo_available():
         return group
     return replace(group, beside=_BESIDE.start(group))
 
