@@ -14,12 +14,13 @@ from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedPlugin, DeepSpeedSequenceParallelConfig, InitProcessGroupKwargs
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Trainer, TrainingArguments
 
 from tests.clients.configs import ds_config
-from tests.clients.tiny import VOCABULARY, in_16_bits, llama
+from tests.clients.tiny import SEED, VOCABULARY, in_16_bits, llama, llama_config
 from tests.clients.trainer_tasks import weights
 
+STOCK = 12  # samples
 LENGTH = 18  # tokens of a sample: 4 ranks do not divide it
 PROMPT = 5
 LR = 0.05
@@ -54,8 +55,17 @@ class Texts(Dataset[dict[str, torch.Tensor]]):
         return sample
 
 
-def _model(precision: str, **changes: Any) -> torch.nn.Module:
-    model = llama(attn_implementation="sdpa", use_cache=False, **changes)
+def _tiny(window: int = 0) -> torch.nn.Module:
+    """``window``: a Mistral, whose tokens see that many before them."""
+    if not window:
+        return llama(attn_implementation="sdpa", use_cache=False)
+    given = llama_config(attn_implementation="sdpa", use_cache=False).to_dict()
+    torch.manual_seed(SEED)
+    return MistralForCausalLM(MistralConfig(**given | {"sliding_window": window, "model_type": "mistral"}))
+
+
+def _model(precision: str, window: int = 0) -> torch.nn.Module:
+    model = _tiny(window)
     return in_16_bits(model, torch.bfloat16) if precision == "bf16" else model
 
 
@@ -72,7 +82,8 @@ def plain(
     precision: str = "fp32",
     kind: str = "causal",
     gas: int = 1,
-    **changes: Any,
+    window: int = 0,
+    evaluate: bool = False,
 ) -> dict[str, Any]:
     """One process, whole sequences, each with the mean over its own tokens, in the order of ``shape``: (ranks, ranks
     to a sequence). A rank's loader has every so-many-th sample, and ranks of a sequence take turns."""
@@ -85,7 +96,7 @@ def plain(
         ]
         for step in range(steps)
     ]
-    model, data = _model(precision, **changes), Texts(24, kind)
+    model, data = _model(precision, window), Texts(STOCK, kind)
     masters = [p.detach().float().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(masters, lr=LR)
     losses, norms = [], []
@@ -104,7 +115,13 @@ def plain(
         for param, master in zip(model.parameters(), masters, strict=True):
             param.data.copy_(master)
         losses.append(told)
-    return {"losses": losses, "norms": norms, "weights": weights(model)}
+    found = {"losses": losses, "norms": norms, "weights": weights(model)}
+    if evaluate:
+        # As Trainer: the mean over samples, whose numbers of tokens are left aside.
+        batches = [{k: v.unsqueeze(0) for k, v in sample.items()} for sample in Texts(4, kind)]
+        with torch.no_grad():
+            found["eval"] = sum(model.eval()(**batch).loss.item() for batch in batches) / len(batches)
+    return found
 
 
 def _parallelism(sp: int, world: int) -> ParallelismConfig:
@@ -142,7 +159,6 @@ def trainer(
     checkpointing: bool = False,
     evaluate: bool = False,
     gas: int = 1,
-    **changes: Any,
 ) -> dict[str, Any]:
     """The Trainer of transformers; ``save``: a checkpoint every so many steps."""
     args = TrainingArguments(
@@ -168,8 +184,8 @@ def trainer(
         gradient_checkpointing=checkpointing,
         train_sampling_strategy="sequential",
     )
-    model = llama(attn_implementation="sdpa", use_cache=False, **changes)
-    data = Texts(24, kind)
+    model = _tiny()
+    data = Texts(STOCK if gas == 1 else steps * gas, kind)
     run = Told(model, args, train_dataset=data, eval_dataset=Texts(4, kind))
     run.told = []
     run.train(resume_from_checkpoint=checkpoint)
@@ -196,7 +212,7 @@ def accelerate(
     precision: str = "fp32",
     kind: str = "causal",
     gas: int = 1,
-    **changes: Any,
+    window: int = 0,
 ) -> dict[str, Any]:
     """A loop of one's own, with the loss of accelerate's own example."""
     from deepspeed.utils import groups
@@ -209,10 +225,10 @@ def accelerate(
         parallelism_config=_parallelism(sp, world),
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
     )
-    model = llama(attn_implementation="sdpa", use_cache=False, **changes)
-    loader = DataLoader(Texts(24, kind), batch_size=1)
+    model = _tiny(window)
+    loader = DataLoader(Texts(STOCK, kind), batch_size=1)
     model, optimizer, loader = accelerator.prepare(model, _sgd(model), loader)
-    assert len(loader) == 24 * sp // world
+    assert len(loader) == STOCK * sp // world
     group = groups._get_sequence_parallel_group()
     losses, norms = [], []
     for batch in islice(loader, steps * gas):
@@ -238,3 +254,186 @@ def accelerate(
         "batch": model.train_batch_size(),
         "steps": model.global_steps,
     }
+
+
+def own_loop(rank: int, world: int, *, folder: str, stage: int, steps: int, compiled: bool) -> dict[str, Any]:
+    """No client around the model, which is registered by its name and computes its MLPs and its loss in tiles."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import (
+        TiledFusedLogitsLoss,
+        TiledMLP,
+        UlyssesSPAttentionHF,
+        UlyssesSPDataLoaderAdapter,
+    )
+    from deepspeed.utils import groups
+    from transformers.models.llama import modeling_llama
+
+    untiled = modeling_llama.LlamaMLP.forward
+    modeling_llama.LlamaMLP.forward = lambda self, x: TiledMLP.apply(
+        untiled, self, x, 3, list(self.parameters())
+    )
+    deepspeed.init_distributed(dist_backend="gloo")
+    name = f"{folder}/saved"
+    mpu = UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=name,
+        core_attn_implementation="sdpa",
+        sequence_parallel_size=world,
+        micro_batch_size=1,
+        seq_length=LENGTH,
+        seq_length_is_variable=True,
+    )
+    model = AutoModelForCausalLM.from_pretrained(name)
+    config = {
+        "train_batch_size": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "sequence_parallel_size": world,
+    }
+    engine = deepspeed.initialize(model=model, optimizer=_sgd(model), config=config, mpu=mpu)[0]
+    if compiled:
+        engine.compile(backend="eager")
+    # Each rank has other samples.
+    mine = [
+        {k: v.unsqueeze(0) for k, v in Texts(STOCK, "packed")[i].items()} for i in range(rank, STOCK, world)
+    ]
+    loader = UlyssesSPDataLoaderAdapter(
+        mine,
+        sp_rank=groups._get_sequence_parallel_rank(),
+        sp_group=groups._get_sequence_parallel_group(),
+        sp_world_size=groups._get_sequence_parallel_world_size(),
+        device=engine.device,
+    )
+
+    def loss_of(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model.lm_head(x).float(), y, reduction="sum")
+
+    losses, norms = [], []
+    for batch in islice(loader, steps):
+        labels = batch.pop("shift_labels")
+        if compiled:
+            total = engine(**batch, shift_labels=labels, labels=labels).loss * (labels != -100).sum()
+        else:
+            hidden = engine.module.model(**batch).last_hidden_state
+            total = TiledFusedLogitsLoss.apply(
+                loss_of, engine.module, hidden, labels, None, 2, [engine.module.lm_head.weight], "sum"
+            )
+        group = mpu.get_sequence_parallel_group()
+        count = sum(torch.distributed.nn.functional.all_gather((labels != -100).sum(), group=group))
+        loss = sum(torch.distributed.nn.functional.all_gather(total, group=group)) / count
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+        norms.append(engine.get_global_grad_norm())
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": weights(engine.module),
+        "batch": engine.train_batch_size(),
+    }
+
+
+def refused(rank: int, world: int) -> None:
+    import pytest
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    from zeropipe.errors import DesyncError, UsageError
+    from zeropipe.runtime.sequence_parallel.place import initialize_sequence_parallel
+
+    deepspeed.init_distributed(dist_backend="gloo")
+
+    def register(model: Any, attention: str = "sdpa", **given: Any) -> Any:
+        return UlyssesSPAttentionHF.register_with_transformers(
+            model, attention, sequence_parallel_size=world, micro_batch_size=1, **given
+        )
+
+    with pytest.raises(UsageError, match=r"core_attn_implementation.*sdpa.*found eager.*use 'sdpa'"):
+        register(_tiny(), "eager")
+    assert UlyssesSPAttentionHF.register_with_transformers("any", "sdpa", 1, 1) is None
+    model, ids = _tiny(), torch.arange(3, 11).view(1, 8)
+    whole = model.eval()(ids).logits
+    register(model, disable_in_eval=True)
+    with pytest.raises(UsageError, match="evaluates whole sequences and was not registered"):
+        _tiny().eval()(ids)
+    model.train()
+    # A rank's place is known without position_ids; in evaluation each has a whole sequence of its own.
+    mine = ids.chunk(world, 1)[rank]
+    torch.testing.assert_close(model(mine).logits, whole.chunk(world, 1)[rank], rtol=2e-6, atol=2e-6)
+    assert model.eval()(ids).logits.equal(whole)
+    model.train()
+    with pytest.raises(DesyncError, match=r"the shape \[batch, tokens\] of a part"):
+        model(ids[:, : 4 + rank])
+    with pytest.raises(UsageError, match=r"attention of a sequence to itself.*found a mask for each head"):
+        model(mine, attention_mask=torch.zeros(1, 4, 8, 8))
+    with pytest.raises(UsageError, match="cache"):
+        model(mine, past_key_values=model(mine, use_cache=True).past_key_values)
+    # Registered again, with another size of sequences, and no more: nothing is left of it.
+    register(model)
+    torch.testing.assert_close(model(mine).logits, whole.chunk(world, 1)[rank], rtol=2e-6, atol=2e-6)
+    initialize_sequence_parallel(1)
+    assert model.eval()(ids).logits.equal(whole)
+
+
+def sft(rank: int, world: int, *, folder: str, stage: int | None) -> dict[str, Any]:
+    """TRL's supervised training, whose packed sequences end where they do; on shared sequences with a ``stage``."""
+    from datasets import Dataset as Rows
+    from trl import SFTConfig, SFTTrainer
+
+    from tests.clients.tiny import tokenizer, words
+    from tests.clients.trl_tasks import settings
+
+    texts = [words(row[: 5 + index % 7]) for index, row in enumerate(Texts(40, "causal").ids)]
+    shared = {} if stage is None else {"parallelism_config": _parallelism(world, world)}
+    config = None if stage is None else ds_config(stage, gradient_clipping=0.0)
+    args = SFTConfig(
+        **settings(folder, config, max_steps=STOCK // 4, optim="sgd", lr_scheduler_type="constant", **shared),
+        max_length=LENGTH,
+        packing=True,
+        padding_free=False,
+        model_init_kwargs={"attn_implementation": "sdpa"},
+    )
+    run = SFTTrainer(
+        f"{folder}/saved", args, train_dataset=Rows.from_dict({"text": texts}), processing_class=tokenizer()
+    )
+    run.train()
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    return {
+        "losses": [entry["loss"] for entry in logs],
+        "norms": [float(entry["grad_norm"]) for entry in logs],
+        "weights": weights(run.model),
+    }
+
+
+def lora(rank: int, world: int, *, stage: int | None, steps: int) -> dict[str, Any]:
+    """Adapters on a frozen model, of which an engine of 2 ranks sees parts of sequences."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+    from peft import LoraConfig, get_peft_model
+
+    from zeropipe.runtime.sequence_parallel.data import shard_batch
+
+    torch.manual_seed(SEED)
+    model = get_peft_model(_tiny(), LoraConfig(r=4, lora_alpha=8, init_lora_weights=False))
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=LR)
+    data = [{k: v.unsqueeze(0) for k, v in sample.items()} for sample in Texts(STOCK, "causal")]
+    losses = []
+    if stage is None:
+        for batch in data[:steps]:
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return {"losses": losses, "weights": {n: p for n, p in weights(model).items() if "lora" in n}}
+    deepspeed.init_distributed(dist_backend="gloo")
+    mpu = UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", world, 1)
+    config = {"train_batch_size": 1, "gradient_clipping": 0.0, "zero_optimization": {"stage": stage}}
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)[0]
+    for batch in data[:steps]:
+        part = shard_batch(batch, rank, world)
+        counted = (batch["labels"][:, 1:] != -100).sum()
+        share = (part["shift_labels"] != -100).sum() / counted
+        loss = engine(**part, labels=part["shift_labels"]).loss * share
+        engine.backward(loss * world)
+        engine.step()
+        losses.append(float(loss))
+    return {"losses": losses, "weights": {n: p for n, p in weights(engine.module).items() if "lora" in n}}

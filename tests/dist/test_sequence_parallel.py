@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.dist.test_zero3 import NOTHING_PERSISTS
 from tests.helpers.data import generator
+from tests.helpers.referee import weights_of
 from tests.helpers.train import config
 from zeropipe.errors import ConfigError, UsageError
 from zeropipe.runtime.sequence_parallel.attention import DistributedAttention
@@ -21,7 +23,7 @@ from zeropipe.runtime.sequence_parallel.place import (
     get_sequence_parallel_rank,
     initialize_sequence_parallel,
 )
-
+from zeropipe.runtime.sequence_parallel.tiled import TiledFusedLogitsLoss, TiledMLP
 
 WIDTH, TOKENS, WORDS, STEPS = 32, 24, 40, 3
 
@@ -358,3 +360,66 @@ def test_each_query_head_meets_its_key_head(queries: int, keys: int, ranks: int)
     per_head = torch.arange(queries) + 1
     own = torch.cat([plan.own(per_head, rank) for rank in range(ranks)])
     assert own[:queries].equal(per_head) and not own[queries:].any()
+
+
+class _Tiled(nn.Module):
+    def __init__(self, tiles: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tiles = tiles
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(WIDTH, 64), "down": nn.Linear(64, WIDTH)}) for _ in range(2)
+        )
+        self.layers[0]["up"].requires_grad_(False)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+
+    @staticmethod
+    def mlp(layer: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        return layer["down"](F.gelu(layer["up"](x)))
+
+    def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(x).float(), y, reduction="sum")
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x, flat = self.words(ids), ids.flatten()
+        for layer in self.layers:
+            x = x + (TiledMLP.apply(self.mlp, layer, x, self.tiles) if self.tiles else self.mlp(layer, x))
+        if not self.tiles:
+            return self.loss(x.flatten(0, 1), flat) / flat.numel()
+        total = TiledFusedLogitsLoss.apply(_Tiled.loss, self, x, ids, None, self.tiles, None, "sum")
+        return total / flat.numel()
+
+
+def _tiles(rank: int, world: int, stage: int, tiles: int, precision: str) -> dict[str, Any]:
+    import zeropipe
+
+    settings = config(stage, world, gas=2, zero_optimization={"stage": stage, **NOTHING_PERSISTS})
+    if precision != "fp32":
+        settings[precision] = {"enabled": True} | ({"initial_scale_power": 8} if precision == "fp16" else {})
+    del settings["optimizer"]
+    model = _Tiled(tiles)
+    engine = zeropipe.initialize(model=model, optimizer=_sgd(model), config=settings)[0]
+    losses = []
+    for step in range(2 * STEPS):
+        loss = engine(torch.randint(WORDS, (2, 11), generator=generator(step, rank)))
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    found = {"losses": losses, "norm": engine.get_global_grad_norm(), "weights": weights_of(engine.module)}
+    engine.destroy()
+    return found
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp16"), (3, "fp32"), (3, "bf16")])
+def test_tiles_train_as_the_whole(pool, stage: int, precision: str):
+    """Under accumulation and a loss scale, with a frozen layer, and gathered tile by tile at stage 3."""
+    found = pool(2).run(_tiles, stage, 3, precision)
+    whole = pool(2).run(_tiles, stage, 0, precision)
+    bound = 2e-6 if precision == "fp32" else 1e-2
+    for one, other in zip(found, whole, strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=bound)
+        assert one["norm"] == pytest.approx(other["norm"], rel=5 * bound)
+        for name, value in other["weights"].items():
+            torch.testing.assert_close(one["weights"][name], value, atol=bound, rtol=bound)

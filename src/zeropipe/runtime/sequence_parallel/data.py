@@ -93,6 +93,7 @@ class UlyssesSPDataLoaderAdapter:
     # iterates are micro-batches, which come one by one and from no worker.
     batch_size = None
     num_workers = 0
+    prefetch_factor = None
     drop_last = False
 
     def __init__(

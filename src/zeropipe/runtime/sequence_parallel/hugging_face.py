@@ -130,6 +130,15 @@ class UlyssesSPAttentionHF:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``query`` [batch, heads, tokens, dim] -> [batch, tokens, heads, dim], of this rank's tokens."""
         if CURRENT.attention is not self or (self.disable_in_eval and not module.training):
+            if (
+                CURRENT.attention is self
+                and getattr(attention_mask, "shape", key.shape[2:3])[-1] != key.shape[2]
+            ):
+                # Whoever made the mask could not see that the model evaluates: nobody has told of this model.
+                raise UsageError(
+                    f"{type(module).__name__} of a model that evaluates whole sequences and was not registered",
+                    fix="pass the model to register_with_transformers, or to initialize with its mpu",
+                )
             return self.core(module, query, key, value, attention_mask, *args, **kwargs)
         ranks, tokens = self.group.size, query.shape[2]
         self._check(module, query, key, attention_mask, kwargs)

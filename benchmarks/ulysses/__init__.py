@@ -1,0 +1,1 @@
+"""Memory of activations where ranks share a sequence."""
