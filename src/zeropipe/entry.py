@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,36 @@ from zeropipe.runtime.pipe.engine import PipelineEngine
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.utils import collecting_later
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
+
+
+class Overseer:
+    """Who stands behind a program that does not know of it: its configuration and its engines pass through here.
+
+    Engines belong to the process that runs the program, and so does this.
+    """
+
+    def __init__(self) -> None:
+        self._config: Source | Config = None
+        self._told: Callable[[DeepSpeedEngine], None] | None = None
+
+    @contextmanager
+    def at_work(self, config: Source | Config, told: Callable[[DeepSpeedEngine], None]) -> Iterator[None]:
+        """Inside, ``config`` (unless None) replaces what ``initialize`` is given, and ``told`` gets each engine."""
+        self._config, self._told = config, told
+        try:
+            yield
+        finally:
+            self._config = self._told = None
+
+    def chosen(self, given: Source | Config) -> Source | Config:
+        return given if self._config is None else self._config
+
+    def made(self, engine: DeepSpeedEngine) -> None:
+        if self._told is not None:
+            self._told(engine)
+
+
+OVERSEER = Overseer()
 
 
 @collecting_later()
@@ -81,7 +112,7 @@ def initialize(
     with shared_fate(group=None):
         named = getattr(args, "deepspeed_config", None)
         given = {"config": config, "config_params": config_params, "args.deepspeed_config": named}
-        parsed = parse_config(only_one(given))
+        parsed = parse_config(OVERSEER.chosen(only_one(given)))
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     parts = build(
         model,
@@ -97,6 +128,7 @@ def initialize(
     )
     # The model says which engine: one forward and backward at a time, or a schedule of them.
     engine = (PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine)(parts)
+    OVERSEER.made(engine)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -15,7 +15,7 @@ from typer.main import get_command
 from zeropipe.errors import ZeropipeError
 from zeropipe.given import Anything
 
-SUBCOMMANDS: Final = ("ckpt", "config", "onebit", "pipe")
+SUBCOMMANDS: Final = ("ckpt", "config", "onebit", "pipe", "plan")
 
 
 class LazyGroup(TyperGroup):
@@ -29,6 +29,8 @@ class LazyGroup(TyperGroup):
             return None
         if cmd_name == "ckpt":
             from zeropipe.cli.ckpt import app as found
+        elif cmd_name == "plan":
+            from zeropipe.cli.planning import app as found
         else:
             from zeropipe.cli import plan
 

@@ -194,8 +194,9 @@ class Word:
         self._bytes = text.encode()[-_TEXT_BYTES:].ljust(_TEXT_BYTES)
         mine = torch.frombuffer(bytearray(self._bytes + note.to_bytes(_NOTE_BYTES)), dtype=torch.uint8)
         group, tag = talk.group, tag_of(talk.channel, WORDS, talk.partings)
-        self._theirs = {peer: torch.empty_like(mine) for peer in peers(group)}
-        messages = [partial(send_to, mine, peer, group, tag) for peer in peers(group)]
+        others = [] if group.imagined else peers(group)
+        self._theirs = {peer: torch.empty_like(mine) for peer in others}
+        messages = [partial(send_to, mine, peer, group, tag) for peer in others]
         messages += [partial(receive_from, buffer, peer, group, tag) for peer, buffer in self._theirs.items()]
         # [1] Handed over here and now, whether or not the peers are ready. Who waits for a word waits at most until its
         # peers say theirs: for their next gather, meeting or error.

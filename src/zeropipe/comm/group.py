@@ -82,6 +82,11 @@ class Group:
             return self
         return self.beside
 
+    @property
+    def imagined(self) -> bool:
+        """Whether this process alone stands for the group (``imagined.py``): the others would say what it says."""
+        return any(name == "fake" for _, name in self.backends)
+
     def backend_for(self, tensor: torch.Tensor) -> str:
         """The backend that carries ``tensor``.
 

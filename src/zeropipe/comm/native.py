@@ -233,8 +233,8 @@ def barrier(group: Group, *, label: str = "") -> None:
 def all_gather_object(obj: Anything, group: Group, *, label: str = "") -> list[Any]:
     """Every member's (small, picklable) object, in group order."""
     Call("all_gather_object", group, label).enter()
-    if group.size == 1:
-        return [obj]
+    if group.size == 1 or group.imagined:
+        return [obj] * group.size
     found: list[Any] = [None] * group.size
     dist.all_gather_object(found, obj, (group.speaking or group).pg)
     return found
@@ -244,6 +244,6 @@ def broadcast_object(obj: Anything, src: int, group: Group, *, label: str = "") 
     """Member ``src``'s (small, picklable) object on every member."""
     Call("broadcast_object", group, label).enter()
     box = [obj]
-    if group.size > 1:
+    if group.size > 1 and not group.imagined:
         dist.broadcast_object_list(box, group.ranks[src], (group.speaking or group).pg)
     return box[0]

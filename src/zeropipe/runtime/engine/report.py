@@ -16,9 +16,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -57,6 +57,16 @@ class Progress:
     throughput: ThroughputTimer
 
 
+class Watcher(Protocol):
+    """Who follows an engine through its steps."""
+
+    def began(self, phase: str) -> None:
+        """``forward``, ``backward`` or ``step``."""
+
+    def ended(self, phase: str) -> None: ...
+    def stepped(self) -> None: ...
+
+
 class Reporter:
     """Tells of one engine, on the first of its ranks."""
 
@@ -83,6 +93,8 @@ class Reporter:
         self._profile = ScheduledProfile(parts)
         self.listens = bool(self._every or self._memory or self._timers or self.monitor.enabled)
 
+        self._watchers: list[Watcher] = []
+
         # Since the last step. Losses, of this rank's micro-steps, are left where they are: reading one waits for it.
         self._losses: list[torch.Tensor] = []
         self._in_step = False
@@ -105,7 +117,22 @@ class Reporter:
             self._printed = self._printed or (self._clock.global_steps, time.perf_counter())
         if name == "forward" and self._profile.due:
             return self._profile.running()  # of which a timer would not tell the truth
+        if self._watchers:
+            return self._watched(name)
         return _SILENT if self._timers is None else self._timers(name)
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell ``watcher`` too, from now on."""
+        self._watchers.append(watcher)
+
+    @contextmanager
+    def _watched(self, name: str) -> Iterator[None]:
+        for watcher in self._watchers:
+            watcher.began(name)
+        with _SILENT if self._timers is None else self._timers(name):
+            yield
+        for watcher in self._watchers:
+            watcher.ended(name)
 
     def loss(self, loss: torch.Tensor) -> None:
         if self.listens:
@@ -113,6 +140,8 @@ class Reporter:
 
     def stepped(self) -> None:
         """After an optimizer step was tried."""
+        for watcher in self._watchers:
+            watcher.stepped()
         self._profile.tell()
         optimizer = self._parts.optimizer
         if self.throughput.running:
@@ -214,6 +243,20 @@ def memory_report(module: torch.nn.Module, optimizer: ZeroOptimizer | None) -> t
         promised = [sum(column) for column in zip(promised, *budgets, strict=True)]
     kinds = ("parameters", "gradients", "optimizer state")
     return tuple(MemoryRow(*row) for row in zip(kinds, live, promised, strict=True))
+
+
+def owned(module: torch.nn.Module, optimizer: ZeroOptimizer | None) -> dict[str, list[torch.Tensor]]:
+    """The tensors that an engine holds from step to step, by kind; one that is a view of another counts as the last."""
+    params, partitions = list(module.parameters()), [] if optimizer is None else optimizer.partitions
+    masters = [partition.master.detach() for partition in partitions]
+    kept = [tensor for partition in partitions for tensor in partition.values.stored()[0]]
+    found = {"masters": masters, "buffers": list(module.buffers()), "parameters": [*params, *kept]}
+    if optimizer is not None:
+        keys = state_keys(optimizer.optimizer)
+        states = optimizer.optimizer.state.values()
+        found["moments"] = [tensor for state in states for tensor in split_state(state, keys)[0].values()]
+        found["gradients"] = list(_gradients(optimizer, params))
+    return found
 
 
 def _budget(optimizer: ZeroOptimizer, partition: Partition) -> tuple[int, int, int]:

@@ -36,8 +36,20 @@ class Data:
         """``iterator`` from now on; None: the loader, from its begin."""
         self._iterator = iterator
 
-    def convert(self, batch_fn: Callable[[Any], Any]) -> None:
+    def convert(self, batch_fn: Callable[[Any], Any] | None) -> None:
         self.batch_fn = batch_fn
+
+    def show_next(self, look: Callable[[Any], None]) -> None:
+        """Let ``look`` see the inputs of the next micro-batch, before anything is made of them."""
+        convert = self.batch_fn
+
+        def first(given: Any) -> Any:
+            self.batch_fn = convert
+            parts = given if convert is None else convert(given)
+            look(parts[0])
+            return parts
+
+        self.batch_fn = first
 
     def iterator(self, given: Iterator[Any] | None) -> Iterator[Any]:
         """The one of a batch: what its caller gave, else what was set, else the loader again and again."""

@@ -33,7 +33,7 @@ from zeropipe.runtime.pipe.instructions import (
     with_transfers,
 )
 from zeropipe.runtime.pipe.module import PipelineModule
-from zeropipe.runtime.pipe.p2p import Mailbox
+from zeropipe.runtime.pipe.p2p import Forms, Mailbox
 from zeropipe.runtime.pipe.picture import chrome_trace, draw
 from zeropipe.runtime.pipe.schedule import make_schedule
 from zeropipe.runtime.pipe.simulate import Event, simulate
@@ -240,6 +240,10 @@ class PipelineEngine(DeepSpeedEngine):
         """``fn(batch)`` makes ``(inputs, labels)`` of what the iterator yields."""
         self._data.convert(fn)
 
+    def foresee(self, look: Callable[[PipelineModule, Any], Forms]) -> None:
+        """Learn the forms of all messages from ``look(module, inputs of a micro-batch)``, not from their senders."""
+        self._data.show_next(lambda inputs: self._mailbox.know_forms(look(self.module, inputs)))
+
     def set_has_attention_mask(self, value: bool) -> None:
         """Accepted for callers that say it: any tensors may travel with the activations."""
 
@@ -295,7 +299,7 @@ class PipelineEngine(DeepSpeedEngine):
 
     def _batch(self, iterator: Iterator[Any] | None, count: int, **given: Any) -> Batch:
         # A rank between the two ends needs no data, and its program may have none.
-        ends = self.is_first_stage() or self.is_last_stage()
+        ends = self.is_first_stage() or self.is_last_stage() or self.grid.pipe_group.imagined
         source = partial(self._data.iterator, iterator) if ends else lambda: None
         return Batch(count, source, self.device, self.module.loss_fn, self._data.batch_fn, **given)
 

@@ -28,6 +28,7 @@ _TAGS = range(1 << 16, 1 << 30, 2)  # above a user's own messages and the collec
 _SIZES = 2  # int64: bytes of the form, bytes of the value; a negative form says the sender has failed
 
 Ranks = tuple[int, int]  # who sends, who receives
+Forms = Mapping[tuple[int, int, Op], Form]  # by edge: stages and direction
 Transfer = tuple[Work, torch.Tensor]  # with the buffer that it must find unchanged until it is done
 
 
@@ -119,6 +120,10 @@ class Mailbox:
         """Wait until everything that was sent has arrived."""
         for outgoing in self._outgoing.values():
             outgoing.forget(outgoing.forgotten + len(outgoing.sent))
+
+    def know_forms(self, forms: Forms) -> None:
+        """The forms of edges, which then nobody needs to tell; all ranks must know the same."""
+        self._forms.update(forms)
 
     def forget_forms(self) -> None:
         """Tell and be told all forms anew: the batches of a new kind of step have other shapes."""

@@ -1,0 +1,179 @@
+"""What a device and the links between devices can do, and how long a rehearsed step takes on them.
+
+A kernel takes the longer of its arithmetic and its traffic with memory, and never less than its launch (the roofline
+of Williams, Waterman, Patterson 2009). A collective of n ranks takes its latency and the time of the bytes that cross
+the slowest link of a ring: (n - 1)/n of a gather or a reduction to owners, twice that of an all-reduce. What a phase
+computes and what it sends overlap as far as ``overlap`` says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from zeropipe.errors import ConfigError
+from zeropipe.given import Json
+
+GB = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device and its links. Rates are what is reached, not what a data sheet promises."""
+
+    name: str
+    kind: str  # cpu or cuda
+    memory: int  # bytes
+    flops: dict[str, float]  # floating-point operations a second, by dtype
+    bandwidth: float  # bytes a second that kernels read and write
+    launch: float  # seconds of the shortest kernel
+    inside: float  # bytes a second and rank between ranks of one node
+    between: float  # the same between nodes
+    latency: float = 20e-6  # seconds of a collective
+    overlap: float = 0.8  # of the shorter of computing and sending, how much hides behind the longer
+    base: int = 0  # bytes that a process takes before there is a model
+    ranks_per_node: int = 8
+
+    def seconds_of(self, flops: int, nbytes: int, dtype: str) -> float:
+        """Of one kernel."""
+        speed = self.flops.get(dtype) or self.flops["float32"]
+        return max(flops / speed, nbytes / self.bandwidth, self.launch)
+
+    def sends(self, op: str, nbytes: int, ranks: tuple[int, ...]) -> float:
+        """Seconds of one collective of ``ranks`` whose whole tensor has ``nbytes``."""
+        n = len(ranks)
+        if n < 2:
+            return 0.0
+        one_node = len({rank // self.ranks_per_node for rank in ranks}) == 1
+        share = (n - 1) / n * (2 if op == "all_reduce" else 1) if op not in ("send", "recv") else 1
+        return self.latency + nbytes * share / (self.inside if one_node else self.between)
+
+
+# Reached, not promised: about 60 % of the dense peak in bf16, 90 % of the memory's bandwidth, NVLink inside a node and
+# one 400 Gbit/s (200 for an A100) port a device between nodes. Data sheets: NVIDIA H200, H100 SXM, A100 SXM 80 GB.
+_GPU = {"launch": 4e-6, "kind": "cuda", "base": 600 * 2**20}
+KNOWN: dict[str, Device] = {
+    "h200": Device(
+        "h200",
+        memory=141 * GB,
+        flops={"bfloat16": 600e12, "float16": 600e12, "float32": 45e12},
+        bandwidth=4.3e12,
+        inside=360e9,
+        between=45e9,
+        **_GPU,  # type: ignore[arg-type]
+    ),
+    "h100": Device(
+        "h100",
+        memory=80 * GB,
+        flops={"bfloat16": 600e12, "float16": 600e12, "float32": 45e12},
+        bandwidth=3.0e12,
+        inside=360e9,
+        between=45e9,
+        **_GPU,  # type: ignore[arg-type]
+    ),
+    "a100": Device(
+        "a100",
+        memory=80 * GB,
+        flops={"bfloat16": 190e12, "float16": 190e12, "float32": 15e12},
+        bandwidth=1.8e12,
+        inside=230e9,
+        between=22e9,
+        **_GPU,  # type: ignore[arg-type]
+    ),
+    "cpu": Device(
+        "cpu",
+        "cpu",
+        memory=16 * GB,
+        flops={"float32": 40e9, "bfloat16": 10e9},
+        bandwidth=6e9,
+        launch=5e-6,
+        inside=1.5e9,
+        between=1e9,
+        latency=2e-4,
+        overlap=0.3,
+        base=350 * 2**20,
+        ranks_per_node=1024,
+    ),
+}
+
+
+def device_of(name: str) -> Device:
+    """A device by name, or from a JSON file that ``zeropipe plan calibrate`` wrote (a known device's keys, changed).
+
+    Raises ConfigError for another name, and for a file that is none.
+    """
+    if name.lower() in KNOWN:
+        return KNOWN[name.lower()]
+    path = Path(name)
+    if path.suffix != ".json":
+        raise ConfigError(
+            "--device", expected=f"{', '.join(KNOWN)} or a JSON file that calibrate wrote", found=name
+        )
+    try:
+        data: Json = json.loads(path.read_text())
+        known = {one.name for one in fields(Device)}
+        if not isinstance(data, dict) or set(data) - known:
+            raise ValueError(f"keys {sorted(set(data) - known) if isinstance(data, dict) else type(data)}")
+        return Device(
+            **{**asdict(KNOWN[data.get("kind", "cpu") if data.get("kind") == "cpu" else "h200"]), **data}
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"the device profile {name} cannot be used", found=str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Of one optimizer step: computing and sending by phase, and both as they overlap."""
+
+    computing: dict[str, float] = field(default_factory=dict)
+    sending: dict[str, float] = field(default_factory=dict)
+    overlap: float = 0.0
+
+    @property
+    def total(self) -> float:
+        phases = {*self.computing, *self.sending}
+        return sum(self.of(phase) for phase in phases)
+
+    def of(self, phase: str) -> float:
+        a, b = self.computing.get(phase, 0.0), self.sending.get(phase, 0.0)
+        return a + b - self.overlap * min(a, b)
+
+
+def seconds(kernels: Mapping[Any, int], traffic: Mapping[Any, int], device: Device) -> Seconds:
+    """How long the rehearsed ``kernels`` and ``traffic`` (as a Rehearsal has them) take on ``device``."""
+    computing: Counter[str] = Counter()
+    sending: Counter[str] = Counter()
+    for (phase, _, flops, nbytes, dtype), count in kernels.items():
+        computing[phase] += count * device.seconds_of(flops, nbytes, dtype)  # type: ignore[assignment]
+    for (op, _, nbytes, ranks, phase), count in traffic.items():
+        sending[phase] += count * device.sends(op, nbytes, ranks)  # type: ignore[assignment]
+    return Seconds(dict(computing), dict(sending), device.overlap)
+
+
+def parse_bytes(text: str) -> int:
+    """``80GB``, ``24 GiB``, ``512M`` or a number of bytes. Raises ConfigError for anything else."""
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    cleaned = text.strip().upper().removesuffix("B")
+    binary = cleaned.endswith("I")
+    cleaned = cleaned.removesuffix("I")
+    unit = cleaned[-1:] if cleaned[-1:] in "KMGT" else ""
+    try:
+        number = float(cleaned.removesuffix(unit) if unit else cleaned)
+    except ValueError:
+        number = -1.0
+    if not number > 0:
+        raise ConfigError("a size", expected="bytes, such as 80GB or 24GiB", found=repr(text))
+    size = units[unit] if not binary else 1024 ** "_KMGT".index(unit or "_")
+    return int(number * size)
+
+
+def words(nbytes: float) -> str:
+    """Bytes as a person reads them."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} B"

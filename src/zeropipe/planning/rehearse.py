@@ -1,0 +1,284 @@
+"""One rank's run, rehearsed: the real engine on a world in which nobody else is, for a few steps, computing nothing.
+
+rehearse(program, place)          a child process: what it does to modules, environment and memory ends with it
+  imagine(rank, world)            a process group of which only this rank is there
+  Dry(ledger, work)               tensors have memory that is never written to
+    program()                     the user's script, or a model and a batch
+      initialize -> Watch         every phase of the engine names the moment, every step is counted
+                    Enough        raised after the last step that was asked for
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from zeropipe.comm.collectives import carried_by
+from zeropipe.comm.imagined import imagine
+from zeropipe.comm.native import Native
+from zeropipe.comm.point_to_point import PointToPoint
+from zeropipe.comm.record import SEAM, Event
+from zeropipe.config.parse import Source
+from zeropipe.entry import OVERSEER
+from zeropipe.errors import UsageError, ZeropipeError
+from zeropipe.planning.dry import Dry, Here
+from zeropipe.planning.ledger import ELSEWHERE, Ledger, Usage
+from zeropipe.planning.scout import forms
+from zeropipe.planning.work import Work
+from zeropipe.runtime.engine.engine import DeepSpeedEngine
+from zeropipe.runtime.engine.report import owned
+from zeropipe.runtime.pipe.module import PipelineModule
+
+_FEW_RANKS = 16  # up to which a world without a GPU is played message by message, as gloo carries it
+
+
+class Enough(BaseException):
+    """The steps that were asked for have been made. No ``Exception``: a program that catches those is to end, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which rank of which world, and on what: ``device`` is ``cpu`` or ``cuda``."""
+
+    rank: int
+    world: int
+    ranks_per_node: int = 8
+    device: str = "cpu"
+    steps: int = 3
+
+    def environment(self) -> dict[str, str]:
+        """What torchrun would set."""
+        local = self.rank % self.ranks_per_node
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_RANK": str(local),
+            "LOCAL_WORLD_SIZE": str(min(self.ranks_per_node, self.world)),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "0",
+        }
+
+
+@dataclass(slots=True)
+class Rehearsal:
+    """What one rank would hold, compute and send. Bytes; one entry of ``traffic`` and ``kernels`` for the last step."""
+
+    place: Place
+    built: Usage  # until ``initialize`` has returned
+    trained: Usage  # from then on
+    resting: dict[str, int]  # between two steps, by kind
+    traffic: Counter[tuple[str, str, int, tuple[int, ...], str]] = field(default_factory=Counter)
+    kernels: Counter[tuple[str, str, int, int, str]] = field(default_factory=Counter)
+    settings: dict[str, Any] = field(default_factory=dict)
+    parameters: int = 0
+    micro_steps: int = 1
+    samples: int = 0  # of all ranks in one step
+
+    @property
+    def peak(self) -> Usage:
+        return max(self.built, self.trained, key=lambda usage: usage.peak)
+
+
+class Watch:
+    """Names what the program is doing, counts its steps, and ends it after the last."""
+
+    def __init__(self, place: Place, ledger: Ledger, work: Work) -> None:
+        self._place, self._ledger, self._work = place, ledger, work
+        self._traffic: Counter[Any] = Counter()
+        self.result: Rehearsal | None = None
+
+        # The engine, once ``initialize`` has made it: when, and what was needed by then.
+        self._engine: DeepSpeedEngine | None = None
+        self.built: Usage | None = None
+        self._built_at = 0
+        self.steps = 0
+
+        # Where the program is: the phases and modules that it is in, from the outside.
+        self._names: dict[torch.nn.Module, str] = {}
+        self._phases = ["building the model"]
+        self._modules: list[str] = []
+        self._say()
+
+    def heard(self, event: Event) -> None:
+        self._traffic[event.op, event.label, event.bytes, event.ranks, self._phases[-1]] += 1
+
+    def made(self, engine: DeepSpeedEngine) -> None:
+        """``initialize`` has returned ``engine``; the last engine that a program makes is the one that is planned."""
+        self._engine = engine
+        self._ledger.name_all(owned(engine.module, engine.optimizer))
+        self.built, self._built_at = self._ledger.usage(), self._ledger.tick
+        self._names = {module: name for name, module in engine.module.named_modules()}
+        self._phases = ["between steps"]
+        self._say()
+        engine.report.watch(self)
+        foresee = getattr(engine, "foresee", None)  # pipelines have it
+        if foresee is not None:
+            foresee(self._forms)
+
+    def _forms(self, module: PipelineModule, inputs: Any) -> Any:
+        with self._ledger.holding(ELSEWHERE):
+            return forms(module, inputs)
+
+    def began(self, phase: str) -> None:
+        self._phases.append(phase)
+        self._say()
+
+    def ended(self, phase: str) -> None:
+        self._phases.pop()
+        self._say()
+
+    def stepped(self) -> None:
+        engine = self._engine
+        assert engine is not None
+        self._ledger.name_all(owned(engine.module, engine.optimizer))
+        self.steps += 1
+        if self.steps == self._place.steps:
+            self._end(engine)
+        # What is counted is the last step: the first make the optimizer's state and learn the order.
+        self._traffic.clear()
+        self._work.clear()
+
+    def enter(self, module: torch.nn.Module, *_: Any) -> None:
+        name = self._names.get(module)
+        self._modules.append(name if name is not None else self._modules[-1] if self._modules else "")
+        self._say()
+
+    def leave(self, module: torch.nn.Module, *_: Any) -> None:
+        if self._modules:
+            self._modules.pop()
+        self._say()
+
+    def _say(self) -> None:
+        where = f" of {self._modules[-1]}" if self._modules and self._modules[-1] else ""
+        self._work.turn(self._phases[-1])
+        self._ledger.say(self._phases[-1] + where)
+
+    def _end(self, engine: DeepSpeedEngine) -> None:
+        assert self.built is not None
+        params = list(engine.module.parameters())
+        self.result = Rehearsal(
+            self._place,
+            self.built,
+            self._ledger.usage(since=self._built_at),
+            self._ledger.resting(),
+            self._traffic,
+            self._work.done,
+            engine._parts.config.settings(changed=True),
+            sum(int(getattr(param, "ds_numel", param.numel())) for param in params),
+            engine.gradient_accumulation_steps(),
+            engine.train_batch_size(),
+        )
+        raise Enough
+
+
+@contextmanager
+def staged(place: Place, config: Source | None, assume: float | None) -> Iterator[Watch]:
+    """The stage on which a program plays ``place``. ``config``: in place of what the program gives ``initialize``."""
+    ledger, work = Ledger(), Work()
+    watch = Watch(place, ledger, work)
+    before = dict(os.environ)
+    os.environ.update(place.environment())
+    hooks = [
+        torch.nn.modules.module.register_module_forward_pre_hook(watch.enter),
+        torch.nn.modules.module.register_module_forward_hook(watch.leave, always_call=True),
+    ]
+    by_message = place.device == "cpu" and place.world <= _FEW_RANKS
+    try:
+        with (
+            imagine(place.rank, place.world),
+            SEAM.listening(watch.heard),
+            carried_by(PointToPoint() if by_message else Native()) if place.world > 1 else nullcontext(),
+            OVERSEER.at_work(config, watch.made),
+            Here(),
+            Dry(ledger, work, assume),
+        ):
+            yield watch
+    finally:
+        for hook in hooks:
+            hook.remove()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def rehearse(
+    program: Callable[[], object],
+    place: Place,
+    *,
+    config: Source | None = None,
+    assume: float | None = None,
+) -> Rehearsal:
+    """What ``place`` would hold, compute and send while ``program`` runs; in a child process (fork).
+
+    Raises UsageError where the program fails or ends before its steps: it names the line of the program.
+    """
+    receiving, sending = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(receiving)
+        code = 1
+        try:
+            _play(program, place, config, assume, sending)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(sending)
+    with os.fdopen(receiving, "rb") as pipe:
+        data = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if not data:
+        raise UsageError(
+            f"the rehearsal of rank {place.rank} ended without a word",
+            found=f"exit status {os.waitstatus_to_exitcode(status)}",
+            fix="plan in a process of its own, before anything else ran in this one",
+        )
+    found: Rehearsal | ZeropipeError = pickle.loads(data)
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def _play(program: Callable[[], object], place: Place, config: Any, assume: float | None, out: int) -> None:
+    """In the child: play, and send back a Rehearsal or the error that ended it."""
+    result: Rehearsal | BaseException
+    try:
+        with staged(place, config, assume) as watch:
+            with suppress(Enough):
+                program()
+            if watch.result is None:
+                raise UsageError(
+                    "the program ended before it had made its steps",
+                    expected=f"{place.steps} optimizer steps",
+                    found=f"{watch.steps}" if watch.built else "no call of initialize",
+                    fix="give it enough data for as many, or ask for fewer with --steps",
+                )
+            result = watch.result
+    except ZeropipeError as error:
+        result = error
+    except (Exception, SystemExit) as error:
+        result = UsageError(
+            f"the program raised {type(error).__name__}: {error}",
+            found=_line(error),
+            fix="let it make its data (make_batch) instead of reading it, and leave out what needs a device or a value",
+        )
+    with os.fdopen(out, "wb") as pipe:
+        pipe.write(pickle.dumps(result))
+
+
+def _line(error: BaseException) -> str:
+    """The innermost line of the program's own."""
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    frames = traceback.extract_tb(error.__traceback__)
+    mine = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(ours)]
+    last = (mine or frames)[-1]
+    return f"{last.filename}:{last.lineno}: {last.line}"

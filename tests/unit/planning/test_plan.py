@@ -1,0 +1,101 @@
+"""A plan of one rank has the bytes that the engine's own report counts in a run, and says what a user can do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import zeropipe
+from zeropipe.errors import ConfigError, UsageError
+from zeropipe.planning.devices import device_of, parse_bytes
+from zeropipe.planning.plan import plan
+
+pytestmark = pytest.mark.process
+WIDTH = 256
+
+
+def _model() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
+
+
+def _config(stage: int, **more: object) -> dict[str, object]:
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "zero_optimization": {"stage": stage},
+        **more,
+    }
+
+
+def _batch() -> torch.Tensor:
+    return torch.randn(4, WIDTH)
+
+
+@pytest.mark.parametrize("extra", [{}, {"bf16": {"enabled": True}}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_states_are_those_of_a_run(stage: int, extra: dict[str, object]) -> None:
+    dtype = torch.bfloat16 if extra else torch.float32
+    config = _config(stage, **extra)
+    found = plan(_model, lambda: _batch().to(dtype), config, world=1).fullest.resting
+    engine, *_ = zeropipe.initialize(model=_model(), config=config)
+    for _ in range(2):
+        engine.backward(engine(_batch().to(dtype)).float().square().mean())
+        engine.step()
+    parameters, gradients, state = (row.bytes for row in engine.memory_report())
+    engine.destroy()
+    torch.distributed.destroy_process_group()  # a world is imagined only where there is none
+    assert found.get("parameters", 0) == pytest.approx(parameters, rel=0.005)
+    assert found.get("gradients", 0) == pytest.approx(gradients, rel=0.005)
+    assert found.get("masters", 0) + found["moments"] == pytest.approx(state, rel=0.005, abs=64)
+
+
+def test_a_world_of_any_size_and_its_ranks() -> None:
+    found = plan(_model, _batch, _config(3), world=1024)
+    assert [one.place.rank for one in found.rehearsals] == [0, 512, 1023]
+    assert found.fullest.samples == 4 * 1024
+    assert found.fullest.parameters == 6 * WIDTH * (WIDTH + 1)
+    assert found.fits
+    assert found.links()["inside a node"] > 0
+    assert found.seconds.total > 0
+    assert json.loads(json.dumps(found.to_json()))["world"] == 1024
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_to_change() -> None:
+    found = plan(_model, _batch, _config(0), world=4, device_memory="200MB")
+    assert not found.fits
+    assert "too much" in found.verdict()
+
+
+def test_the_program_s_line_is_named() -> None:
+    def batch() -> torch.Tensor:
+        raise FileNotFoundError("/data/tokens.bin")
+
+    with pytest.raises(
+        UsageError, match=r"FileNotFoundError: /data/tokens.bin; found .*test_plan.py:\d+: raise"
+    ):
+        plan(_model, batch, _config(1), world=2)
+
+
+def test_a_program_that_wants_a_value_gets_one_that_is_assumed() -> None:
+    def loss(output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        value = output.float().square().mean()
+        assert value.item() == 2.5
+        return value
+
+    plan(_model, _batch, _config(0), world=2, loss=loss, assume=2.5)
+
+
+def test_sizes_and_devices() -> None:
+    assert [parse_bytes(text) for text in ("80GB", "24 GiB", "512M", "1000")] == [
+        80 * 10**9,
+        24 << 30,
+        512 * 10**6,
+        1000,
+    ]
+    with pytest.raises(ConfigError, match="80GB"):
+        parse_bytes("many")
+    with pytest.raises(ConfigError, match="h200"):
+        device_of("tpu")
