@@ -99,9 +99,12 @@ class Counting:
         self.counts.meetings += 1
         self.counts.where.append(f"{what} by {_asked_by()}")
 
-    def collective(self, tensors: Iterable[torch.Tensor]) -> None:
+    def collective(self, given: Iterable[Any]) -> None:
+        """``given``: its arguments; of inputs and outputs the larger are what all ranks share."""
         self.counts.collectives += 1
-        self.counts.bytes += max((tensor.nbytes for tensor in tensors), default=0)
+        self.counts.bytes += max(
+            (sum(tensor.nbytes for tensor in _tensors([arg])) for arg in given), default=0
+        )
 
 
 class _Functions(TorchFunctionMode):
@@ -139,7 +142,7 @@ class _Operators(TorchDispatchMode):
         given = [*_tensors(args), *_tensors(kwargs.values())]
         if func.namespace in ("c10d", "_c10d_functional"):
             if name not in ("wait_tensor", "barrier", "monitored_barrier_"):
-                counting.collective(given)
+                counting.collective(args)
             return made
         results = [*_tensors((made,))]
         host = bool(given) and all(map(counting.is_host, given))

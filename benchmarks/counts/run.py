@@ -1,0 +1,81 @@
+"""What one step asks of a device: collectives, bytes, kernels, copies, and how often the host waits for the device.
+
+    python -m benchmarks.counts.run                                  # two minutes
+    python -m benchmarks.counts.run --peer-python PATH_OF_A_PYTHON_WITH_DEEPSPEED
+
+Plain PyTorch, DDP, FSDP2 (each block a unit), zeropipe's and DeepSpeed's stages on a GPT of six blocks, two ranks, counted
+on CPUs: every operator that torch dispatches is looked at, so the numbers are exact and the same on every machine, but
+for what a backend does inside of one operator. Writes results.md and results.json (or to --out).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import report
+from benchmarks.counts.worker import CASES, CONTENDERS, MARK, PARTS
+
+ROOT = Path(__file__).resolve().parents[2]
+Found = dict[str, Any]
+
+
+def job(python: str, contender: str, ranks: int) -> list[Found]:
+    """One torchrun; what its first rank counted, by case."""
+    command = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "benchmarks.counts.worker", contender]
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=300
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    found = [json.loads(line.removeprefix(MARK)) for line in lines]
+    missing = [case for case in CASES if case not in {one["case"] for one in found}]
+    why = (done.stderr.strip().splitlines() or ["nothing was said"])[-1][:120]
+    return found + [{"contender": contender, "case": case, "why_not": why} for case in missing]
+
+
+def table(found: list[Found]) -> str:
+    lines: list[str] = []
+    for case in CASES:
+        lines += [
+            f"\n## {case}\n",
+            "| | collectives | bytes | kernels: forward | backward | step | copies | meetings |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for one in (one for one in found if one["case"] == case):
+            if "why_not" in one:
+                lines.append(f"| {one['contender']} | not run: {one['why_not']} | | | | | | |")
+                continue
+            whole = {name: sum(one[part][name] for part in PARTS) for name in one["step"] if name != "where"}
+            kernels = " | ".join(str(one[part]["launches"]) for part in PARTS)
+            lines.append(
+                f"| {one['contender']} | {whole['collectives']} | {whole['bytes']:,} | {kernels} | "
+                f"{whole['copies']} | {whole['meetings']} |"
+            )
+    return "\n".join(lines).strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has deepspeed")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    args = parser.parse_args()
+    found: list[Found] = []
+    for contender in args.only:
+        python = args.peer_python if contender.startswith("deepspeed") else sys.executable
+        found += job(python, contender, args.ranks)
+    report.write(args.out, "What one step asks of a device, on two ranks", table(found), {"found": found})
+
+
+if __name__ == "__main__":
+    main()
