@@ -3,8 +3,8 @@
     python -m benchmarks.counts.run                                  # two minutes
     python -m benchmarks.counts.run --peer-python PATH_OF_A_PYTHON_WITH_DEEPSPEED
 
-Plain PyTorch, DDP, FSDP2 (each block a unit), zeropipe's and DeepSpeed's stages on a GPT of six blocks, two ranks, counted
-on CPUs: every operator that torch dispatches is looked at, so the numbers are exact and the same on every machine, but
+Plain PyTorch, DDP, FSDP2 (each block a unit), zeropipe's and DeepSpeed's stages on a GPT of six blocks, two ranks
+on CPUs. Every operator that torch dispatches is counted, so the numbers are exact and the same on every machine, but
 for what a backend does inside of one operator. Writes results.md and results.json (or to --out).
 """
 

@@ -83,7 +83,7 @@ def test_a_step_meets_the_host_once_where_it_may_be_skipped_and_never_else(
 ) -> None:
     cases = [(c if stage == 3 else {k: v for k, v in c.items() if k != "zero_optimization"}, n) for c, n in CASES]
     for of_rank in native_pool(2).run(met, stage, cases):
-        assert [len(who) for who in of_rank] == [most for _, most in cases], of_rank
+        assert [len(who) for who in of_rank] == [most for _, most in cases], repr(of_rank)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

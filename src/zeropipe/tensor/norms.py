@@ -34,7 +34,8 @@ _ROUGH_RUN = 32 * 1024
 def _chunk_norms(x: torch.Tensor, p: float) -> torch.Tensor:  # 1D fp64, one norm per chunk
     flat = x.detach().reshape(-1)
     chunks = flat.split(_CPU_CHUNK if HOST.sees(x) else _DEVICE_CHUNK)
-    return torch.stack([torch.linalg.vector_norm(c, p, dtype=torch.float64) for c in chunks])
+    norms = [torch.linalg.vector_norm(chunk, p, dtype=torch.float64) for chunk in chunks]
+    return norms[0].view(1) if len(norms) == 1 else torch.stack(norms)
 
 
 def squared_norm(x: torch.Tensor, read: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
@@ -46,7 +47,8 @@ def squared_norm(x: torch.Tensor, read: Callable[[torch.Tensor], None] | None = 
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=x.device)
     if not HOST.sees(x):
-        return _chunk_norms(x, 2.0).square_().sum()
+        norms = _chunk_norms(x, 2.0).square_()
+        return norms[0] if norms.numel() == 1 else norms.sum()
     # On CPU a conversion into one buffer and a dot product take half the time of a norm that converts.
     flat = x.detach().reshape(-1)
     buffer = torch.empty(min(flat.numel(), _CPU_CHUNK), dtype=torch.float64)

@@ -231,8 +231,7 @@ class GradStore:
             full = sum(source.numel() for _, source in sources) == room.numel
             make = torch.empty if full else torch.zeros  # holes: padding, and what has no gradient
             wire = make(room.numel, dtype=dtype, device=self.partition.device)
-            for index, source in sources:
-                values.put(source, index, wire, bucket)
+            values.fill(wire, sources, bucket)
         place = self._shard[room.own]
         # Of a whole buffer the part of the wire that this rank owns is the place itself.
         straight = fresh and self._copies is None and dtype == place.dtype

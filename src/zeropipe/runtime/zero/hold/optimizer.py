@@ -244,7 +244,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             refuse(unused)
 
         # [3] From here on each rank decides by itself, alike.
-        norm = self._grad_norm = figures.square**0.5 / self.loss_scale
+        scale, norm = self.loss_scale, figures.square**0.5
+        norm = self._grad_norm = norm if scale == 1.0 else norm / scale
         # Not below infinity: inf or NaN. A norm that the host was not told skips no step.
         skips = options.scaler is not None or options.skip_nonfinite
         self.overflow = skips and not norm < float("inf")
@@ -255,8 +256,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 options.scaler.update_scale(True, self.last_nonfinite)
             return False
         clip = clip_factor(norm, options.clip)
+        factor = clip if scale == 1.0 else clip / scale
         own = self._own if reducer.keeps_own() else None
-        progress.update = self._stepping.update(reducer.stores, clip / self.loss_scale, unused, own)
+        progress.update = self._stepping.update(reducer.stores, factor, unused, own)
         reducer.use(True)
         return True
 

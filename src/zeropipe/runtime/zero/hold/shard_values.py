@@ -121,16 +121,23 @@ class ShardValues:
         width = own.stop - own.start
         return Room(0, width * self.group.size, width, own)
 
-    def put(self, source: torch.Tensor, index: int, wire: torch.Tensor, bucket: Bucket) -> None:
+    def fill(self, wire: torch.Tensor, sources: Sequence[tuple[int, torch.Tensor]], bucket: Bucket) -> None:
         # wire, one row a rank    | a's shard 0 | b's shard 0 |      a is a column: as many copies for many ranks as
-        #                         | a's shard 1 | b's shard 1 |      for two, one of full shards and one of the rest
-        numel = self.cut[index].shard_numel
-        at = self.segments[index].start - self.segments[bucket.tensors[0]].start
-        column = wire.view(self.group.size, -1)[:, at : at + numel]
-        rows, rest = divmod(source.numel(), max(numel, 1))
-        column[:rows].copy_(source[: rows * numel].view(rows, numel))
-        if rest:
-            column[rows, :rest].copy_(source[rows * numel :])
+        #                         | a's shard 1 | b's shard 1 |      for two, and one kernel where all are there
+        rows = wire.view(self.group.size, -1)
+        if len(sources) == len(bucket.tensors):
+            some = [source for _, source in sources if source.numel()]
+            if some:
+                torch._chunk_cat(some, 0, self.group.size, out=rows)
+            return
+        for index, source in sources:
+            numel = self.cut[index].shard_numel
+            at = self.segments[index].start - self.segments[bucket.tensors[0]].start
+            column = rows[:, at : at + numel]
+            full, rest = divmod(source.numel(), max(numel, 1))
+            column[:full].copy_(source[: full * numel].view(full, numel))
+            if rest:
+                column[full, :rest].copy_(source[full * numel :])
 
     def _span(self, run: Sequence[int], owner: int) -> Span:
         at = self.segments[run[0]].start

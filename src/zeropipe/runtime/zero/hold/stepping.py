@@ -27,8 +27,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
+from operator import add
 
 import torch
 from torch.optim import optimizer as torch_optimizer
@@ -74,7 +75,7 @@ def survey(
     # A norm that decides nothing, neither a clip factor nor whether the step is taken, may be off by a rounding.
     decides = options.clip > 0 or options.scaler is not None or options.skip_nonfinite
     unseen = 0 if own else sum(len(store.partition.params) - len(store.seen) for store in stores)
-    squares: Number = 0.0
+    terms: list[Number] = []
     # [1] This rank's share of the sum, so that each element counts once.
     for store in stores:
         partition, counts = store.partition, options.counts
@@ -86,13 +87,14 @@ def survey(
                 if index not in store.seen:
                     store.view(index).zero_()
                 elif index in copies:
-                    squares = squares - squared_norm(store.view(index).reshape(-1)) / group.size
-            squares = squares + squared_norm(store.buffer) / group.size
+                    terms.append(-squared_norm(store.view(index).reshape(-1)) / group.size)
+            terms.append(squared_norm(store.buffer) / group.size)
         elif (options.replicas if partition.sharded else group).rank == 0:
             square = squared_norm if decides or not HOST.sees(store.shard) else rough_squared_norm
-            whole = square(store.shard, partition.offload.let_go)
-            away = (squared_norm(partition.local(store.shard, i)) for i in copies)
-            squares = squares + whole - sum(away, start=0.0)
+            terms.append(square(store.shard, partition.offload.let_go))
+            if copies:
+                terms.append(-sum(squared_norm(partition.local(store.shard, i)) for i in copies))
+    squares = reduce(add, terms, *([] if terms else [0.0]))
     # [2] Everything that ranks must know alike, in one message.
     if stores and not HOST.sees(device):
         return _survey_afar(stores, group, options, squares, 0 if own else unseen, awake)
@@ -130,14 +132,16 @@ def _survey_afar(
         figures[2:] = sent(seen, figures.dtype, device)
     # A number that the host has is written by the device; a tensor of the host would be a copy that it waits for.
     square = squares.item() if isinstance(squares, torch.Tensor) and HOST.sees(squares) else squares
-    figures[0], figures[1] = square, awake or 0
+    figures[0] = square
+    if awake is not None:  # else there is none anywhere, and the place means nothing
+        figures[1] = awake
     all_reduce(figures, group, label="gradient norm")
     if options.model_group.size > 1:
         all_reduce(figures[:1], options.model_group, label="gradient norm of all stages")
     if not (skips or away or unseen or awake is not None):
         return Figures(figures[0], 0, 0)
     known, woken, *used = figures.tolist()
-    return Figures(known, unseen, woken, used)
+    return Figures(known, unseen, 0 if awake is None else woken, used)
 
 
 def unused_everywhere(

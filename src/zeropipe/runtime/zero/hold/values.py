@@ -147,10 +147,13 @@ class FlatValues:
         first, last = (min(max(at - self.shard * size, 0), size) for at in (bucket.start, stop))
         return Room(bucket.start, stop - bucket.start, size, slice(first, last))
 
-    def put(self, source: torch.Tensor, index: int, wire: torch.Tensor, bucket: Bucket) -> None:
-        """Parameter ``index``'s elements (1D) into their place in the bucket's run."""
-        at = self.layout.offsets[index] - bucket.start
-        wire[at : at + source.numel()].copy_(source)
+    def fill(self, wire: torch.Tensor, sources: Sequence[tuple[int, torch.Tensor]], bucket: Bucket) -> None:
+        """Parameters' elements (by index, each 1D) into their places in the bucket's run."""
+        if sources:
+            starts = [self.layout.offsets[index] - bucket.start for index, _ in sources]
+            values = [source for _, source in sources]
+            places = [wire[at : at + value.numel()] for at, value in zip(starts, values, strict=True)]
+            torch._foreach_copy_(places, values)
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:
