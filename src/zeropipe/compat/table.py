@@ -83,6 +83,11 @@ _FLOPS = {
 _WHOLE = {"unwrap_model_for_generation": "zeropipe.runtime.zero.gather.sharded_model:unsharded"}
 
 
+_SCHEDULES = """PipeSchedule TrainSchedule InferenceSchedule DataParallelSchedule PipeInstruction BufferOpInstruction
+    OptimizerStep ReduceGrads ReduceTiedGrads LoadMicroBatch ForwardPass BackwardPass SendActivation RecvActivation
+    SendGrad RecvGrad"""
+
+
 def _estimators(stage: int) -> dict[str, str]:
     name = f"estimate_zero{stage}_model_states_mem_needs"
     return _from("estimators", f"{name} {name}_all_live {name}_all_cold")
@@ -190,12 +195,9 @@ BESIDE: Final = MappingProxyType(
         },
         "runtime.dataloader": {"DeepSpeedDataLoader": "zeropipe.runtime.dataloader:ZeroDataLoader"},
         "runtime.engine": _from("facts", "DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable"),
-        "runtime.pipe.schedule": _from(
-            "pipe_schedule",
-            "PipeSchedule TrainSchedule InferenceSchedule DataParallelSchedule PipeInstruction BufferOpInstruction "
-            "OptimizerStep ReduceGrads ReduceTiedGrads LoadMicroBatch ForwardPass BackwardPass SendActivation "
-            "RecvActivation SendGrad RecvGrad",
-        ),
+        "runtime.pipe.schedule": {
+            name: f"zeropipe.runtime.pipe.stepwise.words:{name}" for name in _SCHEDULES.split()
+        },
         "runtime.utils": _from(
             "tools",
             "set_random_seed partition_uniform partition_balanced is_model_parallel_parameter "

@@ -36,7 +36,6 @@ UNRESOLVED = {
     "runtime.engine.DeepSpeedEngine.clip_fp32_gradients": _INSIDE,
     "runtime.engine.DeepSpeedEngine.load_moe_state_dict": _INSIDE,
     "runtime.engine.DeepSpeedEngine.print_forward_breakdown": _INSIDE,
-    "runtime.pipe.engine.PipelineEngine._INSTRUCTION_MAP": "a schedule's operations are one table of the executor",
     "runtime.pipe.module.PipelineModule._count_layer_params": _INSIDE,
 }
 

@@ -51,8 +51,13 @@ class Data:
 
         self.batch_fn = first
 
-    def iterator(self, given: Iterator[Any] | None) -> Iterator[Any]:
-        """The one of a batch: what its caller gave, else what was set, else the loader again and again."""
+    def iterator(self, given: Iterator[Any] | None, needed: bool = True) -> Iterator[Any] | None:
+        """The one of a batch: what its caller gave, else what was set, else the loader again and again.
+
+        None where it is not ``needed``: a rank between the two ends needs no data, and its program may have none.
+        """
+        if not needed:
+            return None
         if given is None and self._iterator is None:
             loader = self._loader()
             if loader is None:
@@ -160,6 +165,17 @@ class Batch:
         means = [torch.stack(self.terms[name]).mean() for name in names]
         is_wide = torch.tensor(values.dtype == torch.float64)
         return torch.stack([one.to("cpu", torch.float64) for one in (is_wide, loss, *means, *values)])
+
+    @property
+    def joined(self) -> Any:
+        """The outputs of all micro-batches, along dim 0 where they are tensors that fit; None where there are none."""
+        outputs = self.outputs
+        if not outputs:
+            return None
+        tensors = all(isinstance(one, torch.Tensor) and one.dim() > 0 for one in outputs)
+        if tensors and len({one.shape[1:] for one in outputs}) == 1:
+            return torch.cat(outputs)
+        return outputs
 
     def _on_device(self, value: Any) -> Any:
         move = torch.utils._pytree.tree_map_only

@@ -7,36 +7,26 @@ settlement makes one end of it on all ranks. Only the third may decide that a ra
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from zeropipe.comm.agreement import agree
-from zeropipe.comm.collectives import all_gather_object, barrier
-from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
 from zeropipe.given import DataLike
 from zeropipe.runtime.engine.engine import DeepSpeedEngine
 from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.pipe.batch import Batch, Data, Outcome, Settlement
-from zeropipe.runtime.pipe.executor import Effect, Executor, Stage
-from zeropipe.runtime.pipe.instructions import (
-    Instruction,
-    Op,
-    Schedule,
-    with_sharding,
-    with_transfers,
-)
+from zeropipe.runtime.pipe.executor import Around, Effect, Executor, Stage
+from zeropipe.runtime.pipe.instructions import Instruction, Op, Schedule, with_sharding, with_transfers
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.p2p import Forms, Mailbox
-from zeropipe.runtime.pipe.picture import chrome_trace, draw
+from zeropipe.runtime.pipe.picture import of_all_ranks, write
 from zeropipe.runtime.pipe.schedule import make_schedule
-from zeropipe.runtime.pipe.simulate import Event, simulate
+from zeropipe.runtime.pipe.simulate import Event, fitting
+from zeropipe.runtime.pipe.stepwise.run import InSteps, Steps, own_schedule, read, train_schedule
 from zeropipe.runtime.pipe.tied import sum_gradients
 from zeropipe.runtime.zero.gather.shards import Hold, Shards, shards_of
 from zeropipe.runtime.zero.hold.access import trained_of
@@ -59,7 +49,7 @@ def _refused(call: str, instead: str) -> Any:
     return refuse
 
 
-class PipelineEngine(DeepSpeedEngine):
+class PipelineEngine(InSteps, DeepSpeedEngine):
     """Trains a `PipelineModule`: ``loss = engine.train_batch(data_iter)``.
 
     A batch has ``gradient_accumulation_steps`` micro-batches. ``schedule`` is the plan that runs, ``loss_terms`` the
@@ -112,34 +102,61 @@ class PipelineEngine(DeepSpeedEngine):
         Where a rank raises (UsageError if the iterator ends early or the loss is no scalar; whatever a layer raises)
         the others raise too, no rank steps, and the batch's gradients are forgotten: the next call starts anew.
         """
+        self._parts.need_optimizer("train_batch")
+        given = own_schedule(self._train_schedule)
+        if given is not None:
+            return self._run_list(given, data_iter)
+        outcome = self._train(self._training_executor(), data_iter)
+        self._take_step()
+        return outcome.loss
+
+    def _exec_schedule(self, pipe_schedule: Steps) -> None:
+        """Run this rank's list of steps, such as ``TrainSchedule(...)`` or a subclass's; collective over all ranks.
+
+        Its data comes from ``set_dataiterator`` or the training data; ``_aggregate_total_loss()`` then has the loss.
+        Raises ScheduleError, on every rank and before anything runs, where the lists of the stages do not fit.
+        """
+        self._run_list(pipe_schedule, None)
+
+    def _run_list(self, given: Steps, data_iter: Iterator[Any] | None) -> torch.Tensor:
+        plan, calls = read(given, self, self.grid, self.module.total_stages)
+        self._calls = calls
+        mailbox = self._mailbox if plan.has_backward else self._eval_mailbox
+        executor = self._executor_of(self._prepared(plan), mailbox, calls)
+        if plan.has_backward:
+            outcome = self._train(executor, data_iter)
+        else:
+            mailbox.forget_forms()
+            with torch.no_grad():
+                outcome = self._run(executor, self._batch(data_iter, plan.micro_batches), "avg")
+        self._total_loss = outcome.loss
+        calls.after()
+        return self._total_loss
+
+    def _train(self, executor: Executor, data_iter: Iterator[Any] | None) -> Outcome:
         optimizer = self._parts.need_optimizer("train_batch")
         self._settlement.need_whole("train_batch")
-        self.train()
         optimizer.wake()
+        self.train()
         if self.regimes.advance():  # sequences of another length
             self._mailbox.forget_forms()
-        executor = self._training_executor()
         count = executor.schedule.micro_batches
         factor = self.loss_scale / count
         batch = self._batch(data_iter, count, factor=factor)
-        with (
-            self.report.phase("forward"),
-            self._scaling.running(factor),
-            optimizer.reducer.local_only(),
-            self._autocast(),
-        ):
-            failure = self._settlement.attempt(executor.run, batch)
-        outcome = self._settle(executor, failure, batch, "avg")
+        with self.report.phase("forward"), self._scaling.running(factor), optimizer.reducer.local_only():
+            outcome = self._run(executor, batch, "avg")
         self.loss_terms = outcome.terms
         self.report.loss(outcome.loss)
+        return outcome
+
+    def _take_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         # A step follows a batch always, whatever boundary a user has set for what he runs on another engine.
-        self.clock.skip_to_last_of(count)
+        self.clock.skip_to_last_of(self.gradient_accumulation_steps())
         forced = self.clock.force(True)
         try:
-            self._end_micro_step()
+            self._end_micro_step(lr_kwargs)
         finally:
             self.clock.force(forced)
-        return outcome.loss
 
     @torch.no_grad()
     def eval_batch(
@@ -166,53 +183,53 @@ class PipelineEngine(DeepSpeedEngine):
         was_training = self.module.training
         self.eval()
         try:
-            plan = self._plan(num_micro_batches or self.gradient_accumulation_steps()).forward_only()
-            executor = self._executor_of(with_sharding(plan, self._is_sharded), self._eval_mailbox)
+            plan = self._plan(num_micro_batches or self.micro_batches).forward_only()
+            executor = self._executor_of(self._prepared(plan), self._eval_mailbox)
             self._eval_mailbox.forget_forms()
             batch = self._batch(
                 data_iter, plan.micro_batches, with_loss=compute_loss, keep_outputs=return_logits
             )
-            with self._autocast():
-                failure = self._settlement.attempt(executor.run, batch)
-            outcome = self._settle(executor, failure, batch, reduce_output)
+            outcome = self._run(executor, batch, reduce_output)
         finally:
             self.train(was_training)
         loss: Any = None
-        if compute_loss and (bcast_loss or self.grid.stage_id == self._last_rank):
+        if compute_loss and (bcast_loss or self.stage_id == self._last_rank):
             self.loss_terms = outcome.terms
             loss = outcome.each if reduce_output is None else outcome.loss
-        return (loss, _joined(batch.outputs)) if return_logits else loss
+        return (loss, batch.joined) if return_logits else loss
 
     # The plan.
 
     @property
     def schedule(self) -> Schedule:
         """The plan of a training batch: compute, and the instructions of sharded stages."""
-        plan = self._plan(self.gradient_accumulation_steps())
-        tied = {s for tie in self.module.tie_plans() if tie.crosses for s in tie.stages}
-        return with_sharding(plan, self._is_sharded, tied_stages=tied)
+        return self._prepared(self._plan(self.micro_batches))
+
+    def _prepared(self, plan: Schedule) -> Schedule:
+        return with_sharding(
+            plan, self._is_sharded, {s for tie in self.module.tie_plans() if tie.crosses for s in tie.stages}
+        )
+
+    _train_schedule = train_schedule
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step."""
+        return self.gradient_accumulation_steps()
 
     def set_schedule(self, schedule: Schedule | str) -> None:
         """Take another plan: a name, a text, or a `Schedule`. It must cut the model as the module does."""
-        count, ranks, module = self.gradient_accumulation_steps(), self.num_stages, self.module
+        count, ranks, module = self.micro_batches, self.num_stages, self.module
         if isinstance(schedule, Schedule):
             plan = schedule
         else:
             plan = make_schedule(schedule, ranks, count, module.num_chunks)
-        simulate(plan)  # a malformed one, or one that deadlocks, is refused here
-        mine = tuple(module.placement.rank(stage, ranks) for stage in range(module.total_stages))
-        if plan.stage_rank != mine or plan.micro_batches != count:
-            raise UsageError(
-                "the schedule does not fit this engine",
-                expected=f"stages on ranks {mine}, {count} micro-batches",
-                found=f"stages on ranks {plan.stage_rank}, {plan.micro_batches} micro-batches",
-                fix="build PipelineModule with that schedule's name and chunks",
-            )
-        self._own, self._executor = plan, None
+        mine = (module.placement.rank(stage, ranks) for stage in range(module.total_stages))
+        self._own, self._executor = fitting(plan, tuple(mine), count), None
 
     def pipeline_events(self) -> list[Event]:
         """What every rank of this pipeline did in the latest batch, in seconds from the first step; collective."""
-        return _together([] if self._executor is None else self._executor.events, self.grid.pipe_group)
+        return of_all_ranks([] if self._executor is None else self._executor.events, self.grid.pipe_group)
 
     def pipeline_timeline(self, path: str | os.PathLike[str]) -> list[Event]:
         """Write the latest batch as a picture (PNG, SVG) or a browser's trace (JSON); collective.
@@ -220,14 +237,11 @@ class PipelineEngine(DeepSpeedEngine):
         It is drawn as ``zeropipe pipe plan`` draws a plan. Returns the events.
         """
         events = self.pipeline_events()
-        if self.grid.global_rank == 0 and str(path).endswith(".json"):
-            Path(path).write_text(chrome_trace(events, self.num_stages, microseconds=1e6))
-        elif self.grid.global_rank == 0:
-            draw(events, self.num_stages, path, f"{self.schedule.name}, measured", unit="seconds")
+        if self.grid.global_rank == 0:
+            write(events, self.num_stages, path, f"{self.schedule.name}, measured")
         return events
 
     # What users set and ask.
-
     def set_dataiterator(self, iterator: Iterator[Any]) -> None:
         """Where ``train_batch()`` without an argument takes its batches from."""
         self._data.take(iterator)
@@ -261,7 +275,11 @@ class PipelineEngine(DeepSpeedEngine):
 
     @property
     def _is_sharded(self) -> bool:
-        return self._parts.config.zero_optimization.stage >= 3
+        return self.zero_optimization_partition_weights()
+
+    @property
+    def _needs_data(self) -> bool:
+        return self.is_first_stage() or self.is_last_stage() or self.grid.pipe_group.imagined
 
     @property
     def _last_rank(self) -> int:
@@ -278,8 +296,6 @@ class PipelineEngine(DeepSpeedEngine):
 
     forward, backward, step = (_refused(call, instead) for call, instead in _INSTEAD.items())
 
-    # Inside.
-
     def _runner(self, stage: int) -> Callable[[Any], Any]:
         return lambda value: self.module.run_stage(stage, value)
 
@@ -289,24 +305,28 @@ class PipelineEngine(DeepSpeedEngine):
         return make_schedule(self._name, self.num_stages, micro_batches, self._chunks)
 
     def _training_executor(self) -> Executor:
-        count = self.gradient_accumulation_steps()
+        count = self.micro_batches
         if self._executor is None or self._executor.schedule.micro_batches != count:
             self._executor = self._executor_of(self.schedule, self._mailbox)
         return self._executor
 
-    def _executor_of(self, plan: Schedule, mailbox: Mailbox) -> Executor:
-        return Executor(with_transfers(plan), self.grid.stage_id, self._stages, mailbox, self._table)
+    def _executor_of(self, plan: Schedule, mailbox: Mailbox, around: Around | None = None) -> Executor:
+        return Executor(with_transfers(plan), self.grid.stage_id, self._stages, mailbox, self._table, around)
 
     def _batch(self, iterator: Iterator[Any] | None, count: int, **given: Any) -> Batch:
-        # A rank between the two ends needs no data, and its program may have none.
-        ends = self.is_first_stage() or self.is_last_stage() or self.grid.pipe_group.imagined
-        source = partial(self._data.iterator, iterator) if ends else lambda: None
-        return Batch(count, source, self.device, self.module.loss_fn, self._data.batch_fn, **given)
+        return Batch(
+            count,
+            partial(self._data.iterator, iterator, self._needs_data),
+            self.device,
+            self.module.loss_fn,
+            self._data.batch_fn,
+            **given,
+        )
 
-    def _settle(
-        self, executor: Executor, failure: BaseException | None, batch: Batch, how: str | None
-    ) -> Outcome:
-        """End a batch on all ranks alike, with its losses or an error."""
+    def _run(self, executor: Executor, batch: Batch, how: str | None) -> Outcome:
+        """Run a batch and end it on all ranks alike, with its losses or an error."""
+        with self._autocast():
+            failure = self._settlement.attempt(executor.run, batch)
         mailbox = executor.mailbox
         first = failure is not None and not mailbox.heard_of_failure
         found = self._settlement.settle(batch, how, failure, first)
@@ -315,26 +335,6 @@ class PipelineEngine(DeepSpeedEngine):
             self.zero_grad()
             raise found
         return found
-
-
-def _joined(outputs: list[Any]) -> Any:
-    """The outputs of all micro-batches; None where this rank has none."""
-    if not outputs:
-        return None
-    tensors = all(isinstance(one, torch.Tensor) and one.dim() > 0 for one in outputs)
-    if tensors and len({one.shape[1:] for one in outputs}) == 1:
-        return torch.cat(outputs)
-    return outputs
-
-
-def _together(mine: list[Event], pipe: Group) -> list[Event]:
-    """Every rank's events in one time; collective."""
-    barrier(pipe, label="timeline")
-    clock = time.perf_counter()  # the same moment on every rank: aligns the clocks of several machines
-    everyone = all_gather_object((clock, mine), pipe, label="timeline")
-    found = [replace(e, start=e.start - at, end=e.end - at) for at, events in everyone for e in events]
-    begin = min((e.start for e in found), default=0.0)
-    return [replace(e, start=e.start - begin, end=e.end - begin) for e in found]
 
 
 # What the instructions that concern a whole stage do to the ZeRO optimizer's parameters.

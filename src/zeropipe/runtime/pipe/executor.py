@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -33,6 +33,13 @@ from zeropipe.runtime.pipe.split_backward import Backward, Entry
 from zeropipe.runtime.pipe.wire import Value, flatten, rebuild
 
 Effect = Callable[[Instruction], None]
+
+
+class Around(Protocol):
+    """Somebody who is told of each computation and does it: see `stepwise`."""
+
+    def around(self, step: Instruction, effect: Callable[[], None]) -> None: ...
+    def finish(self) -> None: ...
 
 
 class Stage:
@@ -99,7 +106,8 @@ class Stage:
 class Executor:
     """Runs this rank's line of ``schedule``, which has its transfers and stage instructions already.
 
-    ``table``: what the instructions that concern a whole stage do; one that it lacks does nothing.
+    ``table``: what the instructions that concern a whole stage do; one that it lacks does nothing. ``around``: is
+    called for each computation, which it does, and when all are done.
     """
 
     def __init__(
@@ -109,12 +117,13 @@ class Executor:
         stages: Mapping[int, Stage],
         mailbox: Mailbox,
         table: Mapping[Op, Effect],
+        around: Around | None = None,
     ) -> None:
         # The plan, the same in every run.
         self.schedule, self._rank = schedule, rank
         self._stages, self.mailbox = stages, mailbox
         self._queues, self._known_taken = queues(schedule), known_taken(schedule)
-        self._train = schedule.has_backward
+        self._train, self._around = schedule.has_backward, around
         self._table: dict[Op, Effect] = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
@@ -157,9 +166,14 @@ class Executor:
                 if step.op in OF_STAGE:
                     effect(step)  # outside of _try: the others are in this collective too, or will be
                 elif failure is None:
-                    failure = self._try(partial(effect, step))
+                    do = partial(effect, step)
+                    if self._around is not None and computes(step):
+                        do = partial(self._around.around, step, do)
+                    failure = self._try(do)
                     if computes(step):
                         self.events.append(Event(self._rank, step, self._start, time.perf_counter()))
+            if failure is None and self._around is not None:
+                failure = self._try(self._around.finish)
             # Appointments kept, every message has been sent and taken; else those that are still owed here are.
             if failure is None:
                 self.mailbox.finish()

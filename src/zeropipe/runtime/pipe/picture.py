@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 
+from zeropipe.comm.collectives import all_gather_object, barrier
+from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
 from zeropipe.runtime.pipe.instructions import Op, computes
 from zeropipe.runtime.pipe.simulate import Event
@@ -24,6 +28,16 @@ _INCH_PER_STEP = 0.24
 _WIDTH = 14.0  # inches; a longer run goes on in the next row
 _MOST_ROWS = 6
 _INCH_PER_LABEL = 0.115  # a micro-batch number of one digit at the smallest size that can be read
+
+
+def of_all_ranks(mine: list[Event], pipe: Group) -> list[Event]:
+    """Every rank's events in one time; collective."""
+    barrier(pipe, label="timeline")
+    clock = time.perf_counter()  # the same moment on every rank: aligns the clocks of several machines
+    everyone = all_gather_object((clock, mine), pipe, label="timeline")
+    found = [replace(e, start=e.start - at, end=e.end - at) for at, events in everyone for e in events]
+    begin = min((e.start for e in found), default=0.0)
+    return [replace(e, start=e.start - begin, end=e.end - begin) for e in found]
 
 
 def _computed(events: Sequence[Event]) -> tuple[list[Event], dict[tuple[int, int], tuple[int, int]]]:
@@ -157,3 +171,11 @@ def draw(
         fontsize=8,
     )
     figure.savefig(path)
+
+
+def write(events: Sequence[Event], ranks: int, path: str | PathLike[str], title: str) -> None:
+    """Measured events, in seconds: as a trace where ``path`` ends in ``.json``, as a picture elsewhere."""
+    if str(path).endswith(".json"):
+        Path(path).write_text(chrome_trace(events, ranks, microseconds=1e6))
+    else:
+        draw(events, ranks, path, title, unit="seconds")

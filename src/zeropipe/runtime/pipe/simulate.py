@@ -13,7 +13,7 @@ from enum import Enum
 from math import inf
 from typing import Any
 
-from zeropipe.errors import ScheduleError
+from zeropipe.errors import ScheduleError, UsageError
 from zeropipe.runtime.pipe.instructions import (
     TRANSFER,
     Instruction,
@@ -24,6 +24,19 @@ from zeropipe.runtime.pipe.instructions import (
     computes,
     with_transfers,
 )
+
+
+def fitting(plan: Schedule, stage_rank: tuple[int, ...], micro_batches: int) -> Schedule:
+    """``plan``, if it runs and cuts a model and a batch so. Raises ScheduleError or UsageError."""
+    simulate(plan)
+    if plan.stage_rank != stage_rank or plan.micro_batches != micro_batches:
+        raise UsageError(
+            "the schedule does not fit this engine",
+            expected=f"stages on ranks {stage_rank}, {micro_batches} micro-batches",
+            found=f"stages on ranks {plan.stage_rank}, {plan.micro_batches} micro-batches",
+            fix="build PipelineModule with that schedule's name and chunks",
+        )
+    return plan
 
 
 class Placement(Enum):

@@ -2,8 +2,8 @@
 
     for instructions in TrainSchedule(micro_batches=4, stages=2, stage_id=0): ...
 
-They say what 1F1B does (Narayanan et al., arXiv 2104.04473, section 2.2) and are for reading and for own engines; ours
-runs the tables of ``zeropipe.runtime.pipe.schedule``. Behind ``deepspeed.runtime.pipe.schedule``.
+They say what 1F1B does (Narayanan et al., arXiv 2104.04473, section 2.2). Users read them, inherit from them, and give
+their own to the engine, which runs what `translate` makes of them. Behind ``deepspeed.runtime.pipe.schedule``.
 """
 
 from __future__ import annotations
