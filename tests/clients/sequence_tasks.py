@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -14,7 +15,15 @@ from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedPlugin, DeepSpeedSequenceParallelConfig, InitProcessGroupKwargs
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from tests.clients.configs import ds_config
 from tests.clients.tiny import SEED, VOCABULARY, in_16_bits, llama, llama_config
@@ -331,6 +340,17 @@ def own_loop(rank: int, world: int, *, folder: str, stage: int, steps: int, comp
     }
 
 
+class _Bare(torch.nn.Module):
+    """A model with an attention of its own, if any."""
+
+    def __init__(self, *layers: str) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(_attn_implementation="sdpa", layer_types=layers)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return position_ids
+
+
 def refused(rank: int, world: int) -> None:
     import pytest
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -365,6 +385,14 @@ def refused(rank: int, world: int) -> None:
         model(mine, attention_mask=torch.zeros(1, 4, 8, 8))
     with pytest.raises(UsageError, match="cache"):
         model(mine, past_key_values=model(mine, use_cache=True).past_key_values)
+    with pytest.raises(UsageError, match=r"BloomForCausalLM.*takes attn_implementation=.sdpa.*found eager"):
+        register(BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)))
+    with pytest.raises(UsageError, match=r"layers of type linear_attention"):
+        register(_Bare("full_attention", "linear_attention"))
+    own = _Bare("full_attention")
+    register(own)
+    with pytest.raises(UsageError, match=r"_Bare.*none of its layers did.*DistributedAttention"):
+        own(mine)
     # Registered again, with another size of sequences, and no more: nothing is left of it.
     register(model)
     torch.testing.assert_close(model(mine).logits, whole.chunk(world, 1)[rank], rtol=2e-6, atol=2e-6)

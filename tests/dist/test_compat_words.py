@@ -75,7 +75,7 @@ def over_ranks(rank: int, world: int) -> None:
     out = torch.empty(world)
     ranks.allgather_fn(out, torch.tensor([float(rank)]))
     assert out.tolist() == [float(r) for r in range(world)]
-    assert ranks.get_world_group() is group is ranks._get_sequence_data_parallel_group()
+    assert ranks.get_world_group() is group is groups._get_sequence_data_parallel_group()
     assert (groups.get_data_parallel_rank(), groups.get_data_parallel_world_size()) == (rank, world)
     assert ranks._get_broadcast_src_rank() == 0
 

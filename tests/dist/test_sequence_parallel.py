@@ -15,6 +15,7 @@ from tests.helpers.data import generator
 from tests.helpers.referee import weights_of
 from tests.helpers.train import config
 from zeropipe.errors import ConfigError, UsageError
+from zeropipe.runtime.sequence_parallel import place
 from zeropipe.runtime.sequence_parallel.attention import DistributedAttention
 from zeropipe.runtime.sequence_parallel.data import UlyssesSPDataLoaderAdapter, shard_batch
 from zeropipe.runtime.sequence_parallel.exchange import Heads, exchange
@@ -304,6 +305,9 @@ def _said(rank: int, world: int, how: str) -> tuple[int, list[int], list[float]]
     given: dict[str, Any] = {}
     if how == "config":
         settings |= {"sequence_parallel_size": 2, "data_parallel_size": 2}
+    elif how == "functions":  # as a client gives the module parallel_state_sp
+        initialize_sequence_parallel(2)
+        given["mpu"] = place
     elif how == "pair":
         given["mesh_param"] = (2, 2)
     else:
@@ -333,7 +337,7 @@ def _said(rank: int, world: int, how: str) -> tuple[int, list[int], list[float]]
     return rank, sizes, seen
 
 
-@pytest.mark.parametrize("how", ["config", "pair", "mesh"])
+@pytest.mark.parametrize("how", ["config", "functions", "pair", "mesh"])
 def test_who_may_say_how_sequences_are_divided(pool, how: str):
     """The ranks of a sequence get the same samples, and they count once in a batch."""
     found = pool(4).run(_said, how)
@@ -423,3 +427,30 @@ def test_tiles_train_as_the_whole(pool, stage: int, precision: str):
         assert one["norm"] == pytest.approx(other["norm"], rel=5 * bound)
         for name, value in other["weights"].items():
             torch.testing.assert_close(one["weights"][name], value, atol=bound, rtol=bound)
+
+
+def _kept(rank: int, world: int) -> int:
+    """Elements that autograd keeps of a forward, but for parameters."""
+    mpu = initialize_sequence_parallel(world)
+    model = _Net(4, 4, mpu.sequence_group if world > 1 else None)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    memories: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            memories[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(*_share(_batch(0, 0), rank, world))
+    initialize_sequence_parallel(1)
+    return sum(memories.values()) + 0 * int(loss)
+
+
+def test_a_rank_keeps_its_part(pool):
+    """Of n: 1/n, and once more an output of attention, since what was exchanged is kept beside it."""
+    whole = pool(1).run(_kept)[0]
+    for world in (2, 4):
+        attended = 2 * TOKENS * WIDTH * 4  # bytes
+        assert max(pool(world).run(_kept)) <= (whole + attended) / world * 1.02

@@ -80,7 +80,7 @@ class DeepSpeedConfig(dict[str, Any]):
         if mpu is not None:
             world = int(mpu.get_data_parallel_world_size())
         else:
-            world = all_ranks().size
+            world = all_ranks().size // self._parsed.sequence_parallel_size
         given = self._parsed
         sizes = (
             given.train_batch_size,

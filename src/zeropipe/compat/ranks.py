@@ -80,21 +80,6 @@ def configure(deepspeed_config: object = None, **options: Any) -> None:
 mpu: Final = None  # nobody gave one
 
 
-# Ranks that share a sequence (or none do) hold the same parameters: their gradients are averaged over the world.
-
-
-def _get_sequence_data_parallel_group() -> Any:
-    return world().pg
-
-
-def _get_sequence_data_parallel_world_size() -> int:
-    return world().size
-
-
-def _get_sequence_data_parallel_rank() -> int:
-    return world().rank
-
-
 def _get_broadcast_src_rank() -> int:
     """The global rank from which a data-parallel group gets its first values."""
     return world().ranks[0]

@@ -60,7 +60,8 @@ _RNG = """_MODEL_PARALLEL_RNG_TRACKER_NAME _CUDA_RNG_STATE_TRACKER _set_cuda_rng
 
 
 _PLACES = """initialize_sequence_parallel get_sequence_parallel_group get_sequence_parallel_rank
-    get_sequence_parallel_world_size get_data_parallel_group get_data_parallel_rank get_data_parallel_world_size"""
+    get_sequence_parallel_world_size get_data_parallel_group get_data_parallel_rank get_data_parallel_world_size
+    get_sequence_data_parallel_group get_sequence_data_parallel_rank get_sequence_data_parallel_world_size"""
 _ACCELERATOR = {
     name: f"zeropipe.accelerator:{name}"
     for name in ("get_accelerator", "set_accelerator", "is_current_accelerator_supported")
@@ -219,9 +220,7 @@ BESIDE: Final = MappingProxyType(
         },
         "utils.groups": _from(
             "ranks",
-            "mpu _get_sequence_data_parallel_group _get_sequence_data_parallel_world_size "
-            "_get_sequence_data_parallel_rank _get_broadcast_src_rank _get_model_parallel_world_size "
-            "_get_zero_param_intra_parallel_group",
+            "mpu _get_broadcast_src_rank _get_model_parallel_world_size _get_zero_param_intra_parallel_group",
         ),
         "utils.logging": _from("tools", "print_dist print_json_dist print_configuration should_log_le"),
     }

@@ -13,6 +13,9 @@ from zeropipe.runtime.sequence_parallel.place import (
     get_data_parallel_group,
     get_data_parallel_rank,
     get_data_parallel_world_size,
+    get_sequence_data_parallel_group,
+    get_sequence_data_parallel_rank,
+    get_sequence_data_parallel_world_size,
     get_sequence_parallel_group,
     get_sequence_parallel_rank,
     get_sequence_parallel_world_size,
@@ -50,3 +53,6 @@ _get_sequence_parallel_world_size = get_sequence_parallel_world_size
 _get_data_parallel_group = get_data_parallel_group
 _get_data_parallel_rank = get_data_parallel_rank
 _get_data_parallel_world_size = get_data_parallel_world_size
+_get_sequence_data_parallel_group = get_sequence_data_parallel_group
+_get_sequence_data_parallel_rank = get_sequence_data_parallel_rank
+_get_sequence_data_parallel_world_size = get_sequence_data_parallel_world_size

@@ -170,3 +170,5 @@ def test_what_of_a_batch_is_divided():
     assert "labels" not in parts[0] and batch["labels"] is not None  # the user's own batch stays as it is
     with pytest.raises(UsageError, match=r"input_ids.*dict of \['x'\]"):
         shard_batch({"x": torch.zeros(2, 5)}, 0, 2)
+    with pytest.raises(UsageError, match=r"labels.*one for each token, \(2, 5\).*\(2,\)"):
+        shard_batch({"input_ids": torch.zeros(2, 5), "labels": torch.zeros(2)}, 0, 2)

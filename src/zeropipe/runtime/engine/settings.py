@@ -14,6 +14,7 @@ import torch
 from zeropipe.comm.group import world
 from zeropipe.given import ProcessGroup
 from zeropipe.runtime.engine.parts import Parts
+from zeropipe.runtime.sequence_parallel.place import get_sequence_parallel_group
 
 
 def _says(path: str) -> Callable[[Settings], Any]:
@@ -66,6 +67,10 @@ class Settings(torch.nn.Module):
     def data_parallel_group(self) -> ProcessGroup:
         """The torch process group that this engine's gradients are averaged over."""
         return self._parts.group.pg
+
+    def get_sequence_parallel_group(self) -> ProcessGroup:
+        """The torch process group of the ranks that share this rank's sequence. Raises UsageError where none do."""
+        return get_sequence_parallel_group()
 
     @property
     def dp_world_size(self) -> int:

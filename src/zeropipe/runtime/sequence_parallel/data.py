@@ -34,10 +34,11 @@ def shard_batch(batch: Mapping[str, Any], rank: int, ranks: int) -> dict[str, An
     ``batch``: tensors by name; ``input_ids`` [batch, tokens] or ``inputs_embeds`` [batch, tokens, ...] say which dims
     are the tokens. Tensors [batch, tokens, ...] and [n, batch, tokens] are cut, all else is passed as it is (lengths of
     packed sequences, say, which are those of the whole). ``labels`` become ``shift_labels``, each token's label that of
-    its successor, since the successor may be another rank's. ``position_ids`` are added where there are none. Where
-    ``ranks`` does not divide the tokens they are filled up at the end: labels -100, masks 0, positions that go on.
+    its successor, as in causal models, since the successor may be another rank's. ``position_ids`` are added where
+    there are none. Where ``ranks`` does not divide the tokens they are filled up at the end: labels -100, masks 0,
+    positions that go on.
 
-    Raises UsageError for a batch that does not say which dims are its tokens.
+    Raises UsageError for a batch that does not say which dims are its tokens, and for labels of whole sequences.
     """
     tokens = next((batch[key] for key in _TOKENS if batch.get(key) is not None), None)
     if tokens is None or tokens.ndim < 2:
@@ -49,6 +50,13 @@ def shard_batch(batch: Mapping[str, Any], rank: int, ranks: int) -> dict[str, An
     size, length = tokens.shape[:2]
     whole = dict(batch)
     if whole.get("labels") is not None and "shift_labels" not in whole:
+        if whole["labels"].shape != (size, length):
+            raise UsageError(
+                "a batch to divide among ranks: labels",
+                expected=f"one for each token, {(size, length)}",
+                found=tuple(whole["labels"].shape),
+                fix="divide batches of causal models alone; a label of a whole sequence is no rank's own",
+            )
         whole["shift_labels"] = pad(whole.pop("labels")[:, 1:], (0, 1), value=IGNORED)
     if whole.get("position_ids") is None:
         whole["position_ids"] = torch.arange(length, device=tokens.device).expand(size, -1)

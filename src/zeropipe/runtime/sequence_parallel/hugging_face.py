@@ -29,6 +29,9 @@ from zeropipe.runtime.sequence_parallel.place import (
     initialize_sequence_parallel,
 )
 
+# Types of layers, as configurations name them, that meet other tokens in attention alone.
+_ATTENTIONS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+
 
 class UlyssesSPAttentionHF:
     """An attention of transformers on the whole sequence of the ranks that share it."""
@@ -39,6 +42,7 @@ class UlyssesSPAttentionHF:
 
         # Between a model's forward and the masks that it makes: it may be one that evaluates whole sequences.
         self.whole = False
+        self._met = True  # whether a layer has asked for it, in a forward on a part
         self._gathered: tuple[torch.Tensor, torch.Tensor] | None = (
             None  # the latest positions: of this rank, of all
         )
@@ -68,7 +72,8 @@ class UlyssesSPAttentionHF:
             the ``mpu`` for ``initialize``.
 
         Raises:
-            UsageError: an attention that cannot be exchanged, such as "eager"; a size that does not divide the ranks.
+            UsageError: an attention that cannot be exchanged, such as "eager"; a size that does not divide the ranks;
+                a model whose layers carry a state from token to token.
         """
         if sequence_parallel_size == 1:
             return None
@@ -105,6 +110,12 @@ class UlyssesSPAttentionHF:
             return
         if config._attn_implementation != self.name:
             model.set_attn_implementation(self.name)  # type: ignore[operator]
+        if config._attn_implementation != self.name:
+            raise UsageError(
+                f"{type(model).__name__} under sequence parallelism",
+                expected=f"a model that takes attn_implementation={self.name!r}",
+                found=config._attn_implementation,
+            )
         takes = inspect.signature(model.forward).parameters
         if "position_ids" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             raise UsageError(
@@ -112,8 +123,17 @@ class UlyssesSPAttentionHF:
                 expected="a model whose forward takes position_ids",
                 found="one that cannot be told where its tokens are in the sequence",
             )
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        recurrent = sorted({str(kind) for kind in getattr(text, "layer_types", None) or ()} - _ATTENTIONS)
+        if recurrent:
+            raise UsageError(
+                f"{type(model).__name__} under sequence parallelism",
+                expected="layers that meet other tokens in attention alone",
+                found=f"layers of type {', '.join(recurrent)}",
+            )
         if _before not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(_before, with_kwargs=True)
+            model.register_forward_hook(_after)
 
     # What transformers calls. Each is left to what was there before where a model sees whole sequences.
 
@@ -140,6 +160,7 @@ class UlyssesSPAttentionHF:
                     fix="pass the model to register_with_transformers, or to initialize with its mpu",
                 )
             return self.core(module, query, key, value, attention_mask, *args, **kwargs)
+        self._met = True
         ranks, tokens = self.group.size, query.shape[2]
         self._check(module, query, key, attention_mask, kwargs)
         plan = Heads.of(query, key, 1, ranks)
@@ -194,13 +215,14 @@ class UlyssesSPAttentionHF:
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before each forward of a model: is it on a part of the sequence, of one length everywhere, in which place?"""
-        self.whole, self._gathered = self.disable_in_eval and not model.training, None
+        self.whole, self._gathered, self._met = self.disable_in_eval and not model.training, None, True
         tokens = next(
             (x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None),
             None,
         )
         if self.whole or not isinstance(tokens, torch.Tensor):
             return args, kwargs
+        self._met = False
         size, length = tokens.shape[:2]
         # In exchanges of different sizes they would wait for each other, or read beyond what was sent.
         agree({"the shape [batch, tokens] of a part of a sequence": f"{[size, length]}"}, self.group)
@@ -209,6 +231,16 @@ class UlyssesSPAttentionHF:
             places = torch.arange(start, start + length, device=tokens.device)
             kwargs = {**kwargs, "position_ids": places.expand(size, -1)}
         return args, kwargs
+
+    def after(self, model: torch.nn.Module) -> None:
+        """After a forward: a model with an attention of its own has computed on a part as if it were the whole."""
+        if not self._met:
+            raise UsageError(
+                f"{type(model).__name__} under sequence parallelism",
+                expected=f"a model that asks transformers for its attention {self.name!r}",
+                found="none of its layers did",
+                fix="use a model of transformers that has attn_implementation, or DistributedAttention",
+            )
 
     def _positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Of all tokens. The same ones are asked for several times in a forward."""
@@ -244,6 +276,12 @@ class UlyssesSPAttentionHF:
 def _before(model: torch.nn.Module, args: Any, kwargs: Any) -> Any:
     # A hook of the model, which may outlive a registration.
     return (args, kwargs) if CURRENT.attention is None else CURRENT.attention.before(model, args, kwargs)
+
+
+@torch.compiler.disable  # type: ignore[misc]
+def _after(model: torch.nn.Module, args: tuple[object, ...], output: object) -> None:
+    if CURRENT.attention is not None:
+        CURRENT.attention.after(model)
 
 
 class _Around:

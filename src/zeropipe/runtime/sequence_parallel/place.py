@@ -125,7 +125,9 @@ def exchange_with(attention: Anything) -> None:
 
 def take(mpu: Mpu, module: torch.nn.Module) -> None:
     """An engine of ``module`` whose ranks share sequences as ``mpu`` says: the functions here answer from it."""
-    CURRENT.mpu = mpu
+    # It may be this module, which would then ask itself.
+    if CURRENT.mpu is None or CURRENT.mpu.get_sequence_parallel_group() != mpu.get_sequence_parallel_group():
+        CURRENT.mpu = mpu
     if CURRENT.attention is not None:
         CURRENT.attention.prepare(module)
 
@@ -147,6 +149,22 @@ def get_sequence_parallel_world_size() -> int:
 def get_sequence_parallel_rank() -> int:
     """This rank's place in its sequence; 0 where sequences are not divided."""
     return 0 if CURRENT.mpu is None else int(CURRENT.mpu.get_sequence_parallel_rank())
+
+
+# Ranks that share a sequence, as those that do not, hold the same parameters: gradients are averaged over the world.
+
+
+def get_sequence_data_parallel_group() -> ProcessGroup:
+    """The process group of the ranks that hold the same parameters: all."""
+    return world().pg
+
+
+def get_sequence_data_parallel_world_size() -> int:
+    return world().size
+
+
+def get_sequence_data_parallel_rank() -> int:
+    return world().rank
 
 
 def get_data_parallel_group() -> ProcessGroup:
