@@ -49,17 +49,14 @@ def main() -> None:
             for world in arguments.worlds:
                 for contender, (way, peer) in CONTENDERS.items():
                     python = arguments.peer_python if peer else sys.executable
-                    renamed = (
-                        way == "init" and config == "MixtralConfig"
-                    )  # the files' names are not the model's
-                    if python and not renamed:
-                        numbers.setdefault(name, {}).setdefault(str(world), {})[contender] = _load(
-                            python, world, way, folder
-                        )
+                    if python:
+                        found = numbers.setdefault(name, {}).setdefault(str(world), {})
+                        found[contender] = _load(python, world, way, folder)
+                # After each, since it takes long: what was measured is not lost with the rest.
+                write(arguments.out, "Weights straight into shards", _text(numbers), {"loads": numbers})
             shutil.rmtree(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    write(arguments.out, "Weights straight into shards", _text(numbers), {"loads": numbers})
 
 
 _MAKE = """

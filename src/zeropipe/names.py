@@ -97,6 +97,7 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
             ),
         },
         "zeropipe.runtime.zero.gather.init": {"zeropipe.compat.pretrained.seam": ("stream_pretrained",)},
+        "zeropipe.runtime.zero.gather.weights": {"zeropipe.compat.pretrained.seam": ("load_converted",)},
         "zeropipe.utils": {
             "zeropipe.runtime.dataloader": ("RepeatingLoader",),
             "zeropipe.runtime.zero.hold.access": (*_ACCESS, "safe_update_full_grad_vectorized"),

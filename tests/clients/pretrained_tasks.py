@@ -24,6 +24,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet": ("ResNetConfig", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
 }
+CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 USED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "max_position_embeddings", "pad_token_id")  # fmt: skip
 
@@ -88,8 +89,7 @@ def load(
     if precision == "bf16":
         for param in plain.parameters():
             param.data = param.data.bfloat16()
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-    kept = HfDeepSpeedConfig(config | ({"bf16": {"enabled": True}} if precision == "bf16" else {}))
+    kept = HfDeepSpeedConfig(CONFIG | ({"bf16": {"enabled": True}} if precision == "bf16" else {}))
     read = 0
     for _ in range(1 + counted):  # the first use reads modules of Python, too
         before = _read()
@@ -114,6 +114,25 @@ def load(
     }
 
 
+def init(rank: int, world: int, *, folder: str, sizes: dict[str, int]) -> tuple[list[str], str]:
+    """What differs between ``zero.Init(weights=)`` around a constructor and ``from_pretrained``; the error."""
+    import deepspeed
+
+    import zeropipe
+
+    deepspeed.init_distributed("gloo")
+    wanted = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    config = AutoConfig.from_pretrained(folder, **sizes)
+    try:
+        with zeropipe.zero.Init(config_dict_or_path=CONFIG | {"bf16": {"enabled": True}}, weights=folder):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except zeropipe.errors.CheckpointError as error:
+        return [], str(error)
+    state = model.state_dict()
+    assert list(state) == list(wanted)
+    return [name for name, value in wanted.items() if not torch.equal(state[name], value)], ""
+
+
 def _ties(model: torch.nn.Module) -> list[tuple[str, str]]:
     """Names of one parameter."""
     seen: dict[torch.Tensor, str] = {}
@@ -126,7 +145,7 @@ def refused(rank: int, world: int, *, folder: str) -> tuple[str, str]:
     import deepspeed
 
     deepspeed.init_distributed("gloo")
-    kept = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
+    kept = HfDeepSpeedConfig(CONFIG)
     assert AutoConfig.from_pretrained(folder) and kept
     try:
         AutoModelForCausalLM.from_pretrained(folder)

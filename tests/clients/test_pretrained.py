@@ -84,3 +84,13 @@ def test_a_cut_file_is_the_same_error_on_every_rank(ranks: Ranks, tmp_path):
     assert first == second
     assert first[0] == "CheckpointError"
     assert f"{file.name} is cut before the end of" in first[1]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "tied"])
+def test_init_with_weights_names_and_fuses_as_from_pretrained_does(ranks: Ranks, tmp_path, kind):
+    ranks.run("pretrained_tasks.save", 1, folder=str(tmp_path), kind=kind)
+    for different, error in ranks.run("pretrained_tasks.init", 2, folder=str(tmp_path), sizes={}):
+        assert (different, error) == ([], "")
+    first, second = ranks.run("pretrained_tasks.init", 2, folder=str(tmp_path), sizes={"vocab_size": 80})
+    assert first == second
+    assert "model.embed_tokens.weight: (64, 32), not (80, 32)" in first[1]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -25,11 +25,13 @@ from zipfile import is_zipfile
 import torch
 
 from zeropipe.comm.collectives import all_gather_object
-from zeropipe.compat.pretrained.planned import Planned, planned
+from zeropipe.compat.pretrained.planned import Planned
+from zeropipe.compat.pretrained.planned import planned as plan_of
+from zeropipe.errors import CheckpointError
 from zeropipe.layout.mosaic import Mosaic
 from zeropipe.runtime.zero.gather.shards import Shards, shards_in, shards_of
 from zeropipe.runtime.zero.gather.weights import Loading
-from zeropipe.tensor.weight_files import Reader
+from zeropipe.tensor.weight_files import Reader, Stored
 
 logger = logging.getLogger(__name__)
 _TAKES = ("model", "state_dict", "checkpoint_files", "load_config", "expected_keys")
@@ -83,23 +85,61 @@ def _load(model: Any, files: list[str], load_config: Any, convert: Any) -> Any:
     """Fill ``model`` from ``files``; returns transformers' report. Collective."""
     with Reader() as reader:
         loading = Loading(reader, shards_in(model)[0].everyone, "from_pretrained")
-        stored = {key: Planned.stored(one, loading) for key, one in loading.opened(files).items()}
-        with _on_meta(model) as places:
-            report, _ = convert(
-                model=model, state_dict=stored, load_config=load_config, disk_offload_index=None
-            )
-            found = {
-                at: here for at, (slot, _, shown) in places.items() if (here := slot[0][slot[1]]) is not shown
-            }
-        _fill(loading, [(places[at][1], value) for at, value in found.items()])
+        report, _ = _converted(model, loading.opened(files), load_config, convert, loading)
         _settle_ties(model, report, loading)
     return report
 
 
+def _converted(
+    model: Any, stored: Mapping[str, Stored], load_config: Any, convert: Any, loading: Loading
+) -> tuple[Any, list[torch.Tensor]]:
+    """Fill ``model`` as transformers says; returns its report, and what was filled. Collective."""
+    planned = {key: Planned.stored(one, loading) for key, one in stored.items()}
+    with _on_meta(model) as places:
+        report, _ = convert(model=model, state_dict=planned, load_config=load_config, disk_offload_index=None)
+        found = [
+            (tensor, here) for (kind, name), tensor, shown in places if (here := kind[name]) is not shown
+        ]
+    _fill(loading, found)
+    return report, [tensor for tensor, _ in found]
+
+
+def load_converted(
+    root: torch.nn.Module, stored: Mapping[str, Stored], loading: Loading
+) -> tuple[set[str], set[str]] | None:
+    """For ``zero.Init(weights=)``: fill a model of transformers from files of its checkpoints; collective.
+
+    Returns the names that have no weights, and the keys (renamed) that are unused; None for any other model.
+    Raises CheckpointError where a shape is another, or a conversion failed.
+    """
+    modeling, core, mapping = (
+        sys.modules.get(f"transformers.{name}")
+        for name in ("modeling_utils", "core_model_loading", "conversion_mapping")
+    )
+    convert = getattr(core, "convert_and_load_state_dict_in_model", None)
+    if not hasattr(root, "_load_pretrained_model") or convert is None or _names(convert) != _CONVERTS:
+        return None
+    conversions = mapping.get_model_conversion_mapping(root)  # type: ignore[union-attr]
+    load_config = modeling.LoadStateDictConfig(weight_mapping=conversions)  # type: ignore[union-attr]
+    report, filled = _converted(root, stored, load_config, convert, loading)
+    if report.mismatched_keys or report.conversion_errors:
+        mismatched = [
+            f"{name}: {tuple(there)}, not {tuple(here)}" for name, there, here in report.mismatched_keys
+        ]
+        said = "; ".join([*sorted(mismatched), *map(str, report.conversion_errors.values())])
+        raise CheckpointError(
+            f"zero.Init: weights that do not fit the {type(root).__name__}: {said}",
+            fix="build the model with the configuration that the weights were saved with",
+        )
+    ids = {id(tensor) for tensor in filled}
+    names = {name for name, tensor in root.state_dict(keep_vars=True).items() if id(tensor) in ids}
+    return report.missing_keys - names, report.unexpected_keys
+
+
 @contextmanager
-def _on_meta(model: torch.nn.Module) -> Iterator[dict[int, tuple[Slot, torch.Tensor, torch.Tensor]]]:
-    """By number: each tensor of ``model`` with its place, and what is shown there meanwhile."""
-    places: dict[int, tuple[Slot, torch.Tensor, torch.Tensor]] = {}
+def _on_meta(model: torch.nn.Module) -> Iterator[list[tuple[Slot, torch.Tensor, torch.Tensor]]]:
+    """Where each tensor of ``model`` is kept, the tensor, and what is there meanwhile."""
+    places: list[tuple[Slot, torch.Tensor, torch.Tensor]] = []
     shown: dict[torch.Tensor, torch.Tensor] = {}  # tied ones stay so
     for module in model.modules():
         kinds: tuple[dict[str, Any], ...] = module._parameters, module._buffers
@@ -107,13 +147,13 @@ def _on_meta(model: torch.nn.Module) -> Iterator[dict[int, tuple[Slot, torch.Ten
             for name, tensor in kind.items():
                 if tensor is not None:
                     like = shown.setdefault(tensor, _shown(tensor))
-                    places[len(places)] = ((kind, name), tensor, like)
+                    places.append(((kind, name), tensor, like))
     try:
-        for (kind, name), _, like in places.values():
+        for (kind, name), _, like in places:
             kind[name] = like
         yield places
     finally:
-        for (kind, name), tensor, _ in places.values():
+        for (kind, name), tensor, _ in places:
             kind[name] = tensor
 
 
@@ -134,12 +174,12 @@ def _fill(loading: Loading, found: list[tuple[torch.Tensor, torch.Tensor]]) -> N
     """Let each tensor have the value that was assigned in its place; collective."""
     sharded: dict[Shards, Mosaic] = {}
     for tensor, value in found:
-        shards, plan = shards_of(tensor), planned(value)
+        shards, plan = shards_of(tensor), plan_of(value)
         if shards is not None and plan is not None and plan.mosaic is not None:
             sharded[shards] = plan.mosaic
     loading.into_shards(sharded)
     for tensor, value in found:
-        shards, plan = shards_of(tensor), planned(value)
+        shards, plan = shards_of(tensor), plan_of(value)
         if shards is None:
             tensor.copy_(value if plan is None else plan.now())
         elif shards not in sharded:

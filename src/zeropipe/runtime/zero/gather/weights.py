@@ -22,6 +22,7 @@ from zeropipe.comm.group import Group
 from zeropipe.errors import CheckpointError, UsageError
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.layout.mosaic import Mosaic
+from zeropipe.names import lazy
 from zeropipe.runtime.zero.gather.shards import Shards, shards_of
 from zeropipe.runtime.zero.gather.state_dict import is_ours
 from zeropipe.tensor.weight_files import Reader, Stored, Weights, open_weights
@@ -98,10 +99,8 @@ def load_built(
             found=", ".join(type(root).__name__ for root in roots) or "none",
             fix="build each model in a context of its own, with its weights",
         )
-    missing = set(load_weights(roots[0], weights, group))
-    missing |= {name for name, _ in roots[0].named_buffers()} - set(
-        _targets(roots[0])
-    )  # not in files by intent
+    missing = load_weights(roots[0], weights, group)
+    missing |= {name for name, _ in roots[0].named_buffers()} - _targets(roots[0]).keys()  # no file has these
     starts = [prefix and f"{prefix}." for prefix, module in roots[0].named_modules() if module in unset]
     empty = [name for name in missing if name[: name.rfind(".") + 1] in starts]
     if empty:
@@ -111,53 +110,57 @@ def load_built(
         )
 
 
-def load_weights(root: torch.nn.Module, weights: Weights, group: Group, what: str = "zero.Init") -> list[str]:
-    """Fill the parameters and persistent buffers of ``root``, whose names are the files' keys; collective.
+def load_weights(root: torch.nn.Module, weights: Weights, group: Group) -> set[str]:
+    """Fill the parameters and persistent buffers of ``root``, whose names are the keys, or what transformers
+    makes of these for a model of its own; collective.
 
-    Returns the names that the files do not have; those keep their values, and a warning names them and keys that are
-    unused. Raises CheckpointError, alike on every rank: files that cannot be read, another shape, a dtype that cannot
-    be cast; UsageError: no key is a name of the model.
+    Returns the names that have no weights; those keep their values, and a warning names them and keys that are unused.
+    Raises CheckpointError, alike on every rank: files that cannot be read, another shape, a dtype that cannot be cast;
+    UsageError: no key is a name of the model.
     """
     with Reader() as reader:
-        loading = Loading(reader, group, what)
+        loading = Loading(reader, group, "zero.Init")
         stored = loading.opened(weights)
-        targets = _targets(root)
-        custom = _with_own_code(root)
-        found = {name: stored[name] for name in targets if name in stored}
-        inside = tuple(f"{prefix}." if prefix else "" for prefix in custom)
-        ours = {key for key in stored if key in found or key.startswith(inside)}
-        if not ours:
-            raise UsageError(
-                f"{what}: no key of the weights is a name of the {type(root).__name__}",
-                expected=_few(targets),
-                found=_few(stored),
-                fix="name the weights of this model, or from_pretrained where a library renames them",
-            )
-        plain = {name: one for name, one in found.items() if not (inside and name.startswith(inside))}
-        for name, one in plain.items():
-            _check(name, one, targets[name])
-        # Of tied parameters the last name counts, as in ``load_state_dict``.
-        loading.into_shards(
-            {shards: one.mosaic for name, one in plain.items() if (shards := shards_of(targets[name]))}
+        lookup, _ = lazy(__name__)
+        missing, unused = lookup("load_converted")(root, stored, loading) or _by_name(root, stored, loading)
+    if not _targets(root).keys() - missing:
+        raise UsageError(
+            f"zero.Init: no key of the weights is a name of the {type(root).__name__}",
+            expected=_few(missing),
+            found=_few(stored),
+            fix="name the weights of this model, or from_pretrained where a library renames them",
         )
-        with torch.no_grad():
-            for name, one in plain.items():
-                if shards_of(targets[name]) is None:
-                    targets[name].copy_(loading.whole(name, one.mosaic, targets[name]))
-            unused = set(stored) - ours
-            missing = [
-                name
-                for name in targets
-                if not (inside and name.startswith(inside)) and not _named(targets, name, stored)
-            ]
-            for prefix, module in custom.items():
-                more = _load_own(loading, prefix, module, stored)
-                missing += more[0]
-                unused |= more[1]
     if missing or unused:
         said = f"{len(missing)} names have no weights: {_few(missing)}; {len(unused)} keys are unused: {_few(unused)}"
-        logger.warning("%s: %s", what, said)
+        logger.warning("zero.Init: %s", said)
     return missing
+
+
+def _by_name(
+    root: torch.nn.Module, stored: Mapping[str, Stored], loading: Loading
+) -> tuple[set[str], set[str]]:
+    """The names that have no weights, and the keys that are unused."""
+    targets, custom = _targets(root), _with_own_code(root)
+    inside = tuple(prefix and f"{prefix}." for prefix in custom)
+    plain = {name: stored[name] for name in targets if name in stored and not name.startswith(inside)}
+    for name, one in plain.items():
+        _check(name, one, targets[name])
+    # Of tied parameters the last name counts, as in ``load_state_dict``.
+    loading.into_shards(
+        {shards: one.mosaic for name, one in plain.items() if (shards := shards_of(targets[name]))}
+    )
+    with torch.no_grad():
+        for name, one in plain.items():
+            if shards_of(targets[name]) is None:
+                targets[name].copy_(loading.whole(name, one.mosaic, targets[name]))
+        unused = {key for key in stored.keys() - plain.keys() if not key.startswith(inside)}
+        filled = {targets[name] for name in plain}  # tied ones by any of their names
+        missing = {name for name in targets if targets[name] not in filled and not name.startswith(inside)}
+        for prefix, module in custom.items():
+            more = _load_own(loading, prefix, module, stored)
+            missing |= more[0]
+            unused |= more[1]
+    return missing, unused
 
 
 def _targets(root: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -168,11 +171,6 @@ def _targets(root: torch.nn.Module) -> dict[str, torch.Tensor]:
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 found[f"{prefix}.{name}" if prefix else name] = buffer
     return found
-
-
-def _named(targets: Mapping[str, torch.Tensor], name: str, stored: Mapping[str, Stored]) -> bool:
-    """Whether the files have the tensor, be it by another of its names."""
-    return any(other in stored for other, tensor in targets.items() if tensor is targets[name])
 
 
 def _check(name: str, stored: Stored, target: torch.Tensor) -> None:
