@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 from zeropipe.comm.group import Group
 from zeropipe.comm.record import Call, Cut, Run, Work
 from zeropipe.given import Anything
+from zeropipe.streams import STREAMS, Side
 
 _OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -200,8 +200,7 @@ class Native:
         first = _all_gather(received.view(-1), shard, hops.across.pg, async_op=True)
         # The second hop waits for the first on the device, on a stream of its own: this thread goes on, and so does
         # what it has queued to compute.
-        on_gpu = output.device.type == "cuda"
-        with torch.cuda.stream(torch.cuda.Stream(output.device)) if on_gpu else nullcontext():
+        with STREAMS.of(output.device).beside(Side.HOP):
             first.wait()
             enter_hop(call, hops.node, output)
             runs = zip(output.tensor_split(nodes), received, strict=True)

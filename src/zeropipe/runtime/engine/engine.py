@@ -146,7 +146,7 @@ class DeepSpeedEngine(Face):
         # An asynchronous save that failed is told where all ranks are about to meet anyway.
         if self.clock.steps_now:
             self.checkpoints.saver.raise_pending()
-        self.offload.bring_back(self.optimizer)
+        self.offload.bring_back(self.optimizer, non_blocking=True)
         # Telling may raise too (a full disk under a monitor); the step is not told twice then, nor taken twice.
         with self.report.phase("step"):
             tried = self._steps.end(self.lr_scheduler, lr_kwargs)

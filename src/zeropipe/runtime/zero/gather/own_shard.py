@@ -16,6 +16,7 @@ from zeropipe.comm.collectives import Work, all_gather, all_gather_many, goes_in
 from zeropipe.comm.group import Group
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.zero.param import GATHER, State, ZeroParamType, stays
+from zeropipe.streams import STREAMS, Side
 
 Tell = Callable[[torch.Tensor], None]
 
@@ -70,7 +71,7 @@ class OwnShard:
     def gather_into(self, full: torch.Tensor, **how: Any) -> Work:
         """Fill ``full`` (1D, padded) with all ranks' shards; collective."""
         own = self.of(full)
-        own.copy_(self.source, non_blocking=True)
+        STREAMS.of(full.device).copy(own, self.source)
         self.let_go(self.source)
         return all_gather(full, own, self.group, label=self.name, channel=GATHER, guarded=True, **how)
 
@@ -89,6 +90,7 @@ class OwnShard:
 
     def renew(self, shard: torch.Tensor) -> None:
         """Take the elements from ``shard`` (1D, in the parameter's dtype)."""
+        STREAMS.of(shard.device).host_turn()  # a gather may still read them
         for place in (self.source, self.master):
             if place is None:
                 continue
@@ -142,29 +144,41 @@ class Gather:
 
     def __init__(self, members: Sequence[Member], note: int) -> None:
         self._members = members
+        self._streams = STREAMS.of(members[0].full.device)
         self._wire: torch.Tensor | None = None  # ranks x elements of all shards
         try:
+            # The memory is the compute stream's, and filled beside it: that waits for this gather alone, in ``finish``.
             for member in members:
                 member.depart(self)
-            self._work = self._send(members[0], note)
+            straight = self._lay_out(members[0])
+            with self._streams.beside(Side.IN):
+                self._work = self._send(members[0], straight, note)
+                self._filled = self._streams.mark()
         except BaseException:  # nothing is under way: the parameters are at rest as before
             for member in members:
                 member.give_up(free=True)
             raise
 
-    def _send(self, first: Member, note: int) -> Work:
+    def _lay_out(self, first: Member) -> bool:
+        """Whether each shard goes to its place, in one call; else there is a wire."""
+        group = first.own.group
+        if len(self._members) == 1 or group.size == 1 or goes_in_one(group):
+            return True
+        numel = sum(member.own.layout.shard_numel for member in self._members)
+        self._wire = first.full.new_empty((group.size, numel))
+        return False
+
+    def _send(self, first: Member, straight: bool, note: int) -> Work:
         every, group = [member.own for member in self._members], first.own.group
         if len(every) == 1:
             return every[0].gather_into(first.full, async_op=True, note=note)
         label = f"{every[0].name} to {every[-1].name} ({len(every)} parameters)"
-        sizes = [own.layout.shard_numel for own in every]
-        straight = group.size == 1 or goes_in_one(group)  # each shard to its place, in one call
         if straight:
             mine = [member.own_elements for member in self._members]
         else:
-            self._wire = first.full.new_empty((group.size, sum(sizes)))
-            mine = list(self._wire[group.rank].split(sizes))
-        torch._foreach_copy_(mine, [own.source for own in every])
+            assert self._wire is not None
+            mine = list(self._wire[group.rank].split([own.layout.shard_numel for own in every]))
+        self._streams.copy_each(mine, [own.source for own in every])
         for own in every:
             if own.let_go is not stays:
                 own.let_go(own.source)
@@ -185,6 +199,7 @@ class Gather:
         """Wait: then all members are whole. Returns the lowest of all ranks' notes; None where they said none."""
         try:
             self._work.wait()
+            self._streams.wait(self._filled)
             if self._wire is not None:
                 rows = [member.rows for member in self._members]
                 torch.split_with_sizes_copy(self._wire, [row.size(1) for row in rows], 1, out=rows)

@@ -27,6 +27,7 @@ from zeropipe.runtime.zero.hold.reducer import Reducer
 from zeropipe.runtime.zero.marks import hide_external_parameters, leaf_modules
 from zeropipe.runtime.zero.param import Need, carry, is_trained
 from zeropipe.runtime.zero.replication import Replication
+from zeropipe.streams import STREAMS
 from zeropipe.tensor.memory import FreedMemory
 
 # Elements at least (24 MiB of fp32): with less in flight a rank often waits for a peer.
@@ -131,8 +132,9 @@ class ShardedModel:
             flat = offload.source(layout.numel, dtype, members[0].full.device)
             for index, shards in enumerate(members):
                 piece = flat[slice(*layout.tensor_range(index))]
-                offload.copy(piece, shards.source)
+                offload.copy(piece, shards.source, shards.full.device)
                 shards.live_at(piece, None, offload.let_go, offload.read_ahead, remote=True)
+            STREAMS.of(members[0].full.device).host_turn()
 
     def _persist(self, zero: ZeroOptimization) -> list[Shards]:
         """Gather the small parameters once and for all, as far as the model's threshold allows."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from enum import Enum
 from math import prod
 
 import torch
@@ -20,31 +19,13 @@ from zeropipe.comm.collectives import Run, Work, all_reduce, goes_in_one, reduce
 from zeropipe.comm.group import Group
 from zeropipe.layout.buckets import Bucket, Span
 from zeropipe.runtime.zero.hold.autograd import Change, Shown
-from zeropipe.runtime.zero.hold.offload import HostCopies, Move
+from zeropipe.runtime.zero.hold.offload import Move
 from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.policy import Place, Policy
 from zeropipe.runtime.zero.hold.values import ALONE_NUMEL
+from zeropipe.runtime.zero.hold.window import AtMasters, Begun, Stored, most_in_flight
 from zeropipe.runtime.zero.param import REDUCE
-
-
-class Phase(Enum):
-    """What may be done with the window's gradients now.
-
-    IDLE --a backward begins--> ADDING or REDUCING --it ends--> IDLE --a step begins--> IN_USE --it is over--> IDLE
-    """
-
-    IDLE = "between backwards"
-    ADDING = "a pass, whose gradients stay on their rank"
-    REDUCING = "a pass, whose buckets leave as they are complete"
-    IN_USE = "a step has begun to use them: none may be added"
-
-
-NEXT_PHASES = {
-    Phase.IDLE: {Phase.ADDING, Phase.REDUCING, Phase.IN_USE},
-    Phase.ADDING: {Phase.IDLE},
-    Phase.REDUCING: {Phase.IDLE},
-    Phase.IN_USE: {Phase.IDLE},
-}
+from zeropipe.streams import STREAMS
 
 
 class GradStore:
@@ -66,8 +47,13 @@ class GradStore:
         else:
             buffer = torch.zeros(numel, dtype=self.dtype, device=partition.device)
         self._too_large = ALONE_NUMEL if partition.group.size == 1 else sys.maxsize  # to wait for its bucket
-        self._copies = HostCopies(partition.device) if buffer.device != partition.device else None
+        self.streams = STREAMS.of(partition.device)
+        self._on_host = self.streams.on_host(buffer)
         self._replace(buffer)
+        self._at_masters: AtMasters | None = None
+        if self.streams.on_host(partition.master) and not self._on_host:
+            numel, pin = partition.master.numel(), policy.pin_memory
+            self._at_masters = AtMasters(self.streams, numel, self.dtype, pin)
 
         # What the window has so far; ``clear`` begins a new one.
         self.seen: set[int] = set()  # parameters with a gradient
@@ -80,9 +66,15 @@ class GradStore:
     @property
     def shard(self) -> torch.Tensor:
         """The average so far: 1D, as the master; waits for copies of it that are under way."""
-        if self._copies is not None:
-            self._copies.wait()
+        if self._on_host:
+            self.streams.host_turn()
         return self._shard
+
+    def shard_at_masters(self) -> torch.Tensor:
+        """The same where the masters lie; waits until it is there."""
+        if self._at_masters is None:
+            return self.shard
+        return self._at_masters.arrived(self._shard, len(self.buckets))
 
     @property
     def held(self) -> Iterator[torch.Tensor]:
@@ -166,6 +158,7 @@ class GradStore:
     def reopen(self) -> None:
         """A pass begins: a buffer that was reduced becomes one more local term."""
         # Own shard times size, zero elsewhere: so the next average gives reduced + average(new).
+        self._changes()
         self.take_changes(lift=True)
         if not self._reduced:
             return
@@ -178,8 +171,28 @@ class GradStore:
             self.buffer[self._own.stop :].zero_()
             self._shard.mul_(size)
 
-    def launch(self, bucket: Bucket) -> Work:
-        """Start the reduction of ``bucket``; when the work is done the shard holds (or has added) its average."""
+    def most_in_flight(self, bucket: Bucket) -> int:
+        """How many buckets of its size may be under way at once."""
+        return most_in_flight(self.streams, bucket.numel * self.dtype.itemsize)
+
+    def launch(self, bucket: Bucket, last: bool = False) -> Work:
+        """Start the reduction of ``bucket``; when the work is done the shard holds (or has added) its average.
+
+        ``last``: a step follows, so that the average goes to where it is read. Where there are streams the host waits
+        for none of it, and the stream that computes only where it waits for the work.
+        """
+        begun = self._launch(bucket)
+        if not self.streams.apart:
+            return begun.work
+
+        def send() -> None:
+            if last and self._at_masters is not None:
+                own = self.partition.values.room(bucket).own
+                self._at_masters.send(bucket.tensors[0], own, self._shard)
+
+        return Work("gradients", [Stored(self.streams, begun, send)])
+
+    def _launch(self, bucket: Bucket) -> Begun:
         # The first of a window replaces what an earlier one left in the shard, those that follow add to it.
         held = {index: self._held.pop(index) for index in bucket.tensors if index in self._held}
         fresh = self.keeps_whole or bucket.tensors[0] not in self._written
@@ -190,13 +203,13 @@ class GradStore:
             return self._launch_to_owners(bucket, held, fresh)
         self._fill(bucket, held, fresh)
         if self.partition.group.size == 1:
-            return Work("gradients")
+            return Begun(Work("gradients"), [])
         region = self.buffer[bucket.start : bucket.start + bucket.numel]
         wire = region.to(self.policy.reduce_dtype or region.dtype)
         work = all_reduce(wire, self.partition.group, op="avg", label="gradients", async_op=True)
-        return work if wire is region else work.then(lambda: _copy(region, wire))
+        return Begun(work if wire is region else work.then(lambda: _copy(region, wire)), [wire])
 
-    def _launch_to_owners(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> Work:
+    def _launch_to_owners(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> Begun:
         dtype = self.policy.reduce_dtype or self.dtype  # also for a gradient alone: buckets must not show
         sources = {index: self._source(index, held) for index in bucket.tensors}
         cuts: list[tuple[int, torch.Tensor]] = []
@@ -208,7 +221,7 @@ class GradStore:
             if span.shard != self.partition.values.shard:
                 continue
             place = self._shard[span.offset : span.offset + span.numel]
-            straight = fresh and self._copies is None and dtype == place.dtype
+            straight = fresh and not self._on_host and dtype == place.dtype
             # Never into the wire: another parameter's gradient, or a user, may share autograd's memory.
             outputs.append(place if straight else torch.empty_like(wire))
             places.append(place)
@@ -216,9 +229,9 @@ class GradStore:
         work = reduce_to_owners(
             cuts, outputs, group, op="avg", label="gradients", async_op=True, channel=channel
         )
-        return self._stored(work, places, outputs, fresh)
+        return self._stored(work, places, outputs, fresh, [wire for _, wire in cuts])
 
-    def _launch_in_one(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> Work:
+    def _launch_in_one(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> Begun:
         """The bucket as one run of the flat that the ranks share: nothing here grows with their number."""
         dtype, values = self.policy.reduce_dtype or self.dtype, self.partition.values
         room = values.room(bucket)
@@ -234,11 +247,11 @@ class GradStore:
             values.fill(wire, sources, bucket)
         place = self._shard[room.own]
         # Of a whole buffer the part of the wire that this rank owns is the place itself.
-        straight = fresh and self._copies is None and dtype == place.dtype
-        reduced = place if straight else torch.empty_like(place, dtype=dtype, device=wire.device)
+        straight = fresh and not self._on_host and dtype == place.dtype
+        reduced = place if straight else wire.new_empty(place.numel())
         run, group, channel = Run(wire, room.start, room.shard_numel), self.partition.group, self._channel
         work = reduce_run(run, reduced, group, op="avg", label="gradients", async_op=True, channel=channel)
-        return self._stored(work, [place], [reduced], fresh)
+        return self._stored(work, [place], [reduced], fresh, [wire])
 
     # Stage 3 has gathers under way: reductions need no order among them.
     @property
@@ -246,21 +259,26 @@ class GradStore:
         return REDUCE if self.policy.shards_parameters else 0
 
     def _stored(
-        self, work: Work, places: list[torch.Tensor], outputs: list[torch.Tensor], fresh: bool
-    ) -> Work:
+        self,
+        work: Work,
+        places: list[torch.Tensor],
+        outputs: list[torch.Tensor],
+        fresh: bool,
+        wires: list[torch.Tensor],
+    ) -> Begun:
         """``work``, after which the averages are in their places, or added to them."""
 
         def store() -> None:
+            done = self.partition.offload.let_go
             for place, reduced in zip(places, outputs, strict=True):
-                if self._copies is not None:
-                    self._copies.store(place, reduced, add=not fresh)
-                elif not fresh:
-                    place.add_(reduced)
+                if not fresh:
+                    self.streams.add(place, reduced, done)
                 elif reduced is not place:
-                    place.copy_(reduced)
-                self.partition.offload.let_go(place)
+                    self.streams.copy(place, reduced, done)
+                else:
+                    done(place)
 
-        return work.then(store)
+        return Begun(work.then(store), [*wires, *outputs])
 
     def _wire(
         self,
@@ -322,6 +340,7 @@ class GradStore:
     def take_changes(self, lift: bool = False) -> None:
         """Let what users did to ``.grad`` since the last backward be done to the gradients that are held."""
         for index, change, found in self.shown.changes(lift):
+            self._changes()
             # Where the buffer is whole, other ranks' parts of a reduced one have no meaning.
             place = self._views[index] if self._views else self.partition.local(self.shard, index)
             if found is not None:
@@ -351,13 +370,21 @@ class GradStore:
         if replicas.size == 1:
             return
         paged = self.policy.optimizer_place is Place.FILE
+        self._changes()
         shard, dtype = self.shard, self.policy.reduce_dtype or self.dtype
         for part in shard.split(self.policy.sub_group_numel if paged else max(shard.numel(), 1)):
-            wire = part.to(self.partition.device, dtype)
+            wire = part
+            if self._on_host or dtype != part.dtype:
+                wire = torch.empty(part.numel(), dtype=dtype, device=self.partition.device)
+                self.streams.copy(wire, part)
             all_reduce(wire, replicas, op="avg", label="gradients of replicas")
             if wire is not part:
-                part.copy_(wire)
+                self.streams.copy(part, wire)
             self.partition.offload.let_go(part)
+
+    def _changes(self) -> None:
+        if self._at_masters is not None:
+            self._at_masters.stale()
 
     def settle(self) -> None:
         """A pass that reduces is over: a whole buffer holds averages."""
@@ -370,7 +397,10 @@ class GradStore:
         self._filled.clear()
         self._held.clear()
         self._written.clear()
+        self._changes()
         self._reduced = False
+        if self._on_host:  # sums of the window before that still wait for the host
+            self.streams.host_turn()
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ from zeropipe.comm.group import node_size
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError, OffloadError
 from zeropipe.runtime.zero.hold.policy import Place, Policy
+from zeropipe.streams import STREAMS
 
 Move = Callable[[torch.Tensor], torch.Tensor]  # how a tensor changes its place
 
@@ -186,7 +187,7 @@ class Offload:
     def gathers_read_masters(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether parameters of ``dtype`` on ``device`` need no copy of their shards beside the masters."""
         places = [self.policy.optimizer_place, self.policy.param_place]
-        if device.type == "cpu":
+        if not STREAMS.of(device).apart:
             places = [Place.DEVICE if place is Place.HOST else place for place in places]
         if places[0] is not places[1]:
             return False
@@ -205,7 +206,7 @@ class Offload:
     def is_remote(self, device: torch.device) -> bool:
         """Whether the shards of parameters on ``device`` live elsewhere."""
         place = self.policy.param_place
-        return place is Place.FILE or (place is Place.HOST and device.type != "cpu")
+        return place is Place.FILE or (place is Place.HOST and STREAMS.of(device).apart)
 
     def let_go(self, tensor: torch.Tensor) -> None:
         """The elements of ``tensor`` will not be used for a while."""
@@ -217,16 +218,13 @@ class Offload:
         for files in self._files.values():
             files.read_ahead(tensor)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """``target.copy_(source)``, 1-D, with little of either in memory at a time where they are in files."""
+    def copy(self, target: torch.Tensor, source: torch.Tensor, device: torch.device) -> None:
+        """``target.copy_(source)``, 1-D, of parameters on ``device``, with little of either in memory at a time where
+        they are in files. The host does not wait: see ``streams.py``."""
         # What went through is let go part by part; in memory there is nothing to let go, and one copy is enough.
-        if not self._files:
-            target.copy_(source, non_blocking=True)
-            return
-        for into, part in zip(target.split(_COPY_NUMEL), source.split(_COPY_NUMEL), strict=True):
-            into.copy_(part)
-            self.let_go(into)
-            self.let_go(part)
+        numel = _COPY_NUMEL if self._files else max(target.numel(), 1)
+        for into, part in zip(target.split(numel), source.split(numel), strict=True):
+            STREAMS.of(device).bring(into, part, self.let_go)
 
     def close(self) -> None:
         for files in self._files.values():
@@ -243,11 +241,9 @@ class Offload:
     ) -> torch.Tensor:
         if files is not None:
             return files.zeros(numel, dtype)
-        # Pinned, since a copy from memory that may be paged waits for the GPU; on a CPU run HOST is where all is.
-        if place is Place.HOST and device.type != "cpu":
-            made = torch.empty(numel, dtype=dtype, pin_memory=self.policy.pin_memory)
-        else:
-            made = torch.empty(numel, dtype=dtype, device=device)
+        if place is Place.HOST and STREAMS.of(device).apart:
+            return STREAMS.of(device).zeros(numel, dtype, self.policy.pin_memory)
+        made = torch.empty(numel, dtype=dtype, device=device)
         # Of the rest no page is there before somebody writes it (``tensor/memory.py``).
         made[written:].zero_()
         return made
@@ -279,31 +275,3 @@ def arena_of(zero: ZeroOptimization | None) -> Arena:
             fix="pass config_dict_or_path= a config with zero_optimization.offload_param.nvme_path",
         )
     return Arena(folder)
-
-
-class HostCopies:
-    """Brings gradients from a GPU to host memory on a stream of its own, beside what the GPU computes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._device = device
-        self._pending = False
-
-    def store(self, place: torch.Tensor, piece: torch.Tensor, add: bool) -> None:
-        """``place.copy_(piece)``, or ``place.add_(piece)``, which waits."""
-        # An addition is the CPU's, which reads what an earlier copy brings.
-        if add:
-            self.wait()
-            place.add_(piece.to(place.device, place.dtype))
-            return
-        # The copy begins when the piece is there, and the piece's memory is given to nobody else before it ends.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            place.copy_(piece, non_blocking=True)
-        piece.record_stream(self._stream)
-        self._pending = True
-
-    def wait(self) -> None:
-        if self._pending:
-            self._stream.synchronize()
-            self._pending = False

@@ -14,6 +14,7 @@ from zeropipe.errors import UsageError
 from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
 from zeropipe.runtime.zero.hold.offload import Move
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
+from zeropipe.streams import STREAMS
 
 
 class OffloadStateTypeEnum(StrEnum):
@@ -49,21 +50,22 @@ class Offloaded:
         if name != "cpu":
             raise UsageError("offload_states: device", expected="cpu", found=name, fix="leave it out")
         kinds = _wanted(include) - self._away
+        streams = STREAMS.of(self._device)
 
         def to_host(tensor: torch.Tensor) -> torch.Tensor:
-            on_gpu = tensor.device.type == "cuda"
             # Its own place is in a file, or in host memory: there it stays.
-            if optimizer.offload.in_files(tensor) or (not on_gpu and torch.cuda.is_available()):
+            if optimizer.offload.in_files(tensor) or streams.on_host(tensor):
                 return tensor
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin_memory and on_gpu)
-            return host.copy_(tensor, non_blocking=non_blocking)
+            host = streams.zeros(tensor.numel(), tensor.dtype, pin_memory).view(tensor.shape)
+            streams.bring(host, tensor.contiguous())
+            return host
 
         # A reduction under way reads what is about to move.
         optimizer.reducer.settle()
         _move(optimizer, kinds, to_host)
+        # The copies are done before the allocator gives the memory back to the driver.
+        streams.host_turn()
         if self._device.type == "cuda":
-            # The copies are done before the allocator gives the memory back to the driver.
-            torch.cuda.current_stream(self._device).synchronize()
             torch.cuda.empty_cache()
         self._away |= kinds
 
@@ -72,13 +74,19 @@ class Offloaded:
     ) -> None:
         """Those of ``kinds`` that are away return to the device."""
         due = self._away.intersection(kinds)
+        streams = STREAMS.of(self._device)
+
+        def to_device(tensor: torch.Tensor) -> torch.Tensor:
+            if not streams.on_host(tensor) or (optimizer is not None and optimizer.offload.in_files(tensor)):
+                return tensor
+            back = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+            streams.bring(back, tensor)
+            return back
+
         if due and optimizer is not None:
-            in_files = optimizer.offload.in_files
-            _move(
-                optimizer,
-                due,
-                lambda t: t if in_files(t) else t.to(self._device, non_blocking=non_blocking),
-            )
+            _move(optimizer, due, to_device)
+            if not non_blocking:
+                streams.host_turn()
         self._away -= due
 
     def bring_back_for_forward(self, optimizer: ZeroOptimizer) -> None:
@@ -87,7 +95,8 @@ class Offloaded:
             return
         # At stage 3 gathers read the masters.
         reads = {Kind.lp_params, Kind.hp_params}
-        self.bring_back(optimizer, set(Kind) - {Kind.optim_states} if torch.is_grad_enabled() else reads)
+        kinds = set(Kind) - {Kind.optim_states} if torch.is_grad_enabled() else reads
+        self.bring_back(optimizer, kinds, non_blocking=True)
 
 
 def _wanted(include: Iterable[object] | None) -> frozenset[Kind]:

@@ -40,6 +40,7 @@ from zeropipe.runtime.optimizers.state_kinds import (
 from zeropipe.runtime.zero.hold.offload import Move, Offload
 from zeropipe.runtime.zero.hold.shard_values import ShardValues
 from zeropipe.runtime.zero.hold.values import FlatValues
+from zeropipe.streams import STREAMS
 from zeropipe.tensor.host import HOST, Number, changes
 
 
@@ -90,11 +91,10 @@ class Partition:
     def put(self, tensor: torch.Tensor, index: int, value: torch.Tensor, whole: bool = True) -> None:
         """Write parameter ``index`` into a master-sized tensor: from its shape, or (not ``whole``) from this piece."""
         place, piece = self.local(tensor, index), self.segments[index].piece
+        STREAMS.of(self.device).host_turn()  # a gather may still read it
         if not whole:
             place.copy_(value)
             return
-        if self.device.type == "cuda":  # a copy from host memory may still be under way
-            torch.cuda.current_stream(self.device).synchronize()
         if piece is not None:
             place.copy_(value.detach().reshape(-1)[piece.start : piece.start + piece.numel])
         self.offload.let_go(place)

@@ -25,13 +25,13 @@ from zeropipe.comm.group import SELF, Group
 from zeropipe.errors import UsageError
 from zeropipe.layout.buckets import Bucket, Key, launch_order
 from zeropipe.runtime.zero.hold.autograd import Arrivals, Watch, at_end_of_backward
-from zeropipe.runtime.zero.hold.grads import NEXT_PHASES, GradStore, Phase
+from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.policy import Conductor, Policy
+from zeropipe.runtime.zero.hold.window import NEXT_PHASES, Phase
 from zeropipe.runtime.zero.marks import z3_leaf_parameter
 
 _BUCKETS_PER_PASS = 2**24  # more than there are
-_MAX_IN_FLIGHT = 2  # buckets: one travels while the next one fills
 
 
 @dataclass(slots=True)
@@ -90,11 +90,12 @@ class Reducer:
         self._missing = 1.0  # factor of what arrives
         self._ending: weakref.ref[partial[None]] | None = None  # of a plain backward
 
-        # Its buckets, in launch order; more than two on their way would hold more gradients than they hide.
+        # Its buckets, in launch order; many on their way would hold more gradients than they hide.
         self._order: list[_Open] = []
         self._place: dict[GradStore, dict[int, _Open]] = {}  # store, parameter -> its bucket
         self._next = 0  # the first that is not launched
         self._in_flight: deque[Work] = deque()
+        self._at_once = 0  # at most
         self._waited = 0  # how many are reduced
         self._common = 0  # stage 3: how many every rank is known to have launched
         self._complete: list[Key] = []  # in the order in which they became so
@@ -116,7 +117,7 @@ class Reducer:
         passes, launched = divmod(progress, _BUCKETS_PER_PASS)
         if passes == self._reduced_passes:
             self._common = max(self._common, launched)
-            self._wait_down_to(_MAX_IN_FLIGHT)
+            self._wait_down_to(self._at_once)
 
     @property
     def _open(self) -> bool:
@@ -351,10 +352,10 @@ class Reducer:
             if any(z3_leaf_parameter(store.partition.params[index]) for index in bucket.tensors)
         }
         for key in launch_order([len(store.buckets) for store in self.stores], late, self._learned):
-            store = self.stores[key[0]]
-            self._order.append(_Open(key, store, store.buckets[key[1]]))
+            self._order.append(_Open(key, self.stores[key[0]], self.stores[key[0]].buckets[key[1]]))
         of = [(store, [entry for entry in self._order if entry.store is store]) for store in self.stores]
         self._place = {store: {index: o for o in own for index in o.bucket.tensors} for store, own in of}
+        self._at_once = min((o.store.most_in_flight(o.bucket) for o in self._order), default=2)
 
     def _launch_next(self) -> None:
         entry = self._order[self._next]
@@ -363,8 +364,8 @@ class Reducer:
             grad = entry.store.partition.params[index].grad
             if grad is not None:
                 entry.store.accept(index, grad, keep_grad=False)
-        self._wait_down_to(_MAX_IN_FLIGHT - 1)
-        self._in_flight.append(entry.store.launch(entry.bucket))
+        self._wait_down_to(self._at_once - 1)
+        self._in_flight.append(entry.store.launch(entry.bucket, self.is_boundary()))
         if not self.policy.overlap_comm:
             self._wait_down_to(0)
 
@@ -387,10 +388,9 @@ class Reducer:
             return
         store = self.stores[0]
         keys = [entry.key for entry in self._order]
-        places = {key: at for at, key in enumerate(keys)}
         order = torch.full((len(keys),), -1, dtype=torch.int64, device=store.partition.device)
         for at, key in enumerate(self._complete):
-            order[at] = places[key]
+            order[at] = keys.index(key)
         broadcast(order, 0, store.partition.group, label="order of gradients")
         self._learned = tuple(keys[place] for place in order.tolist() if place >= 0)
         self._order = []

@@ -180,7 +180,7 @@ class Runs:
         for key, value in self._moments.items():
             if not offload.in_files(value):
                 home = self._partition.new_state(value.dtype)
-                offload.copy(home, value)
+                offload.copy(home, value, self._partition.device)
                 self._moments[key] = home
 
     def _call(self, window: Range, stepped: bool) -> list[Job] | None:

@@ -17,8 +17,10 @@ from zeropipe.comm.group import Group
 from zeropipe.layout.buckets import Bucket, Span, cut_buckets
 from zeropipe.layout.flat import FlatShards, Piece, flat_shards
 from zeropipe.runtime.zero.hold.offload import Move, Offload
-from zeropipe.runtime.zero.hold.values import ALIGN, ALONE_NUMEL, Room, Segment, take_edited
+from zeropipe.runtime.zero.hold.policy import Place
+from zeropipe.runtime.zero.hold.values import ALIGN, ALONE_NUMEL, Room, Segment, cuts, take_edited
 from zeropipe.runtime.zero.param import GATHER, Cut, ZeroParamStatus, shards_at, stays
+from zeropipe.streams import STREAMS, Side
 from zeropipe.tensor.host import HOST
 from zeropipe.tensor.memory import moving
 
@@ -50,7 +52,6 @@ class ShardValues:
         self.local_layout = flat_shards(specs, 1, ALIGN)  # where each shard lies in the master, on every rank
         self.whole_numel = numel = self.local_layout.padded_numel
         self.segments = tuple(self._segment(index) for index in range(len(self.cut)))
-        self.runs = ((0, numel),)
 
         self._spans: dict[int, list[Span]] = {}  # of buckets, by where they start
 
@@ -65,15 +66,20 @@ class ShardValues:
                 self.copy = offload.source(numel, self.dtype, self.device, self.local_layout.numel)
             for shards, segment, value in zip(self.cut, self.segments, values, strict=True):
                 piece = master[segment.room]
-                offload.copy(piece, value)
+                offload.copy(piece, value, self.device)
                 source = piece if self.copy is None else self.copy[segment.room]
                 if self.copy is not None:
-                    offload.copy(source, value)
+                    offload.copy(source, value, self.device)
                 ahead = offload.read_ahead if remote else None
                 let_go = offload.let_go if offload.has_files else stays
                 shards.live_at(source, None if self.copy is None else piece, let_go, ahead, remote)
                 del value
+        STREAMS.of(self.device).host_turn()  # what the copies read is gone from here on
         self.master = torch.nn.Parameter(master)
+        # New values go from host memory to the device while the next are stepped there.
+        goes_early = self.copy is not None and not remote and offload.policy.optimizer_place is Place.HOST
+        size = offload.policy.publish_numel if goes_early else max(numel, 1)
+        self.runs = tuple(cuts(numel, size)) or ((0, 0),)
 
         # What the parameters that stay gathered showed last, and which these were: to see that somebody wrote to them.
         self._shown: tuple[list[tuple[int, int]], torch.Tensor]
@@ -149,8 +155,10 @@ class ShardValues:
         return Span(owner, at, 0, self.segments[run[-1]].stop - at, tuple(pieces))
 
     def publish(self) -> None:
-        if self.copy is not None:
-            self._offload.copy(self.copy, self.master.detach())
+        for start, stop in self.runs:
+            self.publish_run(start, stop)
+
+    def _publish_gathered(self) -> None:
         gathered = [s for s in self.cut if _is_gathered(s)]
         if not gathered:
             return
@@ -158,7 +166,11 @@ class ShardValues:
         # Row r: rank r's shards of all that is gathered.
         wire = torch.empty((self.group.size, layout.numel), dtype=self.dtype, device=self.device)
         own, sizes = wire[self.shard], [shards.shard_numel for shards in gathered]
-        torch._foreach_copy_(own.split(sizes), [shards.source for shards in gathered])
+        streams = STREAMS.of(self.device)
+        with streams.beside(Side.IN):
+            streams.copy_each(own.split(sizes), [shards.source for shards in gathered])
+            moment = streams.mark()
+        streams.wait(moment)
         for shards in gathered:
             self._offload.let_go(shards.source)
         all_gather(wire.view(-1), own, self.group, label="persistent parameters")
@@ -168,7 +180,10 @@ class ShardValues:
         self._remember()
 
     def publish_run(self, start: int, stop: int) -> Work:
-        self.publish()  # the one run is all of it
+        if self.copy is not None:
+            self._offload.copy(self.copy[start:stop], self.master.detach()[start:stop], self.device)
+        if stop == self.master.numel():
+            self._publish_gathered()
         return Work("persistent parameters")
 
     def write(self, index: int, value: torch.Tensor) -> None:
@@ -183,7 +198,8 @@ class ShardValues:
 
     def refresh_master(self) -> None:
         if self.copy is not None:
-            self._offload.copy(self.master.detach(), self.copy)
+            self._offload.copy(self.master.detach(), self.copy, self.device)
+            STREAMS.of(self.device).host_turn()
 
     def take_edits(self, sure: bool = False) -> None:
         # Only what stays gathered can have been written to; what a ``GatheredParameters`` holds is left to that.

@@ -277,8 +277,8 @@ class Stepping:
 
 def _load(store: GradStore, factor: Number, unused: Sequence[int]) -> Iterator[Job]:
     """Set the gradients of what is stepped to ``factor`` times the store's."""
-    partition, shard = store.partition, store.shard
-    in_place = shard.dtype == partition.master.dtype and shard.device == partition.master.device
+    partition, shard = store.partition, store.shard_at_masters()
+    in_place = shard.dtype == partition.master.dtype
     if in_place and changes(factor):
         yield partial(_scale, shard, factor)
     yield partial(partition.load_gradient, shard, 1.0 if in_place else factor, unused)

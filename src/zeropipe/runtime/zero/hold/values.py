@@ -23,6 +23,7 @@ from zeropipe.layout.buckets import Bucket, Span, cut_buckets
 from zeropipe.layout.flat import FlatShards, Piece, flat_shards
 from zeropipe.runtime.zero.hold.offload import Move
 from zeropipe.runtime.zero.hold.policy import Policy
+from zeropipe.streams import STREAMS
 from zeropipe.tensor.memory import moving
 
 # Why 16 elements: a cache line of fp32. torch's fused CPU steps handle the last numel % 16 elements in a scalar loop
@@ -106,13 +107,16 @@ class FlatValues:
         return Segment(self.layout, index, piece, start, stop, self.shapes[index])
 
     def _make_master(self, policy: Policy) -> torch.Tensor:
-        offloaded = policy.offload_optimizer and self.device.type != "cpu"
+        streams = STREAMS.of(self.device)
+        offloaded = policy.offload_optimizer and streams.apart
         if self.dtype in (torch.float32, torch.float64) and not offloaded:
             return self.own
         if not offloaded:
             return self.own.float()
-        host = torch.empty(self.own.shape, dtype=torch.float32, pin_memory=policy.pin_memory)
-        return host.copy_(self.own)
+        host = streams.zeros(self.own.numel(), torch.float32, policy.pin_memory)
+        streams.copy(host, self.own)
+        streams.host_turn()
+        return host
 
     # Asked by address, since both may be moved away for a while (``move``) and come back.
     @property
@@ -157,7 +161,10 @@ class FlatValues:
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:
-        apart = self.sharded and self.group.size > 1 and self.device.type == "cpu"
+        streams = STREAMS.of(self.device)
+        apart = self.sharded and self.group.size > 1 and self.device.type == "cpu" and not streams.apart
+        # From host memory they travel while the next are stepped there.
+        apart = apart or streams.on_host(self.master)
         size = self._publish_numel if apart else max(self.layout.shard_numel, 1)
         return tuple(cuts(self.layout.shard_numel, size))
 
@@ -171,14 +178,19 @@ class FlatValues:
                 work.wait()
             return
         if not self.master_is_values:
-            self.own.copy_(self.master.detach(), non_blocking=True)
+            STREAMS.of(self.device).bring(self.own, self.master.detach())
         if self.sharded and self.group.size > 1:
             all_gather(self.whole, self.own, self.group, label="parameters")
 
     def publish_run(self, start: int, stop: int) -> Work:
         """``publish`` of the elements [start, stop) of every rank's shard, which may still be under way."""
+        streams = STREAMS.of(self.device)
         if not self.master_is_values:
-            self.own[start:stop].copy_(self.master.detach()[start:stop])
+            streams.bring(self.own[start:stop], self.master.detach()[start:stop])
+        if streams.apart:  # in one message, with the last of them
+            if stop < self.layout.shard_numel or not self.sharded or self.group.size == 1:
+                return Work("parameters")
+            return all_gather(self.whole, self.own, self.group, label="parameters", async_op=True)
         shards = self.whole.view(self.group.size, -1)
         cuts = [(rank, shards[rank, start:stop]) for rank in range(self.group.size)]
         return gather_from_owners(cuts, self.group, label="parameters", async_op=True)
@@ -194,6 +206,7 @@ class FlatValues:
     def refresh_master(self) -> None:
         """Take the master anew from the values, after somebody wrote those (a loaded state dict, an edit)."""
         if not self.master_is_values:
+            STREAMS.of(self.device).host_turn()
             self.master.detach().copy_(self.own)
 
     def take_edits(self, sure: bool = False) -> None:
