@@ -388,9 +388,11 @@ class Reducer:
             return
         store = self.stores[0]
         keys = [entry.key for entry in self._order]
+        places = {key: at for at, key in enumerate(keys)}
         order = torch.full((len(keys),), -1, dtype=torch.int64, device=store.partition.device)
-        for at, key in enumerate(self._complete):
-            order[at] = keys.index(key)
+        order[: len(self._complete)] = torch.tensor(
+            [places[key] for key in self._complete], dtype=torch.int64
+        )
         broadcast(order, 0, store.partition.group, label="order of gradients")
         self._learned = tuple(keys[place] for place in order.tolist() if place >= 0)
         self._order = []
