@@ -2,5 +2,6 @@
 
 from zeropipe.streams.driver import Driver, Moment
 from zeropipe.streams.owner import STREAMS, Inline, Side, Streams
+from zeropipe.streams.ring import Tell
 
-__all__ = ["STREAMS", "Driver", "Inline", "Moment", "Side", "Streams"]
+__all__ = ["STREAMS", "Driver", "Inline", "Moment", "Side", "Streams", "Tell"]

@@ -21,7 +21,7 @@ On a CPU a call returns when its work is done, and there is nothing to order (``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 
@@ -29,6 +29,8 @@ import torch
 
 from zeropipe.streams.driver import Cuda, Driver, Moment
 from zeropipe.streams.ring import Arrival, Ring, Tell, home, in_parts, tell
+
+Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 
 class Side(Enum):
@@ -74,7 +76,7 @@ class Inline:
         target.copy_(source)
         tell(done, target, source)
 
-    def copy_each(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    def copy_each(self, targets: Tensors, sources: Tensors) -> None:
         """As ``copy`` of each; host memory that may be paged has been read when it returns."""
         torch._foreach_copy_(targets, sources)
 
@@ -169,7 +171,7 @@ class Streams(Inline):
                 into.copy_(slot, non_blocking=True)
                 self._in.sent(self._driver.mark())
 
-    def copy_each(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    def copy_each(self, targets: Tensors, sources: Tensors) -> None:
         if not any(map(self._driver.on_host, (*targets, *sources))):
             torch._foreach_copy_(targets, sources)
             return

@@ -23,7 +23,7 @@ from zeropipe.runtime.zero.hold.offload import Move
 from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.policy import Place, Policy
 from zeropipe.runtime.zero.hold.values import ALONE_NUMEL
-from zeropipe.runtime.zero.hold.window import AtMasters, Begun, Stored, most_in_flight
+from zeropipe.runtime.zero.hold.window import AtMasters, Begun, Stored, most_in_flight, stored
 from zeropipe.runtime.zero.param import REDUCE
 from zeropipe.streams import STREAMS
 
@@ -95,7 +95,7 @@ class GradStore:
         # Where they go in the end, in a group of one; at stage 3 if nothing lies between autograd and the shard.
         self._places, self._sends = self._views, not alone
         if alone and policy.shards_parameters:
-            in_memory = self._copies is None and not partition.offload.has_files
+            in_memory = not self._on_host and not partition.offload.has_files
             self._sends = not in_memory or policy.reduce_dtype not in (None, self.dtype)
             rooms = zip(partition.values.segments, partition.shapes, strict=True)
             self._places = [buffer[s.start : s.start + prod(shape)].view(shape) for s, shape in rooms]
@@ -207,7 +207,7 @@ class GradStore:
         region = self.buffer[bucket.start : bucket.start + bucket.numel]
         wire = region.to(self.policy.reduce_dtype or region.dtype)
         work = all_reduce(wire, self.partition.group, op="avg", label="gradients", async_op=True)
-        return Begun(work if wire is region else work.then(lambda: _copy(region, wire)), [wire])
+        return Begun(work if wire is region else work.then(lambda: self.streams.copy(region, wire)), [wire])
 
     def _launch_to_owners(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> Begun:
         dtype = self.policy.reduce_dtype or self.dtype  # also for a gradient alone: buckets must not show
@@ -225,11 +225,11 @@ class GradStore:
             # Never into the wire: another parameter's gradient, or a user, may share autograd's memory.
             outputs.append(place if straight else torch.empty_like(wire))
             places.append(place)
-        group, channel = self.partition.group, self._channel
+        group, channel, done = self.partition.group, self._channel, self.partition.offload.let_go
         work = reduce_to_owners(
             cuts, outputs, group, op="avg", label="gradients", async_op=True, channel=channel
         )
-        return self._stored(work, places, outputs, fresh, [wire for _, wire in cuts])
+        return stored(self.streams, work, places, outputs, fresh, [wire for _, wire in cuts], done)
 
     def _launch_in_one(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> Begun:
         """The bucket as one run of the flat that the ranks share: nothing here grows with their number."""
@@ -251,34 +251,13 @@ class GradStore:
         reduced = place if straight else wire.new_empty(place.numel())
         run, group, channel = Run(wire, room.start, room.shard_numel), self.partition.group, self._channel
         work = reduce_run(run, reduced, group, op="avg", label="gradients", async_op=True, channel=channel)
-        return self._stored(work, [place], [reduced], fresh, [wire])
+        done = self.partition.offload.let_go
+        return stored(self.streams, work, [place], [reduced], fresh, [wire], done)
 
     # Stage 3 has gathers under way: reductions need no order among them.
     @property
     def _channel(self) -> int:
         return REDUCE if self.policy.shards_parameters else 0
-
-    def _stored(
-        self,
-        work: Work,
-        places: list[torch.Tensor],
-        outputs: list[torch.Tensor],
-        fresh: bool,
-        wires: list[torch.Tensor],
-    ) -> Begun:
-        """``work``, after which the averages are in their places, or added to them."""
-
-        def store() -> None:
-            done = self.partition.offload.let_go
-            for place, reduced in zip(places, outputs, strict=True):
-                if not fresh:
-                    self.streams.add(place, reduced, done)
-                elif reduced is not place:
-                    self.streams.copy(place, reduced, done)
-                else:
-                    done(place)
-
-        return Begun(work.then(store), [*wires, *outputs])
 
     def _wire(
         self,
@@ -401,7 +380,3 @@ class GradStore:
         self._reduced = False
         if self._on_host:  # sums of the window before that still wait for the host
             self.streams.host_turn()
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source)

@@ -95,8 +95,7 @@ class Reducer:
         self._place: dict[GradStore, dict[int, _Open]] = {}  # store, parameter -> its bucket
         self._next = 0  # the first that is not launched
         self._in_flight: deque[Work] = deque()
-        self._at_once = 0  # at most
-        self._waited = 0  # how many are reduced
+        self._at_once = self._waited = 0  # how many may be; how many are reduced
         self._common = 0  # stage 3: how many every rank is known to have launched
         self._complete: list[Key] = []  # in the order in which they became so
         self._learned: tuple[Key, ...] = ()  # the same on rank 0 in an earlier pass
@@ -374,10 +373,10 @@ class Reducer:
         # Why it may be waited for: all ranks launch in one order, so who has launched it needs nobody who waits for a
         # later one. At stage 3 a peer may stand in a gather before it launches, which waits for this rank: there only
         # what all are known to have launched ends by itself, and the rest is left for the end of the pass.
-        free = self._conductor is None
         while len(self._in_flight) > left:
             # Where ranks tell each other nothing (no gloo), the backend knows at least what has arrived.
-            if not free and self._waited >= self._common and not self._in_flight[0].done():
+            sure = self._conductor is None or self._waited < self._common
+            if not (sure or self._in_flight[0].done()):
                 return
             self._in_flight.popleft().wait()
             self._waited += 1
@@ -390,9 +389,8 @@ class Reducer:
         keys = [entry.key for entry in self._order]
         places = {key: at for at, key in enumerate(keys)}
         order = torch.full((len(keys),), -1, dtype=torch.int64, device=store.partition.device)
-        order[: len(self._complete)] = torch.tensor(
-            [places[key] for key in self._complete], dtype=torch.int64
-        )
+        came = [places[key] for key in self._complete]
+        order[: len(came)] = torch.tensor(came, dtype=torch.int64)
         broadcast(order, 0, store.partition.group, label="order of gradients")
         self._learned = tuple(keys[place] for place in order.tolist() if place >= 0)
         self._order = []

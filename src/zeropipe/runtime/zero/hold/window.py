@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 
 from zeropipe.comm.collectives import Work
-from zeropipe.streams import Inline, Moment, Side
+from zeropipe.streams import Inline, Moment, Side, Tell
 
 _MAX_IN_FLIGHT = 2  # buckets: one travels while the next one fills
 _BYTES_IN_FLIGHT = 2**28
@@ -48,6 +48,29 @@ class Begun:
 
     work: Work
     memory: list[torch.Tensor]
+
+
+def stored(
+    streams: Inline,
+    work: Work,
+    places: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    fresh: bool,
+    wires: Sequence[torch.Tensor],
+    done: Tell,
+) -> Begun:
+    """``work``, after which the averages in ``outputs`` are in their places, or (not ``fresh``) added to them."""
+
+    def store() -> None:
+        for place, reduced in zip(places, outputs, strict=True):
+            if not fresh:
+                streams.add(place, reduced, done)
+            elif reduced is not place:
+                streams.copy(place, reduced, done)
+            else:
+                done(place)
+
+    return Begun(work.then(store), [*wires, *outputs])
 
 
 class AtMasters:
