@@ -47,13 +47,13 @@ class GradStore:
         else:
             buffer = torch.zeros(numel, dtype=self.dtype, device=partition.device)
         self._too_large = ALONE_NUMEL if partition.group.size == 1 else sys.maxsize  # to wait for its bucket
-        self.streams = STREAMS.of(partition.device)
-        self._on_host = self.streams.on_host(buffer)
+        self._streams = STREAMS.of(partition.device)
+        self._on_host = self._streams.on_host(buffer)
         self._replace(buffer)
         self._at_masters: AtMasters | None = None
-        if self.streams.on_host(partition.master) and not self._on_host:
+        if self._streams.on_host(partition.master) and not self._on_host:
             numel, pin = partition.master.numel(), policy.pin_memory
-            self._at_masters = AtMasters(self.streams, numel, self.dtype, pin)
+            self._at_masters = AtMasters(self._streams, numel, self.dtype, pin)
 
         # What the window has so far; ``clear`` begins a new one.
         self.seen: set[int] = set()  # parameters with a gradient
@@ -67,7 +67,7 @@ class GradStore:
     def shard(self) -> torch.Tensor:
         """The average so far: 1D, as the master; waits for copies of it that are under way."""
         if self._on_host:
-            self.streams.host_turn()
+            self._streams.host_turn()
         return self._shard
 
     def shard_at_masters(self) -> torch.Tensor:
@@ -173,7 +173,7 @@ class GradStore:
 
     def most_in_flight(self, bucket: Bucket) -> int:
         """How many buckets of its size may be under way at once."""
-        return most_in_flight(self.streams, bucket.numel * self.dtype.itemsize)
+        return most_in_flight(self._streams, bucket.numel * self.dtype.itemsize)
 
     def launch(self, bucket: Bucket, last: bool = False) -> Work:
         """Start the reduction of ``bucket``; when the work is done the shard holds (or has added) its average.
@@ -182,7 +182,7 @@ class GradStore:
         for none of it, and the stream that computes only where it waits for the work.
         """
         begun = self._launch(bucket)
-        if not self.streams.apart:
+        if not self._streams.apart:
             return begun.work
 
         def send() -> None:
@@ -190,7 +190,7 @@ class GradStore:
                 own = self.partition.values.room(bucket).own
                 self._at_masters.send(bucket.tensors[0], own, self._shard)
 
-        return Work("gradients", [Stored(self.streams, begun, send)])
+        return Work("gradients", [Stored(self._streams, begun, send)])
 
     def _launch(self, bucket: Bucket) -> Begun:
         # The first of a window replaces what an earlier one left in the shard, those that follow add to it.
@@ -207,7 +207,7 @@ class GradStore:
         region = self.buffer[bucket.start : bucket.start + bucket.numel]
         wire = region.to(self.policy.reduce_dtype or region.dtype)
         work = all_reduce(wire, self.partition.group, op="avg", label="gradients", async_op=True)
-        return Begun(work if wire is region else work.then(lambda: self.streams.copy(region, wire)), [wire])
+        return Begun(work if wire is region else work.then(lambda: self._streams.copy(region, wire)), [wire])
 
     def _launch_to_owners(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> Begun:
         dtype = self.policy.reduce_dtype or self.dtype  # also for a gradient alone: buckets must not show
@@ -229,7 +229,7 @@ class GradStore:
         work = reduce_to_owners(
             cuts, outputs, group, op="avg", label="gradients", async_op=True, channel=channel
         )
-        return stored(self.streams, work, places, outputs, fresh, [wire for _, wire in cuts], done)
+        return stored(self._streams, work, places, outputs, fresh, [wire for _, wire in cuts], done)
 
     def _launch_in_one(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> Begun:
         """The bucket as one run of the flat that the ranks share: nothing here grows with their number."""
@@ -252,7 +252,7 @@ class GradStore:
         run, group, channel = Run(wire, room.start, room.shard_numel), self.partition.group, self._channel
         work = reduce_run(run, reduced, group, op="avg", label="gradients", async_op=True, channel=channel)
         done = self.partition.offload.let_go
-        return stored(self.streams, work, [place], [reduced], fresh, [wire], done)
+        return stored(self._streams, work, [place], [reduced], fresh, [wire], done)
 
     # Stage 3 has gathers under way: reductions need no order among them.
     @property
@@ -355,10 +355,10 @@ class GradStore:
             wire = part
             if self._on_host or dtype != part.dtype:
                 wire = torch.empty(part.numel(), dtype=dtype, device=self.partition.device)
-                self.streams.copy(wire, part)
+                self._streams.copy(wire, part)
             all_reduce(wire, replicas, op="avg", label="gradients of replicas")
             if wire is not part:
-                self.streams.copy(part, wire)
+                self._streams.copy(part, wire)
             self.partition.offload.let_go(part)
 
     def _changes(self) -> None:
@@ -379,4 +379,4 @@ class GradStore:
         self._changes()
         self._reduced = False
         if self._on_host:  # sums of the window before that still wait for the host
-            self.streams.host_turn()
+            self._streams.host_turn()
