@@ -465,3 +465,40 @@ def lora(rank: int, world: int, *, stage: int | None, steps: int) -> dict[str, A
         engine.step()
         losses.append(float(loss))
     return {"losses": losses, "weights": {n: p for n, p in weights(engine.module).items() if "lora" in n}}
+
+
+def flash(rank: int, world: int) -> None:
+    """An attention that finds packed sequences by their positions, as flash attention does."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+    from transformers import masking_utils
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from zeropipe.runtime.sequence_parallel.data import shard_batch
+
+    def core(
+        module: Any, q: Any, k: Any, v: Any, mask: Any, position_ids: Any, scaling: float, **_: Any
+    ) -> Any:
+        groups = module.num_key_value_groups
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        packs = (position_ids == 0).cumsum(-1)
+        seen = (packs[:, None, :, None] == packs[:, None, None, :]).tril()
+        if mask is not None:
+            seen = seen & mask[:, None, None, :].bool()
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling)
+        return out.transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("flash_tiny", core)
+    masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register("flash_tiny", masking_utils.flash_attention_mask)
+    deepspeed.init_distributed(dist_backend="gloo")
+    for kind in ("packed", "padded"):
+        batch = {k: v.unsqueeze(0) for k, v in Texts(STOCK, kind)[1].items()}
+        counted = batch["labels"][0] != -100
+        expected = _tiny()(**batch).logits[:, counted]
+        model = _tiny()
+        model.config._attn_implementation = "flash_tiny"
+        UlyssesSPAttentionHF.register_with_transformers(model, "flash_tiny", world, 1)
+        part = shard_batch(batch, rank, world)
+        logits = [torch.empty(0)] * world
+        torch.distributed.all_gather_object(logits, model(**part).logits.detach())
+        found = torch.cat(logits, 1)[:, :LENGTH][:, counted]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)

@@ -138,3 +138,9 @@ def test_adapters(ranks: Ranks, stage: int):
         expected["losses"], rel=EXACT
     )
     assert_close(found[1]["weights"], expected["weights"], WEIGHTS)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_an_attention_that_goes_by_positions(ranks: Ranks, world: int):
+    """Positions and padding of all ranks reach it; flash attention itself needs a GPU."""
+    ranks.run("sequence_tasks.flash", world)

@@ -14,6 +14,7 @@ from tests.dist.test_zero3 import NOTHING_PERSISTS
 from tests.helpers.data import generator
 from tests.helpers.referee import weights_of
 from tests.helpers.train import config
+from zeropipe.comm.record import record
 from zeropipe.errors import ConfigError, UsageError
 from zeropipe.runtime.sequence_parallel import place
 from zeropipe.runtime.sequence_parallel.attention import DistributedAttention
@@ -406,11 +407,14 @@ def _tiles(rank: int, world: int, stage: int, tiles: int, precision: str) -> dic
     engine = zeropipe.initialize(model=model, optimizer=_sgd(model), config=settings)[0]
     losses = []
     for step in range(2 * STEPS):
-        loss = engine(torch.randint(WORDS, (2, 11), generator=generator(step, rank)))
-        engine.backward(loss)
-        engine.step()
+        with record() as events:
+            loss = engine(torch.randint(WORDS, (2, 11), generator=generator(step, rank)))
+            engine.backward(loss)
+            engine.step()
         losses.append(float(loss.detach()))
-    found = {"losses": losses, "norm": engine.get_global_grad_norm(), "weights": weights_of(engine.module)}
+    sent = sorted(event.bytes for event in events)  # of the last step
+    found = {"losses": losses, "norm": engine.get_global_grad_norm(), "sent": sent}
+    found["weights"] = weights_of(engine.module)
     engine.destroy()
     return found
 
@@ -424,6 +428,7 @@ def test_tiles_train_as_the_whole(pool, stage: int, precision: str):
     bound = 2e-6 if precision == "fp32" else 1e-2
     for one, other in zip(found, whole, strict=True):
         assert one["losses"] == pytest.approx(other["losses"], rel=bound)
+        assert one["sent"] == other["sent"]  # no parameter is gathered once more for a tile
         assert one["norm"] == pytest.approx(other["norm"], rel=5 * bound)
         for name, value in other["weights"].items():
             torch.testing.assert_close(one["weights"][name], value, atol=bound, rtol=bound)
