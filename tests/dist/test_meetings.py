@@ -9,11 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+import zeropipe
+from benchmarks.counts.counting import Counting
+from tests.dist.pipe_models import batches, loss_of, specs
 from tests.helpers.meetings import as_on_device, either, meetings
 from tests.helpers.models import build
 from tests.helpers.pool import Pools
 from tests.helpers.referee import assert_bitwise
+from tests.helpers.train import config
 from tests.helpers.zero3 import Stack, engine_of, whole, x_batch
+from zeropipe.pipe import PipelineModule
 from zeropipe.tensor.host import HOST
 
 STEPS = 3
@@ -217,3 +222,28 @@ def test_a_frozen_part_costs_one_meeting_and_may_be_set_free(native_pool: Pools,
         assert [len(who) for who in once] == [1, 1, 2, 1], found
         start = dict(build(Odd).named_parameters())
         assert not torch.equal(values["sometimes.weight"], start["sometimes.weight"])
+
+
+def of_pipeline(rank: int, world: int, extra: dict[str, Any], stages: int) -> tuple[list[str], float]:
+    """Who made host and device meet in one batch of a pipeline, and its loss."""
+    module = PipelineModule(specs(3), num_stages=stages, loss_fn=loss_of, partition_method="uniform")
+    settings = config(1, world // stages, gas=4, **extra)
+    engine = zeropipe.initialize(model=module, config=settings)[0]
+    with HOST.afar():
+        for _ in range(2):
+            engine.train_batch(iter(batches(4)))
+        with Counting() as counts:
+            loss = engine.train_batch(iter(batches(4)))
+    value = loss.item()
+    engine.destroy()
+    return counts.where, value
+
+
+@pytest.mark.parametrize(("extra", "most"), [(FREE, 1), (CHECKED, 2)], ids=["free", "checked"])
+def test_a_batch_of_a_pipeline_reads_once_whether_all_came_through(
+    native_pool: Pools, extra: dict[str, Any], most: int
+) -> None:
+    """It was once for each micro-batch's loss, and twice more."""
+    found = native_pool(2).run(of_pipeline, extra, 2)
+    assert [len(who) for who, _ in found] == [most] * 2, found
+    assert found[0][1] == found[1][1]

@@ -20,6 +20,7 @@ from zeropipe.given import Tree
 from zeropipe.runtime.dataloader import RepeatingLoader
 from zeropipe.runtime.pipe.topology import PipelineParallelGrid
 from zeropipe.runtime.pipe.wire import map_tensors
+from zeropipe.tensor.host import HOST, sent
 
 LossFn = Callable[..., Any]
 
@@ -159,12 +160,20 @@ class Batch:
         return loss if self.factor == 1.0 else _wide(loss) * self.factor
 
     def row(self, names: list[str], how: str | None) -> torch.Tensor:
-        """fp64?, the loss (``how``: avg or sum), the mean of each named term, the loss by micro-batch; 1D, fp64."""
+        """fp64?, the loss (``how``: avg or sum), the mean of each named term, the loss by micro-batch; 1D, fp64, on the
+        device, which is not waited for."""
         values = torch.stack([_wide(value) for value in self.values])
         loss = values.sum() if how == "sum" else values.mean()
         means = [torch.stack(self.terms[name]).mean() for name in names]
-        is_wide = torch.tensor(values.dtype == torch.float64)
-        return torch.stack([one.to("cpu", torch.float64) for one in (is_wide, loss, *means, *values)])
+        is_wide = torch.full(
+            (1,), float(values.dtype == torch.float64), dtype=torch.float64, device=self.device
+        )
+        return torch.cat([is_wide, *(self._wide_here(one) for one in (loss, *means, values))])
+
+    def _wide_here(self, values: torch.Tensor) -> torch.Tensor:  # 1D
+        if HOST.sees(values):  # terms that the loss function made of plain numbers
+            return sent(values.view(-1).tolist(), torch.float64, self.device)
+        return values.view(-1).to(self.device, torch.float64)
 
     @property
     def joined(self) -> Any:
@@ -260,15 +269,15 @@ class Settlement:
         head = grid.pipe_parallel_size + 1
         width = 2 + len(self._names) + batch.count
         replicas = grid.model_parallel_size * grid.data_parallel_size
-        figures = torch.zeros(head + replicas * width, dtype=torch.float64)
+        figures = torch.zeros(head + replicas * width, dtype=torch.float64, device=self._device)
         figures[grid.stage_id] = first
         figures[head - 1] = mine != self._names
         if speaks and mine == self._names:
             place = head + (grid.slice_parallel_id * grid.data_parallel_size + grid.data_parallel_id) * width
             figures[place : place + width] = batch.row(self._names, how)
-        figures = figures.to(self._device)
         all_reduce(figures, world(), label="losses")
-        *failed, news = figures[:head].tolist()
+        told = figures.tolist()  # the one read of a batch
+        *failed, news = told[:head]
         if news and failure is None and not any(failed):
             # [2] the terms changed: all ranks saw it in the sum, take over the new names, and sum again
             failure = self._learn(mine if speaks else None)
@@ -287,12 +296,13 @@ class Settlement:
             )
         # [4] the mean of this slice's replicas
         rows = figures[head:].view(grid.model_parallel_size, grid.data_parallel_size, width)
-        return self._average(rows[grid.slice_parallel_id], batch.count)
+        is_wide = bool(told[head + grid.slice_parallel_id * grid.data_parallel_size * width])
+        return self._average(rows[grid.slice_parallel_id], batch.count, is_wide)
 
-    def _average(self, rows: torch.Tensor, count: int) -> Outcome:
-        """``rows``: [replicas, width]."""
+    def _average(self, rows: torch.Tensor, count: int, is_wide: bool) -> Outcome:
+        """``rows``: [replicas, width]; ``is_wide``: losses are fp64."""
         # One after the other in fp32 (fp64 where a loss is that), in one order: the same bits on every rank.
-        total = rows[0].to(torch.float64 if bool(rows[0, 0]) else torch.float32)
+        total = rows[0].to(torch.float64 if is_wide else torch.float32)
         for row in rows[1:]:
             total = total + row.to(total.dtype)
         total = total / len(rows)

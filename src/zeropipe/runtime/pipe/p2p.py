@@ -22,6 +22,7 @@ from zeropipe.comm.record import SEAM
 from zeropipe.errors import CommunicationError, UsageError
 from zeropipe.runtime.pipe.instructions import Message, Op
 from zeropipe.runtime.pipe.wire import FAILED, Form, Value
+from zeropipe.tensor.host import HOST
 
 _FORM_TAG, _VALUE_TAG = 0, 1  # added to the pipeline's own tag
 _TAGS = range(1 << 16, 1 << 30, 2)  # above a user's own messages and the collectives' tags
@@ -226,7 +227,7 @@ class Mailbox:
             self._forms[message.edge] = Form.from_bytes(bytes(data.tolist()))
             buffer = self._now(message, value_bytes, torch.uint8, _VALUE_TAG)
         # On a GPU reading the first byte would stop the stream; there a failed peer shows as a dead process.
-        if buffer.device.type == "cpu" and int(buffer[0]) == FAILED:
+        if HOST.sees(buffer) and int(buffer[0]) == FAILED:
             raise _Farewell
         incoming.arrived[message] = self._forms[message.edge].unpack(buffer)
 
