@@ -43,6 +43,8 @@ _FACTORIES = frozenset(
     getattr(torch, name)
     for name in _names("tensor as_tensor zeros ones full empty arange rand randn eye linspace")
 )
+# What zeropipe's ranks say to each other goes over gloo, in buffers of host memory that are older than the counting.
+_WORDS = "agreement.py"
 # Tensors of one multi-tensor kernel, by how many lists of them it reads and writes; large ones take several.
 _PER_KERNEL = {1: 110, 2: 64, 3: 48, 4: 36}
 
@@ -96,8 +98,10 @@ class Counting:
                 self._of_host.pop(storage._cdata, None)
 
     def met(self, what: str) -> None:
-        self.counts.meetings += 1
-        self.counts.where.append(f"{what} by {_asked_by()}")
+        who = _asked_by()
+        if not who.startswith(_WORDS):
+            self.counts.meetings += 1
+            self.counts.where.append(f"{what} by {who}")
 
     def collective(self, given: Iterable[Any]) -> None:
         """``given``: its arguments; of inputs and outputs the larger are what all ranks share."""

@@ -102,12 +102,12 @@ def test_no_optimizer_meets_the_host(native_pool: Pools, stage: int) -> None:
 
 def unused(rank: int, world: int, stage: int, afar: bool) -> tuple[list[list[str]], dict[str, torch.Tensor], list[float]]:
     """Meetings by step, the weights and the norms of a model that does not use all of itself."""
-    engine = engine_of(build(Odd), stage, world, **CLIP, **(PERSISTENT if stage == 3 else {}))
+    engine = engine_of(build(Odd), stage, world, **CLIP)
     found, norms = [], []
     for at in range(5):
         engine.module.on = (
             *(("sometimes",) if at in (1, 2, 4) else ()),
-            *(("somewhere",) if rank == 0 else ()),
+            *(("somewhere",) if rank == 0 and stage < 3 else ()),  # at stage 3 ranks run the same modules
         )
         with either(afar), as_on_device(engine) if afar else either(False) as counts:
             step(engine, at, rank)

@@ -14,6 +14,14 @@ from zeropipe.tensor.host import HOST
 PARTS = ("forward", "backward", "step")
 
 
+def of_host(engine: Any) -> list[torch.Tensor]:
+    """Counts of steps, which lie in host memory unless a kernel of the device reads them."""
+    groups, states = engine.optimizer.param_groups, engine.optimizer.state
+    unfused = (param for group in groups if not group.get("fused") for param in group["params"])
+    counts = [states.get(param, {}).get("step") for param in unfused]
+    return [count for count in counts if torch.is_tensor(count)]
+
+
 @contextmanager
 def as_on_device(engine: Any, counted: bool = True) -> Iterator[dict[str, Counts]]:
     """Inside, all tensors count as a GPU's; what is yielded is filled by part of the engine's step."""
@@ -21,15 +29,7 @@ def as_on_device(engine: Any, counted: bool = True) -> Iterator[dict[str, Counts
 
     def part(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def inside(*args: Any, **kwargs: Any) -> Any:
-            # Counts of steps lie in host memory unless a kernel of the device reads them.
-            groups, states = engine.optimizer.param_groups, engine.optimizer.state
-            host = [
-                states[param]["step"]
-                for group in groups
-                for param in group["params"]
-                if "step" in states.get(param, {}) and not group.get("fused")
-            ]
-            counting: Any = Counting(host) if counted else nullcontext(Counts())
+            counting: Any = Counting(of_host(engine)) if counted else nullcontext(Counts())
             with counting as counts:
                 made = call(*args, **kwargs)
             known = found.setdefault(name, Counts())
