@@ -122,6 +122,44 @@ def test_each_rank_has_what_a_plain_load_gives(pool, tmp_path, world, precision)
         same(found, plain(values(), dtype))
 
 
+@pytest.mark.parametrize("where", ["replicas", "host", "files"])
+def test_wherever_shards_lie(pool, tmp_path, where):
+    folder = save(tmp_path / "model", values())
+    zero: dict[str, Any] = {"stage": 3}
+    if where == "replicas":
+        zero["mics_shard_size"] = 2
+    else:
+        zero["offload_param"] = {"device": "cpu" if where == "host" else "nvme", "nvme_path": str(tmp_path)}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    for found in pool(4 if where == "replicas" else 2).run(built, str(folder), config):
+        same(found, plain(values()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
+def test_a_rank_holds_its_shard_and_the_largest_tensor_at_most(pool, tmp_path):
+    state = {f"{i}.weight": torch.ones(1024, 1024 + 512 * (i % 3)) for i in range(24)}
+    folder = save(tmp_path / "model", state)
+    largest, total = max(t.nbytes for t in state.values()), sum(t.nbytes for t in state.values())
+    for grown in pool(4).run(most_resident, str(folder)):
+        assert grown < 1.15 * (total / 4 + largest)
+
+
+def most_resident(rank: int, world: int, folder: str) -> int:
+    with zeropipe.zero.Init():  # what the first use costs
+        nn.Linear(8, 8)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = most()
+    with zeropipe.zero.Init(weights=folder):
+        model = nn.ModuleList(nn.Linear(1024 + 512 * (i % 3), 1024, bias=False) for i in range(24))
+    assert len(model) == 24
+    return most() - before
+
+
+def most() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 @pytest.mark.parametrize("kind", ["torch", "files"])
 def test_other_files_onto_a_model_on_meta(pool, tmp_path, kind):
     state = values()

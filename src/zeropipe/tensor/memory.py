@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-_FREED_AT_ONCE = 32 * 2**20  # bytes freed before it is worth the walk through the heap
+_FREED_AT_ONCE = 8 * 2**20  # bytes freed before it is worth the walk through the heap
 
 
 class FreedMemory:
