@@ -6,6 +6,7 @@ A Llama of 1.25 GB and a small mixture of experts, cut across files, in bf16, at
 The script is the same for all (``worker.py``), and so are the bits of what is loaded. A peak is of resident memory
 beyond what the process had before, with the pages of mapped files; the bound is 1.15 of a shard and the largest tensor.
 Bytes are those that ``read`` and its kin gave, and the most pages of mapped weights that were resident at once.
+Without ZeRO nothing is read before it is used: the model's tensors are the mapped files.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,7 @@ def _python(python: str, *arguments: str) -> str:
 
 
 def _text(numbers: dict[str, Any]) -> str:
-    lines = []
+    lines = [f"transformers {version('transformers')}, bf16, gloo; weights in files of at most 200 MB", ""]
     for name, worlds in numbers.items():
         lines += [
             f"## {name}\n",

@@ -10,6 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.integrations import HfDeepSpeedConfig
 
 from tests.clients.tiny import llama_config
@@ -56,13 +58,14 @@ def save(
 
 
 def change(rank: int, world: int, *, folder: str, kind: str) -> None:
-    """Another head than the embedding's in the files of a model whose two are tied, or the same under both names."""
+    """A head in the files of a model where it is tied (the same as the embedding, or another), or a transposed one."""
     file = next(
         path for path in Path(folder).glob("*.safetensors") if "model.embed_tokens.weight" in load_file(path)
     )
     state = load_file(file)
     table = state["model.embed_tokens.weight"]
-    state["lm_head.weight"] = table.clone() if kind == "same" else table + 1
+    heads = {"same": table.clone(), "other": table + 1, "transposed": table.t().contiguous()}
+    state["lm_head.weight"] = heads[kind]
     save_file(state, file, metadata={"format": "pt"})
     index = Path(folder) / "model.safetensors.index.json"
     text = index.read_text()
@@ -78,6 +81,7 @@ def load(
     how: str = "causal",
     precision: str = "bf16",
     counted: bool = False,
+    transposed: bool = False,
     **given: Any,
 ) -> dict[str, Any]:
     """What differs between the two models and their reports, and what the second load read."""
@@ -85,6 +89,9 @@ def load(
 
     kinds = {"causal": AutoModelForCausalLM, "base": AutoModel, "classes": AutoModelForSequenceClassification}
     deepspeed.init_distributed("gloo")
+    if transposed:
+        turned = WeightConverter("lm_head.weight", "lm_head.weight", operations=[Transpose()])
+        register_checkpoint_conversion_mapping("llama", [turned], overwrite=True)
     plain, expected = kinds[how].from_pretrained(folder, output_loading_info=True, **given)
     if precision == "bf16":
         for param in plain.parameters():

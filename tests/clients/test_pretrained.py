@@ -76,6 +76,15 @@ def test_both_of_a_tied_pair_in_the_files(ranks: Ranks, tmp_path, kind):
         assert one["ties"] == ([True] if kind == "same" else [])
 
 
+def test_a_conversion_that_needs_the_whole_tensor(ranks: Ranks, tmp_path):
+    ranks.run("pretrained_tasks.save", 1, folder=str(tmp_path), kind="tied")
+    ranks.run("pretrained_tasks.change", 1, folder=str(tmp_path), kind="transposed")
+    given = {"transposed": True, "tie_word_embeddings": False}
+    for one in ranks.run("pretrained_tasks.load", 3, folder=str(tmp_path), **given):
+        same(one)
+        assert one["report"]["missing_keys"] == []
+
+
 def test_a_cut_file_is_the_same_error_on_every_rank(ranks: Ranks, tmp_path):
     ranks.run("pretrained_tasks.save", 1, folder=str(tmp_path), kind="llama")
     file = sorted(tmp_path.glob("*.safetensors"))[1]
