@@ -53,6 +53,13 @@ class Bf16(Section):
 
     enabled: bool = key(False, "Turn bf16 training on.")
     check_grad_overflow: bool = key(True, "Skip a step whose gradients hold inf or NaN.")
+    bf16_master_weights_and_grads: bool = key(
+        False,
+        "Parameters are their own masters: no fp32 copy; stochastic rounding lets small updates arrive.",
+    )
+    bf16_optimizer_states: bool = key(
+        False, "Keep moments in bf16, rounded stochastically: half their bytes."
+    )
 
 
 @with_keys_without_effect("torch_autocast")

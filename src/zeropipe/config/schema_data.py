@@ -59,6 +59,12 @@ class DataEfficiency(Section):
     seed: Count = key(1234, "Of the order of samples.")
     data_sampling: DataSampling = key(DataSampling(), "How training data is sampled.")
 
+    @property
+    def chooses_samples(self) -> bool:
+        """Whether all three switches are on."""
+        sampling = self.data_sampling
+        return self.enabled and sampling.enabled and sampling.curriculum_learning.enabled
+
 
 class ProgressiveLayerDrop(Section):
     """The model's forward is told, as ``pld_theta``, how many of its layers to keep in a step."""

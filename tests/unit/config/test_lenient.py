@@ -32,7 +32,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
     ({"tensor_parallel": {"autotp_size": 4}}, "autotp_size"),
     ({"msamp": {"enabled": True}}, "msamp"),
-    ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads"),
     ({"optimizer": {"type": "Adam", "params": {"max_grad_norm": 1.0}}}, "max_grad_norm"),
 ]
 

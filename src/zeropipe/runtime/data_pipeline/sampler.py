@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from zeropipe.config.schema_data import DataEfficiency
-from zeropipe.errors import CheckpointError, UsageError
+from zeropipe.errors import CheckpointError, ConfigError, UsageError
 from zeropipe.given import DataLike, ProcessGroup
 from zeropipe.runtime.curriculum import CurriculumScheduler
 from zeropipe.runtime.data_pipeline.indexed import MMapIndexedDataset
@@ -284,3 +284,29 @@ class SampledLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken. Raises CheckpointError for another kind of loader's state."""
         self._place = self.data_sampler.place_of(state)
+
+
+def sampled_loader(
+    data: DataLike,
+    section: DataEfficiency,
+    micro_batch_size: int,
+    accumulation: int,
+    place: tuple[int, int],
+    collate_fn: Callable[[list[Any]], Any] | None,
+) -> SampledLoader:
+    """The loader that the section asks for; ``place``: this rank among those that share the samples, and their number.
+
+    Raises ConfigError where the data has no length.
+    """
+    if not hasattr(data, "__len__"):
+        raise ConfigError(
+            "config section 'data_efficiency.data_sampling.curriculum_learning' with training data without a length",
+            expected="a dataset with a length, of which samples are drawn by number",
+            found=type(data).__name__,
+            fix="give such a dataset, or remove the section",
+        )
+    sampler = DeepSpeedDataSampler(
+        section, len(data), micro_batch_size, *place, gradient_accumulation_steps=accumulation
+    )
+    sampling = section.data_sampling
+    return SampledLoader(data, sampler, collate_fn, sampling.num_workers, sampling.pin_memory)

@@ -17,7 +17,7 @@ from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
 from zeropipe.given import DataLike, Mesh, Mpu, Namespace, OptimizerLike, ParametersLike, ScheduleLike
 from zeropipe.runtime import lr_schedules
-from zeropipe.runtime.data_pipeline.sampler import DeepSpeedDataSampler, SampledLoader
+from zeropipe.runtime.data_pipeline.sampler import SampledLoader, sampled_loader
 from zeropipe.runtime.dataloader import ZeroDataLoader
 from zeropipe.runtime.engine.dtypes import (
     Dtypes,
@@ -180,6 +180,8 @@ def policy_of(config: Config) -> Policy:
         publish_numel=min(zero.allgather_bucket_size, AUTO_BUCKET_NUMEL),
         overlap_comm=zero.overlap_comm,
         accumulate_dtype=dtype_of(config.data_types.grad_accum_dtype),
+        narrow_masters=config.bf16.enabled and config.bf16.bf16_master_weights_and_grads,
+        narrow_state=config.bf16.enabled and config.bf16.bf16_optimizer_states,
         scales_loss=config.fp16.enabled and config.fp16.loss_scale != 1,
         reduce_dtype=dtype_of(config.communication_data_type),
         optimizer_place=Place(zero.offload_optimizer.device if zero.stage > 0 else "none"),
@@ -287,6 +289,12 @@ def make_optimizer(
             expected="an elementwise optimizer (AdamW, SGD, Lion, ...)",
             fix="set zero_optimization.offload_optimizer.device to 'cpu', or use such an optimizer",
         )
+    if kind != "elementwise" and (policy.narrow_masters or policy.narrow_state):
+        raise UnsupportedOptimizerError(
+            f"{type(optimizer).__name__} cannot keep its state or its masters in bf16",
+            expected="an elementwise optimizer (AdamW, SGD, Lion, ...), which is stepped in fp32 piece by piece",
+            fix="remove bf16.bf16_optimizer_states and bf16.bf16_master_weights_and_grads, or use such an optimizer",
+        )
     if isinstance(optimizer, Communicates):
         optimizer.check_stage(zero.stage)
         tie_plans: Any = getattr(module, "tie_plans", list)
@@ -305,8 +313,7 @@ def make_loader(
 ) -> ZeroDataLoader | SampledLoader:
     """This rank's micro-batches of the training data: in a random order, or as the section data_efficiency says."""
     batch, efficiency = clock.batch, config.data_efficiency
-    sampling = efficiency.data_sampling
-    if not (efficiency.enabled and sampling.enabled and sampling.curriculum_learning.enabled):
+    if not efficiency.chooses_samples:
         return ZeroDataLoader(
             data,
             batch.micro_batch_size,
@@ -315,22 +322,14 @@ def make_loader(
             collate_fn,
             drop_last=config.dataloader_drop_last,
         )
-    if not hasattr(data, "__len__"):
-        raise ConfigError(
-            "config section 'data_efficiency.data_sampling.curriculum_learning' with training data without a length",
-            expected="a dataset with a length, of which samples are drawn by number",
-            found=type(data).__name__,
-            fix="give such a dataset, or remove the section",
-        )
-    sampler = DeepSpeedDataSampler(
+    return sampled_loader(
+        data,
         efficiency,
-        len(data),
         batch.micro_batch_size,
-        samples.rank,
-        samples.size,
-        gradient_accumulation_steps=batch.gradient_accumulation_steps,
+        batch.gradient_accumulation_steps,
+        (samples.rank, samples.size),
+        collate_fn,
     )
-    return SampledLoader(data, sampler, collate_fn, sampling.num_workers, sampling.pin_memory)
 
 
 def make_scheduler(given: ScheduleLike, optimizer: torch.optim.Optimizer | None, config: Config) -> Any:

@@ -269,7 +269,8 @@ def _budget(optimizer: ZeroOptimizer, partition: Partition) -> tuple[int, int, i
     moments = len(partition.state.keys())
     if not optimizer.optimizer.state:
         moments = _ADAM_MOMENTS if "betas" in optimizer.defaults else 0
-    return values, grads, own * partition.master.element_size() * (moments + copied)
+    width = optimizer.policy.state_dtype(partition.dtype).itemsize
+    return values, grads, own * (width * moments + partition.master.element_size() * copied)
 
 
 def _gradients(optimizer: ZeroOptimizer, params: Iterable[torch.nn.Parameter]) -> Iterator[torch.Tensor]:

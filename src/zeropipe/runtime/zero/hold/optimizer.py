@@ -87,10 +87,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
         # How it is stepped. Stage 3 cuts each parameter by itself, so what needs whole tensors steps on the pieces.
         kind = classify(optimizer)
-        self._flat = kind == "elementwise" or (
+        self._elementwise = kind == "elementwise"
+        self._flat = self._elementwise or (
             not policy.shards_parameters and (policy.shards_optimizer or kind != "whole")
         )
-        self._stepping = Stepping(optimizer, kind == "elementwise", self.offload.pages_state)
+        self._stepping = Stepping(optimizer, self._elementwise, self.offload.pages_state)
         self._own = optimizer if isinstance(optimizer, Communicates) else None
         if self._own is not None:
             self._own.bind_communication(group)
@@ -382,7 +383,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 values = ShardValues(members, self._group, self.options.replicas, self.offload)
             else:
                 values = FlatValues(names, members, self._group, self.policy)
-            partition = Partition(names, members, index, values, self.offload, self.optimizer, self._flat)
+            moments = self.policy.state_dtype(values.dtype) if self._elementwise else None
+            partition = Partition(
+                names, members, index, values, self.offload, self.optimizer, self._flat, moments
+            )
             partition.state.adopt()
             self.partitions.append(partition)
             masters += partition.stepped

@@ -38,6 +38,7 @@ from zeropipe.runtime.optimizers.state_kinds import (
     state_keys,
 )
 from zeropipe.runtime.zero.hold.offload import Move, Offload
+from zeropipe.runtime.zero.hold.rounding import COUNT, Rounding
 from zeropipe.runtime.zero.hold.shard_values import ShardValues
 from zeropipe.runtime.zero.hold.values import FlatValues
 from zeropipe.streams import STREAMS
@@ -49,7 +50,8 @@ class Partition:
 
     ``names``: dotted names, as in ``module.named_parameters()``. ``group_index``: index of the param group.
     ``flat``: the optimizer steps on the master as one 1-D tensor; otherwise on parts of it, one per parameter: in the
-    parameter's own shape where that is whole, else the 1-D shard of it (stage 3).
+    parameter's own shape where that is whole, else the 1-D shard of it (stage 3). ``state_dtype``: of moments, where
+    the optimizer is known to make no others; bf16 is rounded to (``rounding.py``).
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Partition:
         offload: Offload,
         optimizer: torch.optim.Optimizer,
         flat: bool = True,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         self.names = tuple(names)
         self.params = tuple(params)
@@ -72,7 +75,14 @@ class Partition:
         self.segments, self.shapes = values.segments, values.shapes
         self.dtype, self.device = values.dtype, values.device
         self.group, self.sharded = values.group, values.sharded
-        self.master = values.master  # 1D, fp32
+        self.master = values.master  # 1D
+
+        # What is kept in 16 bits of what a step computes in 32.
+        self._state_dtype = state_dtype
+        narrow = torch.bfloat16 in (state_dtype, self.master.dtype)
+        self.rounding = Rounding(self.segments) if narrow else None
+        if narrow:
+            optimizer.param_groups[group_index].setdefault(COUNT, 0)
 
         # What the torch optimizer holds, and keeps.
         self.flat = flat
@@ -101,9 +111,18 @@ class Partition:
 
     def new_state(self, dtype: torch.dtype) -> torch.Tensor:
         """Zeros for one kind of optimizer state, as the master and where that lives."""
+        dtype = self.kept_dtype(dtype)
         if self.offload.in_files(self.master):
             return self.offload.state(self.master.numel(), dtype, self.device)
         return torch.zeros_like(self.master, dtype=dtype, requires_grad=False)
+
+    def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In what optimizer state is kept that is made, or was saved, in ``dtype``."""
+        return self._state_dtype or dtype if dtype.is_floating_point else dtype
+
+    def before_rounding(self, factor: Number) -> Number:
+        """By what gradients are multiplied as they are: what is rounded anyway is multiplied in fp32 (``runs.py``)."""
+        return factor if self.rounding is None else 1.0
 
     def load_gradient(self, shard: torch.Tensor, factor: Number, unused: Sequence[int]) -> None:
         """Let what is stepped have ``factor`` times ``shard`` (1D, as the master) as its gradient."""

@@ -35,6 +35,8 @@ class Policy:
     publish_numel: int = AUTO_BUCKET_NUMEL  # of a shard, in one message (gloo)
     overlap_comm: bool = True
     accumulate_dtype: torch.dtype | None = None  # None: the parameter's own
+    narrow_masters: bool = False  # parameters in bf16 are their own masters
+    narrow_state: bool = False  # moments of such parameters are bf16
     scales_loss: bool = False  # gradients are the loss scale times too large until the step
     reduce_dtype: torch.dtype | None = None  # None: the accumulation's own
     optimizer_place: Place = Place.DEVICE  # of masters and moments; FILE at stage 3 only
@@ -47,6 +49,18 @@ class Policy:
     @property
     def offload_optimizer(self) -> bool:
         return self.optimizer_place is not Place.DEVICE
+
+    def master_dtype(self, values: torch.dtype) -> torch.dtype:
+        """Of masters whose parameters have the dtype ``values``."""
+        if values == torch.float64 or (values == torch.bfloat16 and self.narrow_masters):
+            return values
+        return torch.float32
+
+    def state_dtype(self, values: torch.dtype) -> torch.dtype:
+        """Of their moments."""
+        if values == torch.bfloat16:
+            return torch.bfloat16 if self.narrow_state else torch.float32
+        return self.master_dtype(values)
 
     @property
     def shards_optimizer(self) -> bool:

@@ -34,6 +34,7 @@ from zeropipe.runtime.optimizers.state_kinds import (
 )
 from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.partition import Cohort, Partition, Range, copy_counts
+from zeropipe.runtime.zero.hold.rounding import COUNT
 from zeropipe.runtime.zero.hold.values import ALIGN, cuts
 from zeropipe.tensor.host import Number, changes
 
@@ -44,7 +45,8 @@ Job = Callable[[], "list[Job] | None"]
 class Update:
     """What is left to do of one update."""
 
-    def __init__(self) -> None:
+    def __init__(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        self._groups = param_groups
         self._jobs: deque[Job] = deque()
         self._works: list[Work] = []  # new values on their way
         # What a step that raised leaves behind: gradients may be forgotten while nothing has changed; where part of a
@@ -90,9 +92,13 @@ class Update:
         self._works.append(partition.values.publish_run(*run))
 
     def arrive(self) -> None:
+        """Everything is stepped and has been sent: wait for it, and let the next update round by other bits."""
         while self._works:
             self._works[0].wait()
             self._works.pop(0)
+        for group in self._groups:
+            if COUNT in group:
+                group[COUNT] += 1
 
 
 # Elements that an optimizer without a fused kernel works on at a time, copied: on a CPU they stay in its cache, a GPU
@@ -110,7 +116,7 @@ class _Run:
     where: slice | torch.Tensor | None  # None: elements that stand for none, so that a count goes on
 
     def put(self, whole: torch.Tensor, value: torch.Tensor) -> None:
-        """Let the run's elements of ``whole`` (as the master) be ``value`` (as the run)."""
+        """Let the run's elements of ``whole`` (as the master) be ``value`` (as the run, of its dtype)."""
         if isinstance(self.where, slice):
             place = whole[self.where]
             if place.data_ptr() != value.data_ptr():
@@ -138,16 +144,22 @@ class Runs:
 
         # Gradients in files are read, and multiplied, window by window; others are whole in ``.grad``, and right.
         self._paged = store.partition.offload.pages_state
-        self._factor: Number = factor if self._paged else 1.0
+        self._factor: Number = factor if self._paged or store.partition.rounding is not None else 1.0
 
         # A call of one fused kernel has happened or not, so it may work in place. Any other works on copies, which
         # are put in place once it has returned: so a call that raised can be repeated.
-        self._copies = not is_fused(optimizer, self._options)
+        # So it goes with what is kept in fewer bits than it is stepped in.
+        self._rounding = store.partition.rounding
+        self._copies = self._rounding is not None or not is_fused(optimizer, self._options)
 
         # What was counted and made so far; it holds once all windows are stepped.
         self._cohorts = store.partition.state.cohorts(unused)
         self._after: list[Shared] = [cohort.shared for cohort in self._cohorts]
         self._moments = store.partition.state.of_master()[0]
+        for key, value in self._moments.items() if self._rounding is not None else ():
+            # What the optimizer itself has loaded is of its master's dtype.
+            if value.dtype != (kept := store.partition.kept_dtype(value.dtype)):
+                self._moments[key] = store.partition.new_state(kept).copy_(value)
 
     def jobs(self) -> Iterator[Job]:
         """Step all windows, in order; where new values leave early, each is sent while the next is stepped."""
@@ -250,6 +262,9 @@ class Runs:
         master = self._partition.master.detach()
 
         def cut(whole: torch.Tensor) -> torch.Tensor:
+            return piece(whole) if self._rounding is None else piece(whole).float()
+
+        def piece(whole: torch.Tensor) -> torch.Tensor:
             if isinstance(where, slice):
                 return whole[where].clone() if copies else whole[where]
             numel = 0 if where is None else len(where)
@@ -260,8 +275,8 @@ class Runs:
 
         param = torch.nn.Parameter(cut(master))
         gradient = cut(self._gradient())
-        if changes(self._factor) or gradient.dtype != master.dtype:
-            gradient = gradient.to(master.dtype, copy=True).mul_(self._factor)
+        if changes(self._factor) or gradient.dtype != param.dtype:
+            gradient = gradient.to(param.dtype, copy=True).mul_(self._factor)
         param.grad = gradient.to(master.device)
         if cohort.shared is None:
             return _Run(param, born_state(self._optimizer, self._options, param.detach()), at, where)
@@ -274,16 +289,32 @@ class Runs:
         for run, state in zip(runs, made, strict=True):
             shapes = [(tuple(run.param.shape), shapes_in(state))]
             tensors, shared = split_state(state, per_element_keys(self._optimizer, shapes))
-            run.put(partition.master.detach(), run.param.detach())
+            rounded = self._rounder(run)
+            run.put(partition.master.detach(), rounded("master", run.param.detach(), partition.master))
             for key, value in tensors.items():
                 if key not in self._moments:
                     # A first moment of the whole master stays where it was made: two of them would be too much.
                     stays = isinstance(run.where, slice) and len(value) == numel and not self._paged
+                    stays = stays and self._rounding is None
                     self._moments[key] = value if stays else partition.new_state(value.dtype)
-                run.put(self._moments[key], value)
+                run.put(self._moments[key], rounded(key, value, self._moments[key]))
             self._after[run.cohort] = shared
         for tensor in self._paged_tensors():
             partition.offload.let_go(tensor[slice(*window)])
+
+    def _rounder(self, run: _Run) -> Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """What makes of a run's values what is kept of them in a tensor as the master."""
+        rounding, where = self._rounding, run.where
+        if rounding is None or where is None:
+            return lambda key, value, kept: value
+        elements = rounding.elements(where, self._partition.master.device)
+        count = self._options[COUNT]
+
+        def rounded(key: str, value: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+            mine = value[: len(elements)]  # without what fills the last line
+            return mine if kept.dtype == value.dtype else rounding.rounded(mine, elements, key, count)
+
+        return rounded
 
     def _finish(self) -> None:
         """All windows are stepped: what was counted holds now."""

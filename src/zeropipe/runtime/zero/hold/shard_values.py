@@ -57,7 +57,7 @@ class ShardValues:
 
         # The memory: ``copy`` is what gathers read where that is not the master, in the parameters' dtype.
         self._offload = offload
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        wide = offload.policy.master_dtype(self.dtype)
         self.copy: torch.Tensor | None = None  # 1D, as the master
         remote = offload.is_remote(self.device)
         with moving([shards.source for shards in self.cut]) as values:

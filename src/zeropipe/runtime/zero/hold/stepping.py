@@ -199,7 +199,7 @@ class Stepping:
         """
         # What nobody used at all is not stepped: its masters, moments and counts stay as they are.
         busy = [s for s in stores if len(unused.get(s.partition, ())) < len(s.partition.params)]
-        update = Update()
+        update = Update(self._optimizer.param_groups)
         update.add(*(store.partition.values.take_edits for store in stores))
         if own is not None:
             update.add(partial(_hand_over, own, stores, factor))
@@ -221,8 +221,8 @@ class Stepping:
         return update
 
     def _goes_in_one_call(self, partitions: Sequence[Partition], unused: Unused) -> bool:
-        if not self._elementwise:
-            return True
+        if not self._elementwise or any(p.rounding is not None for p in partitions):
+            return not self._elementwise
         # Somebody who is told of steps is told of one; not where that would be wrong, or read whole files.
         simple = not self._pages_state and not any(p.state.apart or p in unused for p in partitions)
         return simple and _watched(self._optimizer)
@@ -278,7 +278,7 @@ class Stepping:
 def _load(store: GradStore, factor: Number, unused: Sequence[int]) -> Iterator[Job]:
     """Set the gradients of what is stepped to ``factor`` times the store's."""
     partition, shard = store.partition, store.shard_at_masters()
-    in_place = shard.dtype == partition.master.dtype
+    factor, in_place = partition.before_rounding(factor), shard.dtype == partition.master.dtype
     if in_place and changes(factor):
         yield partial(_scale, shard, factor)
     yield partial(partition.load_gradient, shard, 1.0 if in_place else factor, unused)

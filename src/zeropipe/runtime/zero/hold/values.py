@@ -109,11 +109,10 @@ class FlatValues:
     def _make_master(self, policy: Policy) -> torch.Tensor:
         streams = STREAMS.of(self.device)
         offloaded = policy.offload_optimizer and streams.apart
-        if self.dtype in (torch.float32, torch.float64) and not offloaded:
-            return self.own
+        dtype = policy.master_dtype(self.dtype)
         if not offloaded:
-            return self.own.float()
-        host = streams.zeros(self.own.numel(), torch.float32, policy.pin_memory)
+            return self.own.to(dtype)  # itself, where it is of that dtype
+        host = streams.zeros(self.own.numel(), dtype, policy.pin_memory)
         streams.copy(host, self.own)
         streams.host_turn()
         return host
