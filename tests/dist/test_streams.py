@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 import zeropipe
-from tests.helpers.models import build
+from tests.helpers.data import token_batch
+from tests.helpers.models import NastyModel, build
 from tests.helpers.pool import Pools
 from tests.helpers.referee import assert_bitwise
 from tests.helpers.stand_in import stand_in
@@ -25,11 +27,13 @@ from zeropipe.comm.collectives import reduce_run
 from zeropipe.runtime.zero.gather.own_shard import Gather
 from zeropipe.runtime.zero.gather.shards import Shards
 from zeropipe.runtime.zero.hold import grads
+from zeropipe.runtime.zero.hold.offload import Files
 from zeropipe.runtime.zero.hold.window import Begun, Stored
 from zeropipe.streams import STREAMS, Side, Streams
 from zeropipe.streams.ring import Ring
 
 OPTIMIZER, PARAMS = {"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}}
+FILES = {"offload_optimizer": {"device": "nvme"}, "offload_param": {"device": "nvme"}}
 SMALL = {"reduce_bucket_size": 600, "stage3_prefetch_bucket_size": 1500, "allgather_bucket_size": 512}
 SOME_STAY = {"stage3_param_persistence_threshold": 100}
 # What works beside the computation: shards into gathers, gradients on their way out, a backend's communicators.
@@ -96,6 +100,50 @@ def test_every_use_is_ordered(native_pool: Pools, world: int, place: str, gas: i
         assert "IN" in streams or (stage < 3 and not zero)
         assert "OUT" in streams or "offload_optimizer" not in zero
         assert any(name.startswith("backend") for name in streams) == (world > 1)
+
+
+# Models and settings that are not kind: odd shapes and dtypes, layers that are used twice, late or never, files.
+UNKIND: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
+    "accumulated": (2, 2, OPTIMIZER, {"gas": 2}),
+    "states come and go": (2, 3, {}, {"bf16": {"enabled": True}}),
+    "fp16": (2, 3, OPTIMIZER | PARAMS, {"fp16": {"enabled": True, "initial_scale_power": 8}, "gas": 2}),
+    "files": (2, 3, FILES, {"bf16": {"enabled": True}, "gas": 2}),
+    "Lamb": (2, 3, OPTIMIZER, {"optimizer_section": {"type": "Lamb", "params": {"lr": 1e-3}}}),
+    "two hops": (4, 3, {"mics_shard_size": 4, "mics_hierarchical_params_gather": True}, {}),
+}
+
+
+def train_nasty(rank: int, world: int, name: str, folder: str) -> Values:
+    _, stage, zero, extra = UNKIND[name]
+    if name == "files":
+        zero = {key: {**place, "nvme_path": folder} for key, place in zero.items()}
+    engine = engine_of(build(NastyModel), stage, world, zero_optimization=SMALL | zero, **extra)
+    for step in range(3):
+        for micro in range(engine.gradient_accumulation_steps()):
+            engine.backward(engine(*token_batch(step, rank, micro), wake_dead=step == 1))
+            engine.step()
+        if name == "states come and go":
+            engine.offload_states(pin_memory=step > 0)
+            if step == 1:
+                engine.reload_states(non_blocking=True)
+    values = whole(engine.module)
+    engine.destroy()
+    return values
+
+
+def compared_nasty(rank: int, world: int, name: str, folder: str) -> list[str]:
+    expected, zeros = train_nasty(rank, world, name, folder), Files.zeros
+    with stand_in(native=world > 1) as device:
+        with patch.object(Files, "zeros", lambda *args: device.host_memory(zeros(*args))):
+            values = train_nasty(rank, world, name, folder)
+    assert_bitwise(values, expected)
+    return list(device.findings)
+
+
+@pytest.mark.parametrize("name", UNKIND)
+def test_unkind_models_are_ordered_too(native_pool: Pools, tmp_path: Path, name: str) -> None:
+    world = UNKIND[name][0]
+    assert native_pool(world).run(compared_nasty, name, str(tmp_path)) == [[]] * world
 
 
 # ---- faults ----
@@ -241,7 +289,7 @@ def an_average_leaves_for_the_host_before_it_is_made() -> Any:
 
 def faulty(rank: int, world: int, name: str) -> list[str]:
     make, place, gas, bf16, _, _ = PLANTS[name]
-    with stand_in(native=world > 1) as device, make() if name else nullcontext():
+    with stand_in(native=world > 1) as device, make():
         train(rank, world, *PLACES[place], gas, bf16)
     return list(device.findings)
 

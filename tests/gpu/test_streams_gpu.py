@@ -15,6 +15,7 @@ from torch import nn
 
 import zeropipe
 from tests.helpers.referee import assert_bitwise
+from zeropipe.streams import STREAMS, Side
 from zeropipe.utils import safe_get_full_fp32_param
 
 pytestmark = pytest.mark.gpu
@@ -86,3 +87,51 @@ def test_what_overlaps_is_ordered(tmp_path: Path, device, stage, places, precisi
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
     assert_bitwise(trained(config, device, wait=False), trained(config, device, wait=True))
+
+
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_what_is_staged_arrives(device, wanted):
+    """Sums in host memory, rounding on the way back, and a ring that is used many times over."""
+    streams = STREAMS.of(device)
+    total, target = (
+        streams.zeros(2**19, torch.float32),
+        torch.empty(2**19, dtype=torch.bfloat16, device=device),
+    )
+    for at in range(20):
+        piece = torch.full((2**19,), at, dtype=wanted, device=device)
+        with streams.beside(Side.OUT):
+            streams.add(total, piece)
+            moment = streams.mark()
+        streams.wait(moment)
+        streams.bring(target, total)
+    streams.host_turn()
+    assert (total == 190).all()
+    assert (target == 190).all()
+
+
+def test_pinned_memory_is_exact(device):
+    if device.type == "cpu":
+        pytest.skip("a CPU's memory is the host's")
+    tensor = STREAMS.of(device).zeros(5_000_001, torch.uint8)
+    assert tensor.is_pinned()
+    assert tensor.untyped_storage().nbytes() == 5_000_001
+    assert torch.equal(tensor.to(device, non_blocking=True).cpu(), tensor)
+
+
+@pytest.mark.parametrize("side", [Side.IN, Side.OUT])
+def test_copies_are_done_while_the_device_computes(device, side):
+    if device.type == "cpu":
+        pytest.skip("a CPU does one thing at a time")
+    streams = STREAMS.of(device)
+    host, here = streams.zeros(2**22, torch.float32), torch.ones(2**22, device=device)
+    x = torch.randn(4096, 4096, device=device)
+    torch.cuda.synchronize()
+    before = streams.mark()
+    for _ in range(200):
+        x = (x @ x).clamp_(-1, 1)
+    busy = streams.mark()
+    with streams.beside(side, after=before):
+        streams.copy(*((here, host) if side is Side.IN else (host, here)))
+    streams.host_turn()
+    assert not streams.passed(busy)
+    assert (here == (0 if side is Side.IN else 1)).all() and (host == (0 if side is Side.IN else 1)).all()

@@ -184,7 +184,7 @@ class StandIn:
     def _check_end(self, memory: Memory, home: str) -> None:
         for access in memory.accesses:
             if self._clocks[home].get(access.actor, 0) < access.at and access.actor != home:
-                self._find(f"memory {memory.home} given back while {access}", memory)
+                self._find(f"memory of {memory.home} given back while {access}", memory)
 
     def resized(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         """A storage gives its memory back, or takes some."""

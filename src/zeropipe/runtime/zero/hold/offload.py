@@ -220,7 +220,7 @@ class Offload:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, device: torch.device) -> None:
         """``target.copy_(source)``, 1-D, of parameters on ``device``, with little of either in memory at a time where
-        they are in files. The host does not wait: see ``streams.py``."""
+        they are in files. The host does not wait: see ``streams/``."""
         # What went through is let go part by part; in memory there is nothing to let go, and one copy is enough.
         numel = _COPY_NUMEL if self._files else max(target.numel(), 1)
         for into, part in zip(target.split(numel), source.split(numel), strict=True):
