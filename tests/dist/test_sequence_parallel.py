@@ -459,3 +459,72 @@ def test_a_rank_keeps_its_part(pool):
     for world in (2, 4):
         attended = 2 * TOKENS * WIDTH * 4  # bytes
         assert max(pool(world).run(_kept)) <= (whole + attended) / world * 1.02
+
+
+def _layouts(rank: int, world: int, heads: int, keys: int) -> None:
+    group = initialize_sequence_parallel(world).get_sequence_parallel_group()
+    q, k, v = (torch.randn(2, 3 * world, n, 4, generator=generator(n)) for n in (heads, keys, keys))
+    whole = _attend(q, k, v)
+    mine = [x.chunk(world, 1)[rank] for x in (q, k, v)]
+    expected = whole.chunk(world, 1)[rank]
+
+    def first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """Tokens first, and heads joined with their dim, as in Megatron."""
+        return _attend(*(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1).flatten(2) * scale
+
+    by_batch = DistributedAttention(_attend, group)(*mine, 0)
+    torch.testing.assert_close(by_batch, expected)
+    turned = [x.transpose(0, 1) for x in mine]
+    for found in (
+        DistributedAttention(first, group)(*turned, 1, scale=2.0),
+        DistributedAttention(first, group, scatter_idx=2, gather_idx=0)(*turned, None, 2.0),
+    ):
+        torch.testing.assert_close(found, expected.transpose(0, 1).flatten(2) * 2.0)
+    with pytest.raises(UsageError, match="rotary_pos_emb is not applied"):
+        DistributedAttention(_attend, group)(*mine, 0, rotary_pos_emb=(q, q))
+    with pytest.raises(UsageError, match=r"heads of queries and \d+ of keys"):
+        DistributedAttention(_attend, group)(mine[0], *(x.repeat(1, 1, 5, 1) for x in mine[1:]), 0)
+    initialize_sequence_parallel(1)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("world", "heads", "keys"), [(2, 4, 2), (3, 4, 4), (4, 6, 2)])
+def test_an_attention_of_any_layout(pool, world: int, heads: int, keys: int):
+    pool(world).run(_layouts, heads, keys)
+
+
+def _saved(rank: int, world: int, folder: str, stage: int) -> dict[str, torch.Tensor]:
+    import zeropipe
+
+    mpu = initialize_sequence_parallel(world)
+    settings = config(stage, 1, sequence_parallel_size=world)
+    with zeropipe.zero.Init(mpu=mpu, config_dict_or_path=settings):
+        model = _Net(4, 2, mpu.sequence_group)
+    engine = zeropipe.initialize(model=model, config=settings, mpu=mpu)[0]
+    batch = _batch(0, 0)
+    engine.backward(engine(*_share(batch, rank, world)) / _counted(batch) * world)
+    engine.step()
+    engine.save_checkpoint(folder)
+    weights = weights_of(engine.module)
+    engine.destroy()
+    initialize_sequence_parallel(1)
+    return weights
+
+
+def _loaded(rank: int, world: int, folder: str) -> dict[str, torch.Tensor]:
+    import zeropipe
+
+    engine = zeropipe.initialize(model=_Net(4, 2), config=config(0, world))[0]
+    assert engine.load_checkpoint(folder)[0]
+    weights = weights_of(engine.module)
+    engine.destroy()
+    return weights
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_model_built_in_shards_is_saved_and_loaded_by_one_process(pool, tmp_path, stage: int):
+    saved = pool(3).run(_saved, str(tmp_path), stage)[0]
+    loaded = pool(1).run(_loaded, str(tmp_path))[0]
+    assert saved.keys() == loaded.keys()
+    for name, value in saved.items():
+        assert value.equal(loaded[name]), name
