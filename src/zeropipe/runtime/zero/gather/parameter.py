@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from zeropipe.comm.group import Group
 from zeropipe.errors import UnavailableParameterError, UsageError
+from zeropipe.runtime.zero.gather.clients import client_call
 from zeropipe.runtime.zero.gather.shards import DATA, Builder, Shards
 from zeropipe.runtime.zero.param import State, ZeroParam, ZeroParamStatus, carry
 
@@ -214,6 +215,9 @@ class _Away(ShardedParameter):
             return _plainly(func, args, kwargs)
         if name in _SHAPES:
             whole = shards.building or bool(shards.conductor and shards.conductor.running)
+            # A client that is about to resize or to merge would go on with the shape of nothing.
+            if not whole and shards.conductor is not None and client_call() is not None:
+                raise _unavailable(shards, f"'{name}'")
             return (
                 _shape_fact(shards.shape, name, *args[1:], **kwargs)
                 if whole
@@ -286,11 +290,14 @@ def _shape_fact(shape: torch.Size, name: str, dim: int | None = None) -> Any:
 
 def _unavailable(shards: Shards, use: str) -> UnavailableParameterError:
     rank = shards.group.ranks[shards.group.rank]
+    inside, fix = client_call() or (
+        "",
+        "read it inside 'with zero.GatheredParameters(param):', or, in the forward of another module than its own, "
+        "call zero.register_external_parameter(module, param) first",
+    )
     return UnavailableParameterError(
-        f"[rank {rank}] {use} needs the whole of parameter '{shards.name}' (shape {tuple(shards.shape)}), of which "
-        f"this rank holds a shard of {shards.shard_numel} elements. Fix: read it inside 'with "
-        "zero.GatheredParameters(param):', or, in the forward of another module than its own, call "
-        "zero.register_external_parameter(module, param) first"
+        f"[rank {rank}] {f'{inside}: ' if inside else ''}{use} needs the whole of parameter '{shards.name}' (shape "
+        f"{tuple(shards.shape)}), of which this rank holds a shard of {shards.shard_numel} elements. Fix: {fix}"
     )
 
 

@@ -238,24 +238,26 @@ class FlatValues:
     def _bring_home(self, index: int) -> None:
         """Copy a value that was assigned to ``param.data`` into the buffer, and show that again."""
         param, home = self.params[index], self._value(index)
-        if not param.numel() or param.data_ptr() == home.data_ptr():
+        if not param.numel() or (param.data_ptr() == home.data_ptr() and param.shape == home.shape):
             return
         self.check_dtypes(index)
-        if param.shape != home.shape:
-            raise UsageError(
-                f"parameter '{self.segments[index].name}' was given other data (param.data = ...)",
-                expected=f"shape {tuple(home.shape)}",
-                found=f"shape {tuple(param.shape)}",
-                fix="give it data of its shape, or a model of the new shape an engine of its own",
-            )
         home.copy_(param.detach())
         param.data = home
         self._versions[index] = -1  # an edit, whatever its counter says
 
     def check_dtypes(self, index: int = 0) -> None:
-        """Raise UsageError where the module was converted (``module.half()``) after the engine had taken it."""
-        # A conversion is one of all parameters, so that one tells.
+        """Raise UsageError where the module was converted (``module.half()``) after the engine had taken it, or a
+        parameter was given another shape."""
+        # A conversion is one of all parameters, so that one tells; what is resized is mostly the first, an embedding.
         param = self.params[index]
+        if param.shape != self.shapes[index]:
+            raise UsageError(
+                f"parameter '{self.segments[index].name}' was given other data, as param.data = ... "
+                "and resize_token_embeddings() do",
+                expected=f"shape {tuple(self.shapes[index])}",
+                found=f"shape {tuple(param.shape)}",
+                fix="give it data of its shape; or call engine.destroy(), resize, and initialize again",
+            )
         if param.dtype != self.dtype or param.device != self.whole.device:
             raise UsageError(
                 f"parameter '{self.segments[index].name}' is trained in {self.dtype} on {self.whole.device} and cannot "
