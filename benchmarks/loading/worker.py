@@ -36,6 +36,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     kept: list[Any] = []
     if arguments.way == "stage3":
@@ -51,7 +52,7 @@ def main() -> None:
         if arguments.way != "init":
             return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)  # type: ignore[no-any-return]
         config = AutoConfig.from_pretrained(folder)
-        with zeropipe.zero.Init(config_dict_or_path=CONFIG, weights=folder):
+        with no_init_weights(), zeropipe.zero.Init(config_dict_or_path=CONFIG, weights=folder):
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-any-return]
 
     load(arguments.folder / "tiny")  # what the first use costs: modules of Python, threads, connections
