@@ -55,7 +55,10 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
             ),
             "zeropipe.checkpoint.zero_checkpoint": ("ZeROCheckpoint",),
         },
-        "zeropipe.comm": {"zeropipe.runtime.fp16.onebit.exchange": ("compressed_all_reduce",)},
+        "zeropipe.comm": {
+            "zeropipe.comm.log": ("log_summary",),
+            "zeropipe.runtime.fp16.onebit.exchange": ("compressed_all_reduce",),
+        },
         "zeropipe.ops": {},
         "zeropipe.runtime": {},
         "zeropipe.runtime.fp16": {"zeropipe.runtime.engine": ("DeepSpeedEngine",)},

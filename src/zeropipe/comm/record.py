@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from zeropipe.comm.group import Group
+from zeropipe.comm.summary import CommsLog
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 
 _REMEMBERED = 8  # calls
@@ -102,6 +103,8 @@ class Call:
     def enter(self, nbytes: int | None = None) -> Call:
         """Pass through the seam; ``nbytes`` None: no tensor moves."""
         SEAM.remember(self)
+        if SEAM.log.on and nbytes is not None:
+            SEAM.log.began(self, self.op, nbytes, self.group.size)
         if SEAM.listeners:
             ranks = () if nbytes is None else self.group.ranks
             event = Event(self.op, self.group.size, nbytes or 0, self.label, self.async_op, ranks)
@@ -162,6 +165,8 @@ class Work:
         steps, self._steps = self._steps, []
         for step in steps:
             step()
+        if SEAM.log.on:
+            SEAM.log.ended(self._what)
 
     def done(self) -> bool:
         """Whether everything is known to have arrived, so that ``wait`` has only local work left.
@@ -221,6 +226,7 @@ class Seam:
 
     def __init__(self) -> None:
         self.listeners: list[Callable[[Event], None]] = []
+        self.log = CommsLog()
         # What this rank did last. A collective that hangs names itself; which one a peer did not come to is found by
         # laying the ranks' last calls side by side.
         self._lately: deque[Call] = deque(maxlen=_REMEMBERED)

@@ -105,6 +105,11 @@ class DeepSpeedConfig(dict[str, Any]):
         return self._parsed.zero_optimization
 
     @property
+    def monitor_config(self) -> Config:
+        """What ``MonitorMaster`` takes."""
+        return self._parsed
+
+    @property
     def zero_optimization_stage(self) -> int:
         return self.zero_config.stage
 

@@ -7,6 +7,7 @@ data-parallel group is the world, and tensors, sequences and experts have groups
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -18,8 +19,9 @@ from zeropipe.checkpointing import (
 )
 from zeropipe.comm.collectives import all_gather
 from zeropipe.comm.group import from_process_group, world
+from zeropipe.comm.record import SEAM
 from zeropipe.errors import UsageError
-from zeropipe.given import ProcessGroup
+from zeropipe.given import Anything, ProcessGroup
 
 # deepspeed.comm
 
@@ -71,8 +73,22 @@ def mpi_discovery(distributed_port: int = 29500, verbose: bool = True) -> None:
     raise UsageError("ranks are not discovered through MPI here", fix="start the script with torchrun")
 
 
-def configure(deepspeed_config: object = None, **options: Any) -> None:
-    """Accepted; ``zeropipe.comm.record()`` records what is sent, without being configured."""
+def configure(
+    deepspeed_config: Anything = None,
+    enabled: bool | None = None,
+    prof_all: bool | None = None,
+    prof_ops: Sequence[str] | None = None,
+    verbose: bool | None = None,
+    debug: bool | None = None,
+) -> None:
+    """Count collectives from now on (or no more), as the section ``comms_logger`` or the arguments say."""
+    section = getattr(deepspeed_config, "comms_logger", None)
+    if not (enabled if enabled is not None else getattr(section, "enabled", False)):
+        SEAM.log.stop()
+        return
+    every = prof_all if prof_all is not None else getattr(section, "prof_all", True)
+    only = prof_ops if prof_ops is not None else getattr(section, "prof_ops", ())
+    SEAM.log.start(None if every and prof_ops is None else only)
 
 
 # deepspeed.utils.groups

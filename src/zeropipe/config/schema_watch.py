@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zeropipe.config.fields import Count, Real, Section, key, with_keys_without_effect
+from zeropipe.config.fields import Count, Real, Section, key
 
 
 class TensorBoard(Section):
@@ -32,14 +32,14 @@ class CsvMonitor(Section):
     job_name: str = key("DeepSpeedJobName", "Folder of this run inside output_path.")
 
 
-@with_keys_without_effect("comms_logger")
 class CommsLogger(Section):
-    """A log of every collective."""
+    """Counts, bytes and time of collectives, shown by ``zeropipe.comm.log_summary()``."""
 
+    enabled: bool = key(False, "Turn it on, for the whole process.")
     prof_all: bool = key(True, "Log all operations.")
     prof_ops: list[Any] = key([], "Operations to log when prof_all is false.")
-    verbose: bool = key(False, "Print each one.")
-    debug: bool = key(False, "Print the caller too.")
+    verbose: bool = key(False, "Accepted; zeropipe.comm.record() has each one.")
+    debug: bool = key(False, "Accepted; each one has a label that says what it is for.")
 
 
 class FlopsProfiler(Section):

@@ -183,3 +183,33 @@ def test_a_checkpoint_becomes_universal_by_the_command_that_scripts_call(
                 ["--input_folder", str(tmp_path / "no"), "--output_folder", str(output)]
             )
         )
+
+
+# ---- scalars and collectives ----
+
+
+def test_a_scripts_own_scalars(deepspeed: ModuleType, tmp_path: Path) -> None:
+    from deepspeed.monitor.monitor import MonitorMaster  # type: ignore[import-not-found]
+
+    section = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}}
+    for given in (section, deepspeed.DeepSpeedConfig({"train_batch_size": 1, **section}).monitor_config):
+        monitor = MonitorMaster(given)
+        assert monitor.enabled
+        monitor.write_events([("Train/loss", 0.5, 1)])
+        monitor.close()
+    assert (tmp_path / "job" / "Train_loss.csv").read_text().splitlines() == ["step,loss", "1,0.5", "1,0.5"]
+
+
+def test_collectives_are_counted_from_configure_on(deepspeed: ModuleType) -> None:
+    comm = import_module("deepspeed.comm")
+    log = import_module("zeropipe.comm.record").SEAM.log
+    comm.configure(enabled=True, prof_ops=["all_reduce"])
+    try:
+        assert log.on
+        comm.log_summary()
+    finally:
+        comm.configure(enabled=False)
+    assert not log.on
+    comm.configure(deepspeed.DeepSpeedConfig({"train_batch_size": 1, "comms_logger": {"enabled": True}}))
+    assert log.on
+    comm.configure(enabled=False)

@@ -170,7 +170,6 @@ def test_keys_without_effect_are_said_once_and_only_when_they_ask_for_something(
     asked = parse_config(
         {
             "autotuning": {"enabled": True, "fast": False},
-            "comms_logger": {"enabled": True},
             "aio": {"block_size": 4096},
             "zero_optimization": {"stage": 2, "elastic_checkpoint": True},
             "compile": {"deepcompile": True},
@@ -180,7 +179,7 @@ def test_keys_without_effect_are_said_once_and_only_when_they_ask_for_something(
     assert notice.kind is NoticeKind.NO_EFFECT
     assert notice.level == logging.INFO
     assert set(notice.keys) == {
-        "autotuning", "comms_logger.enabled", "aio.block_size", "zero_optimization.elastic_checkpoint", "compile",
+        "autotuning", "aio.block_size", "zero_optimization.elastic_checkpoint", "compile",
     }  # fmt: skip
     silent = parse_config(
         {

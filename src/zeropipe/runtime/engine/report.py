@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from zeropipe.comm.record import SEAM
 from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.engine.profile import ScheduledProfile
 from zeropipe.runtime.monitor import MonitorMaster
@@ -94,6 +95,10 @@ class Reporter:
         self.listens = bool(self._every or self._memory or self._timers or self.monitor.enabled)
 
         self._watchers: list[Watcher] = []
+
+        section = config.comms_logger
+        if section.enabled:
+            SEAM.log.start(None if section.prof_all else section.prof_ops)
 
         # Since the last step. Losses, of this rank's micro-steps, are left where they are: reading one waits for it.
         self._losses: list[torch.Tensor] = []
