@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from datetime import timedelta
 
@@ -11,7 +12,8 @@ import torch
 
 from tests.helpers.pool import Pools
 from zeropipe.comm import collectives as comm
-from zeropipe.comm.group import new_group, world
+from zeropipe.comm.group import new_group, start_groups, world
+from zeropipe.comm.leases import LEASES
 from zeropipe.errors import CommunicationError
 
 SOON = 15.0  # s; on an idle machine it is milliseconds
@@ -84,3 +86,57 @@ def test_a_rank_that_stays_away_is_an_error_after_the_groups_timeout(pool: Pools
     outcomes = pool(2).run_faulty(wait_for_rank_1, operation)
     assert [o.kind for o in outcomes] == ["result", "result"], outcomes[0].error
     assert f"{operation} 'lonely'" in outcomes[0].value
+
+
+# Where ranks have no tags: the backend's own collectives, each channel on a communicator of its own.
+
+
+def alone_on(rank: int, size: int, channel: int, waits: bool, limit: float) -> str:
+    """All ranks but rank 1 begin a collective; ``waits``: and wait for it, else for the watchdog, which aborts."""
+    begun = start_groups([tuple(range(size - 1, -1, -1))], timedelta(seconds=limit))
+    group = LEASES.with_lanes(*begun.values(), 2)
+    assert all(group.on(c) is not group.pg for c in (1, 2)) and group.timeout == timedelta(seconds=limit)
+    comm.all_reduce(torch.ones(2), group, label="the last that all did")
+    if rank == 1:
+        time.sleep(2 * limit)  # alive, but it never takes part
+        return ""
+    shard, whole = torch.ones(3), torch.ones(3 * size)
+    if channel == 0:
+        work = comm.all_reduce(whole, group, label="the norm", async_op=True)
+    elif channel == 1:
+        work = comm.all_gather_many([whole], [shard], group, label="block.0", async_op=True, channel=1)
+    else:
+        run = comm.Run(whole, 0, 3)
+        work = comm.reduce_run(run, shard, group, label="bucket 4", async_op=True, channel=2)
+    if not waits:
+        time.sleep(0.95 * limit)
+        os.abort()
+    with pytest.raises(CommunicationError) as caught:
+        work.wait()
+    return str(caught.value)
+
+
+LABELS = ["all_reduce 'the norm'", "all_gather 'block.0'", "reduce_to_owners 'bucket 4'"]
+
+
+@pytest.mark.parametrize(("size", "channel"), [(2, 0), (3, 1), (3, 2)])
+def test_a_native_collective_that_does_not_end_names_itself_and_what_came_before(
+    native_pool: Pools, size: int, channel: int
+) -> None:
+    outcomes = native_pool(size).run_faulty(alone_on, channel, waits=True, limit=1.0)
+    for rank in set(range(size)) - {1}:
+        assert outcomes[rank].kind == "result", outcomes[rank].error
+        told = outcomes[rank].value
+        assert f"[rank {rank}] {LABELS[channel]} among ranks" in told
+        assert "all_reduce 'the last that all did'" in told and LABELS[channel] in told.split("last calls")[1]
+
+
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_it_is_said_before_a_watchdog_ends_the_process(native_pool: Pools, channel: int) -> None:
+    """In NCCL's abort no Python runs, and what it prints has no names."""
+    outcomes = native_pool(3).run_faulty(alone_on, channel, waits=False, limit=1.0)
+    for rank in (0, 2):
+        assert (outcomes[rank].kind, outcomes[rank].exitcode) == ("died", -signal.SIGABRT)
+        assert f"[rank {rank}] {LABELS[channel]} among ranks [0, 1, 2] has not completed" in outcomes[rank].output
+        assert "The last calls of this rank: all_reduce 'the last that all did', " in outcomes[rank].output
+    assert outcomes[1].kind == "result" and "has not completed" not in outcomes[1].output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -61,6 +62,17 @@ class Group:
         """The backend's name as torch gives it, e.g. ``gloo``, ``nccl`` or ``cpu:gloo,cuda:nccl``."""
         names = {name for _, name in self.backends}
         return names.pop() if len(names) == 1 else ",".join(f"{d}:{n}" for d, n in self.backends)
+
+    @property
+    def timeout(self) -> timedelta | None:
+        """How long a member waits for the others; None where that cannot be known."""
+        for device in sorted((kind for kind, _ in self.backends), key="cpu".__eq__):
+            with suppress(
+                AttributeError, RuntimeError
+            ):  # torch's fake group has none, a CPU no backend for GPUs
+                found = self.pg._get_backend(torch.device(device)).options._timeout  # type: ignore[union-attr]
+                return found if isinstance(found, timedelta) else None
+        return None
 
     @property
     def has_tags(self) -> bool:
@@ -157,7 +169,12 @@ class _Beside:
                 self._world, self._groups = weakref.ref(dist.group.WORLD), {}
             # A host's own words and tensors have no business in a GPU's queue, and torch splits no communicator for it.
             pg = dist.new_group(
-                list(group.ranks), backend="gloo", use_local_synchronization=True, sort_ranks=False
+                list(group.ranks),
+                group.timeout,
+                backend="gloo",
+                use_local_synchronization=True,
+                sort_ranks=False,
+                group_desc="zeropipe: words and CPU tensors",
             )
             found = self._groups[group.ranks] = Group(
                 group.ranks, group.rank, weakref.ref(pg), (("cpu", "gloo"),)
@@ -204,6 +221,7 @@ def start_groups(
     # A communicator of its own for each group is a meeting of the world. Where the world's can be split, groups without
     # a common member are one split, whatever their number: the shard groups of MiCS, and then the replicas.
     splits = everyone.size > 1 and _splits(everyone)
+    timeout = timeout or everyone.timeout  # torch would take its default, whatever the world's is
     for together in disjoint(others) if splits else [[ranks] for ranks in others]:
         if splits:
             pg = dist.split_group(everyone.pg, [list(ranks) for ranks in together], timeout=timeout)
@@ -235,16 +253,22 @@ def _splits(group: Group) -> bool:
     return pg is not None and device is not None and bool(pg._get_backend(device).supports_splitting)
 
 
-def start_lane(group: Group) -> weakref.ref[dist.ProcessGroup]:
-    """Start one more process group of the same ranks. Collective among them alone."""
+def start_lane(group: Group, name: str) -> weakref.ref[dist.ProcessGroup]:
+    """Start one more process group of the same ranks, which a watchdog calls ``name``. Collective among them alone."""
     parent = group.pg
     assert parent is not None
     if _splits(group):
         # By a start anew every rank of the world would have to take part.
-        pg = dist.split_group(parent, [list(range(group.size))])
+        pg = dist.split_group(parent, [list(range(group.size))], group.timeout, group_desc=name)
     else:
         # torch names it by its ranks and what is there of them: the same on all, who have started the same.
-        pg = dist.new_group(list(group.ranks), use_local_synchronization=True, sort_ranks=False)
+        pg = dist.new_group(
+            list(group.ranks),
+            group.timeout,
+            use_local_synchronization=True,
+            sort_ranks=False,
+            group_desc=name,
+        )
     assert pg is not None
     return weakref.ref(pg)
 

@@ -94,7 +94,9 @@ class Leases:
         # Here and not at the first use: they start in one order on all ranks, and no rank is yet in the middle of
         # something that another has not begun.
         if group.ranks not in self._lanes:
-            self._lanes[group.ranks] = tuple(start_lane(group) for _ in range(channels))
+            self._lanes[group.ranks] = tuple(
+                start_lane(group, f"zeropipe: channel {channel}") for channel in range(1, channels + 1)
+            )
         return replace(group, lanes=self._lanes[group.ranks])
 
     def hold(self, group: Group, user: Anything) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 
 from zeropipe.comm.group import Group
 from zeropipe.comm.record import Call, Cut, Run, Work
+from zeropipe.comm.witness import WITNESS
 from zeropipe.given import Anything
 from zeropipe.streams import STREAMS, Side
 
@@ -101,6 +102,12 @@ class Alone:
         return Work(call)
 
 
+def _begun(call: Call, handles: list[Any], finish: Callable[[], None] | None = None) -> Work:
+    if not call.group.has_tags:  # gloo has no watchdog: who waits for it hears of a timeout
+        WITNESS.note(call, tuple(handles))
+    return Work(call, handles, finish)
+
+
 class Native:
     """The backend's own algorithms. Each is one call of torch's, or a number of them that no number of ranks raises."""
 
@@ -115,10 +122,10 @@ class Native:
     in_one = True
 
     def all_reduce(self, call: Call, tensor: torch.Tensor) -> Work:
-        return Work(call, [dist.all_reduce(tensor, _OPS[call.reduction], call.pg, async_op=True)])
+        return _begun(call, [dist.all_reduce(tensor, _OPS[call.reduction], call.pg, async_op=True)])
 
     def reduce_scatter(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work:
-        return Work(call, [_reduce_scatter(output, input, _OPS[call.reduction], call.pg, async_op=True)])
+        return _begun(call, [_reduce_scatter(output, input, _OPS[call.reduction], call.pg, async_op=True)])
 
     def reduce_to_owners(self, call: Call, cuts: Sequence[Cut], outputs: Sequence[torch.Tensor]) -> Work:
         group, places, handles = call.group, iter(outputs), list[Any]()
@@ -131,7 +138,7 @@ class Native:
                 put(place, view)
             op = _OPS[call.reduction]
             handles.append(dist.reduce(place, group.ranks[owner], op, call.pg, async_op=True))
-        return Work(call, handles)
+        return _begun(call, handles)
 
     def reduce_run(self, call: Call, run: Run, output: torch.Tensor) -> Work:
         size, rank = call.group.size, call.group.rank
@@ -150,7 +157,7 @@ class Native:
     def all_gather(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work:
         if call.group.hops is not None and output.numel():
             return self._two_hops(call, output, shard)
-        return Work(call, [_all_gather(_bytes(output), _bytes(shard), call.pg, async_op=True)])
+        return _begun(call, [_all_gather(_bytes(output), _bytes(shard), call.pg, async_op=True)])
 
     def all_gather_many(
         self, call: Call, outputs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]
@@ -167,17 +174,17 @@ class Native:
         # Tensors of its own: gloo takes views of them on a thread of its own, which races with whoever takes a view
         # of the same tensor here, and ended a process now and then (torch 2.13).
         mine, theirs = ([_bytes(one).data for one in some] for some in (shards, outputs))
-        return Work(call, [gather(theirs, mine, options)])
+        return _begun(call, [gather(theirs, mine, options)])
 
     def gather_from_owners(self, call: Call, cuts: Sequence[Cut]) -> Work:
         ranks, pg = call.group.ranks, call.pg
-        return Work(call, [dist.broadcast(view, ranks[owner], pg, async_op=True) for owner, view in cuts])
+        return _begun(call, [dist.broadcast(view, ranks[owner], pg, async_op=True) for owner, view in cuts])
 
     def all_to_all(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work:
-        return Work(call, [dist.all_to_all_single(output, input, group=call.pg, async_op=True)])
+        return _begun(call, [dist.all_to_all_single(output, input, group=call.pg, async_op=True)])
 
     def broadcast(self, call: Call, tensor: torch.Tensor, src: int) -> Work:
-        return Work(call, [dist.broadcast(_bytes(tensor), call.group.ranks[src], call.pg, async_op=True)])
+        return _begun(call, [dist.broadcast(_bytes(tensor), call.group.ranks[src], call.pg, async_op=True)])
 
     def exchange(self, call: Call, messages: Sequence[tuple[bool, torch.Tensor, int, int]]) -> Work:
         """Messages (whether it is sent, what, with which member, tag) in one call, which has no order among them."""
@@ -187,7 +194,7 @@ class Native:
             for sends, tensor, member, tag in messages
             if tensor.numel()  # else no message at all, on either side
         ]
-        return Work(call, dist.batch_isend_irecv(ops) if ops else [])
+        return _begun(call, dist.batch_isend_irecv(ops) if ops else [])
 
     def _two_hops(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work:
         """One call across nodes, then one per node's run of shards."""
@@ -209,7 +216,7 @@ class Native:
         def keep(received: torch.Tensor = received) -> None:
             """The device reads ``received`` until the second hop is over."""
 
-        return Work(call, handles, keep)
+        return _begun(call, handles, keep)
 
 
 def enter_hop(call: Call, group: Group, output: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.native import compare
+from zeropipe.comm import collectives as comm
 from zeropipe.comm.group import SELF, Group
 from zeropipe.comm.record import SEAM, Call, Later, Run, Work
 from zeropipe.errors import CommunicationError, UsageError
@@ -77,6 +79,24 @@ def test_a_tensor_of_another_device_is_refused_on_gloo_with_the_way_out() -> Non
         UsageError, match=r"\[rank 3\] a meta tensor cannot be sent over .*'cpu:gloo,cuda:nccl'"
     ):
         group.backend_for(on_gpu)
+    many, few = torch.empty(4, device="meta"), on_gpu
+    calls: list[Callable[[], object]] = [
+        lambda: comm.all_reduce(few, group),
+        lambda: comm.reduce_scatter(few, many, group),
+        lambda: comm.reduce_to_owners([(0, few)], [], group),
+        lambda: comm.reduce_run(comm.Run(few, 0, 2), few, group),
+        lambda: comm.all_gather(many, few, group),
+        lambda: comm.all_gather_many([many], [few], group),
+        lambda: comm.gather_from_owners([(0, few)], group),
+        lambda: comm.broadcast(few, 0, group),
+        lambda: comm.all_to_all(few.clone(), few, group),
+        lambda: comm.send(few, 0, group),
+        lambda: comm.recv(few, 0, group),
+        lambda: comm.Messages(group, "stage 1").send(few, 0, 1),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match="a meta tensor cannot be sent over"):
+            call()
 
 
 def test_which_groups_need_lanes_and_which_devices_carry() -> None:

@@ -1,0 +1,98 @@
+"""Says what a rank was last doing, shortly before a backend's own watchdog ends the process.
+
+NCCL's watchdog ends a process from a thread of its own, by an abort in which no Python runs, and names a number and a
+size. By then it must have been said which call that was, by the label that ranks know it by::
+
+    call                                     0.8 of the timeout        timeout
+    |------------- not completed ------------| said here: its name,    | the watchdog
+                                               the last calls          v
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zeropipe.comm.record import SEAM, Call
+
+_log = logging.getLogger("zeropipe")
+_SHARE = 0.8  # of a group's timeout
+_LOOKS = 20  # at what is under way, in one timeout
+_RARELY = 60.0  # s between looks where no group has a timeout
+
+
+@dataclass(slots=True)
+class _Started:
+    """The last call of one channel of one group."""
+
+    call: Call
+    handles: Sequence[Any]
+    since: float  # s, of the monotonic clock
+
+
+class Witness:
+    """Looks now and then at what the backend has not completed. One per process: process groups belong to it."""
+
+    def __init__(self) -> None:
+        self._start_anew()
+        os.register_at_fork(after_in_child=self._start_anew)  # no thread there, and no process group
+
+    def _start_anew(self) -> None:
+        self._last: dict[tuple[tuple[int, ...], int], _Started] = {}
+        self._thread: threading.Thread | None = None
+        self._over = threading.Event()
+
+    def note(self, call: Call, handles: Sequence[Any]) -> None:
+        """``call`` is under way, and over when all ``handles`` say so."""
+        # The last one of a channel tells: the backend completes them in the order in which they were started.
+        self._last[call.group.ranks, call.channel] = _Started(call, handles, time.monotonic())
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="zeropipe witness", daemon=True)
+            self._thread.start()
+            atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the thread: it must not let go of what is the backend's while the interpreter ends."""
+        self._over.set()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        self._start_anew()
+        atexit.unregister(self.close)
+
+    def _run(self) -> None:
+        over, pause = self._over, 0.0
+        while not over.wait(pause):
+            pause = _RARELY
+            for key, started in list(self._last.items()):
+                limit = started.call.group.timeout
+                if limit is None or all(handle.is_completed() for handle in started.handles):
+                    self._forget(key, started)
+                    continue
+                pause = min(pause, limit.total_seconds() / _LOOKS)
+                waited = time.monotonic() - started.since
+                if waited > _SHARE * limit.total_seconds():
+                    _log.error(
+                        "%s has not completed for %.0f s, and its group gives up after %.0f s. The last calls of this "
+                        "rank: %s. Lay those of all ranks side by side: who does not have this call is who the others "
+                        "wait for",
+                        started.call,
+                        waited,
+                        limit.total_seconds(),
+                        SEAM.lately(),
+                    )
+                    self._forget(key, started)
+
+    def _forget(self, key: tuple[tuple[int, ...], int], started: _Started) -> None:
+        """Let the backend's memory go, unless there is a later call by now."""
+        if self._last.get(key) is started:
+            self._last.pop(key, None)
+
+
+WITNESS = Witness()
