@@ -31,7 +31,7 @@ _RARELY = 60.0  # s between looks where no group has a timeout
 class _Started:
     """The last call of one channel of one group."""
 
-    call: Call
+    what: Call
     handles: Sequence[Any]
     since: float  # s, of the monotonic clock
 
@@ -71,7 +71,7 @@ class Witness:
         while not over.wait(pause):
             pause = _RARELY
             for key, started in list(self._last.items()):
-                limit = started.call.group.timeout
+                limit = started.what.group.timeout
                 if limit is None or all(handle.is_completed() for handle in started.handles):
                     self._forget(key, started)
                     continue
@@ -82,7 +82,7 @@ class Witness:
                         "%s has not completed for %.0f s, and its group gives up after %.0f s. The last calls of this "
                         "rank: %s. Lay those of all ranks side by side: who does not have this call is who the others "
                         "wait for",
-                        started.call,
+                        started.what,
                         waited,
                         limit.total_seconds(),
                         SEAM.lately(),
