@@ -91,29 +91,32 @@ def test_a_rank_that_stays_away_is_an_error_after_the_groups_timeout(pool: Pools
 # Where ranks have no tags: the backend's own collectives, each channel on a communicator of its own.
 
 
-def alone_on(rank: int, size: int, channel: int, waits: bool, limit: float) -> str:
-    """All ranks but rank 1 begin a collective; ``waits``: and wait for it, else for the watchdog, which aborts."""
-    begun = start_groups([tuple(range(size - 1, -1, -1))], timedelta(seconds=limit))
-    group = LEASES.with_lanes(*begun.values(), 2)
+def begun_alone(rank: int, size: int, channels: list[int], limit: float, aborts: bool = False) -> list[str]:
+    """All ranks but rank 1 begin a collective on each of ``channels`` and wait for it, or for the watchdog's abort."""
+    started = start_groups([tuple(range(size - 1, -1, -1))], timedelta(seconds=limit))
+    group = LEASES.with_lanes(*started.values(), 2)
     assert all(group.on(c) is not group.pg for c in (1, 2)) and group.timeout == timedelta(seconds=limit)
     comm.all_reduce(torch.ones(2), group, label="the last that all did")
     if rank == 1:
-        time.sleep(2 * limit)  # alive, but it never takes part
-        return ""
+        time.sleep(1.5 * limit)  # alive, but it never takes part
+        return []
     shard, whole = torch.ones(3), torch.ones(3 * size)
-    if channel == 0:
-        work = comm.all_reduce(whole, group, label="the norm", async_op=True)
-    elif channel == 1:
-        work = comm.all_gather_many([whole], [shard], group, label="block.0", async_op=True, channel=1)
-    else:
-        run = comm.Run(whole, 0, 3)
-        work = comm.reduce_run(run, shard, group, label="bucket 4", async_op=True, channel=2)
-    if not waits:
-        time.sleep(0.95 * limit)
+    run = comm.Run(whole, 0, 3)
+    begin = [
+        lambda: comm.all_reduce(whole, group, label="the norm", async_op=True),
+        lambda: comm.all_gather_many([whole], [shard], group, label="block.0", async_op=True, channel=1),
+        lambda: comm.reduce_run(run, shard, group, label="bucket 4", async_op=True, channel=2),
+    ]
+    works = [begin[channel]() for channel in channels]
+    if aborts:
+        time.sleep(limit)
         os.abort()
-    with pytest.raises(CommunicationError) as caught:
-        work.wait()
-    return str(caught.value)
+    told = []
+    for work in works:
+        with pytest.raises(CommunicationError) as caught:
+            work.wait()
+        told.append(str(caught.value))
+    return told
 
 
 LABELS = ["all_reduce 'the norm'", "all_gather 'block.0'", "reduce_to_owners 'bucket 4'"]
@@ -123,20 +126,20 @@ LABELS = ["all_reduce 'the norm'", "all_gather 'block.0'", "reduce_to_owners 'bu
 def test_a_native_collective_that_does_not_end_names_itself_and_what_came_before(
     native_pool: Pools, size: int, channel: int
 ) -> None:
-    outcomes = native_pool(size).run_faulty(alone_on, channel, waits=True, limit=1.0)
+    outcomes = native_pool(size).run_faulty(begun_alone, [channel], limit=1.0)
     for rank in set(range(size)) - {1}:
         assert outcomes[rank].kind == "result", outcomes[rank].error
-        told = outcomes[rank].value
+        (told,) = outcomes[rank].value
         assert f"[rank {rank}] {LABELS[channel]} among ranks" in told
         assert "all_reduce 'the last that all did'" in told and LABELS[channel] in told.split("last calls")[1]
 
 
-@pytest.mark.parametrize("channel", [0, 1, 2])
-def test_it_is_said_before_a_watchdog_ends_the_process(native_pool: Pools, channel: int) -> None:
+def test_it_is_said_before_a_watchdog_ends_the_process(native_pool: Pools) -> None:
     """In NCCL's abort no Python runs, and what it prints has no names."""
-    outcomes = native_pool(3).run_faulty(alone_on, channel, waits=False, limit=1.0)
+    outcomes = native_pool(3).run_faulty(begun_alone, [0, 1, 2], limit=4.0, aborts=True)
     for rank in (0, 2):
         assert (outcomes[rank].kind, outcomes[rank].exitcode) == ("died", -signal.SIGABRT)
-        assert f"[rank {rank}] {LABELS[channel]} among ranks [0, 1, 2] has not completed" in outcomes[rank].output
+        for label in LABELS:
+            assert f"[rank {rank}] {label} among ranks [0, 1, 2] has not completed" in outcomes[rank].output
         assert "The last calls of this rank: all_reduce 'the last that all did', " in outcomes[rank].output
     assert outcomes[1].kind == "result" and "has not completed" not in outcomes[1].output

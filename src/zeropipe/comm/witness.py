@@ -24,7 +24,7 @@ from zeropipe.comm.record import SEAM, Call
 _log = logging.getLogger("zeropipe")
 _SHARE = 0.8  # of a group's timeout
 _LOOKS = 20  # at what is under way, in one timeout
-_RARELY = 60.0  # s between looks where no group has a timeout
+_RARELY = 10.0  # s between looks at most, as a group with a shorter timeout may come
 
 
 @dataclass(slots=True)
@@ -69,13 +69,13 @@ class Witness:
     def _run(self) -> None:
         over, pause = self._over, 0.0
         while not over.wait(pause):
-            pause = _RARELY
+            pause = pause or _RARELY
             for key, started in list(self._last.items()):
                 limit = started.what.group.timeout
+                pause = pause if limit is None else min(pause, limit.total_seconds() / _LOOKS)
                 if limit is None or all(handle.is_completed() for handle in started.handles):
                     self._forget(key, started)
                     continue
-                pause = min(pause, limit.total_seconds() / _LOOKS)
                 waited = time.monotonic() - started.since
                 if waited > _SHARE * limit.total_seconds():
                     _log.error(
