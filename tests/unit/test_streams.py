@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.stand_in import StandIn, stand_in
 from zeropipe.errors import OffloadError
-from zeropipe.streams import STREAMS, Inline, Side
+from zeropipe.streams import STREAMS, Inline, Side, owner
 from zeropipe.streams.driver import register
 
 CPU = torch.device("cpu")
@@ -59,6 +59,14 @@ def test_a_cpu_has_nothing_to_order():
     assert type(streams) is Inline
     assert streams.beside(Side.IN) is streams.beside(Side.OUT)
     assert streams.mark() is None
+
+
+def test_a_device_has_one_owner_whatever_it_is_called(monkeypatch):
+    monkeypatch.setattr(owner, "Cuda", lambda device: StandIn())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    owners = owner.Owners()
+    assert owners.of(torch.device("cuda")) is owners.of(torch.device("cuda:1"))
+    assert owners.of(torch.device("cuda:0")) is not owners.of(torch.device("cuda:1"))
 
 
 class Counting(StandIn):

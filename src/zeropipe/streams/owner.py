@@ -218,6 +218,8 @@ class Owners:
             return self._stand_in
         if device.type != "cuda":
             return self._inline
+        if device.index is None:  # else one device would have two owners, and each half of its copies
+            device = torch.device("cuda", torch.cuda.current_device())
         if device not in self._of:
             self._of[device] = Streams(Cuda(device))
         return self._of[device]
