@@ -54,6 +54,7 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
     if args.dtype is not None:
         for name in ("bf16", "fp16"):
             config[name] = {**config.get(name, {}), "enabled": args.dtype == name}
+    config.setdefault("report", {"folder": str(args.folder)})  # for `zeropipe report`
     return config
 
 
@@ -99,8 +100,10 @@ def train(args: argparse.Namespace) -> None:
     engine.eval()
     sample = generate(engine, args.prompt.encode(), args.sample, engine.device)
     if rank == 0:
+        engine.report(args.folder / "report.html")
         curve = report.loss_curve(state["history"], args.folder / "loss.png")
-        summary = report.summary(memory, state, sample, weights, curve)
+        page = f"Page of the run: {args.folder / 'report.html'}"
+        summary = report.summary(memory, state, sample, weights, f"{curve}\n{page}")
         run_folder.finish(args.folder, summary)
         print(summary)
     zeropipe.comm.barrier()

@@ -16,9 +16,13 @@ import zeropipe
 from tests.helpers.data import mlp_batch, token_batch
 from tests.helpers.launch import run_torchrun
 from tests.helpers.models import MLP, NastyModel, build
+from tests.helpers.pool import RankFailure
 from tests.helpers.referee import assert_bitwise, weights_of
 from tests.helpers.train import config
 from zeropipe.errors import CheckpointError
+from zeropipe.pipe import PipelineModule
+from zeropipe.reporting.page import run_page
+from zeropipe.reporting.record import read
 
 STAGES = (0, 1, 2)
 mlp = partial(build, MLP)
@@ -300,3 +304,62 @@ def buffers(rank: int, world: int) -> None:
 
 def test_every_rank_starts_from_the_first_ranks_values(pool):
     pool(3).run(buffers)
+
+
+def recorded(rank: int, world: int, folder: str, stage: int) -> None:
+    extra = {"report": {"folder": folder}, "gradient_clipping": 1.0}
+    engine, *_ = zeropipe.initialize(model=mlp(), config=config(stage, world, gas=2, **extra))
+    for step in range(4):
+        for micro in range(2):
+            engine.backward(engine(*mlp_batch(step, rank, micro)))
+            engine.step()
+        if step == 2:
+            engine.save_checkpoint(folder)
+    engine.report(Path(folder) / "page.html")
+    if stage < 3:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_record_of_each_rank_and_its_page(pool, tmp_path, stage):
+    pool(2).run(recorded, str(tmp_path), stage)
+    run = read(tmp_path)
+    assert [one.number for one in run.ranks] == [0, 1]
+    for one in run.ranks:
+        assert [row["step"] for row in one.steps] == [1, 2, 3, 4]
+        assert [row["samples"] for row in one.steps] == [4, 8, 12, 16]
+        assert all(row["loss"] > 0 and row["grad_norm"] > 0 and sum(row["sent"].values()) for row in one.steps)
+        assert [row["tag"] for row in one.saves] == ["global_step3"]
+        names = [name for name, _, _ in one.phases[0]["phases"]]
+        assert names == ["forward", "backward", "step"] * 2
+        assert one.ended is (stage < 3)  # a rank that was killed has not said so
+    assert run.start["settings"]["zero_optimization.stage"] == stage
+    assert "report.folder" in run.start["changed"]
+    assert (tmp_path / "page.html").read_text().count("<h2>") >= 5
+
+
+def in_a_pipeline(rank: int, world: int, folder: str) -> None:
+    settings = config(1, 1, gas=4, report={"folder": folder})
+    module = PipelineModule([torch.nn.Linear(8, 8) for _ in range(4)], num_stages=2, loss_fn=torch.nn.MSELoss())
+    engine, *_ = zeropipe.initialize(model=module, config=settings)
+    data = iter([(torch.ones(1, 8), torch.zeros(1, 8))] * 12)
+    for _ in range(3):
+        engine.train_batch(data)
+    engine.destroy()
+
+
+def test_a_pipeline_records_its_grid_as_planned_and_as_it_ran(pool, tmp_path):
+    pool(2).run(in_a_pipeline, str(tmp_path))
+    run = read(tmp_path)
+    for rank, one in enumerate(run.ranks):
+        (grid,) = one.grids
+        assert grid["rank"] == rank
+        assert [word for word, _, _ in grid["ran"]] == [word for word, _, _ in grid["planned"]]
+        assert len(grid["ran"]) == 8  # four micro-batches, forward and backward
+    assert "As it ran" in run_page(run)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(pool, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RankFailure, match=r"report\.folder"):
+        pool(2).run(recorded, str(tmp_path / "file"), 2)

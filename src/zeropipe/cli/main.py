@@ -15,7 +15,7 @@ from typer.main import get_command
 from zeropipe.errors import ZeropipeError
 from zeropipe.given import Anything
 
-SUBCOMMANDS: Final = ("ckpt", "config", "onebit", "pipe", "plan")
+SUBCOMMANDS: Final = ("ckpt", "config", "onebit", "pipe", "plan", "report")
 
 
 class LazyGroup(TyperGroup):
@@ -31,6 +31,8 @@ class LazyGroup(TyperGroup):
             from zeropipe.cli.ckpt import app as found
         elif cmd_name == "plan":
             from zeropipe.cli.planning import app as found
+        elif cmd_name == "report":
+            from zeropipe.cli.planning import reporting as found
         else:
             from zeropipe.cli import plan
 

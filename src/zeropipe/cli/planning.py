@@ -1,4 +1,4 @@
-"""``zeropipe plan``: what a run needs before it runs."""
+"""``zeropipe plan``: what a run needs before it runs; ``zeropipe report``: what it did after."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from zeropipe.errors import ConfigError, UsageError
+from zeropipe.reporting import in_words
 
 if TYPE_CHECKING:
     from zeropipe.planning.plan import Plan
 
 app = typer.Typer(add_completion=False)
+reporting = typer.Typer(add_completion=False)
 _SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
@@ -46,6 +48,7 @@ def plan(
         float | None, typer.Option(help="What the script gets where it asks for a value: loss.item().")
     ] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the plan as a page (HTML).")] = None,
 ) -> None:
     """Rehearse a run as some ranks of any world, on this machine: bytes, traffic, time, and whether it fits."""
     from zeropipe.planning.plan import rehearse_all
@@ -75,8 +78,39 @@ def plan(
     show(found)
     if as_json is not None:
         as_json.write_text(json.dumps(found.to_json(), indent=1))
+    if report is not None:
+        from zeropipe.reporting.drawing import write
+        from zeropipe.reporting.page import plan_page
+
+        write(plan_page(found.to_json()), report)
+        Console(soft_wrap=True).print(f"wrote {report}", highlight=False)
     if not found.fits:
         raise typer.Exit(3)
+
+
+@reporting.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder that the configuration's report.folder names.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page; default: report.html in the folder.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan (zeropipe plan --json), to stand behind what was measured.")
+    ] = None,
+) -> None:
+    """Make a page of what a run has left in its record: one HTML file that opens from a disk."""
+    from zeropipe.reporting.drawing import write
+    from zeropipe.reporting.page import run_page
+    from zeropipe.reporting.record import read
+
+    found = read(run)
+    try:
+        planned = None if plan is None else json.loads(plan.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the plan {plan}", found=str(error)) from error
+    path = output or run / "report.html"
+    write(run_page(found, planned), path)
+    Console(soft_wrap=True).print(f"wrote {path}", highlight=False)
 
 
 def _script(path: Path, arguments: list[str]) -> Callable[[], object]:
@@ -95,8 +129,6 @@ def _script(path: Path, arguments: list[str]) -> Callable[[], object]:
 
 def show(found: Plan) -> None:
     """Print ``found``: a table of bytes by kind and rank, the peak, traffic, time, the verdict."""
-    from zeropipe.planning.devices import words
-
     console = Console(soft_wrap=True)
     every = list(dict.fromkeys(kind for one in found.rehearsals for kind in (*one.peak.kinds, *one.resting)))
     table = Table(title="Bytes of a rank at its peak", title_justify="left")
@@ -105,20 +137,20 @@ def show(found: Plan) -> None:
         table.add_column(f"rank {one.place.rank}", justify="right")
     table.add_column("between steps", justify="right")
     for kind in every:
-        cells = [words(one.peak.kinds.get(kind, 0)) for one in found.rehearsals]
-        table.add_row(kind, *cells, words(found.fullest.resting.get(kind, 0)))
+        cells = [in_words(one.peak.kinds.get(kind, 0)) for one in found.rehearsals]
+        table.add_row(kind, *cells, in_words(found.fullest.resting.get(kind, 0)))
     if found.device.base:
-        base = words(found.device.base)
+        base = in_words(found.device.base)
         table.add_row("the process itself", *(base for _ in found.rehearsals), base)
-    totals = [words(one.peak.peak + found.device.base) for one in found.rehearsals]
+    totals = [in_words(one.peak.peak + found.device.base) for one in found.rehearsals]
     resting = sum(
         size for kind, size in found.fullest.resting.items() if not kind.startswith(("host", "disk"))
     )
-    table.add_row("together", *totals, words(resting + found.device.base), style="bold")
+    table.add_row("together", *totals, in_words(resting + found.device.base), style="bold")
     console.print(table)
     fullest = found.fullest
     console.print(f"The peak of rank {fullest.place.rank} comes in: {fullest.peak.moment}", highlight=False)
-    links = ", ".join(f"{words(size)} {where}" for where, size in found.links().items()) or "nothing"
+    links = ", ".join(f"{in_words(size)} {where}" for where, size in found.links().items()) or "nothing"
     console.print(f"Sent by a rank in each step: {links}", highlight=False)
     timing = found.seconds
     console.print(

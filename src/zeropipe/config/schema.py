@@ -16,7 +16,15 @@ from pydantic import ConfigDict, PrivateAttr
 
 from zeropipe.config.fields import Count, Dtype, Lowercase, Real, Section, key, with_keys_without_effect
 from zeropipe.config.schema_data import Curriculum, DataEfficiency, ProgressiveLayerDrop
-from zeropipe.config.schema_watch import CommsLogger, CsvMonitor, FlopsProfiler, TensorBoard, Timers, Wandb
+from zeropipe.config.schema_watch import (
+    CommsLogger,
+    CsvMonitor,
+    FlopsProfiler,
+    Report,
+    TensorBoard,
+    Timers,
+    Wandb,
+)
 from zeropipe.config.schema_zero import ZeroOptimization
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -243,6 +251,7 @@ class Config(Section):
     dump_state: bool = key(False, "Log the state of the engine after it is built.")
     tensorboard: TensorBoard = key(TensorBoard(), "Scalars for TensorBoard.")
     wandb: Wandb = key(Wandb(), "Scalars for Weights & Biases.")
+    report: Report = key(Report(), "A record of the run, for `zeropipe report`.")
     csv_monitor: CsvMonitor = key(CsvMonitor(), "Scalars in CSV files.")
     timers: Timers = key(Timers(), "Timers of the engine.")
     flops_profiler: FlopsProfiler = key(FlopsProfiler(), "A profile of one forward.")

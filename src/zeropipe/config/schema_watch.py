@@ -32,6 +32,13 @@ class CsvMonitor(Section):
     job_name: str = key("DeepSpeedJobName", "Folder of this run inside output_path.")
 
 
+class Report(Section):
+    """Leave a record of the run, which ``zeropipe report`` makes a page of."""
+
+    folder: str | None = key(None, "Folder of the record, one file for each rank; unset: none is left.")
+    every: Count = key(1, "Optimizer steps between two that are recorded.", ge=1)
+
+
 class CommsLogger(Section):
     """Counts, bytes and time of collectives, shown by ``zeropipe.comm.log_summary()``."""
 

@@ -169,11 +169,3 @@ def parse_bytes(text: str) -> int:
         raise ConfigError("a size", expected="bytes, such as 80GB or 24GiB", found=repr(text))
     size = units[unit] if not binary else 1024 ** "_KMGT".index(unit or "_")
     return int(number * size)
-
-
-def words(nbytes: float) -> str:
-    """Bytes as a person reads them."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes:.0f} B"

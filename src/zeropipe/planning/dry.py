@@ -128,10 +128,7 @@ class Dry(TorchDispatchMode):
         for tensor in written:
             self._ledger.overwritten(tensor)
             torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))
-        returns = func._schema.returns
-        if not returns:
-            return None
-        return written[0] if len(returns) == 1 and not isinstance(args[0], list | tuple) else args[0]
+        return _results(func, args, kwargs)
 
     def _left_out(self, func: Any, name: str, flat: list[Any], spec: Any, given: list[torch.Tensor]) -> Any:
         key = (func, *(_key(value) for value in flat), spec)
@@ -239,6 +236,24 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     return found
 
 
+def _results(func: Any, args: Any, kwargs: Any) -> Any:
+    """What ``func`` returns that writes to its arguments: the arguments themselves."""
+    found = []
+    for one in func._schema.returns:
+        for place, argument in enumerate(func._schema.arguments):
+            aliases = argument.alias_info
+            if (
+                aliases is not None
+                and one.alias_info is not None
+                and aliases.before_set == one.alias_info.before_set
+            ):
+                found.append(args[place] if place < len(args) else kwargs[argument.name])
+                break
+    if not found:
+        return None
+    return found[0] if len(found) == 1 else tuple(found)
+
+
 def _key(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return (tuple(value.shape), value.stride(), value.dtype, value.requires_grad)
@@ -262,7 +277,7 @@ def _asker() -> tuple[bool, str]:
     """Whether the nearest code that is not torch's is ours, and where it stands."""
     for frame in _frames():
         module = frame.f_globals.get("__name__", "")
-        if module.startswith("zeropipe.planning"):
+        if module.startswith(str(__package__)):
             continue
         if module.startswith("zeropipe"):
             return True, ""

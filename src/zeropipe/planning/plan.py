@@ -12,8 +12,9 @@ import torch
 
 from zeropipe.config.parse import Source, parse_config
 from zeropipe.given import Json, Tree
-from zeropipe.planning.devices import Device, Seconds, device_of, parse_bytes, seconds, words
+from zeropipe.planning.devices import Device, Seconds, device_of, parse_bytes, seconds
 from zeropipe.planning.rehearse import Place, Rehearsal, rehearse
+from zeropipe.reporting import in_words
 from zeropipe.runtime.engine.engine import DeepSpeedEngine
 
 
@@ -55,8 +56,9 @@ class Plan:
         """Fits, or by how much not, and what to change first."""
         left = self.memory - self.peak
         if left >= 0:
-            return f"fits: {words(self.peak)} of {words(self.memory)}, {words(left)} left"
-        return f"does not fit: {words(self.peak)} of {words(self.memory)}, {words(-left)} too much. {self._advice()}"
+            return f"fits: {in_words(self.peak)} of {in_words(self.memory)}, {in_words(left)} left"
+        size, more = f"{in_words(self.peak)} of {in_words(self.memory)}", in_words(-left)
+        return f"does not fit: {size}, {more} too much. {self._advice()}"
 
     def _advice(self) -> str:
         usage = self.fullest.peak

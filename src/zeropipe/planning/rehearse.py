@@ -15,7 +15,7 @@ import pickle
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,7 +136,7 @@ class Watch:
         self._phases.pop()
         self._say()
 
-    def stepped(self) -> None:
+    def stepped(self, losses: Sequence[torch.Tensor]) -> None:
         engine = self._engine
         assert engine is not None
         self._ledger.name_all(owned(engine.module, engine.optimizer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -30,8 +31,9 @@ from zeropipe.runtime.utils import collecting_later
 class Checkpoints:
     """The checkpoints of one engine. Every call is collective over the ranks that save and load together."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    def __init__(self, parts: Parts, saved: Callable[[str, str, float], None]) -> None:
+        """``saved(folder, tag, seconds)`` is told of each save."""
+        self._parts, self._saved = parts, saved
         # With model parallelism a checkpoint is of the whole grid, not of one replica's slice.
         self._group = parts.group if parts.mpu is None else world()
         self.saver = Saver(self._group)
@@ -65,7 +67,9 @@ class Checkpoints:
                 self._told.add(path)
                 self.say(text)
         # [2] From here on a failure of any rank is one of all, and the checkpoints that were there stay.
+        began = time.perf_counter()
         self.saver.save(folder, name, local, save_latest=save_latest, async_save=asynchronous)
+        self._saved(str(folder), name, time.perf_counter() - began)
         return True
 
     @collecting_later()

@@ -45,9 +45,9 @@ class DeepSpeedEngine(Face):
         self._parts = parts
 
         # What works on the parts.
-        self.checkpoints = Checkpoints(parts)
-        self.offload = Offloaded(parts.device)
         self.report = Reporter(parts, self.pipeline_parallelism)
+        self.checkpoints = Checkpoints(parts, self.report.saved)
+        self.offload = Offloaded(parts.device)
         self.regimes = Regimes(parts)
 
         # What stands between the module's parameters and the optimizer.
@@ -212,7 +212,7 @@ class DeepSpeedEngine(Face):
         forget_whole(self.module)
         if parts.mixed is not None:
             parts.mixed.remove()
-        self.report.monitor.close()
+        self.report.close()
         parts.drop()
         # Last, because it raises what a writer has failed with.
         self.checkpoints.saver.wait()

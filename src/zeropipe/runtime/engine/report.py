@@ -13,20 +13,25 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from zeropipe.comm.record import SEAM
+from zeropipe.errors import UsageError
 from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.engine.profile import ScheduledProfile
+from zeropipe.runtime.engine.recorder import Recorder
 from zeropipe.runtime.monitor import MonitorMaster
 from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
+from zeropipe.runtime.pipe.executor import Executor
 from zeropipe.runtime.timers import PhaseTimers, ThroughputTimer, wall_clock_breakdown
 from zeropipe.runtime.zero.hold.autograd import AbsentGradient
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
@@ -65,7 +70,8 @@ class Watcher(Protocol):
         """``forward``, ``backward`` or ``step``."""
 
     def ended(self, phase: str) -> None: ...
-    def stepped(self) -> None: ...
+    def stepped(self, losses: Sequence[torch.Tensor]) -> None:
+        """An optimizer step was tried; ``losses`` are this rank's, of its micro-steps, where they are kept."""
 
 
 class Reporter:
@@ -94,7 +100,12 @@ class Reporter:
         self._profile = ScheduledProfile(parts)
         self.listens = bool(self._every or self._memory or self._timers or self.monitor.enabled)
 
+        # The record is one of every rank; a watcher that somebody brings later is told nothing of losses.
         self._watchers: list[Watcher] = []
+        self.recorder: Recorder | None = None
+        if config.report.folder is not None:
+            self.recorder = Recorder(parts, config.report.folder, config.report.every)
+            self.watch(self.recorder)
 
         section = config.comms_logger
         if section.enabled:
@@ -112,6 +123,30 @@ class Reporter:
     @staticmethod
     def _steps(every: float | None) -> int:
         return int(every) if every is not None and math.isfinite(every) else 0
+
+    def __call__(self, path: str | os.PathLike[str]) -> None:
+        """Write the page of the run so far, on the first rank: ``engine.report("report.html")``.
+
+        Raises UsageError where the config has no ``report.folder``, ConfigError where plotly is missing.
+        """
+        if self.recorder is None:
+            raise UsageError(
+                "engine.report: this run leaves no record",
+                fix='set "report": {"folder": "..."} in the configuration',
+            )
+        if self._parts.first:
+            self.recorder.page(Path(path))
+
+    def saved(self, folder: str, tag: str, seconds: float) -> None:
+        """A checkpoint was saved, or is being saved beside the training."""
+        if self.recorder is not None:
+            self.recorder.saved(folder, tag, seconds)
+
+    def close(self) -> None:
+        """The engine is destroyed."""
+        self.monitor.close()
+        if self.recorder is not None:
+            self.recorder.close()
 
     def phase(self, name: str) -> AbstractContextManager[object]:
         """Around one phase of a micro-step: it is timed where ``wall_clock_breakdown`` asks for it."""
@@ -139,23 +174,26 @@ class Reporter:
         for watcher in self._watchers:
             watcher.ended(name)
 
-    def loss(self, loss: torch.Tensor) -> None:
-        if self.listens:
+    def loss(self, loss: torch.Tensor, pipeline: Executor | None = None) -> None:
+        """``loss`` of a micro-step, or of the whole batch that ``pipeline`` has just run."""
+        if self.recorder is not None and pipeline is not None:
+            self.recorder.ran(pipeline)
+        if self.listens or self.recorder is not None:
             self._losses.append(loss.detach())
 
     def stepped(self) -> None:
         """After an optimizer step was tried."""
         for watcher in self._watchers:
-            watcher.stepped()
+            watcher.stepped(self._losses)
         self._profile.tell()
         optimizer = self._parts.optimizer
         if self.throughput.running:
             self.throughput.batch_size = self._clock.batch.train_batch_size
             self.throughput.stop()
         self._in_step = False
+        losses, self._losses = self._losses, []
         if not self.listens or optimizer is None:
             return
-        losses, self._losses = self._losses, []
         step = self._clock.global_steps
         due = self._every > 0 and step % self._every == 0
         rates = [group["lr"] for group in optimizer.param_groups]

@@ -146,7 +146,7 @@ class PipelineEngine(InSteps, DeepSpeedEngine):
         with self.report.phase("forward"), self._scaling.running(factor), optimizer.reducer.local_only():
             outcome = self._run(executor, batch, "avg")
         self.loss_terms = outcome.terms
-        self.report.loss(outcome.loss)
+        self.report.loss(outcome.loss, executor)
         return outcome
 
     def _take_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:

@@ -1,0 +1,9 @@
+"""What a run has left in its record, and the page that shows it."""
+
+
+def in_words(nbytes: float) -> str:
+    """Bytes as a person reads them."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} B"
