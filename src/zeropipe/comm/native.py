@@ -58,7 +58,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def put(output: torch.Tensor, value: torch.Tensor) -> None:
     """``value`` into ``output``, which may be the same memory."""
-    if output.data_ptr() != value.data_ptr():
+    if output is not value and output.data_ptr() != value.data_ptr():
         output.copy_(value)
 
 

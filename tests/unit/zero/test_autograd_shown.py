@@ -85,18 +85,18 @@ def test_another_tensor_in_place_of_a_stand_in_is_refused() -> None:
 def test_a_view_shows_edits_and_says_when_another_tensor_took_its_place() -> None:
     param, what = shown()
     buffer = torch.ones(2, 3)
-    what.view(0, buffer)
+    what.views([buffer], [0])
     assert param.grad is not None
     param.grad.mul_(3)
     assert buffer.eq(3).all() and list(what.changes(lift=True)) == []
     param.grad.data = param.grad.data * 2  # an idiom of old scripts
     (change,) = what.changes(lift=False)
     assert change[1] is Change.REPLACED and change[2] is not None and change[2].eq(6).all()
-    what.view(0, buffer)
+    what.views([buffer], [0])
     param.grad = param.grad * 2
     (change,) = what.changes(lift=False)
     assert change[1] is Change.REPLACED
-    what.view(0, buffer)
+    what.views([buffer], [0])
     param.grad = None
     assert [c[:2] for c in what.changes(lift=False)] == [(0, Change.DROPPED)]
 

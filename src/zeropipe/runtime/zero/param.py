@@ -119,6 +119,8 @@ class Cut(Protocol):
     numel: int
     shard_numel: int
 
+    state: State
+
     # The whole value, for a partition that steps while somebody has it gathered: it must show what was stepped.
     full: torch.Tensor  # 1D, padded: the whole value while it is gathered
     renewals: int  # how often the shards changed under it
@@ -131,8 +133,6 @@ class Cut(Protocol):
     def source(self) -> torch.Tensor:  # 1D, shard_numel: what gathers read
         ...
 
-    @property
-    def status(self) -> ZeroParamStatus: ...
     @property
     def contexts(self) -> int:
         """Who is writing to the whole value and brings it back."""

@@ -174,7 +174,8 @@ class Gather:
             return every[0].gather_into(first.full, async_op=True, note=note)
         label = f"{every[0].name} to {every[-1].name} ({len(every)} parameters)"
         if straight:
-            mine = [member.own_elements for member in self._members]
+            fulls = [member.full for member in self._members]
+            mine = fulls if group.size == 1 else [member.own_elements for member in self._members]
         else:
             assert self._wire is not None
             mine = list(self._wire[group.rank].split([own.layout.shard_numel for own in every]))
@@ -183,7 +184,6 @@ class Gather:
             if own.let_go is not stays:
                 own.let_go(own.source)
         if straight:
-            fulls = [member.full for member in self._members]
             return all_gather_many(fulls, mine, group, label=label, async_op=True, channel=GATHER)
         assert self._wire is not None
         flat, own_row = self._wire.view(-1), self._wire[group.rank]

@@ -93,7 +93,7 @@ class Shards:
         self._gather: Gather | None = None  # under way
         self._lost: Gather | None = None  # one that failed: the transport may still write to its memory
         self.renewals = 0  # how often the shards changed under it
-        self._param = weakref.ref(param)
+        self._param: Callable[[], torch.nn.Parameter] = weakref.ref(param)  # type: ignore[assignment]  # outlives this
         self._lay_out(device)
 
         # Who needs it, what forwards on this rank wrote to it, and who fetches it when a forward meets it.
@@ -125,9 +125,7 @@ class Shards:
 
     @property
     def param(self) -> torch.nn.Parameter:
-        param = self._param()
-        assert param is not None
-        return param
+        return self._param()
 
     @property
     def name(self) -> str:
@@ -276,7 +274,7 @@ class Shards:
         if state is not self.state:
             self.state = check_transition(self.own.name, self.state, state)
         if value is not None:
-            param, (here, away) = self.param, self._faces
+            param, (here, away) = self._param(), self._faces
             param.__class__ = here  # of which torch asks nothing
             DATA.__set__(param, value)
             if state is not State.WHOLE:
@@ -358,7 +356,7 @@ def begin_uses(every: Iterable[Shards]) -> None:
         shards.holds += 1
         shards.uses += 1
         if shards.uses == 1:
-            shards._version = shards.param._version
+            shards._version = shards._param()._version
             if shards.own_writes.alert:
                 shards.own_writes.begin(shards)
 
@@ -367,11 +365,11 @@ def end_uses(every: Iterable[Shards], free: bool, wrote: Callable[[Shards], None
     """``free`` as in ``Hold.release``; ``wrote`` is told of each that was written to. All end before one raises."""
     error = None
     for shards in every:
-        version = shards.param._version
+        version = shards._param()._version
         if version != shards._version or shards.own_writes.alert:
             try:
                 if shards.own_writes.end(shards, version != shards._version):
-                    shards._version = shards.param._version
+                    shards._version = shards._param()._version
                     wrote(shards)
             except UsageError as found:
                 error = found

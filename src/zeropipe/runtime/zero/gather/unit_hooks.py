@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -201,7 +201,8 @@ class UnitHooks:
         handling = sys.exc_info()[1]
         use = self.coordinator.start(self.unit, Phase.FORWARD)
         arguments = (*args, *kwargs.values()) if kwargs else args
-        given = [one for one in arguments if not isinstance(one, _IMMUTABLE)]
+        plain = len(arguments) == 1 and isinstance(arguments[0], torch.Tensor)  # as most layers have it
+        given = () if plain else [one for one in arguments if not isinstance(one, _IMMUTABLE)]
         call: _Call | None = None
         if torch.is_grad_enabled():
             # Most layers take tensors alone; to look into whatever else there is takes as long as all the rest.
@@ -269,7 +270,7 @@ class _Running(NamedTuple):
     use: Use
     call: _Call | None  # its backward, where it will have one
     handling: BaseException | None  # the exception that was being handled when it began
-    given: list[Any]  # arguments by which something may leave it
+    given: Sequence[Any]  # arguments by which something may leave it
 
 
 def _returned(use: Use, tensors: Iterable[torch.Tensor]) -> list[Shards]:

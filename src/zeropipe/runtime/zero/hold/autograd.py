@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -265,14 +265,17 @@ class Shown:
         """Whether some ``.grad`` is a view of the buffer."""
         return any(not isinstance(tensor, AbsentGradient) for tensor, _ in self._put.values())
 
-    def view(self, index: int, view: torch.Tensor) -> None:
-        """Let ``.grad`` be ``view``'s memory."""
-        # An object of its own: users set ``.grad.data`` too, which must not move the view of the buffer.
-        known = self._faces.get(index)
-        if known is None or known[1] is not view or known[0][0].data_ptr() != known[0][1]:
-            known = self._faces[index] = (view.detach(), view.data_ptr()), view
-        self._put[index] = known[0]
-        self._params[index].grad = known[0][0]
+    def views(
+        self, views: Mapping[int, torch.Tensor] | Sequence[torch.Tensor], indices: Iterable[int]
+    ) -> None:
+        """Let the ``.grad`` of these be the memory of their ``views``."""
+        for index in indices:
+            # An object of its own: users set ``.grad.data`` too, which must not move the view of the buffer.
+            known, view = self._faces.get(index), views[index]
+            if known is None or known[1] is not view or known[0][0].data_ptr() != known[0][1]:
+                known = self._faces[index] = (view.detach(), view.data_ptr()), view
+            put = self._put[index] = known[0]
+            self._params[index].grad = put[0]
 
     def absent(self, indices: Iterable[int], reduced: bool = True) -> None:
         """Let the ``.grad`` of these be stand-ins; not ``reduced``: unless autograd's own is there."""

@@ -124,9 +124,14 @@ class GradStore:
         stays visible."""
         # [1] To the buffer, where it stays visible, or where it cannot wait; [2] else it waits in its own memory, which
         # is freed (or sent from) when its bucket goes.
-        if grad.layout != torch.strided:
+        if grad.layout is not torch.strided:
             grad = grad.to_dense()
-        if self._views and (keep_grad or not self._may_wait(index, grad)):
+        # It need not go through the buffer, which may hold some and may round; where nothing is sent, a large one had
+        # better go while it is in cache.
+        waits = not keep_grad and index not in self._filled and grad.numel() < self._too_large
+        if waits and grad.dtype is not self.dtype:
+            waits = torch.promote_types(grad.dtype, self.dtype) == self.dtype
+        if self._views and not waits:
             view = self._views[index]
             if grad.data_ptr() != view.data_ptr() or grad.numel() == 0:
                 # Where the view was in .grad, autograd has added already (out of place under create_graph).
@@ -136,7 +141,7 @@ class GradStore:
                     view.copy_(grad)
             self._filled.add(index)
             if keep_grad and view.dtype == self.partition.dtype and not self.policy.scales_loss:
-                self.shown.view(index, view)
+                self.shown.views(self._views, (index,))
             else:
                 self.shown.hide(index)
                 if keep_grad:
@@ -147,13 +152,6 @@ class GradStore:
             self._held[index] = grad if held is None else held.to(self.dtype).add(grad)
             self.shown.hide(index)
         self.seen.add(index)
-
-    def _may_wait(self, index: int, grad: torch.Tensor) -> bool:
-        # Whether the gradient need not go through the buffer, which may hold some and may round; where nothing is sent,
-        # a large one had better go while it is in cache.
-        if index in self._filled or grad.numel() >= self._too_large:
-            return False
-        return grad.dtype == self.dtype or torch.promote_types(grad.dtype, self.dtype) == self.dtype
 
     def reopen(self) -> None:
         """A pass begins: a buffer that was reduced becomes one more local term."""
@@ -194,7 +192,8 @@ class GradStore:
 
     def _launch(self, bucket: Bucket) -> Begun:
         # The first of a window replaces what an earlier one left in the shard, those that follow add to it.
-        held = {index: self._held.pop(index) for index in bucket.tensors if index in self._held}
+        pop = self._held.pop
+        held = {index: grad for index in bucket.tensors if (grad := pop(index, None)) is not None}
         fresh = self.keeps_whole or bucket.tensors[0] not in self._written
         self._written.add(bucket.tensors[0])
         if self.partition.sharded and self._sends:
@@ -306,7 +305,7 @@ class GradStore:
 
     def _fill(self, bucket: Bucket, held: dict[int, torch.Tensor], fresh: bool) -> None:
         # Whole gradients, or those of a group of one. Where none came there is an earlier window's.
-        if fresh:
+        if fresh and len(held) < len(bucket.tensors):
             for index in bucket.tensors:
                 if index not in held and index not in self._filled:
                     self._places[index].zero_()
@@ -324,7 +323,7 @@ class GradStore:
             place = self._views[index] if self._views else self.partition.local(self.shard, index)
             if found is not None:
                 place.copy_(found.detach())
-                self.shown.view(index, place)
+                self.shown.views({index: place}, (index,))
                 continue
             place.zero_()
             self.partition.offload.let_go(place)
@@ -340,8 +339,7 @@ class GradStore:
         if not whole or self.dtype != self.partition.dtype or self.policy.scales_loss:
             self.shown.absent(self.seen, reduced)
             return
-        for index in self.seen:
-            self.shown.view(index, self._views[index])
+        self.shown.views(self._views, self.seen)
 
     def average_over(self, replicas: Group) -> None:
         """Average the shard over ``replicas``, which hold the same."""

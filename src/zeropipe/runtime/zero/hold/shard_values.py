@@ -19,7 +19,7 @@ from zeropipe.layout.flat import FlatShards, Piece, flat_shards
 from zeropipe.runtime.zero.hold.offload import Move, Offload
 from zeropipe.runtime.zero.hold.policy import Place
 from zeropipe.runtime.zero.hold.values import ALIGN, ALONE_NUMEL, Room, Segment, cuts, take_edited
-from zeropipe.runtime.zero.param import GATHER, Cut, ZeroParamStatus, shards_at, stays
+from zeropipe.runtime.zero.param import GATHER, Cut, State, shards_at, stays
 from zeropipe.streams import STREAMS, Side
 from zeropipe.tensor.host import HOST
 from zeropipe.tensor.memory import moving
@@ -159,7 +159,7 @@ class ShardValues:
             self.publish_run(start, stop)
 
     def _publish_gathered(self) -> None:
-        gathered = [s for s in self.cut if _is_gathered(s)]
+        gathered = self._whole()
         if not gathered:
             return
         layout = flat_shards(((s.name, (s.shard_numel,), "") for s in gathered), 1)
@@ -193,7 +193,7 @@ class ShardValues:
             place = self.copy[segment.start : segment.start + segment.piece.numel]
             place.copy_(flat[segment.piece.start : segment.piece.start + segment.piece.numel])
             self._offload.let_go(place)
-        if shards.status is ZeroParamStatus.AVAILABLE:
+        if shards.state is State.WHOLE:
             shards.renewed()[: flat.numel()].copy_(flat)
 
     def refresh_master(self) -> None:
@@ -241,7 +241,7 @@ class ShardValues:
 
     def take_edit(self, index: int) -> None:
         shards = self.cut[index]
-        if _is_gathered(shards) and not shards.contexts and shards.differs():
+        if shards.state is State.WHOLE and shards.numel and not shards.contexts and shards.differs():
             shards.write_back()
 
     def _remember(self) -> None:
@@ -254,7 +254,10 @@ class ShardValues:
         return torch.cat([nothing, *(shards.own_elements for shards in gathered)])
 
     def _gathered(self) -> list[Cut]:
-        return [shards for shards in self.cut if _is_gathered(shards) and not shards.contexts]
+        return [shards for shards in self._whole() if not shards.contexts]
+
+    def _whole(self) -> list[Cut]:
+        return [shards for shards in self.cut if shards.state is State.WHOLE and shards.numel]
 
     def check_dtypes(self) -> None:
         """Shards refuse another dtype when it is assigned."""
@@ -290,13 +293,9 @@ class ShardValues:
     def stored(self) -> tuple[list[torch.Tensor], int, bool]:
         copied = self.copy is not None or self.dtype != self.master.dtype
         own = 0 if self.copy is None and copied else self.whole_numel
-        gathered = sum(s.numel for s in self.cut if _is_gathered(s))  # one that is a shard has none
+        gathered = sum(shards.numel for shards in self._whole())  # one that is a shard has none
         stored = self.copy if self.copy is not None else None if copied else self.master.detach()
         return [] if stored is None else [stored], (own + gathered) * self.dtype.itemsize, copied
-
-
-def _is_gathered(shards: Cut) -> bool:
-    return shards.status is ZeroParamStatus.AVAILABLE and shards.numel > 0
 
 
 def _facts(gathered: Sequence[Cut]) -> list[tuple[int, int]]:
