@@ -17,6 +17,7 @@ from zeropipe.errors import UnsupportedOptimizerError
 from zeropipe.layout.flat import flat_shards
 from zeropipe.runtime.zero.hold.rounding import Rounding
 from zeropipe.runtime.zero.hold.values import Segment
+from zeropipe.utils import safe_get_full_fp32_param
 
 MASTERS, STATES = "bf16_master_weights_and_grads", "bf16_optimizer_states"
 BOTH = (MASTERS, STATES)
@@ -121,7 +122,7 @@ def trained(
         "dtypes": {m.dtype for m in moments.values()},
         "master": engine.optimizer.partitions[0].master.dtype,
         "ratios": [row.ratio for row in engine.memory_report()],
-        "state": sum(row.bytes for row in engine.memory_report()[2:]),
+        "whole": safe_get_full_fp32_param(engine.module.embed.weight).dtype,
     }
     result["weights"] = whole(engine.module)
     engine.destroy()
@@ -134,6 +135,7 @@ def test_every_stage_and_number_of_ranks_gives_the_same_bits_in_fewer_bytes(pool
     alone = pool(1).run(trained, 0, keys)[0]
     assert alone["dtypes"] == {torch.bfloat16 if STATES in keys else torch.float32}
     assert alone["master"] == (torch.bfloat16 if MASTERS in keys else torch.float32)
+    assert alone["whole"] == torch.float32
     assert alone["moment_bytes"] * (2 if STATES in keys else 1) == plain["moment_bytes"]
     for stage in range(4):
         for found in pool(2).run(trained, stage, keys):

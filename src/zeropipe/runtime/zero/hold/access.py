@@ -54,7 +54,10 @@ class Trained:
         if shard is None:
             return None
         part = self.partition.values.full(shard, self.index) if whole else self._local(shard)
-        return part.float() / self.loss_scale() if what is What.GRADIENT else part
+        if what is What.GRADIENT:
+            return part.float() / self.loss_scale()
+        # A piece is a view to write to; the whole is a copy, in fp32 also where the master is bf16.
+        return part.float() if whole and what is What.MASTER and part.dtype == torch.bfloat16 else part
 
     def write(self, what: What | str, value: torch.Tensor, whole: bool) -> None:
         """Raises UsageError for a value of another shape, and where there is no such thing yet."""
