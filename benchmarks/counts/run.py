@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from benchmarks.counts.worker import CASES, CONTENDERS, MARK, PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 Found = dict[str, Any]
+LIMIT = 240  # seconds for one contender
 
 
 def job(python: str, contender: str, ranks: int) -> list[Found]:
@@ -30,13 +33,22 @@ def job(python: str, contender: str, ranks: int) -> list[Found]:
     command = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "benchmarks.counts.worker", contender]
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=300
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    # Files, not pipes: what a contender that hangs has said is still there.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        running = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | settings, stdout=out, stderr=errors, start_new_session=True
+        )
+        try:
+            running.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            errors.write(f"\nnot done after {LIMIT} s")
+        out.seek(0)
+        errors.seek(0)
+        lines = [line for line in out.read().splitlines() if line.startswith(MARK)]
+        why = (errors.read().strip().splitlines() or ["nothing was said"])[-1][:120]
     found = [json.loads(line.removeprefix(MARK)) for line in lines]
     missing = [case for case in CASES if case not in {one["case"] for one in found}]
-    why = (done.stderr.strip().splitlines() or ["nothing was said"])[-1][:120]
     return found + [{"contender": contender, "case": case, "why_not": why} for case in missing]
 
 
