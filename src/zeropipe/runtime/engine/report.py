@@ -200,7 +200,7 @@ class Reporter:
         loss = None
         # Only now are scalars read, which waits for the device: once a step at most, and only where somebody listens.
         if losses and (due or self.monitor.enabled):
-            loss = torch.stack([x.float().cpu() for x in losses]).mean().item()
+            loss = torch.stack([x.float() for x in losses]).mean().item()
         if self.monitor.enabled:
             told = {
                 "train_loss": loss,
