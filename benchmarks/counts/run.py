@@ -25,7 +25,7 @@ from benchmarks.counts.worker import CASES, CONTENDERS, MARK, PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 Found = dict[str, Any]
-LIMIT = 240  # seconds for one contender
+LIMIT = 120  # seconds for one contender
 
 
 def job(python: str, contender: str, ranks: int) -> list[Found]:
