@@ -197,7 +197,7 @@ def answers(rank: int, world: int) -> None:
             engine.set_train_micro_batch_size(0)
         # Every question has an answer: no key was renamed under one of them.
         for name, asked in vars(Settings).items():
-            if callable(asked) and not name.startswith("_"):
+            if getattr(asked, "__name__", "") == "said":  # of a key of the configuration
                 getattr(engine, name)()
         engine.destroy()
 
