@@ -50,13 +50,15 @@ class Posted:
         self._gate.acquire()
 
     def hand_over(self) -> None:
-        try:
-            for message in self._messages:
+        for message in self._messages:
+            try:
                 handle = message()
+            except BaseException as error:  # the thread that waits raises the first one
+                # A peer that is gone is no reason to keep the others waiting: a last word is for them.
+                self._error = self._error or error
+            else:
                 if handle is not None:
                     self._handles.append(handle)
-        except BaseException as error:  # the thread that waits raises it
-            self._error = error
         # They hold the tensors that were sent, which may now be freed by whoever owns them.
         self._messages = ()
         self._gate.release()

@@ -90,8 +90,8 @@ class Dry(TorchDispatchMode):
         if kind == "view":
             return func(*args, **kwargs)
         unknown = any(map(self._ledger.is_unknown, given))
-        if name in _ASKED and unknown:
-            return self._number(name, given[0])
+        if name in _ASKED:
+            return self._number(name, given[0]) if unknown else func(*args, **kwargs)
         small = all(tensor.numel() <= _SMALL for tensor in given)
         if kind == "inplace":
             return self._in_place(func, args, kwargs, given, small, unknown)

@@ -31,12 +31,13 @@ from zeropipe.config.parse import Source
 from zeropipe.entry import OVERSEER
 from zeropipe.errors import UsageError, ZeropipeError
 from zeropipe.planning.dry import Dry, Here
-from zeropipe.planning.ledger import ELSEWHERE, Ledger, Usage
+from zeropipe.planning.ledger import DISK, ELSEWHERE, HOST, Ledger, Usage
 from zeropipe.planning.scout import forms
 from zeropipe.planning.work import Work
 from zeropipe.runtime.engine.engine import DeepSpeedEngine
 from zeropipe.runtime.engine.report import owned
 from zeropipe.runtime.pipe.module import PipelineModule
+from zeropipe.runtime.zero.hold.policy import Place as Placement
 
 _FEW_RANKS = 16  # up to which a world without a GPU is played message by message, as gloo carries it
 
@@ -114,7 +115,7 @@ class Watch:
     def made(self, engine: DeepSpeedEngine) -> None:
         """``initialize`` has returned ``engine``; the last engine that a program makes is the one that is planned."""
         self._engine = engine
-        self._ledger.name_all(owned(engine.module, engine.optimizer))
+        self._ledger.name_all(placed(engine, self._place.device))
         self.built, self._built_at = self._ledger.usage(), self._ledger.tick
         self._names = {module: name for name, module in engine.module.named_modules()}
         self._phases = ["between steps"]
@@ -139,7 +140,7 @@ class Watch:
     def stepped(self, losses: Sequence[torch.Tensor]) -> None:
         engine = self._engine
         assert engine is not None
-        self._ledger.name_all(owned(engine.module, engine.optimizer))
+        self._ledger.name_all(placed(engine, self._place.device))
         self.steps += 1
         if self.steps == self._place.steps:
             self._end(engine)
@@ -178,6 +179,24 @@ class Watch:
             engine.train_batch_size(),
         )
         raise Enough
+
+
+def placed(engine: DeepSpeedEngine, device: str) -> dict[str, list[torch.Tensor]]:
+    """What ``engine`` holds from step to step, by kind; what offload has put beside a GPU, or into files, under a name
+    that says so. Here all of it lies in one memory, so the policy says what would lie where."""
+    found, optimizer = owned(engine.module, engine.optimizer), engine.optimizer
+    if optimizer is None:
+        return found
+    policy, named = optimizer.policy, dict[str, list[torch.Tensor]]()
+    places = dict.fromkeys(("masters", "moments", "gradients"), policy.optimizer_place)
+    places["parameters"] = policy.param_place
+    for kind, tensors in found.items():
+        away = HOST if device != "cpu" and places.get(kind) is Placement.HOST else ""
+        for tensor in tensors:
+            named.setdefault(f"{DISK if optimizer.offload.in_files(tensor) else away}{kind}", []).append(
+                tensor
+            )
+    return named
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from zeropipe.comm.messages import Poster
+from zeropipe.comm.messages import Posted, Poster
 
 
 class Handle:
@@ -121,3 +121,17 @@ def test_a_forked_process_posts_its_own_messages_and_not_its_parents() -> None:
     first.wait()
     queued.wait()
     assert seen == ["parent"]
+
+
+def test_a_peer_that_is_gone_keeps_no_message_from_the_others() -> None:
+    """A last word goes to every member; the first that cannot be reached is what waiting for it raises."""
+    reached: list[str] = []
+
+    def gone() -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    posted = Posted([lambda: reached.append("one"), gone, lambda: reached.append("two")])
+    posted.hand_over()
+    assert reached == ["one", "two"]
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        posted.wait()

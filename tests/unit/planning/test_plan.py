@@ -69,6 +69,17 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change() -> None:
     assert "too much" in found.verdict()
 
 
+def test_what_offload_puts_beside_a_gpu_is_no_part_of_the_device() -> None:
+    offloaded = _config(3)
+    offloaded["zero_optimization"] = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    with_it = plan(_model, _batch, offloaded, world=2, device="h200")
+    without = plan(_model, _batch, _config(3), world=2, device="h200")
+    resting = with_it.fullest.resting
+    assert resting["host: moments"] == without.fullest.resting["moments"]
+    assert not any(kind.startswith("host") for kind in with_it.fullest.peak.kinds)
+    assert with_it.peak < without.peak
+
+
 def test_the_program_s_line_is_named() -> None:
     def batch() -> torch.Tensor:
         raise FileNotFoundError("/data/tokens.bin")
