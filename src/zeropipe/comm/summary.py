@@ -33,13 +33,13 @@ class CommsLog:
 
     def __init__(self) -> None:
         self.on = False
-        self._only: frozenset[str] | None = None
+        self.only: frozenset[str] | None = None
         self._tallies: dict[tuple[str, int, int], Tally] = {}
         self._begun: dict[int, tuple[Anything, Tally, float]] = {}  # by identity, the call kept with it
 
     def start(self, only: Collection[str] | None = None) -> None:
         """Count from now on. ``only``: these operations; None: all."""
-        self.on, self._only = True, None if only is None else frozenset(only)
+        self.on, self.only = True, None if only is None else frozenset(only)
 
     def stop(self) -> None:
         self.on = False
@@ -51,7 +51,7 @@ class CommsLog:
         self._begun.clear()
 
     def began(self, call: Anything, op: str, nbytes: int, ranks: int) -> None:
-        if self._only is not None and op not in self._only:
+        if self.only is not None and op not in self.only:
             return
         tally = self._tallies.setdefault((op, nbytes, ranks), Tally(op, nbytes, ranks))
         tally.count += 1

@@ -39,7 +39,7 @@ class _Absent(type):
         raise AbsentError(cls.says)
 
 
-def message(path: str, fix: str | None) -> str:
+def message(path: str, fix: str) -> str:
     """``path``: below deepspeed, as the user wrote it."""
     return describe(f"{ROOT}.{path} is not part of zeropipe, which stands in for deepspeed here", fix=fix)
 

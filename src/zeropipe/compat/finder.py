@@ -26,6 +26,7 @@ from zeropipe.errors import InstallationError, UsageError
 from zeropipe.given import Anything
 
 _IMPORT_FROM = dis.opmap["IMPORT_FROM"]
+_UNKNOWN = "see what is there, and what stands in for what is not, in docs/from-deepspeed.md"
 
 
 def instead_of(path: str) -> str | None:
@@ -91,8 +92,20 @@ def _find(module: ModuleType, path: str, name: str, asking: FrameType) -> Any:
         return stand_in(below, fix)
     # ``from x import y`` makes its own message of an AttributeError, without the way out and with another path.
     if asking.f_code.co_code[asking.f_lasti] == _IMPORT_FROM:
-        raise ImportError(message(below, None))
-    raise AttributeError(message(below, None))
+        raise ImportError(message(f"{_imported(asking, path)}.{name}".lstrip("."), _UNKNOWN))
+    raise AttributeError(message(below, _UNKNOWN))
+
+
+def _imported(asking: FrameType, path: str) -> str:
+    """The ``x`` below deepspeed of the statement ``from x import y`` that ``asking`` is at; one module has several."""
+    imported = path
+    for step in dis.get_instructions(asking.f_code):
+        if step.offset >= asking.f_lasti:
+            break
+        if step.opname == "IMPORT_NAME":
+            root, _, below = str(step.argval).partition(".")
+            imported = below if root == ROOT else path
+    return imported
 
 
 def extend(module: ModuleType, path: str) -> None:
@@ -165,7 +178,7 @@ class AliasFinder(MetaPathFinder):
         known = _exists(below)
         if not known and instead_of(below) is None:
             # Without ``name``: ``from deepspeed import x`` would hide an error that carries it.
-            raise ModuleNotFoundError(message(below, None))
+            raise ModuleNotFoundError(message(below, _UNKNOWN))
         holds_more = not known or below in NAMES or any(key.startswith(below + ".") for key in MODULES)
         return ModuleSpec(fullname, _AliasLoader(below), origin="zeropipe", is_package=holds_more)
 

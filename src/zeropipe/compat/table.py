@@ -181,6 +181,7 @@ NAMES: Final = MappingProxyType(
         "runtime.state_dict_factory": _from("features.checkpoint_files", "SDLoaderFactory MegatronSDLoader"),
         "runtime.zero.stage3": _from("optimizers", "DeepSpeedZeroOptimizer_Stage3") | _estimators(3),
         "runtime.zero.stage_1_and_2": _from("optimizers", "DeepSpeedZeroOptimizer") | _estimators(2),
+        "utils.comms_logging": _from("features.comms_log", "CommsLogger"),
         "utils.nvtx": _from("tools", "instrument_w_nvtx"),
         "utils.timer": _from("timers", _TIMERS),
         "version": _from("facts", "version"),
@@ -195,7 +196,8 @@ BESIDE: Final = MappingProxyType(
             "ranks",
             "get_local_rank get_world_group allgather_fn has_all_gather_into_tensor has_reduce_scatter_tensor "
             "has_coalescing_manager has_all_reduce_coalesced mpi_discovery configure",
-        ),
+        )
+        | _from("features.comms_log", "comms_logger"),
         "launcher.runner": {
             "DLTS_HOSTFILE": "zeropipe.compat.runner:DEFAULT_HOSTFILE",
         },

@@ -213,3 +213,43 @@ def test_collectives_are_counted_from_configure_on(deepspeed: ModuleType) -> Non
     comm.configure(deepspeed.DeepSpeedConfig({"train_batch_size": 1, "comms_logger": {"enabled": True}}))
     assert log.on
     comm.configure(enabled=False)
+
+
+def test_the_logger_of_collectives_shows_and_steers_the_one_log(
+    deepspeed: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deepspeed.comm import comms_logger  # type: ignore[import-not-found]
+    from deepspeed.utils.comms_logging import CommsLogger  # type: ignore[import-not-found]
+
+    log = import_module("zeropipe.comm.record").SEAM.log
+    calls = [object() for _ in range(4)]
+    try:
+        comms_logger.start_profiling_op(["all_reduce"])
+        assert comms_logger.enabled and not comms_logger.prof_all and comms_logger.prof_ops == ["all_reduce"]
+        for call, op in zip(calls, ["all_reduce", "all_gather", "all_reduce", "broadcast"], strict=True):
+            log.began(call, op, 4000, 2)
+            log.ended(call)
+        (found,) = CommsLogger().comms_dict.items()
+        count, ms, wire, bus = found[1][4000]
+        assert found[0] == "all_reduce" and count == 2 == len(ms) == len(wire) == len(bus)
+        assert sum(ms) == pytest.approx(log.tallies()[0].seconds * 1e3)
+        assert wire[0] == pytest.approx(4000 * 8 / (ms[0] * 1e6)) == pytest.approx(bus[0])  # 2 ranks
+        comms_logger.log_summary()
+        assert "all_reduce" in capsys.readouterr().out
+        assert comms_logger.log_all(print_log=False, return_dict=True) == comms_logger.get_raw_data()
+        assert capsys.readouterr().out == ""
+        comms_logger.start_profiling_op(["broadcast"])
+        comms_logger.stop_profiling_op(["all_reduce"])
+        assert comms_logger.prof_ops == ["broadcast"]
+        comms_logger.start_profiling_comms()
+        assert comms_logger.prof_all
+        comms_logger.stop_profiling_comms()
+        assert not comms_logger.enabled and comms_logger.has_data()
+        comms_logger.reset_data()
+        assert not comms_logger.has_data() and comms_logger.comms_dict == {}
+        section = {"enabled": True, "prof_all": False, "prof_ops": ["all_gather"]}
+        comms_logger.configure(deepspeed.DeepSpeedConfig({"train_batch_size": 1, "comms_logger": section}))
+        assert comms_logger.prof_ops == ["all_gather"]
+    finally:
+        log.stop()
+        log.reset()

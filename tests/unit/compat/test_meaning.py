@@ -191,6 +191,56 @@ def pickled(module: str, name: str, state: dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
+def test_the_random_states_of_model_parallel_scripts(deepspeed: ModuleType) -> None:
+    """Such scripts seed DeepSpeed's own tracker by its own name, and put states back that they kept."""
+    from deepspeed.runtime.activation_checkpointing.checkpointing import (  # type: ignore[import-not-found]
+        _CUDA_RNG_STATE_TRACKER,
+        _MODEL_PARALLEL_RNG_TRACKER_NAME,
+        _set_cuda_rng_state,
+        checkpoint,
+        get_cuda_rng_tracker,
+        model_parallel_cuda_manual_seed,
+        model_parallel_reconfigure_tp_seed,
+    )
+
+    tracker = deepspeed.checkpointing._CUDA_RNG_STATE_TRACKER
+    assert tracker is _CUDA_RNG_STATE_TRACKER is get_cuda_rng_tracker()
+    try:
+        tracker.reset()
+        device = deepspeed.get_accelerator()
+        device.manual_seed(3)
+        tracker.add(_MODEL_PARALLEL_RNG_TRACKER_NAME, 5)
+        kept = device.get_rng_state()
+        states = tracker.get_states()
+        drawn = []
+
+        def dropped(x: torch.Tensor) -> torch.Tensor:
+            with tracker.fork():
+                mask = torch.rand(4, device=x.device)
+            drawn.append(mask)
+            return (x * mask).exp()
+
+        x = torch.ones(4, device=device.current_device_name(), requires_grad=True)
+        checkpoint(dropped, x).sum().backward()
+        assert len(drawn) == 2 and torch.equal(*drawn)
+        assert x.grad is not None and torch.equal(x.grad, drawn[0] * drawn[0].exp())
+        assert torch.equal(device.get_rng_state(), kept)  # the default state stood still
+        tracker.set_states(states)
+        dropped(x.detach())
+        assert torch.equal(drawn[2], drawn[0])
+        first = torch.rand(3, device=x.device)
+        _set_cuda_rng_state(kept)
+        assert torch.equal(torch.rand(3, device=x.device), first)
+        model_parallel_cuda_manual_seed(7)
+        seeded = tracker.get_states()
+        model_parallel_reconfigure_tp_seed(8)
+        assert not torch.equal(
+            tracker.get_states()[_MODEL_PARALLEL_RNG_TRACKER_NAME], seeded[_MODEL_PARALLEL_RNG_TRACKER_NAME]
+        )
+    finally:
+        deepspeed.checkpointing.reset()
+
+
 def test_what_deepspeeds_files_name_can_be_loaded(deepspeed: ModuleType) -> None:
     scaler = pickle.loads(pickled("deepspeed.runtime.fp16.loss_scaler", "LossScaler", {"cur_scale": 64.0}))
     assert type(scaler) is LossScaler and scaler.loss_scale == 64.0

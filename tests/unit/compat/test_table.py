@@ -165,6 +165,28 @@ def test_asking_for_what_stays_out_is_a_clear_error(deepspeed: ModuleType, asks:
         exec(asks)
 
 
+@pytest.mark.parametrize(
+    "path", ["comm", "comm.comm", "runtime.zero", "zero", "checkpointing", "utils", "ops.adam"]
+)
+def test_a_missing_name_has_the_words_of_a_missing_module_and_the_path_that_was_written(
+    deepspeed: ModuleType, path: str
+) -> None:
+    """Whichever path of the same module was imported before."""
+    for other in ("comm.comm", "runtime.activation_checkpointing.checkpointing", "runtime.zero", "zero"):
+        importlib.import_module(f"deepspeed.{other}")
+    with pytest.raises(ImportError) as module:
+        exec("import deepspeed.nothing_like_it")
+    words = str(module.value)
+    assert words.startswith("deepspeed.nothing_like_it is not part of zeropipe") and "Fix: " in words
+    with pytest.raises(ImportError) as name:
+        exec(f"import deepspeed.{path}\nimport json\nfrom deepspeed.{path} import nothing_like_it")
+    assert str(name.value) == words.replace("deepspeed.nothing", f"deepspeed.{path}.nothing")
+    with pytest.raises(
+        AttributeError, match=r"^deepspeed\.[\w.]+\.nothing_like_it is not part of zeropipe.*Fix: "
+    ):
+        importlib.import_module(f"deepspeed.{path}").nothing_like_it  # noqa: B018
+
+
 def test_a_class_may_inherit_from_what_stays_out(deepspeed: ModuleType) -> None:
     """Scripts define such a class at their top and make one only where an option asks for it."""
     from deepspeed.moe.layer import MoE  # type: ignore[import-not-found]

@@ -84,6 +84,13 @@ def test_keys_that_people_put_away_with_a_hash_are_silent(name: str) -> None:
     assert config.notices == () and config.zero_optimization.stage == 1
 
 
+def test_a_pipelines_reentrant_checkpoints_are_a_notice() -> None:
+    """Layers are recomputed inside the one backward, with the same gradients; the default is worth no word."""
+    assert parse_config({"pipeline": {"use_reentrant": True}}).notices == ()
+    (notice,) = parse_config({"pipeline": {"use_reentrant": False}}).notices
+    assert notice.kind is NoticeKind.NO_EFFECT and "pipeline.use_reentrant" in notice.text
+
+
 def test_a_limit_that_is_given_twice_alike_is_one_limit() -> None:
     given = {
         "gradient_clipping": 1.0,
