@@ -71,6 +71,27 @@ def told(rank: int, world: int, stage: int, folder: str, stop: int) -> tuple[lis
     return seen + engine.module.seen, weights_of(engine.module)
 
 
+def test_an_engine_that_goes_back_to_an_earlier_checkpoint_goes_back_in_its_curriculum(tmp_path):
+    """As scripts do after a loss that is not finite: the same engine loads, from the maximum on."""
+    settings = config(0, 1, curriculum_learning={"enabled": True, "curriculum_type": "seqlen", **LENGTH})
+    engine, *_ = zeropipe.initialize(model=Told(), config=settings)
+
+    def train(steps: int) -> list[int | None]:
+        engine.module.seen.clear()
+        for _ in range(steps):
+            engine.backward(engine(torch.ones(1, 6, 4)))
+            engine.step()
+        return [length for length, _ in engine.module.seen]
+
+    train(1)
+    engine.save_checkpoint(str(tmp_path))
+    first = train(5)
+    assert first == [4, 4, 6, 6, 6]
+    engine.load_checkpoint(str(tmp_path))
+    assert train(5) == first
+    engine.destroy()
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_forward_is_told_lengths_and_layers_and_a_resumed_run_the_same(pool, tmp_path, stage):
     through = pool(2).run(told, stage, str(tmp_path / "none"), -1)

@@ -16,6 +16,7 @@ class Regimes:
 
     def __init__(self, parts: Parts) -> None:
         config, self._clock = parts.config, parts.clock
+        self._step = 0  # of the last advance
         self.curriculum: CurriculumScheduler | None = None
         self.layer_drop: ProgressiveLayerDrop | None = None
         section, drop = config.curriculum_learning, config.progressive_layer_drop
@@ -60,6 +61,11 @@ class Regimes:
         if self.curriculum is None:
             return False
         before = self.curriculum.current_difficulty
+        if (
+            step < self._step
+        ):  # an earlier checkpoint was loaded; at its maximum the schedule would stay there
+            self.curriculum.set_current_difficulty(self.curriculum.min_difficulty)
+        self._step = step
         return self.curriculum.update_difficulty(step + 1) != before  # the first step is number 1
 
     def arguments(self) -> dict[str, Any]:
