@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import zeropipe
 from tests.helpers.pool import Pools, RankFailure
-from tests.helpers.train import config
-from tests.helpers.zero3 import Stack, engine_of, x_batch
+from tests.helpers.train import bits, config
+from tests.helpers.zero3 import WIDTH, Stack, engine_of, x_batch
 from zeropipe.comm import collectives as comm
 from zeropipe.comm.agreement import meet
 from zeropipe.comm.group import world as everyone
@@ -34,7 +35,7 @@ def in_flight(rank: int, world: int) -> list[tuple[int, int]]:
         def look(event: Event) -> None:
             nonlocal started, most
             if event.op == "reduce_to_owners":
-                time.sleep(0.002)  # the others come as far: what was sent before is then there
+                time.sleep(0.01)  # the others come as far: what was sent before is then there
                 started, most = started + 1, max(most, len(reducer._in_flight))
 
         with inject(look):
@@ -162,6 +163,51 @@ def test_ranks_may_run_other_modules_whose_parameters_stay_gathered(native_pool:
     """On one communicator this was mixed data or a hang. The pool compares what each communicator was asked for."""
     for world in (2, 3):
         native_pool(world).run(persistent_differ)
+
+
+class Small(nn.Module):
+    """A root with a parameter of its own, used last, and a small layer that may be left out at any place."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.first, self.small, self.last = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.where, self.whole = where, True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        order = {"start": "small first last", "middle": "first small last", "end": "first last small"}
+        for name in order[self.where].split():
+            if name != "small" or self.whole:
+                x = torch.tanh(self.get_submodule(name)(x))
+        return x * self.scale
+
+
+def one_rank_runs_a_small_layer(rank: int, world: int, where: str) -> tuple[list[list[str]], list[bytes]]:
+    options = {"stage3_param_persistence_threshold": 10**9}
+    engine = engine_of(Small(where), 3, world, zero_optimization=options)
+    said: list[list[str]] = []
+    for step in range(2 * world):
+        engine.module.whole = rank == step % world
+        with record() as events:
+            engine.backward(engine(x_batch(step, rank)).square().mean())
+            engine.step()
+        said.append([event.label for event in events if event.op == "meet"])
+    values = [bits(param.detach().clone()) for param in engine.module.parameters()]
+    engine.destroy()
+    return said, values
+
+
+@pytest.mark.parametrize("where", ["start", "middle", "end"])
+@pytest.mark.parametrize("rung", ["gloo_pool", "native_pool"])
+def test_one_rank_alone_runs_a_small_layer_anywhere(
+    rung: str, where: str, request: pytest.FixtureRequest
+) -> None:
+    """Where it was the last, or the root's own parameter had its gradient before it, ranks said its name at the begin
+    of its backward, and parted. Ranks that agreed met before each layer."""
+    found = request.getfixturevalue(rung)(2).run(one_rank_runs_a_small_layer, where)
+    for said, values in found:
+        assert all(words.count("backward") == 1 and len(words) <= 5 for words in said), said
+        assert values == found[0][1]
 
 
 def lanes_of(rank: int, world: int) -> list[str]:

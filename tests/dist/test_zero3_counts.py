@@ -86,7 +86,7 @@ END = [
 def test_everything_that_a_step_sends_in_order(pool):
     for steps, shown in pool(2).run(three_steps, {"stage3_prefetch_bucket_size": 0}):
         reduction = [("reduce_to_owners", "gradients", TOTAL)]
-        begin = [meeting("forward of Stack"), *FORWARD, meeting("backward of head")]
+        begin = [meeting("forward of Stack"), *FORWARD, meeting("backward")]
         assert steps[0] == [*begin, *gathers("head"), *BACKWARD, *reduction, *END]
         # From then on the last unit of forward, which is the first of backward, stays.
         assert steps[1] == steps[2] == [*begin, *BACKWARD, *reduction, *END]
@@ -100,7 +100,7 @@ def test_with_a_prefetch_small_parameters_travel_together_and_what_fits_is_sent_
     for steps, shown in pool(2).run(three_steps, {"stage3_prefetch_bucket_size": 600}):
         sent = [event for event in steps[2] if event[0] in ("all_gather", "meet")]
         # Head and the last layer of a block stay, in place of a prefetch of them for backward.
-        begin = [meeting("forward of Stack"), *FORWARD_AHEAD, meeting("backward of head")]
+        begin = [meeting("forward of Stack"), *FORWARD_AHEAD, meeting("backward")]
         assert sent[:-3] == [*begin, *BACKWARD_AHEAD]
         assert shown == (
             "F1 fetch 1 2 | F2 fetch 3 4 | F3 fetch 5 | F4 | F5 fetch 6 | F6 fetch 7 keep | F7 keep | "

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import zeropipe
-from tests.helpers.zero3 import assert_as_stage, assert_as_stage_0, x_batch
+from tests.helpers.zero3 import assert_as_stage, assert_as_stage_0, engine_of, whole, x_batch
 
 
 class Out(nn.Module):
@@ -190,3 +190,24 @@ def penalty_first(engine: Any, step: int, rank: int) -> torch.Tensor:
 def test_a_loss_on_gathered_weights_may_run_backward_later(pool, loss, gas):
     """Torch spoke of a size of 0. Nothing of it stays gathered when the step is over."""
     assert_as_stage(2, pool, three, loss, gradient_accumulation_steps=gas, train_batch_size=2 * gas)
+
+
+def numpy_kept(rank: int, world: int, threshold: int) -> None:
+    options = {"stage3_param_persistence_threshold": threshold}
+    engine = engine_of(nn.Linear(16, 16), 3, world, zero_optimization=options)
+    weight = engine.module.weight
+    with zeropipe.zero.GatheredParameters(weight):
+        before, kept = weight.detach().clone(), weight.detach().numpy()
+    for step in range(2):
+        engine.backward(engine(x_batch(step, rank)).square().mean())
+        engine.step()
+    assert bool((whole(engine.module)["weight"] != before).any())
+    if not threshold:  # what stays gathered is the array's own memory
+        assert bool((torch.from_numpy(kept) == before).all())
+    engine.destroy()
+
+
+@pytest.mark.parametrize("threshold", [0, 10**6])
+def test_a_parameter_given_to_numpy_can_be_freed(pool: Any, threshold: int) -> None:
+    """torch lets nobody resize memory that NumPy has seen, and freeing it was that."""
+    pool(2).run(numpy_kept, threshold)

@@ -141,6 +141,7 @@ class Coordinator:
         self.peers = Peers(group, self.everyone)
         self.tell, self.silent = self.peers.tell, self.peers.silence
         self.reductions: Reductions | None = None
+        self._met_backward = False  # in which they are now
         self._unmet = 0  # elements used in backward since the ranks last compared their reductions
         self._written: set[Shards] = set()  # on this rank, not joined with the others yet
 
@@ -194,6 +195,7 @@ class Coordinator:
 
     def meet(self, what: str) -> None:
         """Go on when every rank is about to do ``what``; DesyncError when one is not."""
+        self._met_backward = False
         if self.peers.silent or self.peers.meet(what, note=int(not self._written)):
             return
         # Somebody's forward wrote to parameters: give every rank what was written.
@@ -205,10 +207,11 @@ class Coordinator:
 
     def start(self, unit: Unit, phase: Phase) -> Use:
         """Make the unit's parameters available; they stay so until the use ends."""
-        if phase is Phase.BACKWARD and not self._backward:
-            # The first of a backward. One that raised may have left ranks with different counts.
-            self._unmet = 0
-            self.meet(f"backward of {unit.name}")
+        if phase is Phase.BACKWARD and not self._met_backward:
+            # The word names no unit: ranks may begin with others whose parameters stay gathered. A backward that raised
+            # may have left them with different counts.
+            self.meet("backward")
+            self._met_backward, self._unmet = True, 0
         use = Use(unit)
         (self.running if phase is Phase.FORWARD else self._backward).append(use)
         try:
@@ -353,6 +356,7 @@ class Coordinator:
             for use in uses:
                 self._let_go(use, free=False)
             uses.clear()
+        self._met_backward = False
         # All units, not those of this pass: users gather parameters by hand, too.
         here = [one for unit in self.units for one in unit.shards if one.state is not State.AWAY]
         for shards in here:
