@@ -14,7 +14,7 @@ pruning, the vectors of spectral norm, what a parametrization holds): these go w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from zeropipe.errors import describe
+from zeropipe.errors import UsageError, describe
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -164,3 +164,47 @@ def _share_an_element(a: torch.Tensor, b: torch.Tensor, apart: int) -> bool:
     taken = torch.zeros(max(ends[0], start + ends[1]), dtype=torch.bool)
     taken.as_strided(a.shape, a.stride()).fill_(True)
     return bool(taken.as_strided(b.shape, b.stride(), start).any())
+
+
+class Places:
+    """Where a module's parameters are: a check before each step that none became one that nobody trains."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._names = {param: name for name, param in module.named_parameters()}
+        self._look()
+
+    def _look(self) -> None:
+        # Each step from the root to a parameter, to be taken again: a look-up each, and no call of Python.
+        self._steps: list[tuple[Mapping[str, object], str, object]] = []
+        for one in self._module.modules():
+            self._steps += [(one._modules, name, child) for name, child in one._modules.items()]
+            self._steps += [
+                (one._parameters, name, p) for name, p in one._parameters.items() if p is not None
+            ]
+
+    def check(self, trained: Callable[[], Iterable[torch.nn.Parameter]]) -> None:
+        """Raise UsageError where the module has lost one of the ``trained`` parameters and got one that was not there.
+
+        What is left out, or put elsewhere (a wrapper, a parametrization), is no fault, nor is what is only added.
+        """
+        for within, name, there in self._steps:
+            if within.get(name) is not there:
+                break
+        else:
+            return
+        here = {param: name for name, param in self._module.named_parameters()}
+        lost = [self._names[param] for param in trained() if param not in here]
+        new = [name for param, name in here.items() if param.requires_grad and param not in self._names]
+        if lost and new:
+            raise UsageError(
+                f"parameters {_listed(lost)} are trained and no longer in the model; nobody trains {_listed(new)}, "
+                "which came since initialize",
+                fix="write values into the parameter (with torch.no_grad(): param.copy_(value)) in place of a new one, "
+                "or call engine.destroy(), change the model, and initialize again",
+            )
+        self._look()
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")

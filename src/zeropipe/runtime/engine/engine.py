@@ -56,7 +56,7 @@ class DeepSpeedEngine(Face):
         self._steps: Steps | None = None
         self._rows: RowNorms | None = None
         if parts.optimizer is not None:
-            self._steps = Steps(parts.clock, parts.optimizer, parts.sharded)
+            self._steps = Steps(parts, parts.optimizer)
             parts.optimizer.reducer.serve(missing_factor=self._scaling.missing)
             parts.optimizer.serve(lambda loss, retain: self.backward(loss, retain, scale_wrt_gas=False))
             if parts.sharded is None:

@@ -27,6 +27,7 @@ from zeropipe.runtime.engine.placement import Samples
 from zeropipe.runtime.lr_schedules.base import step_schedule
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
+from zeropipe.tensor.model import Places
 
 _log = logging.getLogger("zeropipe")
 _SAVED = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
@@ -198,8 +199,9 @@ class Left(Enum):
 class Steps:
     """Ends micro-steps. Whoever raises on the way is called again by the next ``end``, and nobody is called twice."""
 
-    def __init__(self, clock: Clock, optimizer: ZeroOptimizer, sharded: ShardedModel | None) -> None:
-        self._clock, self._optimizer, self._sharded = clock, optimizer, sharded
+    def __init__(self, parts: Parts, optimizer: ZeroOptimizer) -> None:
+        self._clock, self._optimizer, self._sharded = parts.clock, optimizer, parts.sharded
+        self._places = Places(parts.module)
         self._passes = 0  # of the reducer, when the current micro-step began
         self._left = Left.NOTHING
 
@@ -224,6 +226,8 @@ class Steps:
         if not self._clock.steps_now:
             self._clock.tick()
             return False
+        if not optimizer.in_step:
+            self._check_places()
         # [3] The clock after the optimizer: a step that raises is still the coming one.
         optimizer.step()
         self._clock.tick()
@@ -231,6 +235,14 @@ class Steps:
         self._left = Left.TELLING if optimizer.overflow else Left.SCHEDULE
         self._step_schedule(schedule, arguments)
         return True
+
+    def _check_places(self) -> None:
+        try:
+            self._places.check(lambda: (p for part in self._optimizer.partitions for p in part.params))
+        except UsageError as error:
+            if self._sharded is not None:
+                self._sharded.coordinator.tell(error, "step")
+            raise
 
     def told(self) -> None:
         """The step is over."""

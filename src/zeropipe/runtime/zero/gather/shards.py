@@ -231,8 +231,8 @@ class Shards:
             self.finish_gather()
         if self.state is not State.WHOLE:
             return
-        # A view would see the next gather in the old storage: the parameter takes another one. So it does where torch has
-        # given the memory to NumPy, for good.
+        # A view would see the next gather in the old storage: the parameter takes another one; as it does where torch
+        # has given the memory to NumPy, for good.
         if leave or not self._storage.resizable():
             self._lay_out(self.full.device)
         else:
