@@ -307,6 +307,29 @@ def test_what_does_not_fill_a_batch(metrics: str) -> None:
     assert len(filled) == 13 and all(len(batch) == 4 for batch in filled)
 
 
+@pytest.mark.parametrize(
+    ("done", "shape"), [(8, (1, 2)), (8, (4, 2)), (7, (1, 1)), (7, (1, 2)), (7, (4, 2)), (8, (3, 1))]
+)
+def test_a_run_that_goes_on_with_steps_of_another_size_goes_on_in_difficulty(
+    metrics: str, done: int, shape: tuple[int, int]
+) -> None:
+    """Saved at the end of step 4, or within it: the next whole step is the next of the curriculum."""
+    given = efficiency(metrics, schedule_config={"total_curriculum_step": 1000, "difficulty_step": 1})
+    first = sampler(given)  # steps of 2 x 2 samples
+    for _, _ in zip(range(done), first, strict=False):
+        pass
+    assert first.place.step == 4
+    micro, gas = shape
+    after = sampler(given, micro=micro, gas=gas)
+    after.load_state_dict(first.state_dict())
+    walk = iter(after)
+    steps = [after.place.step for _, _ in zip(range(3 * gas), walk, strict=False)]
+    begins = (
+        4 if done == 7 and micro * gas > 2 else 5
+    )  # half of a step was over, which may be a whole one here
+    assert steps == [step for step in range(begins, begins + 3) for _ in range(gas)]
+
+
 def test_a_curriculum_that_cannot_be_drawn_from(metrics: str) -> None:
     with pytest.raises(UsageError, match="no sample to train on; found seqlen at most 0"):
         next(

@@ -34,7 +34,7 @@ class Place:
 
     consumed: int  # samples, over all ranks
     step: int  # optimizer steps that have begun
-    in_step: int  # samples of the present one
+    in_step: int  # samples of the one that runs; 0 between two
     difficulties: dict[str, int]  # by metric
     shuffles: int
     deck: Numbers
@@ -147,7 +147,8 @@ class DeepSpeedDataSampler:
             yield place, drawn[self._rank * self._micro : (self._rank + 1) * self._micro].tolist()
 
     def _draw(self, place: Place) -> tuple[Place, Numbers]:
-        if place.in_step in (0, self._per_step):
+        # One that was begun where steps were larger than here is over.
+        if place.in_step == 0 or place.in_step >= self._per_step:
             place = self._begin_step(place)
         # A batch may be larger than what is allowed: then samples come again in it.
         drawn: list[Numbers] = []
@@ -158,8 +159,10 @@ class DeepSpeedDataSampler:
             drawn.append(place.deck[:missing])
             missing -= drawn[-1].size
             place = replace(place, deck=place.deck[drawn[-1].size :])
-        after = replace(place, consumed=place.consumed + self._batch, in_step=place.in_step + self._batch)
-        return after, np.concatenate(drawn)
+        # The end of a step is 0, and not its size, which may be another where this place is loaded.
+        in_step = place.in_step + self._batch
+        after = replace(place, in_step=0 if in_step >= self._per_step else in_step)
+        return replace(after, consumed=place.consumed + self._batch), np.concatenate(drawn)
 
     def _begin_step(self, place: Place) -> Place:
         step = place.step + 1
