@@ -53,6 +53,12 @@ def test_only_what_was_named_and_nothing_unless_asked_for(pool):
         assert tallies == [] and len(lines) == 1
 
 
+def test_operations_may_be_named_as_deepspeeds_configurations_do(pool):
+    named = {"enabled": True, "prof_all": False, "prof_ops": ["reduce_scatter_tensor", "all_gather_into_tensor"]}
+    for _, tallies, _ in pool(2).run(counted, named):
+        assert {one.op for one in tallies} == {"reduce_to_owners", "all_gather"}
+
+
 def summed(rank: int, world: int) -> int:
     SEAM.log.reset()
     SEAM.log.start()

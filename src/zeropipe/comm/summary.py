@@ -10,6 +10,20 @@ from zeropipe.given import Anything
 
 # Of the bytes of a whole tensor, how many pass through each link of n ranks.
 _TRAVELS = {"all_reduce": 2.0}
+# How configurations name operations -> what carries them here, where that has another name.
+_MEANS = {
+    "all_gather_into_tensor": ("all_gather", "gather_from_owners"),
+    "all_to_all_single": ("all_to_all",),
+    "reduce_scatter": ("reduce_scatter", "reduce_to_owners"),
+    "reduce_scatter_tensor": ("reduce_scatter", "reduce_to_owners"),
+    "isend": ("send", "messages"),
+    "irecv": ("recv", "messages"),
+}
+
+
+def carriers(ops: Collection[str]) -> frozenset[str]:
+    """The operations of this library that do what ``ops`` say, in its own words or DeepSpeed's."""
+    return frozenset(one for op in ops for one in _MEANS.get(op, (op,)))
 
 
 @dataclass(slots=True)
@@ -39,7 +53,7 @@ class CommsLog:
 
     def start(self, only: Collection[str] | None = None) -> None:
         """Count from now on. ``only``: these operations; None: all."""
-        self.on, self.only = True, None if only is None else frozenset(only)
+        self.on, self.only = True, None if only is None else carriers(only)
 
     def stop(self) -> None:
         self.on = False

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from zeropipe.comm.log import log_summary
 from zeropipe.comm.record import SEAM
+from zeropipe.comm.summary import carriers
 from zeropipe.given import Anything
 
 # operation -> {bytes -> [count, ms of each call, Gbit/s of each, Gbit/s of each on the bus]}
@@ -66,12 +67,12 @@ class CommsLogger:
         if not SEAM.log.on:
             SEAM.log.start(op_name_list)
         elif SEAM.log.only is not None:
-            SEAM.log.start(SEAM.log.only.union(op_name_list))
+            SEAM.log.start(SEAM.log.only.union(carriers(op_name_list)))
 
     def stop_profiling_op(self, op_name_list: Collection[str]) -> None:
         """Leave these out, where operations were named."""
         if SEAM.log.on and SEAM.log.only is not None:
-            SEAM.log.start(SEAM.log.only.difference(op_name_list))
+            SEAM.log.start(SEAM.log.only.difference(carriers(op_name_list)))
 
     def log_summary(self, show_straggler: bool = False) -> None:
         """``deepspeed.comm.log_summary``."""
