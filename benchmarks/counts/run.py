@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def job(python: str, contender: str, ranks: int) -> list[Found]:
         try:
             running.wait(LIMIT)
         except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)
+            _end(running)
             errors.write(f"\nnot done after {LIMIT} s")
         out.seek(0)
         errors.seek(0)
@@ -50,6 +51,23 @@ def job(python: str, contender: str, ranks: int) -> list[Found]:
     found = [json.loads(line.removeprefix(MARK)) for line in lines]
     missing = [case for case in CASES if case not in {one["case"] for one in found}]
     return found + [{"contender": contender, "case": case, "why_not": why} for case in missing]
+
+
+def _end(running: subprocess.Popen[str]) -> None:
+    """End a torchrun that hangs, and its ranks, which have sessions of their own: by their ids."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+    ).stdout
+    children: dict[int, list[int]] = {}
+    for pid, parent in (map(int, line.split()) for line in listed.splitlines()):
+        children.setdefault(parent, []).append(pid)
+    family = [running.pid]
+    for one in family:  # which grows
+        family += children.get(one, [])
+    for one in family:
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+    running.wait()
 
 
 def table(found: list[Found]) -> str:

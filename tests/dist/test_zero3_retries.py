@@ -15,6 +15,7 @@ from tests.helpers.models import build
 from tests.helpers.referee import assert_bitwise
 from tests.helpers.zero3 import Block, engine_of, gathered, whole, x_batch
 from zeropipe.comm.record import Event, inject, record
+from zeropipe.errors import DesyncError
 
 STEPS = 3
 AT = 1  # the step in which it happens: the plan of the first one is replayed
@@ -79,3 +80,30 @@ def test_a_pass_that_raised_at_any_collective_can_be_run_again(pool, zero):
     for at in range(pool(2).run(events_of_a_pass, zero)[0]):
         for ours in pool(2).run(fit, zero, at):
             assert_bitwise(ours, expected)
+
+
+class RaisesBetween(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, bad: bool) -> torch.Tensor:
+        x = self.a(x)
+        if bad:
+            raise ValueError("of one rank")
+        return self.b(x)  # whose weight and bias are under way together
+
+
+def destroyed_after_parting(rank: int, world: int) -> str:
+    engine = engine_of(RaisesBetween(), 3, world)
+    with pytest.raises((ValueError, DesyncError)) as caught:
+        engine(torch.ones(1, 16), rank == 0)
+    engine.destroy()
+    return caught.typename
+
+
+def test_an_engine_whose_ranks_have_parted_can_be_destroyed(pool):
+    """It raised once more, for the gathers that were under way beside the one that heard of it."""
+    first, second = pool(2).run_faulty(destroyed_after_parting)
+    assert (first.kind, second.kind) == ("result", "result"), first.error + second.error
+    assert (first.value, second.value) == ("ValueError", "DesyncError")

@@ -12,7 +12,7 @@ import torch
 from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
 from zeropipe.config.schema_zero import ZeroOptimization
-from zeropipe.errors import UsageError
+from zeropipe.errors import DesyncError, UsageError
 from zeropipe.layout.flat import flat_shards
 from zeropipe.runtime.zero.gather.build import Site, cut
 from zeropipe.runtime.zero.gather.coordinator import Coordinator
@@ -109,7 +109,7 @@ class ShardedModel:
         """Remove every hook and end the process groups of this engine; the parameters stay shards, and their group
         with them, until ``zero.unshard_module`` makes them whole."""
         self.hooks.remove()
-        self.coordinator.end_backward(step=True)
+        self._end_all()
         # What stayed for this engine's sake is freed, unless another or a user's context still holds it.
         for shards in self.persistent:
             shards.stay(False)
@@ -117,6 +117,16 @@ class ShardedModel:
         if self._offload is not None:
             self._offload.close()
         LEASES.drop(self)
+
+    def _end_all(self) -> None:
+        # Ranks that have parted, of which an error has told already, leave gathers under way. Each is given up with a
+        # word of its own and is then at rest, so this ends.
+        while True:
+            try:
+                self.coordinator.end_backward(step=True)
+                return
+            except DesyncError:
+                pass
 
     def place(self, offload: Offload) -> None:
         """Put the shards that no optimizer holds where the policy wants what gathers read."""
