@@ -25,7 +25,7 @@ body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; color: var(-
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.25rem 0 .5rem; }
 p.soft, .soft { color: var(--soft); } .chart { margin: .25rem 0 1rem; }
 table { border-collapse: collapse; margin: .5rem 0; font-size: .9rem; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: anywhere; } td:first-child { white-space: nowrap; }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .facts { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0; }
