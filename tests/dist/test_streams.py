@@ -89,9 +89,17 @@ def compared(rank: int, world: int, *args: Any) -> tuple[list[str], set[str]]:
     return list(device.findings), device.streams
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("world", "gas", "bf16"),
+    [
+        (1, 1, False),
+        (2, 2, True),
+        pytest.param(2, 1, False, marks=pytest.mark.soak),
+        pytest.param(1, 2, True, marks=pytest.mark.soak),
+    ],
+    ids=["1-fp32", "2-accumulated-bf16", "2-fp32", "1-accumulated-bf16"],
+)
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize(("gas", "bf16"), [(1, False), (2, True)], ids=["fp32", "accumulated-bf16"])
 def test_every_use_is_ordered(native_pool: Pools, world: int, place: str, gas: int, bf16: bool) -> None:
     stage, zero = PLACES[place]
     for findings, streams in native_pool(world).run(compared, stage, zero, gas, bf16):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from zeropipe.checkpoint.loader import load
@@ -48,6 +49,7 @@ def seconds(folder: Path, count: int, apart: bool) -> float:
     return min(spent) / count
 
 
+@pytest.mark.process
 def test_reading_another_layout_takes_linear_time(tmp_path: Path) -> None:
     """Each parameter of stage 3 was looked for among all, and all of them in each flat: 2,000 tensors took 81 s."""
     for apart in (False, True):

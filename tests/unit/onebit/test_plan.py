@@ -45,12 +45,14 @@ def test_a_compressed_step_sends_a_16th_of_16_bit_and_a_32nd_of_32_bit() -> None
         assert 0 <= compressed_bytes(job) - dense_bytes(job) // ratio - scales < padding
 
 
+@pytest.mark.process
 def test_one_bit_adam_with_15_percent_warm_up_sends_5_times_less_than_fp16() -> None:
     job = Job(BERT_LARGE, 100_000, 64, tensors=400)
     ours = plan("OnebitAdam", Phases(Rules(15_000)), job)
     assert 4.8 < ours.times_less_than(dense_plan(job)) < 5.0  # 1 / (0.15 + 0.85 / 16) = 4.92
 
 
+@pytest.mark.process
 def test_zero_one_adam_at_the_papers_settings() -> None:
     """Exchanges as in the paper (54 % fewer), though ranks wait in every step. Its "up
     to 87 %" less data, over all of its tasks, is 85 % here."""
