@@ -17,6 +17,13 @@ pytestmark = pytest.mark.process
 WIDTH = 256
 
 
+@pytest.fixture(autouse=True)
+def _no_world() -> None:
+    """A world is imagined only where there is none, and other tests of this process have left theirs."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _model() -> nn.Module:
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
 
@@ -46,7 +53,6 @@ def test_states_are_those_of_a_run(stage: int, extra: dict[str, object]) -> None
         engine.step()
     parameters, gradients, state = (row.bytes for row in engine.memory_report())
     engine.destroy()
-    torch.distributed.destroy_process_group()  # a world is imagined only where there is none
     assert found.get("parameters", 0) == pytest.approx(parameters, rel=0.005)
     assert found.get("gradients", 0) == pytest.approx(gradients, rel=0.005)
     assert found.get("masters", 0) + found["moments"] == pytest.approx(state, rel=0.005, abs=64)
