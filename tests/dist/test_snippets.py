@@ -21,6 +21,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import zeropipe
+from tests.helpers.launch import python
 from tests.helpers.pages import PAGES, blocks
 
 WIDTH = 16
@@ -148,7 +149,18 @@ def run_page(rank: int, world: int, page: Path, folder: str) -> int:
     return len(found)
 
 
-@pytest.mark.parametrize("name", sorted(WITH_PYTHON))
+ALONE = {"plan.md"}  # imagines a world, which is done where there is none
+
+
+@pytest.mark.parametrize("name", sorted(ALONE))
+def test_every_block_of_a_page_runs_in_a_process_alone(tmp_path, name):
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(b.text for b in blocks(WITH_PYTHON[name]) if b.language == "python"))
+    done = python(script, timeout=150)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", sorted(WITH_PYTHON.keys() - ALONE))
 def test_every_block_of_a_page_runs(pool, tmp_path, name):
     folder = os.fspath(tmp_path)
     world = 4 if name == "pipeline.md" else 2
