@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gc
 import logging
 import math
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from tests.helpers.models import MLP, NastyModel, build
 from tests.helpers.pool import RankFailure
 from tests.helpers.referee import assert_bitwise, weights_of
 from tests.helpers.train import config
-from zeropipe.errors import CheckpointError
+from zeropipe.comm.record import SEAM
+from zeropipe.errors import CheckpointError, ConfigError
 from zeropipe.pipe import PipelineModule
 from zeropipe.reporting.page import run_page
 from zeropipe.reporting.record import read
@@ -363,3 +366,59 @@ def test_a_folder_that_cannot_be_written_to_is_named(pool, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RankFailure, match=r"report\.folder"):
         pool(2).run(recorded, str(tmp_path / "file"), 2)
+
+
+def test_a_folder_that_one_rank_cannot_write_to_is_told_to_all(pool, tmp_path):
+    first, second = pool(2).run(one_cannot_write, str(tmp_path))
+    assert first == second
+    assert "report.folder" in first
+
+
+def one_cannot_write(rank: int, world: int, folder: str) -> str:
+    """The same folder on both ranks; rank 0's file in it is a directory."""
+    if rank == 0:
+        (Path(folder) / "record-00000.jsonl").mkdir()
+    try:
+        zeropipe.initialize(model=mlp(), config=config(1, world, report={"folder": folder}))
+    except ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+def full_disk(rank: int, world: int, folder: str) -> tuple[int, list[str]]:
+    logger, handler = logging.getLogger("zeropipe"), Lines()
+    logger.addHandler(handler)
+    try:
+        engine, *_ = zeropipe.initialize(model=mlp(), config=config(1, world, report={"folder": folder}))
+        if rank == 0:
+            full = Path("/dev/full").open("w")
+            engine.report.recorder._file.close()
+            engine.report.recorder._file = full
+        for step in range(3):
+            engine.backward(engine(*mlp_batch(step, rank, 0)))
+            engine.step()
+        engine.destroy()
+        return engine.global_steps, handler.lines
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_a_full_disk_ends_the_record_and_not_the_training(pool, tmp_path):
+    (steps, lines), (others, quiet) = pool(2).run(full_disk, str(tmp_path))
+    assert (steps, others) == (3, 3)
+    assert len([line for line in lines if "the record in" in line and "ends here" in line]) == 1
+    assert quiet == []
+
+
+def forgotten(rank: int, world: int, folder: str) -> bool:
+    engine = zeropipe.initialize(model=mlp(), config=config(1, world, report={"folder": folder}))[0]
+    engine.backward(engine(*mlp_batch(0, rank, 0)))
+    engine.step()
+    module, before = weakref.ref(engine.module), len(SEAM.listeners)
+    del engine
+    gc.collect()
+    return module() is None and len(SEAM.listeners) == before - 1
+
+
+def test_a_record_keeps_no_engine_alive(pool, tmp_path):
+    assert pool(2).run(forgotten, str(tmp_path)) == [True, True]

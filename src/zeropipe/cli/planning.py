@@ -35,7 +35,7 @@ def plan(
     ] = None,
     world: Annotated[int, typer.Option("--world", "-w", min=1, help="Ranks of the run.")] = 1,
     device: Annotated[
-        str, typer.Option(help="h200, h100, a100, cpu, or a profile that `zeropipe plan calibrate` wrote.")
+        str, typer.Option(help="h200, h100, a100, cpu, or a JSON file with a device's keys.")
     ] = "cpu",
     device_memory: Annotated[
         str | None, typer.Option(help="Of one device, such as 80GB; default: the device's.")

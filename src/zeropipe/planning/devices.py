@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,34 +55,28 @@ class Device:
 
 # Reached, not promised: about 60 % of the dense peak in bf16, 90 % of the memory's bandwidth, NVLink inside a node and
 # one 400 Gbit/s (200 for an A100) port a device between nodes. Data sheets: NVIDIA H200, H100 SXM, A100 SXM 80 GB.
-_GPU = {"launch": 4e-6, "kind": "cuda", "base": 600 * 2**20}
+_H200 = Device(
+    "h200",
+    "cuda",
+    memory=141 * GB,
+    flops={"bfloat16": 600e12, "float16": 600e12, "float32": 45e12},
+    bandwidth=4.3e12,
+    launch=4e-6,
+    inside=360e9,
+    between=45e9,
+    base=600 * 2**20,
+)
 KNOWN: dict[str, Device] = {
-    "h200": Device(
-        "h200",
-        memory=141 * GB,
-        flops={"bfloat16": 600e12, "float16": 600e12, "float32": 45e12},
-        bandwidth=4.3e12,
-        inside=360e9,
-        between=45e9,
-        **_GPU,  # type: ignore[arg-type]
-    ),
-    "h100": Device(
-        "h100",
-        memory=80 * GB,
-        flops={"bfloat16": 600e12, "float16": 600e12, "float32": 45e12},
-        bandwidth=3.0e12,
-        inside=360e9,
-        between=45e9,
-        **_GPU,  # type: ignore[arg-type]
-    ),
-    "a100": Device(
-        "a100",
+    "h200": _H200,
+    "h100": replace(_H200, name="h100", memory=80 * GB, bandwidth=3.0e12),
+    "a100": replace(
+        _H200,
+        name="a100",
         memory=80 * GB,
         flops={"bfloat16": 190e12, "float16": 190e12, "float32": 15e12},
         bandwidth=1.8e12,
         inside=230e9,
         between=22e9,
-        **_GPU,  # type: ignore[arg-type]
     ),
     "cpu": Device(
         "cpu",
@@ -102,7 +96,7 @@ KNOWN: dict[str, Device] = {
 
 
 def device_of(name: str) -> Device:
-    """A device by name, or from a JSON file that ``zeropipe plan calibrate`` wrote (a known device's keys, changed).
+    """A device by name, or from a JSON file with some of a ``Device``'s keys; ``kind`` says whose the others are.
 
     Raises ConfigError for another name, and for a file that is none.
     """
@@ -111,18 +105,22 @@ def device_of(name: str) -> Device:
     path = Path(name)
     if path.suffix != ".json":
         raise ConfigError(
-            "--device", expected=f"{', '.join(KNOWN)} or a JSON file that calibrate wrote", found=name
+            "--device", expected=f"{', '.join(KNOWN)} or a JSON file with a device's keys", found=name
         )
     try:
         data: Json = json.loads(path.read_text())
-        known = {one.name for one in fields(Device)}
-        if not isinstance(data, dict) or set(data) - known:
-            raise ValueError(f"keys {sorted(set(data) - known) if isinstance(data, dict) else type(data)}")
-        return Device(
-            **{**asdict(KNOWN[data.get("kind", "cpu") if data.get("kind") == "cpu" else "h200"]), **data}
-        )
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"the device profile {name} cannot be used", found=str(error)) from error
+        base = KNOWN["h200" if isinstance(data, dict) and data.get("kind") == "cuda" else "cpu"]
+        for key, value in data.items():
+            kind = type(getattr(base, key))
+            if not isinstance(value, int | float if kind in (int, float) else kind):
+                raise ValueError(f"{key}: {value!r} is no {kind.__name__}")
+        return replace(base, **data)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"the device profile {name} cannot be used",
+            expected=f"an object with keys among {', '.join(one.name for one in fields(Device))}",
+            found=str(error),
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -279,7 +279,7 @@ def _asker() -> tuple[bool, str]:
         module = frame.f_globals.get("__name__", "")
         if module.startswith(str(__package__)):
             continue
-        if module.startswith("zeropipe"):
+        if module.partition(".")[0] == str(__package__).partition(".")[0]:
             return True, ""
         if module.partition(".")[0] not in ("torch", "contextlib", "functools"):
             return False, f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -42,7 +42,7 @@ _KINDS = tuple(
         (torch.optim, "moments"),
     )
 )
-BUILDING = "the model before initialize"
+BUILDING, ACTIVATIONS = "the model before initialize", "activations"
 
 
 @dataclass(slots=True)
@@ -171,6 +171,12 @@ class Ledger:
                     if found is not None:
                         found[1].kind = kind
 
+    def rename(self, kind: str, to: str) -> None:
+        """All that was asked for until now as ``kind`` was for ``to``."""
+        for piece in self.pieces:
+            if piece.kind == kind:
+                piece.kind = to
+
     def usage(self, since: int = 0, until: int | None = None) -> Usage:
         """From tick ``since`` to ``until``; what lies in host memory or files beside the device is no part of it."""
         until = self.tick if until is None else until
@@ -223,4 +229,4 @@ def _purpose() -> str:
                 if module.startswith(prefix):
                     return kind
         frame = frame.f_back
-    return "temporary" if torch._C._current_graph_task_id() != -1 else "activations"
+    return "temporary" if torch._C._current_graph_task_id() != -1 else ACTIVATIONS

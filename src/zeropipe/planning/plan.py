@@ -146,7 +146,7 @@ def plan(
         make_batch: one micro-batch of one rank: a tensor, or a tuple or dict of arguments for the model.
         config: as ``initialize`` takes it.
         loss: ``loss(output, batch)``; by default the output's ``loss``, or the mean of the output.
-        device: ``h200``, ``h100``, ``a100``, ``cpu`` or a profile (JSON file) that ``zeropipe plan calibrate`` wrote.
+        device: ``h200``, ``h100``, ``a100``, ``cpu`` or a JSON file with a device's keys.
         device_memory: bytes or words such as ``80GB``; by default the device's.
         ranks: which to rehearse; by default the first, a middle and the last.
         steps: optimizer steps to rehearse; the first makes the optimizer's state.

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from zeropipe.config.parse import Source
 from zeropipe.entry import OVERSEER
 from zeropipe.errors import UsageError, ZeropipeError
 from zeropipe.planning.dry import Dry, Here
-from zeropipe.planning.ledger import DISK, ELSEWHERE, HOST, Ledger, Usage
+from zeropipe.planning.ledger import ACTIVATIONS, BUILDING, DISK, ELSEWHERE, HOST, Ledger, Usage
 from zeropipe.planning.scout import forms
 from zeropipe.planning.work import Work
 from zeropipe.runtime.engine.engine import DeepSpeedEngine
@@ -116,6 +118,7 @@ class Watch:
         """``initialize`` has returned ``engine``; the last engine that a program makes is the one that is planned."""
         self._engine = engine
         self._ledger.name_all(placed(engine, self._place.device))
+        self._ledger.rename(ACTIVATIONS, BUILDING)
         self.built, self._built_at = self._ledger.usage(), self._ledger.tick
         self._names = {module: name for name, module in engine.module.named_modules()}
         self._phases = ["between steps"]
@@ -252,9 +255,14 @@ def rehearse(
         finally:
             os._exit(code)
     os.close(sending)
-    with os.fdopen(receiving, "rb") as pipe:
-        data = pipe.read()
-    _, status = os.waitpid(child, 0)
+    try:
+        with os.fdopen(receiving, "rb") as pipe:
+            data = pipe.read()
+    except BaseException:  # Ctrl-C
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        _, status = os.waitpid(child, 0)
     if not data:
         raise UsageError(
             f"the rehearsal of rank {place.rank} ended without a word",
@@ -269,6 +277,9 @@ def rehearse(
 
 def _play(program: Callable[[], object], place: Place, config: Any, assume: float | None, out: int) -> None:
     """In the child: play, and send back a Rehearsal or the error that ended it."""
+    # What the program prints is of a run that did not happen, and would come once for each rank.
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - as long as the child lives
+    os.dup2(sys.stdout.fileno(), 1)
     result: Rehearsal | BaseException
     try:
         with staged(place, config, assume) as watch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import zeropipe
 from zeropipe.errors import ConfigError, UsageError
 from zeropipe.planning.devices import device_of, parse_bytes
-from zeropipe.planning.plan import plan
+from zeropipe.planning.plan import plan, rehearse_all
 
 pytestmark = pytest.mark.process
 WIDTH = 256
@@ -96,6 +97,36 @@ def test_the_program_s_line_is_named() -> None:
         plan(_model, batch, _config(1), world=2)
 
 
+def test_a_rehearsal_leaves_nothing_behind(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not where the run that it rehearses has its checkpoints, scalars and record."""
+    config = _config(
+        1,
+        report={"folder": str(tmp_path / "run")},
+        csv_monitor={"enabled": True, "output_path": str(tmp_path / "csv")},
+        flops_profiler={"enabled": True, "output_file": str(tmp_path / "flops.txt")},
+    )
+
+    def program() -> None:
+        engine, *_ = zeropipe.initialize(model=_model(), config=config)
+        assert engine.load_checkpoint(str(tmp_path)) == (None, None)
+        print("from the program")
+        while True:
+            engine.backward(engine(_batch()).float().square().mean())
+            engine.step()
+            assert engine.save_checkpoint(str(tmp_path))
+            assert engine.save_16bit_model(str(tmp_path))
+
+    found = rehearse_all(program, 2)
+    assert found.fullest.parameters == 6 * WIDTH * (WIDTH + 1)
+    assert list(tmp_path.iterdir()) == []
+    assert "from the program" not in capfd.readouterr().out
+
+
+def test_the_model_that_the_program_built_is_a_kind_of_its_own() -> None:
+    built = plan(_model, _batch, _config(2), world=4).fullest.built.kinds
+    assert "activations" not in built
+
+
 def test_a_program_that_wants_a_value_gets_one_that_is_assumed() -> None:
     def loss(output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         value = output.float().square().mean()
@@ -116,3 +147,14 @@ def test_sizes_and_devices() -> None:
         parse_bytes("many")
     with pytest.raises(ConfigError, match="h200"):
         device_of("tpu")
+
+
+def test_a_device_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"name": "mine", "kind": "cuda", "memory": 10**9, "flops": {"float32": 1e12}}))
+    found = device_of(str(path))
+    assert (found.name, found.memory, found.launch) == ("mine", 10**9, device_of("h200").launch)
+    for wrong in ({"memory": "much"}, {"speed": 3}, []):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ConfigError, match=r"mine\.json"):
+            device_of(str(path))

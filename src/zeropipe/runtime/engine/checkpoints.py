@@ -66,6 +66,9 @@ class Checkpoints:
             if path not in self._told:
                 self._told.add(path)
                 self.say(text)
+        # A rehearsal has nothing to save, and would save it over what is there.
+        if self._group.imagined:
+            return True
         # [2] From here on a failure of any rank is one of all, and the checkpoints that were there stay.
         began = time.perf_counter()
         self.saver.save(folder, name, local, save_latest=save_latest, async_save=asynchronous)
@@ -105,6 +108,9 @@ class Checkpoints:
                 found="a load that restores masters as they were saved",
                 fix="remove the key; or load the weights into the model before initialize",
             )
+        # A rehearsal begins at the beginning.
+        if self._group.imagined:
+            return None, None
         # [1] What can be read in place is: masters, moments, and what of the module no code takes part in.
         into = translate.local_state(parts, saving=False)
         if custom is not None:

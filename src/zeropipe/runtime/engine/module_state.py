@@ -367,7 +367,7 @@ def save_weights(parts: Parts, target: Path, exclude_frozen: bool) -> bool:
         return False
     state = whole_weights(parts, exclude_frozen)
     problem = None
-    if parts.first:
+    if parts.first and not parts.group.imagined:  # a rehearsal has nothing to save
         draft = temporary(target)
         # Under a temporary name first, so that a kill leaves no half file.
         try:

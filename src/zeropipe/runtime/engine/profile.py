@@ -16,7 +16,8 @@ class ScheduledProfile:
     def __init__(self, parts: Parts) -> None:
         self._parts, self._section = parts, parts.config.flops_profiler
         measures = parts.group.rank == 0 if parts.stages.size > 1 else parts.first
-        self._waits = self._section.enabled and measures  # the step to profile has not been told yet
+        # The step to profile has not been told yet. A rehearsal takes no time that could be told.
+        self._waits = self._section.enabled and measures and not parts.group.imagined
         self._rows: tuple[ModuleProfile, ...] = ()
 
     @property

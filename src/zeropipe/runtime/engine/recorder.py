@@ -14,17 +14,21 @@ own. ``reporting/record.py`` reads it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+from weakref import WeakMethod, finalize
 
 import torch
 
+from zeropipe.comm.agreement import together
 from zeropipe.comm.group import world
 from zeropipe.comm.record import SEAM, Event
 from zeropipe.errors import ConfigError
@@ -36,14 +40,17 @@ from zeropipe.runtime.pipe.executor import Executor
 from zeropipe.runtime.pipe.instructions import computes
 from zeropipe.runtime.pipe.simulate import simulate
 
+_log = logging.getLogger("zeropipe")
 _TORCHRUN = ("LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 _PHASES_EVERY = 50  # recorded steps
+_MOST_PHASES = 4096  # of one step: what only evaluates never steps
 
 
 class Recorder:
     """Follows one engine (a ``Watcher`` of its reporter) and writes what it sees.
 
-    Raises ConfigError where the folder cannot be written to.
+    Raises ConfigError, on all ranks, where one cannot write to the folder; collective. Where writing fails later (a
+    full disk) a warning says so once, and training goes on without a record.
     """
 
     def __init__(self, parts: Parts, folder: str, every: int) -> None:
@@ -51,26 +58,39 @@ class Recorder:
         everyone = world()
         self._folder = Path(folder)
         path = self._folder / f"record-{everyone.ranks[everyone.rank]:05d}.jsonl"
-        try:
+
+        def opened() -> TextIO:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                "config key 'report.folder' cannot be written to", found=str(error), fix="name another folder"
-            ) from error
+            return path.open("a", encoding="utf-8")
+
+        # A folder that only one rank cannot write to would leave the others waiting for it.
+        what = "config key 'report.folder' cannot be written to"
+        file, errors = together(everyone, "the record of the run", opened, what, "name another folder")
+        if errors or file is None:
+            raise ConfigError("; ".join(errors))
+        self._file = file
 
         # Since the last step that was recorded.
         self._since = time.perf_counter()
         self._sent: Counter[str] = Counter()
         # What the last step left on the device: it is read with the next one, when it is there without waiting.
-        self._late: tuple[dict[str, Any], list[torch.Tensor]] | None = None
+        self._late: tuple[dict[str, Any], list[torch.Tensor], torch.Tensor | float | None] | None = None
 
         # Of the step that runs: (phase, begin, end), seconds of this process's clock.
-        self._phases: list[tuple[str, float, float]] = []
+        self._phases: deque[tuple[str, float, float]] = deque(maxlen=_MOST_PHASES)
         self._began = 0.0
         self._steps = 0
 
-        SEAM.listeners.append(self._heard)
+        # An engine that is forgotten without ``destroy`` takes its record along.
+        heard = WeakMethod(self._heard)
+
+        def listener(event: Event) -> None:
+            method = heard()
+            if method is not None:
+                method(event)
+
+        SEAM.listeners.append(listener)
+        self._deafen = finalize(self, SEAM.listeners.remove, listener)
         self._write("start", self._start(everyone.size))
 
     def _start(self, size: int) -> dict[str, Any]:
@@ -122,7 +142,8 @@ class Recorder:
 
     def stepped(self, losses: Sequence[torch.Tensor]) -> None:
         clock, optimizer = self._parts.clock, self._parts.optimizer
-        phases, self._phases = self._phases, []
+        phases = list(self._phases)
+        self._phases.clear()
         if clock.global_steps % self._every or optimizer is None:
             return
         self._settle()
@@ -139,7 +160,7 @@ class Recorder:
         }
         self._since = now
         self._sent.clear()
-        self._late = row, list(losses)
+        self._late = row, list(losses), optimizer.unread_norm
         # On a CPU nothing waits, and a record that is up to date says more after a crash.
         if self._parts.device.type == "cpu":
             self._settle()
@@ -153,9 +174,8 @@ class Recorder:
         """Write the step that was left, with the values that it has by now."""
         if self._late is None:
             return
-        (row, losses), self._late = self._late, None
+        (row, losses, norm), self._late = self._late, None
         row["loss"] = torch.stack([x.float() for x in losses]).mean().item() if losses else None
-        norm = self._parts.optimizer.grad_norm if self._parts.optimizer is not None else None
         row["grad_norm"] = None if norm is None else float(norm)
         self._write("step", row)
 
@@ -177,13 +197,20 @@ class Recorder:
         self._settle()
         self._write("end", {"step": self._parts.clock.global_steps})
         self._file.close()
-        if self._heard in SEAM.listeners:
-            SEAM.listeners.remove(self._heard)
+        self._deafen()
 
     def _write(self, kind: str, row: dict[str, Any]) -> None:
+        if self._file.closed:
+            return
         # In one call and at once: what is in the system's hands survives this process.
-        self._file.write(json.dumps({"kind": kind, "time": time.time(), **row}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"kind": kind, "time": time.time(), **row}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            # A full disk is no reason to stop training, and one rank alone that stops would leave the others waiting.
+            _log.warning("the record in %s ends here: %s", self._folder, error)
+            with suppress(OSError):
+                self._file.close()
 
 
 def _memory(device: torch.device) -> dict[str, int]:

@@ -90,7 +90,9 @@ class Reporter:
         self._logs = every is not None
         self._memory = first and config.memory_breakdown
         self._timers = PhaseTimers(self._device) if first and config.wall_clock_breakdown else None
-        self.monitor = MonitorMaster(config, enabled=first)
+        # A rehearsal leaves nothing behind: it would go on in the files of the run that it rehearses.
+        imagined = parts.group.imagined
+        self.monitor = MonitorMaster(config, enabled=first and not imagined)
         # Nobody's device is waited for unless a line is asked for.
         self._rates = bool(self._every and self._logs and config.timers.throughput.enabled)
         waits = self._rates and config.timers.throughput.synchronized
@@ -103,7 +105,7 @@ class Reporter:
         # The record is one of every rank; a watcher that somebody brings later is told nothing of losses.
         self._watchers: list[Watcher] = []
         self.recorder: Recorder | None = None
-        if config.report.folder is not None:
+        if config.report.folder is not None and not imagined:
             self.recorder = Recorder(parts, config.report.folder, config.report.every)
             self.watch(self.recorder)
 
@@ -169,10 +171,12 @@ class Reporter:
     def _watched(self, name: str) -> Iterator[None]:
         for watcher in self._watchers:
             watcher.began(name)
-        with _SILENT if self._timers is None else self._timers(name):
-            yield
-        for watcher in self._watchers:
-            watcher.ended(name)
+        try:
+            with _SILENT if self._timers is None else self._timers(name):
+                yield
+        finally:
+            for watcher in self._watchers:
+                watcher.ended(name)
 
     def loss(self, loss: torch.Tensor, pipeline: Executor | None = None) -> None:
         """``loss`` of a micro-step, or of the whole batch that ``pipeline`` has just run."""

@@ -99,7 +99,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         # What the last step found, and one that is under way, or raised.
         self.overflow = False
         self.last_nonfinite: NonFinite | None = None
-        self._grad_norm: Number | None = None
+        self.unread_norm: Number | None = None  # ``grad_norm`` where it is, perhaps still on its way
         self._progress: _Progress | None = None
 
         self._backward: Callable[[torch.Tensor, bool], object] = no_engine
@@ -157,9 +157,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     @property
     def grad_norm(self) -> float | None:
         """Global L2 norm of the last step's gradients before clipping, None before one; may wait for the device."""
-        if isinstance(self._grad_norm, torch.Tensor):
-            self._grad_norm = self._grad_norm.item()
-        return self._grad_norm
+        if isinstance(self.unread_norm, torch.Tensor):
+            self.unread_norm = self.unread_norm.item()
+        return self.unread_norm
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> None:
         """As ``engine.backward``, of a loss that the caller has divided by the accumulation steps already."""
@@ -246,7 +246,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
         # [3] From here on each rank decides by itself, alike.
         scale, norm = self.loss_scale, figures.square**0.5
-        norm = self._grad_norm = norm if scale == 1.0 else norm / scale
+        norm = self.unread_norm = norm if scale == 1.0 else norm / scale
         # Not below infinity: inf or NaN. A norm that the host was not told skips no step.
         skips = options.scaler is not None or options.skip_nonfinite
         self.overflow = skips and not norm < float("inf")
