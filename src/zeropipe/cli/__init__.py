@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +17,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from zeropipe.errors import ConfigError
 
 
 def shown(value: object) -> Text:
@@ -37,3 +40,13 @@ def bar(what: str, total: int, files: bool = True) -> Iterator[Callable[[int], N
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total or None)
         yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def to_file(path: Path, option: str) -> Iterator[None]:
+    """Around what writes ``path``: a ConfigError names it and the option that asked for it."""
+    try:
+        yield
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise ConfigError(f"cannot write {path}", found=found, fix=f"give another {option}") from error

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zeropipe.cli import shown
+from zeropipe.cli import shown, to_file
 from zeropipe.config import reference as reference_text
 from zeropipe.config.batch import ACCUMULATION, MICRO, TRAIN, check_world, solve_batch
 from zeropipe.config.parse import parse_config
@@ -99,7 +97,7 @@ def _emit(text: str, output: Path | None) -> None:
     if output is None:
         typer.echo(text, nl=False)
         return
-    with _to_file(output, "--output"):
+    with to_file(output, "--output"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
 
@@ -296,7 +294,7 @@ def _write(result: Simulation, files: dict[str, Path | None], quiet: bool) -> No
     for kind, path in files.items():
         if path is None:
             continue
-        with _to_file(path, f"--{kind}"):
+        with to_file(path, f"--{kind}"):
             if kind == "trace":
                 path.write_text(picture.chrome_trace(result.events, made.num_ranks))
             else:
@@ -305,15 +303,6 @@ def _write(result: Simulation, files: dict[str, Path | None], quiet: bool) -> No
 
 
 # Files of the user's.
-
-
-@contextmanager
-def _to_file(path: Path, option: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        found = error.strerror or str(error)
-        raise ConfigError(f"cannot write {path}", found=found, fix=f"give another {option}") from error
 
 
 def _read_text(path: Path) -> str:

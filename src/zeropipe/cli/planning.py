@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from zeropipe.cli import to_file
 from zeropipe.errors import ConfigError, UsageError
 from zeropipe.reporting import in_words
 
@@ -77,12 +78,14 @@ def plan(
     )
     show(found)
     if as_json is not None:
-        as_json.write_text(json.dumps(found.to_json(), indent=1))
+        with to_file(as_json, "--json"):
+            as_json.write_text(json.dumps(found.to_json(), indent=1))
     if report is not None:
         from zeropipe.reporting.drawing import write
         from zeropipe.reporting.page import plan_page
 
-        write(plan_page(found.to_json()), report)
+        with to_file(report, "--report"):
+            write(plan_page(found.to_json()), report)
         Console(soft_wrap=True).print(f"wrote {report}", highlight=False)
     if not found.fits:
         raise typer.Exit(3)
@@ -109,7 +112,10 @@ def report(
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the plan {plan}", found=str(error)) from error
     path = output or run / "report.html"
-    write(run_page(found, planned), path)
+    if planned is not None and not (isinstance(planned, dict) and {"peak", "ranks"} <= planned.keys()):
+        raise ConfigError(f"{plan} holds no plan", expected="what zeropipe plan --json wrote")
+    with to_file(path, "--output"):
+        write(run_page(found, planned), path)
     Console(soft_wrap=True).print(f"wrote {path}", highlight=False)
 
 

@@ -100,11 +100,19 @@ class Dry(TorchDispatchMode):
                 f"{name} of values that are not there: its shape depends on them", found=_caller()
             )
         if small and given and not unknown:
-            result = func(*args, **kwargs)
-            self._ledger.made(result)
+            result = self._really(func, name, args, kwargs)
         else:
             result = self._left_out(func, name, flat, spec, given)
         self._note(func, args, kwargs, given, result)
+        return result
+
+    def _really(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        # What a message would have filled stays as it is: nothing, not what lay there before. So this rank's values
+        # come out of a sum over ranks as they went in.
+        if "empty" in name:
+            result.zero_()
+        self._ledger.made(result)
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any, given: list[torch.Tensor], result: Any) -> None:
@@ -150,9 +158,7 @@ class Dry(TorchDispatchMode):
                 self._shapes[key] = shapes
         if not given and all(prod(s[0]) <= _SMALL for s in shapes[0] if isinstance(s, tuple)):
             args, kwargs = tree_unflatten(flat, spec)
-            result = func(*args, **kwargs)
-            self._ledger.made(result)
-            return result
+            return self._really(func, name, args, kwargs)
         outputs = []
         for shape in shapes[0]:
             if not isinstance(shape, tuple):

@@ -80,6 +80,10 @@ def test_small_values_are_true(ledger: Ledger) -> None:
     counts[2] = 7
     assert counts.sum().item() == 7
     assert torch.arange(5).tolist() == [0, 1, 2, 3, 4]
+    # What a message would have filled holds nothing, so that a sum over ranks is this rank's own.
+    for _ in range(20):
+        assert not torch.full((64,), 3.0).new_empty(64).any()
+        assert not torch.empty_like(counts).any()
 
 
 def test_a_view_shares_and_a_resized_storage_counts_once(ledger: Ledger) -> None:
