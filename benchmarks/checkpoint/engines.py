@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.common import peers
+
 MARK = "RESULTS "
 WRITTEN = "bytes written"
 WIDTH = 1024
@@ -31,8 +33,7 @@ def model(mbytes: int) -> nn.Module:
 
 def engine_of(system: str, arguments: argparse.Namespace) -> Any:
     if system == "deepspeed":
-        import deepspeed as library
-
+        library = peers.deepspeed()
         # Compiles for minutes, unused here.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda *a, **k: None  # type: ignore[attr-defined]
     else:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import peers
+
 Step = Callable[[Tensor, Tensor], Tensor]
 LEARNING_RATE = 1e-4
 
@@ -119,10 +121,8 @@ def _engine_step(engine: Any) -> Step:
 
 def deepspeed(stage: int) -> Builder:
     def build(task: Task) -> Step:
-        import deepspeed  # a peer, only in the environments that have it
-
         model = task.make_model()
-        engine, *_ = deepspeed.initialize(
+        engine, *_ = peers.deepspeed().initialize(
             model=model, optimizer=_adamw(model.parameters()), config=_config(task, stage)
         )
         return _engine_step(engine)

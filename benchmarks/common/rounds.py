@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.common.peers import why_no_deepspeed
 from benchmarks.common.worker import MARK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,8 +103,8 @@ def _row(
 def _run(plan: Plan, contender: str, dtype: str) -> dict[str, Any] | str:
     """One torchrun job; its numbers (the slowest and the largest of the ranks), or the reason why there are none."""
     python = plan.peer_python if contender.startswith("deepspeed") else sys.executable
-    if contender.startswith("deepspeed") and not _has(python, "deepspeed"):
-        return f"{python} has no deepspeed; name an interpreter that has it with --peer-python"
+    if contender.startswith("deepspeed") and (why_not := why_no_deepspeed(python)):
+        return why_not
     command = [
         *(python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={plan.ranks}"),
         *("-m", "benchmarks.common.worker", contender, f"--size={plan.size}", f"--dtype={dtype}"),
@@ -129,11 +130,6 @@ def _run(plan: Plan, contender: str, dtype: str) -> dict[str, Any] | str:
         "building": max(r["growth_while_building"] for r in ranks),
         "gpu_peak": max(r["gpu_peak"] for r in ranks),
     }
-
-
-def _has(python: str, module: str) -> bool:
-    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
-    return subprocess.run([python, "-c", probe], capture_output=True).returncode == 0
 
 
 def median_or_none(values: Sequence[float]) -> float | None:

@@ -13,7 +13,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import memory
+from benchmarks.common import memory, peers
 from benchmarks.common.contenders import CONTENDERS, Task
 from benchmarks.common.model import GPT, SIZES, batch
 
@@ -68,9 +68,7 @@ def main() -> None:
 def begin(contender: str, backend: str) -> None:
     """Import the system under test and start its process group before memory is counted."""
     if contender.startswith("deepspeed"):
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend=backend)
+        peers.deepspeed().init_distributed(dist_backend=backend)
     elif contender.startswith("zeropipe"):
         import zeropipe
 

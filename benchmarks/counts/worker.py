@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.common import peers
 from benchmarks.common.model import GPT, Size, batch
 from benchmarks.counts.counting import Counting, Counts
 
@@ -200,7 +201,7 @@ def begin(contender: str) -> None:
 
         dist.Backend.register_backend(backend, make, devices=["cpu"])
     if contender.startswith("deepspeed"):
-        importlib.import_module("deepspeed").init_distributed(dist_backend=backend)
+        peers.deepspeed().init_distributed(dist_backend=backend)
     else:
         dist.init_process_group(backend)
 

@@ -8,9 +8,9 @@ changes less than the clock. Writes results.md and results.json (or to --out).
 """
 
 import argparse
-import importlib.util
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +22,7 @@ import zeropipe
 from benchmarks.common import report
 from benchmarks.common.contenders import CONTENDERS, Step, Task
 from benchmarks.common.model import GPT, SIZES, batch
+from benchmarks.common.peers import why_no_deepspeed
 
 PROCESS_OF_ITS_OWN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 SIZES_SHOWN = ("tiny", "10M")
@@ -53,7 +54,7 @@ def main() -> None:
         "|---|---|---:|---:|---:|",
     ]
     device, numbers = torch.device("cpu"), {}
-    peers = importlib.util.find_spec("deepspeed") is not None
+    peers = not why_no_deepspeed(sys.executable)
     for name in SIZES_SHOWN:
         size = SIZES[name]
         task = Task(seeded(lambda size=size: GPT(size)), "fp32", device, size.micro_batch)

@@ -174,16 +174,16 @@ def steps(session: Session, size: str) -> None:
     """Step times of all contenders in turns, and the memory of each."""
     from benchmarks.common import turns
     from benchmarks.common.model import GPT, SIZES
+    from benchmarks.common.peers import why_no_deepspeed
 
     parameters = parameters_of(GPT, SIZES[size])
     together = how_many(session, parameters)
     others = [who for who in session.contenders if who != REFERENCE]
     rows: dict[str, dict[str, Any]] = {}
-    absent = {
-        who for who in others if who.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None
-    }
+    why_not = why_no_deepspeed(sys.executable)
+    absent = {who for who in others if who.startswith("deepspeed") and why_not}
     for who in absent:
-        rows[who] = {"why_not": "this interpreter has no deepspeed"}
+        rows[who] = {"why_not": why_not}
     present = [who for who in others if who not in absent]
     # Where they do not all fit, the reference takes part in each group.
     groups = [present[i : i + together - 1] for i in range(0, len(present), together - 1)]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.common import memory
+from benchmarks.common import memory, peers
 from benchmarks.common.model import SIZES, Size, batch
 from benchmarks.common.worker import MARK
 from benchmarks.pipeline.model import classes, cut, loss
@@ -61,9 +61,7 @@ def main() -> None:
 
 def _start(system: str) -> None:
     if system == "deepspeed":
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")
+        peers.deepspeed().init_distributed(dist_backend="gloo")
     elif system == "zeropipe":
         import zeropipe
 
