@@ -12,7 +12,7 @@ One process alone (``open_source``) does the first two.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -102,29 +102,50 @@ def load(
     choice = broadcast_object(tags.choose(root, tag) if group.rank == 0 else None, 0, group, label="tag")
     notices = list(choice.notices)
     for candidate in choice.candidates:
-        path = candidate.path
-        # [1] Looked at alone. A rank that cannot read it raises nothing yet.
-        fix = "`zeropipe ckpt verify` says which file is at fault"
-        look = partial(_checked, candidate, into, group, trust=trust, verify=verify)
-        what = f"{path} cannot be read"
-        reader, errors = together(group, "checkpoint checked", look, what, fix, CheckpointError)
-        if errors:
-            if choice.strict:
-                raise CheckpointError(errors[0])
-            notices.append(f"skipped {path}: {errors[0]}")
-            continue
-        # [2] All ranks can read it: from here on the engine's tensors are written.
-        assert reader is not None
-        fix = "the engine's state is mixed now: load another checkpoint before training on"
-        fill = partial(reader.fill, optimizer=optimizer, moments=moments)
-        loaded, errors = together(group, "checkpoint read", fill, f"reading {path} failed half way", fix)
-        if errors:
-            raise CheckpointError(errors[0])
-        assert loaded is not None
-        return replace(loaded, notices=(*notices, *loaded.notices)), reader.source
+        look = partial(_opened, candidate, into, group, trust=trust, verify=verify)
+        found, fault = read(str(candidate.path), look, into, group, optimizer=optimizer, moments=moments)
+        if found is not None:
+            loaded, source = found
+            return replace(loaded, notices=(*notices, *loaded.notices)), source
+        if choice.strict:
+            raise CheckpointError(fault)
+        notices.append(f"skipped {candidate.path}: {fault}")
     if choice.candidates:
         raise CheckpointError(f"no checkpoint in {root} can be loaded: " + "; ".join(notices))
     return None
+
+
+def read(
+    name: str,
+    look: Callable[[], Checkpoint],
+    into: LocalState,
+    group: Group = SELF,
+    *,
+    optimizer: bool = True,
+    moments: bool = True,
+) -> tuple[tuple[LoadedState, Checkpoint] | None, str]:
+    """Fill ``into`` in place from what ``look`` opens, called ``name`` in messages; None and why, if it cannot be read.
+
+    Collective. Where one rank cannot, none does, and nothing is changed. Raises CheckpointError on every rank alike for
+    a failure after that.
+    """
+    # [1] Looked at alone. A rank that cannot read it raises nothing yet.
+    fix = "`zeropipe ckpt verify` says which file is at fault"
+    looked = partial(_fitting, look, into)
+    reader, errors = together(
+        group, "checkpoint checked", looked, f"{name} cannot be read", fix, CheckpointError
+    )
+    if errors:
+        return None, errors[0]
+    # [2] All ranks can read it: from here on the engine's tensors are written.
+    assert reader is not None
+    fix = "the engine's state is mixed now: load another checkpoint before training on"
+    fill = partial(reader.fill, optimizer=optimizer, moments=moments)
+    loaded, errors = together(group, "checkpoint read", fill, f"reading {name} failed half way", fix)
+    if errors:
+        raise CheckpointError(errors[0])
+    assert loaded is not None
+    return (loaded, reader.source), ""
 
 
 def nothing_there(folder: str | os.PathLike[str], tag: str | None) -> str:
@@ -132,18 +153,22 @@ def nothing_there(folder: str | os.PathLike[str], tag: str | None) -> str:
     return "; ".join(tags.choose(Path(folder), tag).notices)
 
 
-def _checked(
+def _opened(
     candidate: tags.Candidate, into: LocalState, group: Group, *, trust: bool, verify: bool
-) -> Reader:
-    """A candidate that this rank can read as far as one can tell without reading tensors."""
+) -> Checkpoint:
+    """A candidate whose files are whole, as far as this rank checks them."""
     manifest = read_manifest(candidate.path)
     if manifest is not None:
         _check_share(candidate.path, manifest, group, verify)
     # DeepSpeed's stage 0 knows parameters by their position in the optimizer: this one's is as good as any.
     order = [list(g.get("param_names") or ()) for g in into.param_groups]
-    opened = open_folder(candidate.path, candidate.tag, trust=trust, order=order, unchecked=not verify)
+    return open_folder(candidate.path, candidate.tag, trust=trust, order=order, unchecked=not verify)
+
+
+def _fitting(look: Callable[[], Checkpoint], into: LocalState) -> Reader:
+    """A reader of what fits this rank, as far as one can tell without reading tensors."""
     shapes = wanted_shapes(into)
-    reader = Reader(seen_from(opened, into.grid, into.model.universal_info, shapes), into)
+    reader = Reader(seen_from(look(), into.grid, into.model.universal_info, shapes), into)
     reader.check_shapes(shapes)
     # Opens the files that hold it, so that a refusal comes before anything is written.
     reader.source.train_state(into.grid.rank)

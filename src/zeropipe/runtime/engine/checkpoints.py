@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from zeropipe.runtime.engine.module_state import Outcome, load_regions
 from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.utils import collecting_later
 
+# (into, group, optimizer=, moments=): what fills ``into``; None where there is nothing.
+Read = Callable[..., tuple[LoadedState, Checkpoint] | None]
+
 
 class Checkpoints:
     """The checkpoints of one engine. Every call is collective over the ranks that save and load together."""
@@ -35,11 +39,16 @@ class Checkpoints:
         """``saved(folder, tag, seconds)`` is told of each save."""
         self._parts, self._saved = parts, saved
         # With model parallelism a checkpoint is of the whole grid, not of one replica's slice.
-        self._group = parts.group if parts.mpu is None else world()
-        self.saver = Saver(self._group)
+        self.group = parts.group if parts.mpu is None else world()
+        self.saver = Saver(self.group)
         self.say = parts.say
         # Paths in the state of which the log has said that only code restores them: each save has them again.
         self._told: set[str] = set()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        return self._parts.clock.global_steps
 
     def save(
         self,
@@ -67,7 +76,7 @@ class Checkpoints:
                 self._told.add(path)
                 self.say(text)
         # A rehearsal has nothing to save, and would save it over what is there.
-        if self._group.imagined:
+        if self.group.imagined:
             return True
         # [2] From here on a failure of any rank is one of all, and the checkpoints that were there stay.
         began = time.perf_counter()
@@ -75,7 +84,6 @@ class Checkpoints:
         self._saved(str(folder), name, time.perf_counter() - began)
         return True
 
-    @collecting_later()
     def load(
         self,
         folder: str | os.PathLike[str],
@@ -90,13 +98,43 @@ class Checkpoints:
         trust: bool,
     ) -> tuple[str | None, dict[str, Any] | None]:
         """See ``engine.load_checkpoint``."""
-        parts, optimizer = self._parts, self._parts.optimizer
+        name = None if tag is None else str(tag)
+        read = self.on_disk(folder, name, verify=verify, trust=trust)
+        back = self.restore(read, custom, moments=moments, schedule=schedule, clock=clock, strict=strict)
+        if back is None and not self.group.imagined:
+            self.say(nothing_there(folder, name))
+        return (None, None) if back is None else back
+
+    def on_disk(
+        self,
+        folder: str | os.PathLike[str],
+        tag: str | None = None,
+        *,
+        verify: bool = True,
+        trust: bool = False,
+    ) -> Read:
+        """How ``restore`` reads a checkpoint there. Raises on every rank alike what a save has failed with, and where
+        ``folder`` is none."""
         self.saver.raise_pending(join=True)
         self._asked("load", "", _folder_fault(folder))
-        name = None if tag is None else str(tag)
-        if name is None and parts.config.checkpoint.load_universal:
-            name = latest_universal(Path(folder))
+        if tag is None and self._parts.config.checkpoint.load_universal:
+            tag = latest_universal(Path(folder))
+        return partial(load, folder, tag, verify=verify, trust=trust)
 
+    @collecting_later()
+    def restore(
+        self,
+        read: Read,
+        custom: Callable[..., Any] | None = None,
+        *,
+        moments: bool = True,
+        schedule: bool = True,
+        clock: bool = True,
+        strict: bool = True,
+    ) -> tuple[str, dict[str, Any]] | None:
+        """Go on from what ``read(into, group, optimizer=, moments=)`` reads; its path and client state, None where it
+        finds nothing."""
+        parts, optimizer = self._parts, self._parts.optimizer
         if (
             optimizer is not None
             and moments
@@ -109,25 +147,15 @@ class Checkpoints:
                 fix="remove the key; or load the weights into the model before initialize",
             )
         # A rehearsal begins at the beginning.
-        if self._group.imagined:
-            return None, None
+        if self.group.imagined:
+            return None
         # [1] What can be read in place is: masters, moments, and what of the module no code takes part in.
         into = translate.local_state(parts, saving=False)
         if custom is not None:
             into = replace(into, model=replace(into.model, tensors={}, regions=()))
-        found = load(
-            folder,
-            name,
-            into,
-            self._group,
-            optimizer=optimizer is not None and custom is None,
-            moments=moments,
-            verify=verify,
-            trust=trust,
-        )
+        found = read(into, self.group, optimizer=optimizer is not None and custom is None, moments=moments)
         if found is None:
-            self.say(nothing_there(folder, name))
-            return None, None
+            return None
         loaded, source = found
         for notice in loaded.notices:
             self.say(notice)
@@ -195,8 +223,8 @@ class Checkpoints:
         except Exception as error:
             fault = f"{type(error).__name__}: {error}"
         fault = fault or "; ".join(outcome.errors)
-        everyone = all_gather_object(fault, self._group, label="modules loaded")
-        faults = zip(self._group.ranks, everyone, strict=True)
+        everyone = all_gather_object(fault, self.group, label="modules loaded")
+        faults = zip(self.group.ranks, everyone, strict=True)
         # The cause before what followed from it on others.
         for rank, text in sorted(faults, key=lambda found: found[1].startswith("DesyncError")):
             if text:
@@ -234,7 +262,7 @@ class Checkpoints:
 
     def _asked(self, what: str, tag: str, fault: str) -> list[str]:
         """The tags of all ranks. Raises on every rank alike what any of them has against the save, or the load."""
-        everyone = all_gather_object((tag, fault), self._group, label=f"{what} asked for")
+        everyone = all_gather_object((tag, fault), self.group, label=f"{what} asked for")
         for _, against in everyone:
             if against:
                 raise CheckpointError(against)
@@ -244,7 +272,7 @@ class Checkpoints:
         """The tag under which all ranks save."""
         if len(set(tags)) == 1:
             return tags[0]
-        ranks = self._group.ranks
+        ranks = self.group.ranks
         listed = "; ".join(f"rank {rank}: {name!r}" for rank, name in zip(ranks, tags, strict=True))
         text = f"ranks save under different tags: {listed}. Fix: give all the same tag"
         validation = self._parts.config.checkpoint.tag_validation

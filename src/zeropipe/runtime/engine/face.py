@@ -19,6 +19,7 @@ from zeropipe.runtime.engine.regimes import Regimes
 from zeropipe.runtime.engine.report import MemoryRow, Reporter, memory_report, momenta
 from zeropipe.runtime.engine.settings import Settings
 from zeropipe.runtime.monitor import MonitorMaster
+from zeropipe.runtime.resilience.resume import Resumed, resume
 from zeropipe.runtime.timers import ThroughputTimer
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
 from zeropipe.runtime.zero.hold.offload_states import Offloaded
@@ -315,6 +316,13 @@ class Face(Settings):
             verify=verify,
             trust=trust,
         )
+
+    def resume(self, folder: str | os.PathLike[str] | None = None, *, trust: bool = False) -> Resumed:
+        """Go on from the newest good state there is: of the checkpoints in ``folder``, or nothing yet. Collective.
+
+        ``trust``: as in ``load_checkpoint``, whose errors it raises too.
+        """
+        return resume(self.checkpoints, folder, trust=trust)
 
     def wait_for_checkpoint(self) -> None:
         """Return when an asynchronous save has written this rank's files. Raises its CheckpointError."""
