@@ -192,11 +192,15 @@ def patches_torch(file: File) -> Iterator[Violation]:
                 yield node.lineno, f"patches {dotted(target)}"
         if (
             isinstance(node, ast.Call)
-            and dotted(node.func).split(".")[-1] in ("setattr", "delattr", "_replace")
+            and (dotted(node.func).split(".")[-1] in ("setattr", "delattr", "_replace") or _patch(node))
             and node.args
             and dotted(node.args[0]).split(".")[0] in roots
         ):
             yield node.lineno, f"patches {dotted(node.args[0])} by {dotted(node.func)}"
+
+
+def _patch(node: ast.Call) -> bool:
+    return dotted(node.func) in ("patch.object", "mock.patch.object")
 
 
 def _assigned(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr, int]]:

@@ -73,6 +73,7 @@ CASES = [
     (rules.patches_torch, "nn.Module.__init__ = f", "module.forward = f"),
     (rules.patches_torch, "torch.nn.functional.linear = f", "self.torch = f"),
     (rules.patches_torch, "setattr(torch.nn.Linear, 'forward', f)", "setattr(module, 'forward', f)"),
+    (rules.patches_torch, "patch.object(torch.cuda, 'synchronize', f)", "patch.object(model, 'forward', f)"),
     (rules.patches_torch, "self._replace(torch.nn.Module, 'apply', f)", "self._replace(cls, 'apply', f)"),
     (rules.computes_padding, "x = -(-n // world)", "x = n // world"),
     (rules.computes_padding, "x = (n + k - 1) // k", "x = (n + k) // k"),

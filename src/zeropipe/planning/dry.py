@@ -22,7 +22,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -96,9 +95,7 @@ class Dry(TorchDispatchMode):
         if kind == "inplace":
             return self._in_place(func, args, kwargs, given, small, unknown)
         if name in _BY_VALUE and (unknown or not small):
-            raise UsageError(
-                f"{name} of values that are not there: its shape depends on them", found=_caller()
-            )
+            raise _shapeless(name)
         if small and given and not unknown:
             result = self._really(func, name, args, kwargs)
         else:
@@ -145,13 +142,23 @@ class Dry(TorchDispatchMode):
         except TypeError:
             key, shapes = (), None
         if shapes is None:
-            moved = [_meta(value) for value in flat]
+            # torch has shapes of this one for the dtype of GPUs alone, and kernels for more.
+            narrow = torch.bfloat16 if name == "_grouped_mm" and given[0].dtype != torch.bfloat16 else None
+            moved = [_meta(value, narrow) for value in flat]
             args, kwargs = tree_unflatten(moved, spec)
             if "device" in kwargs:
                 kwargs["device"] = torch.device("meta")
-            made, made_spec = tree_flatten(func(*args, **kwargs))
+            try:
+                made, made_spec = tree_flatten(func(*args, **kwargs))
+            except NotImplementedError as error:  # index by a mask, and what else torch has no shapes for
+                raise _shapeless(name) from error
             shapes = (
-                [(tuple(t.shape), t.stride(), t.dtype) if isinstance(t, torch.Tensor) else t for t in made],
+                [
+                    (tuple(t.shape), t.stride(), given[0].dtype if narrow else t.dtype)
+                    if isinstance(t, torch.Tensor)
+                    else t
+                    for t in made
+                ],
                 made_spec,
             )
             if key:
@@ -193,25 +200,6 @@ class Dry(TorchDispatchMode):
         if name in ("equal", "is_nonzero") or tensor.dtype == torch.bool:
             return False
         return value if tensor.dtype.is_floating_point else 0
-
-
-class Here(TorchFunctionMode):
-    """Inside the block every device is this one: a program that wants a GPU gets memory that is not there either."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        device = kwargs.get("device")
-        if device is not None and not _is_here(device):
-            kwargs = {**kwargs, "device": "cpu"}
-        if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], str | int | torch.device):
-            args = (args[0], args[1] if _is_here(args[1]) else "cpu", *args[2:])
-        return func(*args, **kwargs)
-
-
-def _is_here(device: Any) -> bool:
-    return not isinstance(device, int) and torch.device(device).type in ("cpu", "meta")
 
 
 def reserved(nbytes: int) -> torch.Tensor:
@@ -266,9 +254,10 @@ def _key(value: Any) -> Any:
     return (type(value), value)
 
 
-def _meta(value: Any) -> Any:
+def _meta(value: Any, narrow: torch.dtype | None) -> Any:
     if isinstance(value, torch.Tensor):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        dtype = narrow if narrow and value.is_floating_point() else value.dtype
+        return torch.empty_strided(value.shape, value.stride(), dtype=dtype, device="meta")
     return value
 
 
@@ -292,5 +281,9 @@ def _asker() -> tuple[bool, str]:
     return False, "somewhere"
 
 
-def _caller() -> str:
-    return _asker()[1]
+def _shapeless(name: str) -> UsageError:
+    return UsageError(
+        f"{name} of values that are not there: its shape depends on them",
+        found=_asker()[1],
+        fix="a program that computes with all elements, and masks them, has shapes that are known",
+    )

@@ -211,9 +211,10 @@ def rehearse_all(
     profile = device_of(device)
     memory = parse_bytes(device_memory) if isinstance(device_memory, str) else device_memory
     chosen = sorted({0, world // 2, world - 1}) if ranks is None else ranks
-    places = [Place(rank, world, profile.ranks_per_node, profile.kind, steps) for rank in chosen]
+    memory = profile.memory if memory is None else memory
+    places = [Place(rank, world, profile.ranks_per_node, profile.kind, steps, memory) for rank in chosen]
     found = tuple(rehearse(program, place, config=config, assume=assume) for place in places)
-    return Plan(found, profile, profile.memory if memory is None else memory)
+    return Plan(found, profile, memory)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ rehearse(program, place)          a child process: what it does to modules, envi
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -20,9 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
+import torch._dynamo  # every rehearsal needs it: once here, not for two seconds in each child
 
 from zeropipe.comm.collectives import carried_by
 from zeropipe.comm.imagined import imagine
@@ -32,7 +35,8 @@ from zeropipe.comm.record import SEAM, Event
 from zeropipe.config.parse import Source
 from zeropipe.entry import OVERSEER
 from zeropipe.errors import UsageError, ZeropipeError
-from zeropipe.planning.dry import Dry, Here
+from zeropipe.planning.dry import Dry
+from zeropipe.planning.here import Here, gpus
 from zeropipe.planning.ledger import ACTIVATIONS, BUILDING, DISK, ELSEWHERE, HOST, Ledger, Usage
 from zeropipe.planning.scout import forms
 from zeropipe.planning.work import Work
@@ -57,14 +61,18 @@ class Place:
     ranks_per_node: int = 8
     device: str = "cpu"
     steps: int = 3
+    memory: int = 0  # bytes of the device, for programs that ask
+
+    @property
+    def local(self) -> int:
+        return self.rank % self.ranks_per_node
 
     def environment(self) -> dict[str, str]:
         """What torchrun would set."""
-        local = self.rank % self.ranks_per_node
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world),
-            "LOCAL_RANK": str(local),
+            "LOCAL_RANK": str(self.local),
             "LOCAL_WORLD_SIZE": str(min(self.ranks_per_node, self.world)),
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": "0",
@@ -181,6 +189,9 @@ class Watch:
             engine.gradient_accumulation_steps(),
             engine.train_batch_size(),
         )
+        # A loader that is left in the middle of an epoch would wait for its workers.
+        for worker in multiprocessing.active_children():
+            worker.terminate()
         raise Enough
 
 
@@ -220,6 +231,7 @@ def staged(place: Place, config: Source | None, assume: float | None) -> Iterato
             SEAM.listening(watch.heard),
             carried_by(PointToPoint() if by_message else Native()) if place.world > 1 else nullcontext(),
             OVERSEER.at_work(config, watch.made),
+            gpus(place.device, place.local, min(place.ranks_per_node, place.world), place.memory),
             Here(),
             Dry(ledger, work, assume),
         ):
@@ -245,41 +257,49 @@ def rehearse(
     receiving, sending = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        os.close(receiving)
-        code = 1
+    with TemporaryFile("w+", errors="replace") as said:
+        child = os.fork()
+        if child == 0:
+            os.close(receiving)
+            code = 1
+            try:
+                _play(program, place, config, assume, sending, said.fileno())
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(sending)
         try:
-            _play(program, place, config, assume, sending)
-            code = 0
+            with os.fdopen(receiving, "rb") as pipe:
+                data = pipe.read()
+        except BaseException:  # Ctrl-C
+            os.kill(child, signal.SIGKILL)
+            raise
         finally:
-            os._exit(code)
-    os.close(sending)
-    try:
-        with os.fdopen(receiving, "rb") as pipe:
-            data = pipe.read()
-    except BaseException:  # Ctrl-C
-        os.kill(child, signal.SIGKILL)
-        raise
-    finally:
-        _, status = os.waitpid(child, 0)
-    if not data:
-        raise UsageError(
-            f"the rehearsal of rank {place.rank} ended without a word",
-            found=f"exit status {os.waitstatus_to_exitcode(status)}",
-            fix="plan in a process of its own, before anything else ran in this one",
-        )
+            _, status = os.waitpid(child, 0)
+        if not data:
+            said.seek(0)
+            last = "".join(said.readlines()[-3:]).strip()
+            raise UsageError(
+                f"the rehearsal of rank {place.rank} ended without a word",
+                found=f"exit status {os.waitstatus_to_exitcode(status)}{last and f', after {last}'}",
+                fix="plan in a process of its own, before anything else ran in this one",
+            )
     found: Rehearsal | ZeropipeError = pickle.loads(data)
     if isinstance(found, BaseException):
         raise found
     return found
 
 
-def _play(program: Callable[[], object], place: Place, config: Any, assume: float | None, out: int) -> None:
+def _play(
+    program: Callable[[], object], place: Place, config: Any, assume: float | None, out: int, said: int
+) -> None:
     """In the child: play, and send back a Rehearsal or the error that ended it."""
-    # What the program prints is of a run that did not happen, and would come once for each rank.
+    # What the program prints is of a run that did not happen, and would come once for each rank; what it complains of
+    # is kept, for the case that it does not come to an end.
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - as long as the child lives
     os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(said, 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
     result: Rehearsal | BaseException
     try:
         with staged(place, config, assume) as watch:
@@ -297,12 +317,19 @@ def _play(program: Callable[[], object], place: Place, config: Any, assume: floa
         result = error
     except (Exception, SystemExit) as error:
         result = UsageError(
-            f"the program raised {type(error).__name__}: {error}",
-            found=_line(error),
-            fix="let it make its data (make_batch) instead of reading it, and leave out what needs a device or a value",
+            f"the program raised {type(error).__name__}: {error}", found=_line(error), fix=_way_out(error)
         )
     with os.fdopen(out, "wb") as pipe:
         pipe.write(pickle.dumps(result))
+
+
+def _way_out(error: BaseException) -> str:
+    text = f"{type(error).__name__} {error}".lower()
+    if isinstance(error, OSError):
+        return "let it make its data, where it reads what is not here: from Python make_batch does"
+    if any(word in text for word in ("cuda", "nvidia", "nccl")):
+        return "leave out what only a device can answer, or plan from Python with make_model and make_batch"
+    return "it is the program's own error, or of something that a rehearsal lacks: does it run on one rank?"
 
 
 def _line(error: BaseException) -> str:

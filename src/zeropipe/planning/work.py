@@ -21,8 +21,16 @@ def _attention_backward(args: Any) -> int:
     return int(sdpa_backward_flop_count(args[0].shape, args[1].shape, args[2].shape, args[3].shape))
 
 
-# torch's registry has no entry for the CPU's attention.
+def _grouped(args: Any) -> int:
+    """Rows (or columns) of one matrix, each times one of a stack of others: the experts of a layer."""
+    (*_, rows, inner), columns = args[0].shape, args[1].shape[-1]
+    stacks = args[0].shape[0] if args[0].dim() == args[1].dim() == 3 else 1
+    return int(2 * stacks * rows * inner * columns)
+
+
+# torch's registry has no entry for the CPU's attention, nor for products of many matrices at once.
 _MORE = {
+    aten._grouped_mm: _grouped,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
