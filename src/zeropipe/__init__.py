@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from zeropipe.entry import add_config_arguments, initialize
     from zeropipe.runtime.base_optimizer import DeepSpeedOptimizer
     from zeropipe.runtime.engine import DeepSpeedEngine
+    from zeropipe.runtime.resilience.loop import run
 
 __all__ = [
     "DeepSpeedEngine",
@@ -22,6 +23,7 @@ __all__ = [
     "add_config_arguments",
     "init_distributed",
     "initialize",
+    "run",
 ]
 
 __getattr__, __dir__ = lazy(__name__)

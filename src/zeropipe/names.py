@@ -38,6 +38,7 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
             "zeropipe.runtime.lr_schedules": ("add_tuning_arguments",),
             "zeropipe.runtime.pipe.engine": ("PipelineEngine",),
             "zeropipe.runtime.pipe.module": ("PipelineModule",),
+            "zeropipe.runtime.resilience.loop": ("run", "Run"),
             "zeropipe.runtime.zero": ("",),
             "zeropipe.utils.init_on_device": ("OnDevice",),
             "zeropipe.utils.logging": ("log_dist", "logger"),

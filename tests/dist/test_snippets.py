@@ -75,6 +75,12 @@ def checkpoints() -> Names:
     }
 
 
+def elastic() -> Names:
+    data = [batch() for _ in range(3)]
+    rows = [(x[0], y[0]) for x, y in data] * 8
+    return basics() | {"GPT": Model, "text": rows, "config": CONFIG}
+
+
 def stage_3() -> Names:
     names, config = basics(), CONFIG | {"zero_optimization": {"stage": 3}}
     model = Model()
@@ -123,6 +129,7 @@ GIVEN: dict[str, Callable[[], Names]] = {
     "getting-started.md": basics,
     "checkpoints.md": checkpoints,
     "data-parallelism.md": with_engine,
+    "elastic.md": elastic,
     "offload.md": lambda: with_engine() | {"generate": lambda *prompt: None},
     "optimizers.md": basics,
     "precision.md": basics,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, PrivateAttr
+from pydantic import BeforeValidator, ConfigDict, PrivateAttr
 
 from zeropipe.config.fields import Count, Dtype, Lowercase, Real, Section, key, with_keys_without_effect
 from zeropipe.config.schema_data import Curriculum, DataEfficiency, ProgressiveLayerDrop
@@ -144,6 +144,15 @@ class ParallelWrite(Section):
     """Which ranks write which layers of a pipeline's checkpoint."""
 
 
+# Of those that a process may hear; true stands for what schedulers send.
+Signals = Annotated[
+    tuple[Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "SIGXCPU"], ...],
+    BeforeValidator(
+        lambda value: (("SIGTERM", "SIGUSR1") if value else ()) if isinstance(value, bool) else value
+    ),
+]
+
+
 @with_keys_without_effect("checkpoint")
 class Checkpoint(Section):
     """How checkpoints are written and read."""
@@ -151,6 +160,23 @@ class Checkpoint(Section):
     load_universal: bool = key(False, "Read a universal checkpoint; zeropipe recognises one by itself.")
     parallel_write: ParallelWrite = key(ParallelWrite(), "Which ranks write.")
     async_save: bool = key(False, "save_checkpoint copies the state and returns; files are written behind.")
+    folder: str | None = key(
+        None, "Where the engine saves by itself; unset: where the program has saved or loaded last."
+    )
+    on_signal: Signals = key(
+        (), "Signals after which all ranks save and end at the next boundary; true: SIGTERM and SIGUSR1."
+    )
+    save_before: Real | str | None = key(
+        None,
+        "Save and end before the time is up: minutes since torchrun was started, or the environment variable that "
+        "holds the end as Unix time, such as SLURM_JOB_END_TIME.",
+    )
+    exit_code: Count | None = key(
+        None,
+        "Exit code of a run that was stopped so; unset: 128 and the signal's number, 143 at the end of its time.",
+        ge=0,
+        le=255,
+    )
     tag_validation: Annotated[Literal["ignore", "warn", "fail"], Lowercase] = key(
         "warn", "When ranks save under different tags: take rank 0's, take it with a warning, or raise."
     )

@@ -27,9 +27,11 @@ from zeropipe.runtime.engine.parts import Parts, Steps
 from zeropipe.runtime.engine.regimes import Regimes
 from zeropipe.runtime.engine.report import Reporter
 from zeropipe.runtime.engine.scaling import Scaling
+from zeropipe.runtime.resilience.stopping import Stopping
 from zeropipe.runtime.zero.hold.offload_states import Offloaded
 from zeropipe.runtime.zero.hold.values import RowNorms
 from zeropipe.runtime.zero.param import forget_whole, know_whole
+from zeropipe.tensor.host import HOST
 
 
 class DeepSpeedEngine(Face):
@@ -46,7 +48,9 @@ class DeepSpeedEngine(Face):
 
         # What works on the parts.
         self.report = Reporter(parts, self.pipeline_parallelism)
-        self.checkpoints = Checkpoints(parts, self.report.saved)
+        remark = None if parts.optimizer is None else parts.optimizer.options.remark
+        self.stopping = Stopping(parts.config.checkpoint, remark, later=not HOST.sees(parts.device))
+        self.checkpoints = Checkpoints(parts, _each(self.report.saved, self.stopping.saved))
         self.offload = Offloaded(parts.device)
         self.regimes = Regimes(parts)
 
@@ -153,6 +157,9 @@ class DeepSpeedEngine(Face):
         if tried:
             self.report.stepped()
             self._steps.told()
+            self.stopping.stepped()
+            if self.stopping.due and self.stopping.by_itself:
+                self.stopping.leave(self.save_checkpoint, self.global_steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget every gradient of the window, reduced ones too."""
@@ -213,6 +220,7 @@ class DeepSpeedEngine(Face):
         if parts.mixed is not None:
             parts.mixed.remove()
         self.report.close()
+        self.stopping.close()
         parts.drop()
         # Last, because it raises what a writer has failed with.
         self.checkpoints.saver.wait()
@@ -223,3 +231,11 @@ class DeepSpeedEngine(Face):
         if not autocast.enabled:
             return self._parts.mixed or nullcontext()
         return torch.autocast(self.device.type, dtype=dtype_of(autocast.dtype))
+
+
+def _each(*told: Callable[[str, str, float], None]) -> Callable[[str, str, float], None]:
+    def tell(folder: str, tag: str, seconds: float) -> None:
+        for one in told:
+            one(folder, tag, seconds)
+
+    return tell

@@ -1,1 +1,1 @@
-"""Runs that go on: what is kept of the last good step, and how a run finds it again."""
+"""Runs that survive: what ends them from outside, what is kept of the last good step, and how a run finds it again."""

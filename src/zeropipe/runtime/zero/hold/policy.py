@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
 import torch
 
 from zeropipe.comm.group import SELF, Group
+from zeropipe.tensor.host import Number
 
 # 8 MiB of fp32: past it no algorithm gains, scratch stays small, and latency is hidden: while one bucket travels the
 # next one fills.
@@ -87,6 +88,27 @@ class Scaler(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+@dataclass(slots=True, eq=False)
+class Remark:
+    """A number that each rank says beside the norm of every step, and the sum of all of them, which each hears then."""
+
+    _say: Callable[[], float] | None = None
+    heard: Sequence[Number] = ()  # in the last step, on its device; empty where nobody says one
+
+    def begin(self, say: Callable[[], float] | None) -> None:
+        """Ask ``say`` in each step from now on; None on all ranks or on none."""
+        self._say = say
+
+    def said(self) -> list[float]:
+        """What this rank says: one number, or none."""
+        said = [] if self._say is None else [self._say()]
+        self.heard = said  # of a rank alone that is all
+        return said
+
+    def hear(self, sums: Sequence[Number]) -> None:
+        self.heard = sums
+
+
 @dataclass(frozen=True, slots=True)
 class StepOptions:
     """How gradients become a step. ``clip``: largest global norm, 0 for none."""
@@ -100,6 +122,7 @@ class StepOptions:
     )
     counts: Callable[[torch.nn.Parameter], bool] | None = None  # whether this rank's copy enters the norm
     replicas: Group = SELF  # stage 3: the ranks that hold the same shards as this one (MiCS)
+    remark: Remark = field(default_factory=Remark)
 
 
 class Conductor(Protocol):

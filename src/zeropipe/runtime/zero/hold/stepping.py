@@ -98,14 +98,17 @@ def survey(
     # [2] Everything that ranks must know alike, in one message.
     if stores and not HOST.sees(device):
         return _survey_afar(stores, group, options, squares, 0 if own else unseen, awake)
+    said = options.remark.said()
     if group.size == 1 and options.model_group.size == 1:
         return Figures(float(squares), unseen, awake or 0)
-    figures = torch.tensor([0.0, unseen, awake or 0], dtype=torch.float64, device=device)
+    figures = torch.tensor([0.0, *said, unseen, awake or 0], dtype=torch.float64, device=device)
     figures[0] = squares
     all_reduce(figures, group, label="gradient norm")
     if options.model_group.size > 1:
-        all_reduce(figures[:1], options.model_group, label="gradient norm of all stages")
-    return Figures(*figures.tolist())
+        all_reduce(figures[: 1 + len(said)], options.model_group, label="gradient norm of all stages")
+    square, *heard, unseen, woken = figures.tolist()
+    options.remark.hear(heard)
+    return Figures(square, unseen, woken)
 
 
 def _survey_afar(
@@ -123,24 +126,26 @@ def _survey_afar(
     partitions = [store.partition for store in stores]
     seen = [float(not unseen or i in s.seen) for s in stores for i in range(len(s.partition.params))]
     away = any(partition.master.device != device or partition.offload.pages_state for partition in partitions)
-    skips = options.scaler is not None or options.skip_nonfinite
+    skips, said = options.scaler is not None or options.skip_nonfinite, options.remark.said()
     if group.size == 1 and options.model_group.size == 1:
-        known = float(squares) if skips or away else squares
-        return Figures(known, unseen, awake or 0, seen)
-    figures = torch.ones(2 + len(seen), dtype=torch.float64, device=device)
+        return Figures(float(squares) if skips or away else squares, unseen, awake or 0, seen)
+    others = 1 + len(said)  # from here on what only the ranks that hold the same tell each other
+    figures = torch.ones(others + 1 + len(seen), dtype=torch.float64, device=device)
     if unseen:
-        figures[2:] = sent(seen, figures.dtype, device)
+        figures[others + 1 :] = sent(seen, figures.dtype, device)
     # A number that the host has is written by the device; a tensor of the host would be a copy that it waits for.
     square = squares.item() if isinstance(squares, torch.Tensor) and HOST.sees(squares) else squares
-    figures[0] = square
+    for at, figure in enumerate((square, *said)):
+        figures[at] = figure
     if awake is not None:  # else there is none anywhere, and the place means nothing
-        figures[1] = awake
+        figures[others] = awake
     all_reduce(figures, group, label="gradient norm")
     if options.model_group.size > 1:
-        all_reduce(figures[:1], options.model_group, label="gradient norm of all stages")
+        all_reduce(figures[:others], options.model_group, label="gradient norm of all stages")
+    options.remark.hear(list(figures[1:others]))  # ranks differ in whether they look at the rest
     if not (skips or away or unseen or awake is not None):
         return Figures(figures[0], 0, 0)
-    known, woken, *used = figures.tolist()
+    known, woken, *used = (figure for at, figure in enumerate(figures.tolist()) if at not in range(1, others))
     return Figures(known, unseen, 0 if awake is None else woken, used)
 
 
@@ -150,8 +155,7 @@ def unused_everywhere(
     """The parameters that no rank gave a gradient; collective unless it is ``known`` who did (``Figures.used``)."""
     if known is not None:
         counts = iter(known)
-        every = [(store.partition, [next(counts) for _ in store.partition.params]) for store in stores]
-        return _unused(every)
+        return _unused((s.partition, [next(counts) for _ in s.partition.params]) for s in stores)
     device = stores[0].partition.params[0].device if stores else torch.device("cpu")
     flags = [index in store.seen for store in stores for index in range(len(store.partition.params))]
     used = torch.tensor(flags, dtype=torch.int32, device=device)
@@ -186,8 +190,7 @@ class Stepping:
 
     def __init__(self, optimizer: torch.optim.Optimizer, elementwise: bool, pages_state: bool) -> None:
         self._optimizer = optimizer
-        self._elementwise = elementwise
-        self._pages_state = pages_state
+        self._elementwise, self._pages_state = elementwise, pages_state
         self._communicates = isinstance(optimizer, Communicates)
 
     def update(
@@ -236,10 +239,7 @@ class Stepping:
         try:
             self._step_whole(partitions, unused)
         except BaseException:
-            if undo is None:
-                update.tear()
-            else:
-                undo.restore()
+            (update.tear if undo is None else undo.restore)()
             raise
         update.on_change()
 
@@ -299,8 +299,7 @@ def _hand_over(optimizer: Communicates, stores: Sequence[GradStore], factor: Num
 def _publish(update: Update, partition: Partition) -> Iterator[Job]:
     """Give every rank the new values; each message is sent once, whatever is done again."""
     if len(partition.values.runs) > 1:
-        for run in partition.values.runs:
-            yield partial(update.send, partition, run)
+        yield from (partial(update.send, partition, run) for run in partition.values.runs)
     else:
         yield partition.values.publish
 

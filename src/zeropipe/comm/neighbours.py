@@ -1,0 +1,50 @@
+"""Which ranks run on this host, as which processes, and which of those are gone: what no collective tells in time."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from zeropipe.comm.group import Group
+from zeropipe.comm.native import all_gather_object
+
+_DEAD = ("Z", "X")  # states in Linux's /proc: ended, and perhaps not waited for yet
+
+
+class Neighbours:
+    """The other ranks of ``group`` on this host. Collective to make; afterwards each rank looks by itself.
+
+    It knows of nobody where the system has no ``/proc``.
+    """
+
+    def __init__(self, group: Group) -> None:
+        everyone = all_gather_object((_host(), _process(os.getpid())), group, label="who runs where")
+        here = everyone[group.rank][0]
+        self._processes = {
+            rank: process
+            for rank, (host, process) in zip(group.ranks, everyone, strict=True)
+            if host == here and process is not None and rank != group.ranks[group.rank]
+        }
+
+    def gone(self) -> list[int]:
+        """The ranks whose processes have ended."""
+        return [rank for rank, process in self._processes.items() if _process(process[0]) != process]
+
+
+def _host() -> tuple[str, str]:
+    """What is the same for two processes that see each other's numbers."""
+    space = ""
+    with suppress(OSError):  # containers of one name count their processes apart
+        space = os.readlink("/proc/self/ns/pid")
+    return socket.gethostname(), space
+
+
+def _process(number: int) -> tuple[int, str] | None:
+    """A living process: its number, which another may get after it, and when it began; None where it has ended."""
+    with suppress(OSError, IndexError):
+        state, *rest = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+        if state not in _DEAD:
+            return number, rest[18]
+    return None

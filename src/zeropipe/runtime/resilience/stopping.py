@@ -1,0 +1,141 @@
+"""Ends a run that somebody asks to stop: all ranks at one boundary, whoever of them was asked, with a last checkpoint.
+
+    rank 0       step 7 .............. norm, word 0 | sum 1 | save, exit code 143
+    rank 1       step 7 ... SIGTERM .. norm, word 1 | sum 1 | save, exit code 143
+    rank 2       step 7 .............. norm, word 0 | sum 1 | (SIGTERM, noted) save, exit code 143
+
+The word travels in the message that brings all ranks the norm of their gradients (``Remark``), so nobody sends anything
+for it. A signal that a rank hears after that is one of the next step. Where the norm is left on a device, the sum of a
+step is looked at after the next one, when it is there without waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from zeropipe.comm.collectives import all_gather_object
+from zeropipe.comm.group import world
+from zeropipe.comm.neighbours import Neighbours
+from zeropipe.config.schema import Checkpoint
+from zeropipe.runtime.resilience.signals import Signals, TimeLimit
+from zeropipe.runtime.zero.hold.policy import Remark
+from zeropipe.tensor.host import Number
+
+_log = logging.getLogger("zeropipe")
+_SHELL = 128  # a shell's exit code of what a signal ended: this and the signal's number
+
+
+class Stopping:
+    """Whether and how the run of one engine is ended from outside.
+
+    ``client_state``: assignable; called for what a checkpoint that the engine saves by itself holds of the user's.
+    """
+
+    def __init__(self, section: Checkpoint, remark: Remark | None, later: bool) -> None:
+        """``remark``: None without an optimizer, which steps. ``later``: a sum is looked at a step later."""
+        self.client_state: Callable[[], Mapping[str, Any]] | None = None
+        self.due = False  # all ranks know that the run is to end here
+        self._section, self._remark, self._later = section, remark, later
+        self._last: Sequence[Number] = ()
+        self._signals: Signals | None = None
+        self._limit: TimeLimit | None = None
+        self._asked: tuple[str, int] | None = None
+        self._since: float | None = None  # the last boundary
+        self.neighbours: Neighbours | None = None
+        self.folder = (
+            section.folder
+        )  # where the last checkpoint goes: as configured, or where the program has saved
+        self.by_itself = True  # the engine saves and ends; False: whoever runs the loop does
+        if section.on_signal or section.save_before is not None:
+            self.arm(section.on_signal)
+
+    def arm(self, names: Sequence[str]) -> None:
+        """Hear ``names`` from now on, and the configuration's time limit. Collective."""
+        if self._signals is not None or self._remark is None or world().imagined:
+            return
+        self.neighbours = Neighbours(world())
+        self._limit = TimeLimit(self._section.save_before)
+        self._signals = Signals(names, lambda: bool(self.neighbours and self.neighbours.gone()))
+        self._remark.begin(self._word)
+
+    def leave_to_caller(self) -> None:
+        """Whoever runs the loop saves and ends it, where ``due``; not the engine at the end of its step."""
+        self.by_itself = False
+
+    def close(self) -> None:
+        """The engine is destroyed: signals go to who heard them before."""
+        if self._signals is not None and self._remark is not None:
+            self._signals.close()
+            self._signals = None
+            self._remark.begin(None)
+
+    def _word(self) -> float:
+        return float(bool(self._why()))
+
+    def _why(self) -> tuple[str, int] | None:
+        """What this rank was asked by, and the exit code for that."""
+        assert self._signals is not None
+        assert self._limit is not None
+        number = self._signals.heard
+        if number is not None:
+            self._asked = signal.Signals(number).name, _SHELL + number
+        elif self._limit.is_near:
+            self._asked = "the end of its time", _SHELL + signal.SIGTERM
+        return self._asked  # who has asked once has asked, though a save should turn out to be short
+
+    def stepped(self) -> None:
+        """At a boundary, after the step: hear what the ranks have told each other in it."""
+        if self._signals is None or self._limit is None or self._remark is None:
+            return
+        now = time.monotonic()
+        if self._since is not None:
+            self._limit.took("step", now - self._since)
+        self._since = now
+        self._signals.listen()
+        heard, self._last = (self._last, self._remark.heard) if self._later else (self._remark.heard, ())
+        self.due = self.due or any(float(number) > 0 for number in heard)
+
+    def saved(self, folder: str, tag: str, seconds: float) -> None:
+        """A checkpoint was saved in ``folder``, which took so long."""
+        if self._section.folder is None:
+            self.folder = folder
+        if self._limit is not None:
+            self._limit.took("save", seconds)
+
+    def leave(
+        self,
+        save: Callable[..., bool],
+        step: int,
+        folder: str | os.PathLike[str] | None = None,
+        client_state: Mapping[str, Any] | None = None,
+    ) -> NoReturn:
+        """Save what the run ends with, and end this process as all ranks do now. Collective, where ``due``.
+
+        ``save``: the engine's ``save_checkpoint``. Raises SystemExit.
+        """
+        assert self._signals is not None
+        self._signals.finish_saving()
+        group, folder = world(), folder or self.folder
+        everyone = all_gather_object(self._why(), group, label="asked to stop")
+        asked = [(rank, why) for rank, why in zip(group.ranks, everyone, strict=True) if why is not None]
+        if client_state is None and self.client_state is not None:
+            client_state = self.client_state()
+        # Whole when this returns: nobody would wait for a writer in the background.
+        if folder is None:
+            kept = "nothing is saved, as no folder is known; set 'checkpoint.folder'"
+        elif save(folder, client_state=client_state, async_save=False):
+            kept = f"step {step} is saved in {os.fspath(folder)}"
+        else:
+            kept = f"step {step} could not be saved in {os.fspath(folder)}"
+        code = self._section.exit_code
+        if code is None:
+            code = asked[0][1][1]
+        if group.rank == 0:
+            by = ", ".join(f"{name} (rank {rank})" for rank, (name, _) in asked)
+            _log.warning("the run is stopped by %s: %s; exit code %d", by, kept, code)
+        raise SystemExit(code)
