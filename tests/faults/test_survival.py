@@ -61,7 +61,7 @@ def moments(
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_rank_that_is_killed_costs_one_step_at_most(tmp_path: Path, stage: int) -> None:
     """Five kills at each stage; the state comes from disk."""
-    lives, back = disturbed(tmp_path, survivor.config(stage), 12, moments(stage, 5, 40))
+    lives, back = disturbed(tmp_path, survivor.config(stage), 20, moments(stage, 5, 30))
     kills = sum(code == -9 for life in lives for code in life.codes.values())
     assert kills >= 5
     assert all(one.repeated <= 1 and one.seconds < BACK_WITHIN for one in back), back
@@ -84,4 +84,4 @@ def test_a_rank_that_is_stopped_loses_nothing(tmp_path: Path, stage: int, stages
     assert all(set(life.codes.values()) == {143} for life in stops), Counter(
         str(life.codes) for life in stops
     )
-    assert all(one.repeated == 0 for one in back)
+    assert all(one.repeated <= 0 for one in back)  # a step after which a rank has left says nothing

@@ -82,14 +82,15 @@ class Signals:
             return
         if self.heard is None:
             self.heard, self._since = number, time.monotonic()
-        hurries = time.monotonic() - self._since > TWICE and not self._saving
+        hurries = time.monotonic() - self._since > TWICE
         if callable(before):
             self._inside = True
             try:
                 before(number, frame)
             finally:
                 self._inside = False
-        if hurries or self._hopeless():
+        # A rank that is done with the last checkpoint is gone too, and torchrun then stops those that are about to go.
+        if not self._saving and (hurries or self._hopeless()):
             self._end(number)
 
     def _end(self, number: int) -> None:
