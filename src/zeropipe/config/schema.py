@@ -153,12 +153,23 @@ Signals = Annotated[
 ]
 
 
+class Memory(Section):
+    """Copies of the last good steps in memory that outlasts the processes."""
+
+    every: Count = key(0, "Optimizer steps between two copies; 0: none are kept.", ge=0)
+    copies: Count = key(
+        1, "Other hosts that keep one too, where there are so many: with 1 any one host may be lost.", ge=0
+    )
+    folder: str | None = key(None, "Where copies lie on each host; unset: /dev/shm.")
+
+
 @with_keys_without_effect("checkpoint")
 class Checkpoint(Section):
     """How checkpoints are written and read."""
 
     load_universal: bool = key(False, "Read a universal checkpoint; zeropipe recognises one by itself.")
     parallel_write: ParallelWrite = key(ParallelWrite(), "Which ranks write.")
+    memory: Memory = key(Memory(), "Copies of the last good steps in memory.")
     async_save: bool = key(False, "save_checkpoint copies the state and returns; files are written behind.")
     folder: str | None = key(
         None, "Where the engine saves by itself; unset: where the program has saved or loaded last."

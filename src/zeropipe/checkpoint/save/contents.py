@@ -61,6 +61,14 @@ class Outgoing:
 
 def collect(local: LocalState, tag: str, *, copy: bool, buffers: HostBuffers | None = None) -> Outgoing:
     """Lay out this rank's files. With ``copy`` nothing in them shares memory with the training state."""
+    laid = lay_out(local, tag, copy=copy)
+    # One by one: what two files hold of a storage differs, and each must hold no more than its own.
+    host = {name: snapshot(tree, copy=copy, buffers=buffers) for name, tree in laid.trees.items()}
+    return Outgoing(host, laid.part)
+
+
+def lay_out(local: LocalState, tag: str, *, copy: bool = False, peers: bool = True) -> Outgoing:
+    """This rank's files, of the state's own tensors; ``peers``: with the keys that other readers than ours want."""
     grid, model = local.grid, local.model
     lead = grid.dp_rank == 0
     trees: dict[str, Any] = {}
@@ -75,10 +83,10 @@ def collect(local: LocalState, tag: str, *, copy: bool, buffers: HostBuffers | N
     if local.stage >= 3:
         model_file = get_zero3_model_ckpt_name_for_rank("", grid.dp_rank, grid.mp_rank)
     files = dict.fromkeys(model.tensors if lead else (), model_file)
-    if lead or local.stage >= 3:
-        module = _module(local, lead)
-        trees[model_file] = tree = model_keys(local, module)
-        for key, value in lowered(local.train.client_state).items():
+    if lead or (peers and local.stage >= 3):
+        module = _module(local, lead, peers)
+        trees[model_file] = tree = model_keys(local, module) if peers else _counts(local, module)
+        for key, value in lowered(local.train.client_state).items() if peers else ():
             tree.setdefault(key, value)
         tree[OURS] = _words(local, code if lead else {}, lead)
         for layer, key, name in model.layers if lead else ():
@@ -99,11 +107,12 @@ def collect(local: LocalState, tag: str, *, copy: bool, buffers: HostBuffers | N
         rank_file = flat_file = get_zero_ckpt_name_for_rank("", grid.dp_rank, grid.mp_rank)
         if local.dtype == "bfloat16":
             rank_file = flat_file = f"bf16_{flat_file}"
-        trees[rank_file] = optimizer_keys(local) | {OURS: per_rank | {"flats": flat_trees}}
+        trees[rank_file] = (optimizer_keys(local) if peers else {}) | {OURS: per_rank | {"flats": flat_trees}}
     else:
         trees[rank_file] = {OURS: per_rank}
         if mine:
-            tree["optimizer"] = whole_optimizer(local)
+            if peers:
+                tree["optimizer"] = whole_optimizer(local)
             tree[OURS]["flats"] = flat_trees
 
     # [3] What only code restores.
@@ -130,9 +139,7 @@ def collect(local: LocalState, tag: str, *, copy: bool, buffers: HostBuffers | N
         ),
         tuple(_entry(f, grid.mp_rank, flat_file) for f in mine),
     )
-    # One by one: what two files hold of a storage differs, and each must hold no more than its own.
-    host = {name: snapshot(tree, copy=copy, buffers=buffers) for name, tree in trees.items()}
-    return Outgoing(host, part)
+    return Outgoing(trees, part)
 
 
 def write(folder: Path, outgoing: Outgoing) -> Manifest:
@@ -146,7 +153,7 @@ def code_file(mp_rank: int) -> str:
     return CODE_FILE if mp_rank == 0 else CODE_FILE.replace("states", f"mp_rank_{mp_rank:02d}_states")
 
 
-def _module(local: LocalState, lead: bool) -> OrderedDict[str, Any]:
+def _module(local: LocalState, lead: bool, peers: bool) -> OrderedDict[str, Any]:
     """The state dict in the model file; only the first data-parallel rank's (``lead``) holds values."""
     model, tensors = local.model, local.model.tensors
     module: OrderedDict[str, Any] = OrderedDict()
@@ -154,7 +161,7 @@ def _module(local: LocalState, lead: bool) -> OrderedDict[str, Any]:
         module.update(tensors)
         module.update({other: tensors[name] for other, name in model.tied.items() if name in tensors})
         module.update({k: v for k, v in model.rest.extra.items() if is_plain(v)})
-    if local.stage >= 3:
+    if local.stage >= 3 and peers:
         module.update({name: tensors[name] for name in model.of_kind("buffer")})
         # A strict load in DeepSpeed wants every name; it too keeps sharded parameters as empty tensors here.
         held = [s.name for f in local.flats for s in f.layout.tensors if s.name not in model.rest.hidden]
@@ -179,6 +186,15 @@ def _figure(value: Any) -> int | float | None:
     if isinstance(value, torch.Tensor):
         return value.item() if value.numel() == 1 else None
     return value if isinstance(value, (int, float)) else None
+
+
+def _counts(local: LocalState, module: OrderedDict[str, Any]) -> dict[str, Any]:
+    """Of a model file's top level what we read ourselves."""
+    train = local.train
+    counts = {
+        key: getattr(train, key) for key in ("global_steps", "global_samples", "skipped_steps", "ds_config")
+    }
+    return {"module": module} | counts
 
 
 # What is no tensor, in words; ``code`` gets what only code can restore.

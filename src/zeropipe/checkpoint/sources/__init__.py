@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -296,10 +297,12 @@ def _by_name(items: Iterable[tuple[str, _Item]]) -> dict[str, list[_Item]]:
 class Files:
     """Opened files of one folder; tensors in them are mapped, not read."""
 
-    def __init__(self, folder: Path, trust: bool = False) -> None:
+    def __init__(
+        self, folder: Path, trust: bool = False, opened: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         self.folder = folder
         self.trust = trust
-        self._open: dict[str, Any] = {}
+        self._open = dict(opened)
         self._opening = threading.Lock()
 
     def __getitem__(self, name: str) -> Any:

@@ -31,9 +31,11 @@ from zeropipe.errors import CheckpointError
 _MODEL_FILE = re.compile(r"^(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt$")
 
 
-def parse_ours(folder: Path, manifest: Manifest, *, trust: bool = False) -> Checkpoint:
-    """No file is opened before something is read from it."""
-    there = _Folder(Files(folder, trust), manifest)
+def parse_ours(
+    folder: Path, manifest: Manifest, *, trust: bool = False, opened: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """No file is opened before something is read from it; those that are ``opened`` need not be in the folder."""
+    there = _Folder(Files(folder, trust, opened or {}), manifest)
     return Checkpoint(
         folder,
         manifest.tag,

@@ -44,6 +44,11 @@ class Checkpoints:
         self.say = parts.say
         # Paths in the state of which the log has said that only code restores them: each save has them again.
         self._told: set[str] = set()
+        self._settle: Callable[[], None] = lambda: None
+
+    def serve(self, settle: Callable[[], None]) -> None:
+        """``settle`` is called before a save or a load changes anything of the state."""
+        self._settle = settle
 
     @property
     def step(self) -> int:
@@ -62,6 +67,7 @@ class Checkpoints:
         """See ``engine.save_checkpoint``."""
         parts = self._parts
         asynchronous = parts.config.checkpoint.async_save if async_save is None else async_save
+        self._settle()
         # Values that a user wrote since the last step are saved, and with them the masters that they stand for.
         if parts.optimizer is not None:
             parts.optimizer.check_whole("save_checkpoint")
@@ -149,6 +155,7 @@ class Checkpoints:
         # A rehearsal begins at the beginning.
         if self.group.imagined:
             return None
+        self._settle()
         # [1] What can be read in place is: masters, moments, and what of the module no code takes part in.
         into = translate.local_state(parts, saving=False)
         if custom is not None:

@@ -27,6 +27,7 @@ from zeropipe.runtime.engine.parts import Parts, Steps
 from zeropipe.runtime.engine.regimes import Regimes
 from zeropipe.runtime.engine.report import Reporter
 from zeropipe.runtime.engine.scaling import Scaling
+from zeropipe.runtime.resilience.copies import Copies
 from zeropipe.runtime.resilience.stopping import Stopping
 from zeropipe.runtime.zero.hold.offload_states import Offloaded
 from zeropipe.runtime.zero.hold.values import RowNorms
@@ -51,6 +52,7 @@ class DeepSpeedEngine(Face):
         remark = None if parts.optimizer is None else parts.optimizer.options.remark
         self.stopping = Stopping(parts.config.checkpoint, remark, later=not HOST.sees(parts.device))
         self.checkpoints = Checkpoints(parts, _each(self.report.saved, self.stopping.saved))
+        self.copies = Copies(parts, self.checkpoints)
         self.offload = Offloaded(parts.device)
         self.regimes = Regimes(parts)
 
@@ -150,11 +152,13 @@ class DeepSpeedEngine(Face):
         # An asynchronous save that failed is told where all ranks are about to meet anyway.
         if self.clock.steps_now:
             self.checkpoints.saver.raise_pending()
+            self.copies.settle()
         self.offload.bring_back(self.optimizer, non_blocking=True)
         # Telling may raise too (a full disk under a monitor); the step is not told twice then, nor taken twice.
         with self.report.phase("step"):
             tried = self._steps.end(self.lr_scheduler, lr_kwargs)
         if tried:
+            self.copies.take()
             self.report.stepped()
             self._steps.told()
             self.stopping.stepped()
@@ -209,6 +213,7 @@ class DeepSpeedEngine(Face):
     def destroy(self) -> None:
         """Remove every hook and buffer; the module works on as a plain module. May be called again."""
         parts = self._parts
+        self.copies.close()
         # The optimizer gives parameters their values back before what gathers them is gone.
         if parts.optimizer is not None:
             parts.optimizer.destroy()

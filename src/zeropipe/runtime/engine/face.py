@@ -19,6 +19,7 @@ from zeropipe.runtime.engine.regimes import Regimes
 from zeropipe.runtime.engine.report import MemoryRow, Reporter, memory_report, momenta
 from zeropipe.runtime.engine.settings import Settings
 from zeropipe.runtime.monitor import MonitorMaster
+from zeropipe.runtime.resilience.copies import Copies
 from zeropipe.runtime.resilience.resume import Resumed, resume
 from zeropipe.runtime.timers import ThroughputTimer
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
@@ -32,6 +33,7 @@ class Face(Settings):
 
     # Made by the engine itself.
     checkpoints: Checkpoints
+    copies: Copies
     offload: Offloaded
     report: Reporter
     regimes: Regimes
@@ -317,12 +319,20 @@ class Face(Settings):
             trust=trust,
         )
 
-    def resume(self, folder: str | os.PathLike[str] | None = None, *, trust: bool = False) -> Resumed:
-        """Go on from the newest good state there is: of the checkpoints in ``folder``, or nothing yet. Collective.
+    def resume(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        *,
+        trust: bool = False,
+    ) -> Resumed:
+        """Go on from the newest good state there is: a copy in memory (``checkpoint.memory``), or a checkpoint in
+        ``folder``. Collective; to be called before the first step.
 
-        ``trust``: as in ``load_checkpoint``, whose errors it raises too.
+        ``client_state``: of the program; copies in memory hold it as it is when ``step`` returns. What was kept comes
+        back in the result. ``trust``: as in ``load_checkpoint``, whose errors it raises too.
         """
-        return resume(self.checkpoints, folder, trust=trust)
+        return resume(self.checkpoints, self.copies, folder, client_state, trust=trust)
 
     def wait_for_checkpoint(self) -> None:
         """Return when an asynchronous save has written this rank's files. Raises its CheckpointError."""

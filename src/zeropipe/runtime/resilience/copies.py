@@ -1,0 +1,261 @@
+"""Copies of the last good steps in memory that outlasts the process, made while the next step computes.
+
+::
+
+    step 7         | forward, backward            | step 8            | forward, backward
+    boundary: take   copy in a thread        settle                take
+    slot 0           [########### 7 #######] seal                    7               7
+    slot 1            6 (whole)                                      [######### 8 ####...
+
+The optimizer's state changes in a step alone, so a thread may copy it until the next one begins (``settle``). What a
+program can write to in between (parameters, buffers, and masters that are parameters) is copied before ``step``
+returns; and if something else was written meanwhile, which version counters tell, the piece gets no head, and from
+then on all is copied at once. Two slots: a rank that dies among its copies leaves the step before whole.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeropipe.checkpoint.memory.pieces import Digest, Packed, Seal, Slot, pack
+from zeropipe.checkpoint.memory.shelf import SHARED, Shelf
+from zeropipe.checkpoint.memory.state import share_of
+from zeropipe.checkpoint.save.records import LocalState
+from zeropipe.comm.collectives import all_gather_object
+from zeropipe.errors import UsageError, describe
+from zeropipe.runtime.engine.checkpoints import Checkpoints
+from zeropipe.runtime.engine.parts import Parts
+from zeropipe.runtime.engine.state import local_state
+from zeropipe.runtime.optimizers.shard_view import Communicates
+
+_log = logging.getLogger("zeropipe")
+
+
+class Engines:
+    """The engines of this process that keep copies, and what is left to do for them when it ends."""
+
+    def __init__(self) -> None:
+        self._taken: set[int] = set()
+        self._endings: dict[str, Callable[[], None]] = {}  # by token
+        self._process = 0
+
+    @property
+    def free(self) -> int:
+        """The first number that is free: a process that was started anew so finds what its predecessor kept."""
+        return next(n for n in range(len(self._taken) + 1) if n not in self._taken)
+
+    def take(self, number: int, engine: object) -> None:
+        """It is free again when ``engine`` is gone."""
+        self._taken.add(number)
+        weakref.finalize(engine, self._taken.discard, number)
+
+    def at_end(self, token: str, ending: Callable[[], None]) -> None:
+        """Have ``ending`` called when the process ends well. It keeps no engine alive."""
+        if self._process != os.getpid():  # of a parent's engines the parent takes care
+            self._process, self._endings = os.getpid(), {}
+            atexit.register(self._end)
+        self._endings[token] = ending
+
+    def end(self, token: str) -> None:
+        """Call it now."""
+        ending = self._endings.pop(token, None)
+        if ending is not None:
+            ending()
+
+    def _end(self) -> None:
+        # Where an error ends the process, the one that is started in its place goes on from what is there.
+        if self._process == os.getpid() and getattr(sys, "last_value", None) is None:
+            for token in list(self._endings):
+                self.end(token)
+
+
+ENGINES = Engines()
+
+
+@dataclass(frozen=True, slots=True)
+class _Life:
+    """What all ranks have agreed on before the first copy, and where this one's lie."""
+
+    shelf: Shelf
+    attempt: int
+    token: str
+    slots: tuple[Slot, Slot]
+
+
+class Copies:
+    """The copies of one engine, on this rank. Every rank of the group that saves together makes the same calls."""
+
+    def __init__(self, parts: Parts, checkpoints: Checkpoints) -> None:
+        self._parts, self._group = parts, checkpoints.group
+        checkpoints.serve(settle=self.settle)
+        self._every = parts.config.checkpoint.memory.every
+        self._client_state: Mapping[str, Any] = {}
+
+        # Where they lie, once it is asked for.
+        self._wanted = self._every > 0 and not self._group.imagined
+        self._shelf: Shelf | None = None
+
+        # From the first copy on.
+        self._life: _Life | None = None
+        self._copies = 0
+        self._free = 0  # the slot that does not hold the newest piece
+
+        # The copy under way, if there is one.
+        self._thread: threading.Thread | None = None
+        self._failure = ""
+        self._at_once = False  # a program has written to what was being copied
+        self._told: set[str] = set()
+
+    def shelf(self) -> Shelf | None:
+        """Where copies lie; None where none are kept. Collective the first time."""
+        if self._wanted and self._shelf is None:
+            # Which engine of a process this is all ranks must say alike, and one may not have let go of another yet.
+            number = max(all_gather_object(ENGINES.free, self._group, label="copies of which engine"))
+            ENGINES.take(number, self)
+            self._shelf = Shelf(Path(self._parts.config.checkpoint.memory.folder or SHARED), number)
+        return self._shelf if self._wanted else None
+
+    def keep(self, client_state: Mapping[str, Any]) -> None:
+        """Have copies hold what ``client_state`` is when ``step`` returns."""
+        self._client_state = client_state
+
+    # At boundaries.
+
+    def take(self) -> None:
+        """After a step: copy the state as it is now, in part behind. Collective the first time.
+
+        Raises UsageError, on every rank alike and once, where the copies have no room.
+        """
+        if not self._wanted or self._parts.clock.global_steps % self._every:
+            return
+        self.settle()
+        packed, stays = None, frozenset[int]()
+        try:
+            local = local_state(self._parts, self._client_state)
+            base = None if self._parts.optimizer is None else self._parts.optimizer.optimizer
+            packed = pack(share_of(local, replicas_agree=not isinstance(base, Communicates)))
+            stays = frozenset() if self._at_once else _own_memory(local, self._parts.module)
+        except Exception as reason:  # a state hook of the program
+            self._failure = f"{type(reason).__name__}: {reason}"
+        self._copies += 1
+        shelf = self.shelf()
+        if self._life is None and shelf is not None:
+            self._begin(shelf, 0 if packed is None else packed.nbytes)
+        if packed is not None and self._life is not None:
+            self._copy(self._life, packed, stays)
+        self._tell()
+
+    def settle(self) -> None:
+        """The copy under way is made; for whoever is about to change the state."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+            self._tell()
+
+    def close(self) -> None:
+        """The run has come to its end well; may be called again."""
+        self.settle()
+        if self._life is not None:
+            ENGINES.end(self._life.token)
+        self._stop()
+
+    # What they are made of.
+
+    def _begin(self, shelf: Shelf, nbytes: int) -> None:
+        """All ranks agree on whose copies these are, and on whether there is room."""
+        group, fault, last = self._group, "", 0
+        try:
+            shelf.open()
+            last = max((seal.attempt for _, seal in shelf.found()), default=0)
+        except (OSError, UsageError) as reason:
+            fault = str(reason)
+        everyone = all_gather_object(
+            (shelf.host, last, secrets.token_hex(6), 2 * nbytes, fault), group, label="copies begin"
+        )
+        here = [size for host, *_, size, _ in everyone if host == shelf.host]
+        if not fault and sum(here) > (free := shelf.room()):
+            fault = describe(
+                f"copies in memory have no room in {shelf.root}",
+                rank=group.ranks[group.rank],
+                expected=f"{sum(here)} bytes for two copies of what {len(here)} ranks hold",
+                found=f"{free} bytes",
+                fix="make it larger (a container's --shm-size), or name another folder in "
+                '"checkpoint": {"memory": {"folder": ...}}',
+            )
+        fault = next(filter(None, all_gather_object(fault, group, label="copies have room")), "")
+        if fault:
+            self._stop()
+            raise UsageError(fault)
+        rank, token, neighbours = group.rank, everyone[0][2], len(here)
+        slots = shelf.slot(token, rank, 0), shelf.slot(token, rank, 1)
+        self._life = _Life(shelf, 1 + max(last for _, last, *_ in everyone), token, slots)
+        ENGINES.at_end(token, lambda: shelf.end(token, rank, neighbours))
+
+    def _copy(self, life: _Life, packed: Packed, stays: frozenset[int]) -> None:
+        # Every rank has settled its first copy before anybody could end this step: what was before is of no more use.
+        if self._copies == 2:
+            life.shelf.keep_only(life.token)
+        slot, group, step = life.slots[self._free], self._group, self._parts.clock.global_steps
+        place = (self._copies, step, group.rank, group.size)
+        seal = Seal(life.attempt, life.token, *place, life.shelf.agent, packed.nbytes, "")
+        try:
+            memory = slot.begin(packed.nbytes)
+            packed.copy_to(memory, lambda tensor: _memory_of(tensor) not in stays)
+        except OSError as reason:
+            self._failure = f"{reason.strerror} ({slot.path})"
+            return
+        kept = [tensor for tensor in packed.tensors if _memory_of(tensor) in stays]
+        versions = [tensor._version for tensor in kept]
+
+        def rest() -> None:
+            try:
+                packed.copy_to(memory, lambda tensor: _memory_of(tensor) in stays)
+                if versions != [tensor._version for tensor in kept]:
+                    self._at_once = True
+                    self._failure = "the optimizer's state was written to after the step"
+                    return
+                slot.end(replace(seal, digest=Digest.of(memory)))
+                self._free = 1 - self._free
+            except Exception as reason:
+                self._failure = f"{type(reason).__name__}: {reason}"
+
+        self._thread = threading.Thread(target=rest, name="zeropipe copies")
+        self._thread.start()
+
+    def _tell(self) -> None:
+        text, self._failure = self._failure, ""
+        if text and text not in self._told:
+            self._told.add(text)
+            _log.warning(
+                "[rank %d] no copy in memory of step %d: %s",
+                self._group.ranks[self._group.rank],
+                self._parts.clock.global_steps,
+                text,
+            )
+
+    def _stop(self) -> None:
+        self._wanted, self._life = False, None
+
+
+def _own_memory(local: LocalState, module: torch.nn.Module) -> frozenset[int]:
+    """Addresses of the memory of masters and moments that no parameter or buffer of ``module`` shows."""
+    held = {_memory_of(tensor) for flat in local.flats for tensor in flat.tensors.values()}
+    return frozenset(
+        held - {_memory_of(tensor) for tensor in (*module.parameters(), *module.buffers())} - {0}
+    )
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
