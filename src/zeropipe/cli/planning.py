@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.main import get_command
 
 from zeropipe.cli import to_file
 from zeropipe.errors import ConfigError, UsageError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 reporting = typer.Typer(add_completion=False)
+CALIBRATE = "calibrate"  # in place of a script
 _SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
@@ -51,7 +53,15 @@ def plan(
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the plan as a page (HTML).")] = None,
 ) -> None:
-    """Rehearse a run as some ranks of any world, on this machine: bytes, traffic, time, and whether it fits."""
+    """Rehearse a run as some ranks of any world, on this machine: bytes, traffic, time, and whether it fits.
+
+    ``zeropipe plan calibrate`` measures this machine instead: its profile is a ``--device``.
+    """
+    if script == CALIBRATE and not Path(script).is_file():
+        from zeropipe.cli.calibrate import app as calibrating
+
+        get_command(calibrating).main(context.args, f"zeropipe plan {CALIBRATE}", standalone_mode=False)
+        return
     from zeropipe.planning.plan import rehearse_all
 
     if (script is None) == (hf is None):
@@ -148,11 +158,17 @@ def show(found: Plan) -> None:
     if found.device.base:
         base = in_words(found.device.base)
         table.add_row("the process itself", *(base for _ in found.rehearsals), base)
-    totals = [in_words(one.peak.peak + found.device.base) for one in found.rehearsals]
+    kept = [found.device.keeps(one.passing) for one in found.rehearsals]
+    if any(kept):
+        table.add_row("what the heap may keep", *map(in_words, kept), in_words(found.kept))
+    totals = [
+        in_words(one.peak.peak + found.device.base + more)
+        for one, more in zip(found.rehearsals, kept, strict=True)
+    ]
     resting = sum(
         size for kind, size in found.fullest.resting.items() if not kind.startswith(("host", "disk"))
     )
-    table.add_row("together", *totals, in_words(resting + found.device.base), style="bold")
+    table.add_row("together", *totals, in_words(resting + found.device.base + found.kept), style="bold")
     console.print(table)
     fullest = found.fullest
     console.print(f"The peak of rank {fullest.place.rank} comes in: {fullest.peak.moment}", highlight=False)
@@ -165,6 +181,10 @@ def show(found: Plan) -> None:
         f"{found.throughput:,.3g} samples/s",
         highlight=False,
     )
+    if found.bubble is not None:
+        console.print(
+            f"The pipeline's ranks wait {found.bubble:.0%} of the time that they compute", highlight=False
+        )
     style = "green" if found.fits else "bold red"
     console.print(found.verdict(), style=style, highlight=False)
 

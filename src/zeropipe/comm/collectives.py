@@ -51,11 +51,11 @@ class _Carriers:
         self.forced: Transport | None = None
 
     def carrier(self, tensor: torch.Tensor, group: Group) -> Transport:
-        if self.forced is not None and group.pg is not None:
-            return self.forced
         # Before the device is asked for: a group of one sends nothing, so no backend needs to carry it.
         if group.size == 1:
             return self._alone
+        if self.forced is not None and group.pg is not None:
+            return self.forced
         return self._by_messages if group.backend_for(tensor) == "gloo" else self.native
 
     def in_one(self, group: Group) -> bool:

@@ -1,14 +1,16 @@
 """What a device and the links between devices can do, and how long a rehearsed step takes on them.
 
-A kernel takes the longer of its arithmetic and its traffic with memory, and never less than its launch (the roofline
-of Williams, Waterman, Patterson 2009). A collective of n ranks takes its latency and the time of the bytes that cross
-the slowest link of a ring: (n - 1)/n of a gather or a reduction to owners, twice that of an all-reduce. What a phase
-computes and what it sends overlap as far as ``overlap`` says.
+A kernel takes the longer of its arithmetic and its traffic with memory (the roofline of Williams, Waterman, Patterson
+2009), times what its operator is slower by; its launch comes before it on a CPU and beside it on a GPU. A collective of
+n ranks takes its latency and the time of the bytes that cross the slowest link of a ring: (n - 1)/n of a gather or a
+reduction to owners, twice that of an all-reduce. What a phase computes and what it sends overlap as far as ``overlap``
+says.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -17,8 +19,16 @@ from typing import Any
 
 from zeropipe.errors import ConfigError
 from zeropipe.given import Json
+from zeropipe.planning.work import Kernel
 
 GB = 10**9
+# glibc's heap keeps what is freed below a block in use, and a hole is no room for the aligned block that made it. How
+# much stays so hangs on the order of small things; in benchmarks/plan it was never more than this many of the largest
+# block that came and went, and this share of all. Where this variable of the environment names a size, blocks from
+# there on go back when they are freed (mallopt(3)), and no hole stays.
+GIVE_BACK = "MALLOC_MMAP_THRESHOLD_"
+_HOLES, _SHARE = 6.0, 0.3
+_SCRATCH = 16 * 2**20  # bytes that products keep for themselves: MKL's and oneDNN's packed matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +47,23 @@ class Device:
     overlap: float = 0.8  # of the shorter of computing and sending, how much hides behind the longer
     base: int = 0  # bytes that a process takes before there is a model
     ranks_per_node: int = 8
+    slower: dict[str, float] = field(default_factory=dict)  # times, by "operator dtype", or by what is sent
 
-    def seconds_of(self, flops: int, nbytes: int, dtype: str) -> float:
-        """Of one kernel."""
-        speed = self.flops.get(dtype) or self.flops["float32"]
-        return max(flops / speed, nbytes / self.bandwidth, self.launch)
+    def keeps(self, passing: tuple[int, int]) -> int:
+        """Bytes that a process may keep of blocks that come and go: their most at once, and the largest."""
+        if self.kind != "cpu":
+            return 0
+        most, largest = (0, 0) if os.environ.get(GIVE_BACK) else passing
+        return int(_HOLES * largest + _SHARE * most) + _SCRATCH
+
+    def roof(self, kernel: Kernel) -> float:
+        """Seconds that ``kernel`` takes by the rates alone."""
+        speed = self.flops.get(kernel.dtype) or self.flops["float32"]
+        return max(kernel.flops / speed, kernel.nbytes / self.bandwidth)
+
+    def seconds_of(self, kernel: Kernel) -> float:
+        took = self.roof(kernel) * self.slower.get(f"{kernel.op} {kernel.dtype}", 1.0)
+        return took + self.launch if self.kind == "cpu" else max(took, self.launch)
 
     def sends(self, op: str, nbytes: int, ranks: tuple[int, ...]) -> float:
         """Seconds of one collective of ``ranks`` whose whole tensor has ``nbytes``."""
@@ -50,7 +72,8 @@ class Device:
             return 0.0
         one_node = len({rank // self.ranks_per_node for rank in ranks}) == 1
         share = (n - 1) / n * (2 if op == "all_reduce" else 1) if op not in ("send", "recv") else 1
-        return self.latency + nbytes * share / (self.inside if one_node else self.between)
+        took = self.latency + nbytes * share / (self.inside if one_node else self.between)
+        return took * self.slower.get(op, 1.0)
 
 
 # Reached, not promised: about 60 % of the dense peak in bf16, 90 % of the memory's bandwidth, NVLink inside a node and
@@ -141,12 +164,12 @@ class Seconds:
         return a + b - self.overlap * min(a, b)
 
 
-def seconds(kernels: Mapping[Any, int], traffic: Mapping[Any, int], device: Device) -> Seconds:
+def seconds(kernels: Mapping[Kernel, int], traffic: Mapping[Any, int], device: Device) -> Seconds:
     """How long the rehearsed ``kernels`` and ``traffic`` (as a Rehearsal has them) take on ``device``."""
     computing: Counter[str] = Counter()
     sending: Counter[str] = Counter()
-    for (phase, _, flops, nbytes, dtype), count in kernels.items():
-        computing[phase] += count * device.seconds_of(flops, nbytes, dtype)  # type: ignore[assignment]
+    for kernel, count in kernels.items():
+        computing[kernel.phase] += count * device.seconds_of(kernel)  # type: ignore[assignment]
     for (op, _, nbytes, ranks, phase), count in traffic.items():
         sending[phase] += count * device.sends(op, nbytes, ranks)  # type: ignore[assignment]
     return Seconds(dict(computing), dict(sending), device.overlap)

@@ -100,7 +100,7 @@ class Dry(TorchDispatchMode):
             result = self._really(func, name, args, kwargs)
         else:
             result = self._left_out(func, name, flat, spec, given)
-        self._note(func, args, kwargs, given, result)
+        self._work.add(func, args, kwargs, result)
         return result
 
     def _really(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -112,17 +112,10 @@ class Dry(TorchDispatchMode):
         self._ledger.made(result)
         return result
 
-    def _note(self, func: Any, args: Any, kwargs: Any, given: list[torch.Tensor], result: Any) -> None:
-        made = [value for value in tree_flatten(result)[0] if isinstance(value, torch.Tensor)]
-        dtypes = [tensor.dtype for tensor in (*made, *given) if tensor.dtype.is_floating_point]
-        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in (*given, *made))
-        dtype = str(dtypes[0]).removeprefix("torch.") if dtypes else "int"
-        self._work.add(func, args, kwargs, result, nbytes, dtype)
-
     def _in_place(
         self, func: Any, args: Any, kwargs: Any, given: list[torch.Tensor], small: bool, unknown: bool
     ) -> Any:
-        self._note(func, args, kwargs, given, None)
+        self._work.add(func, args, kwargs, None)
         written = _written(func, args, kwargs)
         # Of few elements some may be known and stay so in truth: a flag beside a loss.
         if small:
@@ -203,9 +196,14 @@ class Dry(TorchDispatchMode):
 
 
 def reserved(nbytes: int) -> torch.Tensor:
+    """``pages``, as a tensor."""
+    return torch.frombuffer(pages(nbytes), dtype=torch.uint8)
+
+
+def pages(nbytes: int) -> mmap.mmap:
     """Bytes of address space, zero, that no limit on memory counts until they are written to."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
+    return mmap.mmap(-1, nbytes, flags=flags)
 
 
 def _kind_of(func: Any, name: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,9 @@ from zeropipe.runtime.pipe import p2p, wire
 from zeropipe.runtime.zero.hold import autograd, grads, reducer, values
 
 _POINTS = 400  # of a curve
+HEAP = (
+    32 * 2**20
+)  # bytes: glibc gives larger blocks back when they are freed, whatever else it has learned to keep
 ELSEWHERE = "elsewhere: "  # what other ranks hold, made here to learn its shapes
 HOST, DISK = "host: ", "disk: "  # before the kind of what offload has placed there
 # Which module asks for memory says what for: the first from the inside that is one of these, or in one of these.
@@ -59,13 +63,15 @@ class Piece:
 class Usage:
     """The most bytes that were alive at once, when, and of what kinds; and how it came there and went on.
 
-    ``curve``: (tick, bytes, moment), the highest point of each of at most some hundred stretches.
+    ``curve``: (tick, bytes, moment), the highest point of each of at most some hundred stretches. ``passing``: the most
+    at once of blocks that come and go and are small enough for a heap to keep them, and the largest of these.
     """
 
     peak: int
     moment: str
     kinds: dict[str, int]
     curve: list[tuple[int, int, str]]
+    passing: tuple[int, int] = (0, 0)
 
 
 class Ledger:
@@ -163,13 +169,13 @@ class Ledger:
     # What is known in the end.
 
     def name_all(self, owned: Mapping[str, Iterable[torch.Tensor]]) -> None:
-        """What is known to be of a kind is that, whoever asked for its memory."""
+        """What is known to be of a kind is that, whoever asked for its memory; what lies in files does so still."""
         for kind, tensors in owned.items():
             for tensor in tensors:
                 if tensor.layout == torch.strided:
                     found = self._alive.get(tensor.untyped_storage()._cdata)
                     if found is not None:
-                        found[1].kind = kind
+                        found[1].kind = (DISK if found[1].kind.startswith(DISK) else "") + kind
 
     def rename(self, kind: str, to: str) -> None:
         """All that was asked for until now as ``kind`` was for ``to``."""
@@ -204,7 +210,23 @@ class Ledger:
             self._moment_at(peak_tick),
             dict(kinds),
             [(tick, size, self._moment_at(tick)) for tick, size in highest],
+            self._passing(since, until),
         )
+
+    def _passing(self, since: int, until: int) -> tuple[int, int]:
+        """What a heap may keep of is what came and went between two ticks; of other sizes the system takes care."""
+        changes: list[tuple[int, int]] = []
+        largest = 0
+        for piece in self.pieces:
+            if (
+                piece.died is not None
+                and since <= piece.born
+                and piece.died <= until
+                and piece.nbytes <= HEAP
+            ):
+                changes += [(piece.born, piece.nbytes), (piece.died, -piece.nbytes)]
+                largest = max(largest, piece.nbytes)
+        return max(accumulate((size for _, size in sorted(changes)), initial=0), default=0), largest
 
     def _moment_at(self, tick: int) -> str:
         return self._moments[bisect_right(self._moments, (tick, "\U0010ffff")) - 1][1]

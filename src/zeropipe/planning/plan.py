@@ -12,10 +12,12 @@ import torch
 
 from zeropipe.config.parse import Source, parse_config
 from zeropipe.given import Json, Tree
-from zeropipe.planning.devices import Device, Seconds, device_of, parse_bytes, seconds
+from zeropipe.planning.devices import GIVE_BACK, Device, Seconds, device_of, parse_bytes, seconds
+from zeropipe.planning.piping import played
 from zeropipe.planning.rehearse import Place, Rehearsal, rehearse
 from zeropipe.reporting import in_words
 from zeropipe.runtime.engine.engine import DeepSpeedEngine
+from zeropipe.runtime.pipe.simulate import Simulation
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,28 @@ class Plan:
         return self.fullest.peak.peak + self.device.base
 
     @property
+    def kept(self) -> int:
+        """Bytes that the heap of a rank may keep beyond what is alive: none where freed memory goes back at once."""
+        return max(self.device.keeps(one.passing) for one in self.rehearsals)
+
+    @property
     def fits(self) -> bool:
-        return self.peak <= self.memory
+        return self.peak + self.kept <= self.memory
+
+    @cached_property
+    def _played(self) -> tuple[Seconds, Simulation] | None:
+        return played(self.rehearsals, self.device)
+
+    @property
+    def bubble(self) -> float | None:
+        """Of a pipeline: the time that its ranks wait over the time that they compute, in a batch."""
+        return None if self._played is None else self._played[1].bubble
 
     @cached_property
     def seconds(self) -> Seconds:
         """Of one optimizer step, on the rank that takes longest."""
+        if self._played is not None:
+            return self._played[0]
         each = [seconds(one.kernels, one.traffic, self.device) for one in self.rehearsals]
         return max(each, key=lambda one: one.total)
 
@@ -54,10 +72,16 @@ class Plan:
 
     def verdict(self) -> str:
         """Fits, or by how much not, and what to change first."""
-        left = self.memory - self.peak
+        kept = f" and at most {in_words(self.kept)} that the heap keeps" if self.kept else ""
+        left = self.memory - self.peak - self.kept
         if left >= 0:
-            return f"fits: {in_words(self.peak)} of {in_words(self.memory)}, {in_words(left)} left"
-        size, more = f"{in_words(self.peak)} of {in_words(self.memory)}", in_words(-left)
+            return f"fits: {in_words(self.peak)}{kept} of {in_words(self.memory)}, {in_words(left)} left"
+        size, more = f"{in_words(self.peak)}{kept} of {in_words(self.memory)}", in_words(-left)
+        if self.peak <= self.memory:
+            return (
+                f"may not fit: {size}, {more} too much. Run it, and plan it, with {GIVE_BACK}=65536 in the "
+                "environment: then freed memory goes back at once, for some time in each step"
+            )
         return f"does not fit: {size}, {more} too much. {self._advice()}"
 
     def _advice(self) -> str:
@@ -96,7 +120,9 @@ class Plan:
             "fits": self.fits,
             "verdict": self.verdict(),
             "peak": self.peak,
+            "kept": self.kept,
             "seconds": self.seconds.total,
+            "bubble": self.bubble,
             "samples_per_second": self.throughput,
             "parameters": self.fullest.parameters,
             "settings": {key: _plain(value) for key, value in self.fullest.settings.items()},

@@ -36,12 +36,14 @@ from zeropipe.config.parse import Source
 from zeropipe.entry import OVERSEER
 from zeropipe.errors import UsageError, ZeropipeError
 from zeropipe.planning.dry import Dry
+from zeropipe.planning.files import without_files
 from zeropipe.planning.here import Here, gpus
-from zeropipe.planning.ledger import ACTIVATIONS, BUILDING, DISK, ELSEWHERE, HOST, Ledger, Usage
+from zeropipe.planning.ledger import ACTIVATIONS, BUILDING, ELSEWHERE, HOST, Ledger, Usage
 from zeropipe.planning.scout import forms
-from zeropipe.planning.work import Work
+from zeropipe.planning.work import Kernel, Work
 from zeropipe.runtime.engine.engine import DeepSpeedEngine
 from zeropipe.runtime.engine.report import owned
+from zeropipe.runtime.pipe.instructions import Schedule
 from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.zero.hold.policy import Place as Placement
 
@@ -88,15 +90,21 @@ class Rehearsal:
     trained: Usage  # from then on
     resting: dict[str, int]  # between two steps, by kind
     traffic: Counter[tuple[str, str, int, tuple[int, ...], str]] = field(default_factory=Counter)
-    kernels: Counter[tuple[str, str, int, int, str]] = field(default_factory=Counter)
+    kernels: Counter[Kernel] = field(default_factory=Counter)
     settings: dict[str, Any] = field(default_factory=dict)
     parameters: int = 0
     micro_steps: int = 1
     samples: int = 0  # of all ranks in one step
+    schedule: Schedule | None = None  # of a pipeline, and the stages of it that this rank has
+    stages: tuple[int, ...] = ()
 
     @property
     def peak(self) -> Usage:
         return max(self.built, self.trained, key=lambda usage: usage.peak)
+
+    @property
+    def passing(self) -> tuple[int, int]:
+        return max(self.built.passing, self.trained.passing)
 
 
 class Watch:
@@ -188,6 +196,8 @@ class Watch:
             sum(int(getattr(param, "ds_numel", param.numel())) for param in params),
             engine.gradient_accumulation_steps(),
             engine.train_batch_size(),
+            getattr(engine, "schedule", None),
+            tuple(getattr(engine.module, "stages", ())),
         )
         # A loader that is left in the middle of an epoch would wait for its workers.
         for worker in multiprocessing.active_children():
@@ -196,8 +206,8 @@ class Watch:
 
 
 def placed(engine: DeepSpeedEngine, device: str) -> dict[str, list[torch.Tensor]]:
-    """What ``engine`` holds from step to step, by kind; what offload has put beside a GPU, or into files, under a name
-    that says so. Here all of it lies in one memory, so the policy says what would lie where."""
+    """What ``engine`` holds from step to step, by kind; what offload has put beside a GPU under a name that says so.
+    Here all of it lies in one memory, so the policy says what would lie where."""
     found, optimizer = owned(engine.module, engine.optimizer), engine.optimizer
     if optimizer is None:
         return found
@@ -206,10 +216,7 @@ def placed(engine: DeepSpeedEngine, device: str) -> dict[str, list[torch.Tensor]
     places["parameters"] = policy.param_place
     for kind, tensors in found.items():
         away = HOST if device != "cpu" and places.get(kind) is Placement.HOST else ""
-        for tensor in tensors:
-            named.setdefault(f"{DISK if optimizer.offload.in_files(tensor) else away}{kind}", []).append(
-                tensor
-            )
+        named[away + kind] = tensors
     return named
 
 
@@ -232,6 +239,7 @@ def staged(place: Place, config: Source | None, assume: float | None) -> Iterato
             carried_by(PointToPoint() if by_message else Native()) if place.world > 1 else nullcontext(),
             OVERSEER.at_work(config, watch.made),
             gpus(place.device, place.local, min(place.ranks_per_node, place.world), place.memory),
+            without_files(ledger),
             Here(),
             Dry(ledger, work, assume),
         ):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from zeropipe.given import Anything, Tree
@@ -37,30 +38,61 @@ _MORE = {
 
 
 _NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach"}
+_GATHERS = {
+    "embedding",
+    "index_select",
+    "gather",
+    "index",
+}  # read as much of the first argument as they return
+
+
+class Kernel(NamedTuple):
+    """One kernel of a phase: its operator, operations, bytes read and written, dtype."""
+
+    phase: str
+    op: str
+    flops: int
+    nbytes: int
+    dtype: str
+
+
+def kernel(phase: str, func: Anything, args: Tree, kwargs: Tree, result: Tree) -> Kernel | None:
+    """What ``func`` (an operator of torch's) did for ``result``; None where that is nothing."""
+    packet = func._overloadpacket
+    name: str = packet.__name__
+    if name in _NOTHING:
+        return None
+    given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
+    made = [value for value in tree_flatten(result)[0] if isinstance(value, torch.Tensor)]
+    if packet in _MORE:
+        flops = _MORE[packet](args)
+    elif packet in flop_registry:
+        flops = int(flop_registry[packet](*args, **kwargs, out_val=result))
+    else:
+        flops = 0
+    dtypes = [tensor.dtype for tensor in (*made, *given) if tensor.dtype.is_floating_point]
+    moved = (*made, *made) if name in _GATHERS else (*given, *made)
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in moved)
+    return Kernel(phase, name, flops, nbytes, str(dtypes[0]).removeprefix("torch.") if dtypes else "int")
 
 
 class Work:
-    """Kernels by (phase, operator, floating-point operations, bytes read and written, dtype): how often."""
+    """Kernels: how often each."""
 
     def __init__(self) -> None:
-        self.done: Counter[tuple[str, str, int, int, str]] = Counter()
+        self.done: Counter[Kernel] = Counter()
         self._phase = ""
 
     def turn(self, phase: str) -> None:
         self._phase = phase
 
-    def add(self, func: Anything, args: Tree, kwargs: Tree, result: Tree, nbytes: int, dtype: str) -> None:
-        """One kernel of ``func`` (an operator of torch's), in the phase that runs."""
-        packet = func._overloadpacket
-        if packet.__name__ in _NOTHING:
-            return
-        if packet in _MORE:
-            flops = _MORE[packet](args)
-        elif packet in flop_registry:
-            flops = int(flop_registry[packet](*args, **kwargs, out_val=result))
-        else:
-            flops = 0
-        self.done[self._phase, packet.__name__, flops, nbytes, dtype] += 1
+    def add(self, func: Anything, args: Tree, kwargs: Tree, result: Tree) -> None:
+        """``func`` would have run, in the phase that runs."""
+        # A pipeline runs backwards in what it calls its forward: the whole batch.
+        back = self._phase == "forward" and torch._C._current_graph_task_id() != -1
+        found = kernel("backward" if back else self._phase, func, args, kwargs, result)
+        if found is not None:
+            self.done[found] += 1
 
     def clear(self) -> None:
         self.done.clear()

@@ -87,6 +87,26 @@ def test_what_offload_puts_beside_a_gpu_is_no_part_of_the_device() -> None:
     assert with_it.peak < without.peak
 
 
+def test_files_are_planned_where_there_are_none(tmp_path: Path) -> None:
+    """Another machine has the folder and the disk."""
+    parts = {
+        f"offload_{part}": {"device": "nvme", "nvme_path": "/no/such/folder"}
+        for part in ("optimizer", "param")
+    }
+    config = _config(3)
+    config["zero_optimization"] = {"stage": 3, **parts}
+    wide = 1 << 12
+
+    def model() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(wide, wide) for _ in range(4)))  # in a folder that is not there
+
+    found = plan(model, lambda: torch.randn(1, wide), config, world=2, ranks=[1]).fullest
+    sharded = 4 * 4 * wide * (wide + 1) // 2
+    assert found.resting["disk: moments"] == pytest.approx(2 * sharded, rel=0.01)
+    assert not any(kind.startswith("disk") for kind in found.peak.kinds)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_program_s_line_is_named() -> None:
     def batch() -> torch.Tensor:
         raise FileNotFoundError("/data/tokens.bin")

@@ -47,17 +47,9 @@ class Files:
         if numel == 0:
             return torch.zeros(0, dtype=dtype)
         nbytes = numel * dtype.itemsize
-        fd = -1
         try:
-            fd, path = tempfile.mkstemp(prefix=PREFIX, dir=self.folder)
-            # Removed as soon as it is open, so that whatever ends the process frees the disk. All blocks are taken at
-            # once, so that a full disk is an error here and not a signal later.
-            os.unlink(path)
-            os.posix_fallocate(fd, 0, nbytes)
-            memory = mmap.mmap(fd, nbytes)
+            memory, fd = self.new(nbytes)
         except OSError as error:
-            if fd >= 0:
-                os.close(fd)
             raise OffloadError(
                 f"no file of {nbytes:,} bytes for offloaded state can be made in {self.folder!r}: {error.strerror}",
                 found=f"{_free(self.folder):,} bytes free",
@@ -68,6 +60,19 @@ class Files:
         self._mappings[start] = memory, fd
         weakref.finalize(tensor.untyped_storage(), _forget_mapping, self._mappings, start, fd)
         return tensor
+
+    def new(self, nbytes: int) -> tuple[mmap.mmap, int]:
+        """A file of ``nbytes``: mapped, and open. Raises OSError where there is no room for it."""
+        fd, path = tempfile.mkstemp(prefix=PREFIX, dir=self.folder)
+        try:
+            # Removed as soon as it is open, so that whatever ends the process frees the disk. All blocks are taken at
+            # once, so that a full disk is an error here and not a signal later.
+            os.unlink(path)
+            os.posix_fallocate(fd, 0, nbytes)
+            return mmap.mmap(fd, nbytes), fd
+        except OSError:
+            os.close(fd)
+            raise
 
     def owns(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._mappings
