@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from zeropipe.comm.group import Group
-from zeropipe.comm.record import Call, Cut, Run, Work
+from zeropipe.comm.record import SEAM, Call, Cut, Run, Work
 from zeropipe.comm.witness import WITNESS
 from zeropipe.given import Anything
 from zeropipe.streams import STREAMS, Side
@@ -231,25 +231,28 @@ def enter_hop(call: Call, group: Group, output: torch.Tensor) -> None:
 
 def barrier(group: Group, *, label: str = "") -> None:
     """Return when every member has called it."""
-    Call("barrier", group, label).enter()
+    call = Call("barrier", group, label).enter()
     if group.size > 1:
-        dist.barrier(group.pg)
+        with SEAM.waiting(call):
+            dist.barrier(group.pg)
 
 
 def all_gather_object(obj: Anything, group: Group, *, label: str = "") -> list[Any]:
     """Every member's (small, picklable) object, in group order."""
-    Call("all_gather_object", group, label).enter()
+    call = Call("all_gather_object", group, label).enter()
     if group.size == 1 or group.imagined:
         return [obj] * group.size
     found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, obj, (group.speaking or group).pg)
+    with SEAM.waiting(call):
+        dist.all_gather_object(found, obj, (group.speaking or group).pg)
     return found
 
 
 def broadcast_object(obj: Anything, src: int, group: Group, *, label: str = "") -> Any:
     """Member ``src``'s (small, picklable) object on every member."""
-    Call("broadcast_object", group, label).enter()
+    call = Call("broadcast_object", group, label).enter()
     box = [obj]
     if group.size > 1 and not group.imagined:
-        dist.broadcast_object_list(box, group.ranks[src], (group.speaking or group).pg)
+        with SEAM.waiting(call):
+            dist.broadcast_object_list(box, group.ranks[src], (group.speaking or group).pg)
     return box[0]

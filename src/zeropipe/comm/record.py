@@ -142,6 +142,7 @@ class Work:
     def wait(self) -> None:
         """Raises CommunicationError when a peer is gone or the group's timeout has passed, DesyncError when a
         peer is about to do another guarded collective than this one."""
+        before = SEAM.wait_for(self._what)
         try:
             if self._words is not None:
                 # Given up before they are met: after an error there is nothing to meet a second time.
@@ -161,6 +162,8 @@ class Work:
                 found=f"as the last calls here: {SEAM.lately()}",
                 fix="another rank has most likely failed first; read its traceback",
             ) from error
+        finally:
+            SEAM.wait_for(before)
         # Taken first: a step that raises is not done a second time by who waits again.
         steps, self._steps = self._steps, []
         for step in steps:
@@ -233,13 +236,30 @@ class Seam:
         # Buffers that somebody gave up on and the transport still writes into or sends from: freed, they would be
         # other tensors' memory by then.
         self._kept: list[object] = []
+        # For who asks whether this process still moves: how many calls there were, and what is waited for right now.
+        self.calls = 0
+        self.awaited: Call | str | None = None
 
     def keep(self, *works: object) -> None:
         """Let ``works``, which nobody will wait for, keep their buffers while the process lasts."""
         self._kept += works
 
     def remember(self, call: Call) -> None:
+        self.calls += 1
         self._lately.append(call)
+
+    def wait_for(self, what: Call | str | None) -> Call | str | None:
+        """From now on this process waits for ``what``; what it waited for before."""
+        before, self.awaited = self.awaited, what
+        return before
+
+    @contextmanager
+    def waiting(self, what: Call) -> Iterator[None]:
+        before = self.wait_for(what)
+        try:
+            yield
+        finally:
+            self.wait_for(before)
 
     def lately(self) -> str:
         """The last calls of this rank, oldest first."""

@@ -24,6 +24,7 @@ from zeropipe.config.schema_watch import (
     TensorBoard,
     Timers,
     Wandb,
+    Watchdog,
 )
 from zeropipe.config.schema_zero import ZeroOptimization
 
@@ -292,6 +293,7 @@ class Config(Section):
     csv_monitor: CsvMonitor = key(CsvMonitor(), "Scalars in CSV files.")
     timers: Timers = key(Timers(), "Timers of the engine.")
     flops_profiler: FlopsProfiler = key(FlopsProfiler(), "A profile of one forward.")
+    watchdog: Watchdog = key(Watchdog(), "Whoever is stuck is named.")
     comms_logger: CommsLogger = key(CommsLogger(), "A log of collectives.")
 
     sequence_parallel_size: Count = key(1, "Ranks that share one sequence (Ulysses).", gt=0)

@@ -39,6 +39,17 @@ class Report(Section):
     every: Count = key(1, "Optimizer steps between two that are recorded.", ge=1)
 
 
+class Watchdog(Section):
+    """Names a rank that is alive and stuck, with its stack and what each rank waits for."""
+
+    seconds: Real | None = key(
+        None,
+        "A rank that has not moved for so long is named before they are over; unset: nobody watches.",
+        gt=0,
+    )
+    end: bool = key(False, "End the run then, on every rank, with exit code 124.")
+
+
 class CommsLogger(Section):
     """Counts, bytes and time of collectives, shown by ``zeropipe.comm.log_summary()``."""
 

@@ -269,8 +269,11 @@ class Face(Settings):
         Returns True. Raises CheckpointError on every rank alike when any rank cannot write, when ``save_dir`` is
         empty, or where the client state holds what cannot be saved at all; earlier checkpoints are intact then.
         """
-        return self.checkpoints.save(
-            save_dir, tag, client_state, save_latest, exclude_frozen_parameters, async_save
+        return self.report.files(
+            "save_checkpoint",
+            lambda: self.checkpoints.save(
+                save_dir, tag, client_state, save_latest, exclude_frozen_parameters, async_save
+            ),
         )
 
     def load_checkpoint(
@@ -307,16 +310,19 @@ class Face(Settings):
         """
         # The weights alone leave the run where it is: at its step, its rate and its place in the data.
         whole = not load_module_only
-        return self.checkpoints.load(
-            load_dir,
-            tag,
-            custom_load_fn,
-            moments=load_optimizer_states and whole,
-            schedule=load_lr_scheduler_states and whole,
-            clock=whole,
-            strict=load_module_strict,
-            verify=verify,
-            trust=trust,
+        return self.report.files(
+            "load_checkpoint",
+            lambda: self.checkpoints.load(
+                load_dir,
+                tag,
+                custom_load_fn,
+                moments=load_optimizer_states and whole,
+                schedule=load_lr_scheduler_states and whole,
+                clock=whole,
+                strict=load_module_strict,
+                verify=verify,
+                trust=trust,
+            ),
         )
 
     def resume(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -32,12 +32,14 @@ from zeropipe.runtime.engine.recorder import Recorder
 from zeropipe.runtime.monitor import MonitorMaster
 from zeropipe.runtime.optimizers.state_kinds import split_state, state_keys
 from zeropipe.runtime.pipe.executor import Executor
+from zeropipe.runtime.resilience.watchdog import WATCHDOG, Watch
 from zeropipe.runtime.timers import PhaseTimers, ThroughputTimer, wall_clock_breakdown
 from zeropipe.runtime.zero.hold.autograd import AbsentGradient
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
 from zeropipe.runtime.zero.hold.partition import Partition
 
 _log = logging.getLogger("zeropipe")
+_Moved = TypeVar("_Moved")
 _SILENT: AbstractContextManager[None] = nullcontext()
 _PRINTED_EVERY = 10  # steps, under the name deepspeed, unless the config says otherwise
 _ADAM_MOMENTS = 2  # state that an Adam-like optimizer keeps per element, before it has made any
@@ -108,6 +110,11 @@ class Reporter:
         if config.report.folder is not None and not imagined:
             self.recorder = Recorder(parts, config.report.folder, config.report.every)
             self.watch(self.recorder)
+        self._watchdog: Watch | None = None
+        guard, clock = config.watchdog, self._clock
+        if guard.seconds is not None and not imagined:
+            self._watchdog = WATCHDOG.follow(guard.seconds, guard.end, lambda: clock.global_steps)
+            self.watch(self._watchdog)
 
         section = config.comms_logger
         if section.enabled:
@@ -147,6 +154,8 @@ class Reporter:
     def close(self) -> None:
         """The engine is destroyed."""
         self.monitor.close()
+        if self._watchdog is not None:
+            self._watchdog.close()
         if self.recorder is not None:
             self.recorder.close()
 
@@ -162,6 +171,16 @@ class Reporter:
         if self._watchers:
             return self._watched(name)
         return _SILENT if self._timers is None else self._timers(name)
+
+    def files(self, what: str, move: Callable[[], _Moved]) -> _Moved:
+        """``move``, which moves files: it may take long, as long as it moves them."""
+        if self._watchdog is None:
+            return move()
+        self._watchdog.began_files(what)
+        try:
+            return move()
+        finally:
+            self._watchdog.ended(what)
 
     def watch(self, watcher: Watcher) -> None:
         """Tell ``watcher`` too, from now on."""
