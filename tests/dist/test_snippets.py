@@ -133,6 +133,7 @@ GIVEN: dict[str, Callable[[], Names]] = {
     "offload.md": lambda: with_engine() | {"generate": lambda *prompt: None},
     "optimizers.md": basics,
     "precision.md": basics,
+    "reproducible.md": lambda: with_engine(reproducible={"slots": 4}) | {"dataset": list(range(64))},
     "sequence-parallelism.md": basics,
     "monitoring.md": monitoring,
     "zero.md": stage_3,

@@ -15,11 +15,12 @@ from zeropipe.comm.group import Group
 from zeropipe.comm.messages import receive_from, send_to
 from zeropipe.comm.native import Alone, Native, Transport, all_gather_object, barrier, broadcast_object
 from zeropipe.comm.point_to_point import PointToPoint
-from zeropipe.comm.record import Call, Cut, Later, Run, Work
+from zeropipe.comm.record import Call, Cut, Cuts, Later, Run, Work
 from zeropipe.errors import UsageError
 
 __all__ = [
     "Cut",
+    "Cuts",
     "Messages",
     "Run",
     "Work",
@@ -32,6 +33,7 @@ __all__ = [
     "broadcast",
     "broadcast_object",
     "carried_by",
+    "collect_at_owners",
     "gather_from_owners",
     "goes_in_one",
     "recv",
@@ -163,6 +165,34 @@ def reduce_run(
     if not run.whole.numel():
         return Work(call)
     return _CARRIERS.carrier(run.whole, call.group).reduce_run(call, run, output).under(call)
+
+
+def collect_at_owners(
+    cuts: Sequence[Cuts],
+    outputs: Sequence[torch.Tensor],
+    rows: Sequence[int],
+    group: Group,
+    *,
+    label: str = "",
+    async_op: bool = False,
+    channel: int = 0,
+) -> Work:
+    """Give the owner of each cut what all members have there, as it is: what ``reduce_to_owners`` would add up.
+
+    ``cuts``: (owner, views), in the same order with the same sizes on every rank, all of one dtype; a member has as
+    many views (1-D, contiguous; at least one) of each cut as ``rows`` says. ``outputs``: for each of this rank's
+    own cuts all rows, [sum(rows), numel], member by member. Raises UsageError where they do not fit.
+    """
+    if not cuts:
+        return Work("collect_at_owners of nothing")
+    like = cuts[0][1][0]
+    call = Call("collect_at_owners", group, label, async_op, channel=channel).check(like)
+    call.enter(sum(view.nbytes for _, views in cuts for view in views))
+    own = [(sum(rows), views[0].numel()) for owner, views in cuts if owner == group.rank]
+    found = [tuple(output.shape) for output in outputs]
+    if own != found or any(len(views) != rows[group.rank] for _, views in cuts):
+        raise UsageError(f"{call}: the outputs must be of shapes {own}, found {found}")
+    return _CARRIERS.carrier(like, call.group).collect(call, cuts, outputs, rows).under(call)
 
 
 def all_gather(

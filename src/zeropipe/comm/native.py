@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from zeropipe.comm.group import Group
-from zeropipe.comm.record import SEAM, Call, Cut, Run, Work
+from zeropipe.comm.record import SEAM, Call, Cut, Cuts, Run, Work
 from zeropipe.comm.witness import WITNESS
 from zeropipe.given import Anything
 from zeropipe.streams import STREAMS, Side
@@ -43,6 +43,9 @@ class Transport(Protocol):
     def reduce_scatter(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work: ...
     def reduce_to_owners(self, call: Call, cuts: Sequence[Cut], outputs: Sequence[torch.Tensor]) -> Work: ...
     def reduce_run(self, call: Call, run: Run, output: torch.Tensor) -> Work: ...
+    def collect(
+        self, call: Call, cuts: Sequence[Cuts], outputs: Sequence[torch.Tensor], rows: Sequence[int]
+    ) -> Work: ...
     def all_gather(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work: ...
     def all_gather_many(
         self, call: Call, outputs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]
@@ -81,6 +84,14 @@ class Alone:
 
     def reduce_run(self, call: Call, run: Run, output: torch.Tensor) -> Work:
         put(output, run.whole)
+        return Work(call)
+
+    def collect(
+        self, call: Call, cuts: Sequence[Cuts], outputs: Sequence[torch.Tensor], rows: Sequence[int]
+    ) -> Work:
+        for (_, views), output in zip(cuts, outputs, strict=True):
+            for view, row in zip(views, output, strict=True):
+                put(row, view)
         return Work(call)
 
     def all_gather(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work:
@@ -153,6 +164,28 @@ class Native:
         # All to all is the bucket twice, whatever the number of ranks.
         work = self.all_reduce(call, run.whole)
         return work.then(lambda: put(output, run.part(rank))) if rank in owners else work
+
+    def collect(
+        self, call: Call, cuts: Sequence[Cuts], outputs: Sequence[torch.Tensor], rows: Sequence[int]
+    ) -> Work:
+        # All to all in one call: what goes to a member lies together, and what comes from one.
+        size, own = call.group.size, sum(output.shape[1] for output in outputs)
+        sent = [[view for at, views in cuts if at == owner for view in views] for owner in range(size)]
+        wire = torch.cat([view for views in sent for view in views])
+        received = wire.new_empty(own * sum(rows))
+        given = [sum(view.nbytes for view in views) for views in sent]
+        taken = [own * count * wire.itemsize for count in rows]
+        handle = dist.all_to_all_single(_bytes(received), _bytes(wire), taken, given, call.pg, async_op=True)
+
+        def place(wire: torch.Tensor = wire) -> None:  # which the device may still read until here
+            # By member, of each its cuts, of each its rows.
+            places = [
+                place for at in zip(*(o.split(list(rows)) for o in outputs), strict=True) for place in at
+            ]
+            for place, part in zip(places, received.split([p.numel() for p in places]), strict=True):
+                place.copy_(part.view_as(place))
+
+        return _begun(call, [handle], place)
 
     def all_gather(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work:
         if call.group.hops is not None and output.numel():

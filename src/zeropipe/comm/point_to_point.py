@@ -28,7 +28,7 @@ from zeropipe.comm.messages import (
     tag_of_label,
 )
 from zeropipe.comm.native import enter_hop, put
-from zeropipe.comm.record import Call, Cut, Run, Work
+from zeropipe.comm.record import Call, Cut, Cuts, Run, Work
 from zeropipe.errors import CommunicationError
 
 _SMALL = 4096  # elements; below this one hop (everyone sends all to all) beats two
@@ -84,6 +84,25 @@ class PointToPoint:
     def reduce_run(self, call: Call, run: Run, output: torch.Tensor) -> Work:
         cuts = [(owner, run.part(owner)) for owner in run.owners]
         return self.reduce_to_owners(call, cuts, [output] if call.group.rank in run.owners else [])
+
+    def collect(
+        self, call: Call, cuts: Sequence[Cuts], outputs: Sequence[torch.Tensor], rows: Sequence[int]
+    ) -> Work:
+        group, tag, own = call.group, tag_of(call.channel), iter(outputs)
+        messages = [
+            partial(send_to, view, owner, group, tag)
+            for owner, views in cuts
+            if owner != group.rank
+            for view in views
+        ]
+        for owner, views in cuts:
+            if owner != group.rank:
+                continue
+            places = next(own).split(list(rows))  # by member
+            for row, view in zip(places[group.rank], views, strict=True):
+                put(row, view)
+            messages += [partial(receive_from, row, p, group, tag) for p in peers(group) for row in places[p]]
+        return Work(call, start(messages, soon=bool(call.channel)))
 
     def all_gather_many(
         self, call: Call, outputs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]

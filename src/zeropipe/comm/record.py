@@ -18,6 +18,7 @@ from zeropipe.errors import CommunicationError, DesyncError, UsageError
 _REMEMBERED = 8  # calls
 REDUCTIONS = ("sum", "avg", "max", "min")
 Cut = tuple[int, torch.Tensor]  # (owner: index in the group, view of the elements that it owns)
+Cuts = tuple[int, Sequence[torch.Tensor]]  # several of one place: (its owner, views of one size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,18 +17,32 @@ ACCUMULATION = "gradient_accumulation_steps"
 
 @dataclass(frozen=True, slots=True)
 class BatchSizes:
-    """The solved triple; ``train_batch_size == micro_batch_size * gradient_accumulation_steps * world``."""
+    """The solved triple; ``train_batch_size == micro_batch_size * gradient_accumulation_steps * world``.
+
+    With ``slots`` it is ``micro_batch_size * slots``, and ranks accumulate as often as their share needs.
+    """
 
     train_batch_size: int
     micro_batch_size: int
     gradient_accumulation_steps: int
     world: int
+    slots: int | None = None
 
     def __str__(self) -> str:
+        if self.slots is not None:
+            return f"{self.train_batch_size} = {self.micro_batch_size} x {self.slots} slots on {self.world} rank(s)"
         return (
             f"{self.train_batch_size} = {self.micro_batch_size} per rank"
             f" x {self.gradient_accumulation_steps} accumulation x {self.world} rank(s)"
         )
+
+
+def batch_of(config: Config, world: int) -> BatchSizes:
+    """The batch sizes of ``config`` on ``world`` data-parallel ranks. Raises ConfigError."""
+    train, micro = config.train_batch_size, config.train_micro_batch_size_per_gpu
+    gas, slots = config.gradient_accumulation_steps, config.reproducible.slots
+    known = train, micro, gas
+    return solve_batch(*known, world) if slots is None else solve_slots(*known, slots, world)
 
 
 def solve_batch(train: int | None, micro: int | None, gas: int | None, world: int) -> BatchSizes:
@@ -79,6 +93,41 @@ def solve_batch(train: int | None, micro: int | None, gas: int | None, world: in
             fix=", or ".join(ways) + ", or leave one of the three out",
         )
     return BatchSizes(train, micro, gas, world)
+
+
+def solve_slots(train: int | None, micro: int | None, gas: int | None, slots: int, world: int) -> BatchSizes:
+    """The triple of a step of ``slots`` micro-batches, on any ``world`` data-parallel ranks. Raises ConfigError."""
+    if slots < world:
+        raise ConfigError(
+            "config key 'reproducible.slots'",
+            expected=f"at least {world}, the data-parallel ranks",
+            found=slots,
+            fix=f"set it to {world} or more, or start fewer ranks",
+        )
+    if gas is not None and gas != -(-slots // world):
+        raise ConfigError(
+            f"config key {ACCUMULATION!r} says what 'reproducible.slots' {slots} says, for one number of ranks",
+            expected=f"{-(-slots // world)} on {world} rank(s)",
+            found=gas,
+            fix="leave it out: it follows from the slots",
+        )
+    if micro is None:
+        micro, rest = divmod(train or slots, slots)
+        if rest or not micro:
+            raise ConfigError(
+                f"config key {TRAIN!r}",
+                expected=f"a multiple of 'reproducible.slots' {slots}",
+                found=train,
+                fix=f"set it to {max(1, micro) * slots}, or give {MICRO} alone",
+            )
+    if train not in (None, micro * slots):
+        raise ConfigError(
+            f"config keys {TRAIN!r}, {MICRO!r} and 'reproducible.slots' disagree",
+            expected=f"{micro} x {slots} = {micro * slots}",
+            found=train,
+            fix=f"set {TRAIN} to {micro * slots}, or leave it out",
+        )
+    return BatchSizes(micro * slots, micro, -(-slots // world), world, slots)
 
 
 def _indivisible(text: str, train: int, micro: int | None, gas: int | None, world: int) -> ConfigError:

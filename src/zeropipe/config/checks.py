@@ -34,6 +34,7 @@ def check_config(config: Config, auto: Collection[str]) -> dict[str, str]:
     _check_precision(config)
     _check_parts(config, auto)
     _check_placement(config)
+    _check_slots(config)
     return idle | _idle_at_this_stage(config)
 
 
@@ -104,6 +105,36 @@ def _check_parts(config: Config, auto: Collection[str]) -> None:
             found=repr(params["lr"]),
             fix=f"write it without quotes: {params['lr']}",
         )
+
+
+def _check_slots(config: Config) -> None:
+    """What makes results follow the number of ranks, or the count of micro-steps, has no place beside slots."""
+    zero = config.zero_optimization
+    for path, in_use, why in (
+        (
+            "communication_data_type",
+            config.communication_data_type is not None,
+            "sums travel as they were added",
+        ),
+        (
+            "managed_gradient_accumulation",
+            not config.managed_gradient_accumulation,
+            "slots say where a step ends",
+        ),
+        (f"{_ZERO}.mics_shard_size", zero.stage == 3 and zero.mics_shard_size > 0, "sums go by groups then"),
+        (
+            f"{_ZERO}.zero_hpz_partition_size",
+            zero.stage == 3 and zero.zero_hpz_partition_size > 1,
+            "sums go by groups",
+        ),
+        ("data_efficiency", config.data_efficiency.chooses_samples, "its sampler deals to ranks"),
+    ):
+        if config.reproducible.slots is not None and in_use:
+            raise ConfigError(
+                f"config keys 'reproducible.slots' and {path!r} exclude each other: {why}",
+                fix=f"remove {path!r} (data_types.grad_accum_dtype says in which dtype gradients are added), or "
+                "'reproducible'",
+            )
 
 
 def _idle_at_this_stage(config: Config) -> dict[str, str]:

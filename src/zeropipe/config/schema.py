@@ -194,6 +194,19 @@ class Checkpoint(Section):
     )
 
 
+class Reproducible(Section):
+    """The same bits at any number of ranks (see [reproducible](reproducible.md))."""
+
+    slots: Count | None = key(
+        None,
+        "Micro-batches of a step, whatever the number of ranks; unset: results follow that number.",
+        ge=1,
+    )
+    seed: Count = key(
+        0, "With slots: random numbers inside forward follow this, the step and the slot.", ge=0
+    )
+
+
 @with_keys_without_effect("aio")
 class Aio(Section):
     """Tuning of file input and output for nvme offload."""
@@ -272,6 +285,7 @@ class Config(Section):
         ActivationCheckpointing(), "Defaults of zeropipe.checkpointing."
     )
     checkpoint: Checkpoint = key(Checkpoint(), "How checkpoints are written and read.")
+    reproducible: Reproducible = key(Reproducible(), "The same bits at any number of ranks.")
     aio: Aio = key(Aio(), "Tuning of files for nvme offload.")
     dataloader_drop_last: bool = key(False, "Drop a last micro-batch that is not full.")
 

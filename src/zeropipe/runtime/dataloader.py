@@ -10,12 +10,59 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from zeropipe.errors import CheckpointError, UsageError
 from zeropipe.given import DataLike
+from zeropipe.layout.slots import Sharing
+
+
+class SlotSampler(Sampler[int]):
+    """Samples for one rank, dealt to the slots of a step and not to ranks: a slot has the same on any number of them.
+
+    Step after step takes ``batch_size`` samples for each slot, in an order that depends on ``seed`` and epoch; the
+    last step repeats a few from the epoch's begin, or (``drop_last``) is left out. Where a pass of this rank counts for
+    nothing it gets the samples of its slot before once more. For a loader of your own: ``DataLoader(dataset,
+    batch_size, sampler=engine.slot_sampler(dataset))``, with ``set_epoch`` at each epoch, as torch's
+    DistributedSampler wants it.
+    """
+
+    def __init__(
+        self,
+        dataset: DataLike,
+        batch_size: int,
+        sharing: Sharing,
+        rank: int,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        samples, step = len(dataset), batch_size * sharing.slots
+        self._samples, self._step = samples, step
+        self._steps = samples // step if drop_last else -(-samples // step)
+        self._batch, self._shuffle = batch_size, shuffle
+        slots = list(sharing.of(rank))
+        self._slots = slots + slots[-1:] * (sharing.passes - len(slots))
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.arange(self._samples)
+        if self._shuffle:
+            order = torch.randperm(
+                self._samples, generator=torch.Generator().manual_seed(self.seed + self.epoch)
+            )
+        for step in range(self._steps):
+            for slot in self._slots:
+                first = step * self._step + slot * self._batch
+                yield from (int(order[at % self._samples]) for at in range(first, first + self._batch))
+
+    def __len__(self) -> int:
+        return self._steps * len(self._slots) * self._batch
 
 
 class _From(Sampler[int]):
     """This rank's samples of an epoch, from the ``start``-th on: what was consumed is not even loaded."""
 
-    def __init__(self, inner: DistributedSampler[Any]) -> None:
+    def __init__(self, inner: DistributedSampler[Any] | SlotSampler) -> None:
         self.inner = inner
         self.start = 0
 
@@ -38,7 +85,9 @@ class ZeroDataLoader:
     next one, newly shuffled. Breaking off and iterating again starts the epoch over. ``state_dict`` counts every
     batch that was yielded as consumed. Iterating never draws from torch's global random state.
 
-    Raises UsageError for a batch size below 1.
+    ``sharing``: samples are dealt to slots (``SlotSampler``), and positions are counted in whole steps.
+
+    Raises UsageError for a batch size below 1, and for an IterableDataset that is to be dealt to slots.
     """
 
     def __init__(
@@ -53,6 +102,7 @@ class ZeroDataLoader:
         seed: int = 0,
         shuffle: bool = True,
         pin_memory: bool = False,
+        sharing: Sharing | None = None,
     ) -> None:
         if batch_size < 1:
             raise UsageError("batch_size of the data loader", expected="at least 1", found=batch_size)
@@ -61,15 +111,28 @@ class ZeroDataLoader:
         self._post_process: Callable[[Any, dict[str, Any]], Any] | None = None
 
         # The place: of this epoch, samples of this rank, or batches where the dataset has no order. Positions are saved
-        # in ``_unit``, of which one of this rank stands for ``_ranks``. ``_resume``: the next iteration goes on here.
+        # in ``_unit``: ``_mine`` of this rank stand for ``_all``. ``_resume``: the next iteration goes on here.
         self.epoch, self._consumed, self._resume = 0, 0, False
         iterable = isinstance(dataset, IterableDataset)
-        self._unit, self._ranks = ("batches", 1) if iterable else ("samples", data_parallel_size)
+        self._unit, self._mine, self._all = (
+            ("batches", 1, 1) if iterable else ("samples", 1, data_parallel_size)
+        )
+        if sharing is not None:
+            self._mine, self._all = batch_size * sharing.passes, batch_size * sharing.slots
 
         # Without a generator of its own each iteration would draw a seed from the global state.
         self._generator = torch.Generator()
         self._sampler: _From | None = None
-        if not iterable:
+        if sharing is not None:
+            if iterable:
+                raise UsageError(
+                    "an IterableDataset cannot be dealt to slots: it divides itself among ranks",
+                    fix="give a dataset with a length, or read engine.slots in a loader of your own",
+                )
+            self._sampler = _From(
+                SlotSampler(dataset, batch_size, sharing, data_parallel_rank, shuffle, seed, drop_last)
+            )
+        elif not iterable:
             self._sampler = _From(
                 DistributedSampler(
                     dataset, data_parallel_size, data_parallel_rank, shuffle, seed=seed, drop_last=drop_last
@@ -144,7 +207,7 @@ class ZeroDataLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and position, the same on every data-parallel rank."""
-        return {"epoch": self.epoch, "seed": self.seed, self._unit: self._consumed * self._ranks}
+        return {"epoch": self.epoch, "seed": self.seed, self._unit: self._consumed // self._mine * self._all}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken: the next iteration yields exactly the samples that were left.
@@ -165,7 +228,7 @@ class ZeroDataLoader:
         self.seed = int(state.get("seed", self.seed))
         if self._sampler is not None:
             self._sampler.inner.seed = self.seed
-        self._consumed = int(state[self._unit]) // self._ranks
+        self._consumed = int(state[self._unit]) // self._all * self._mine
         self._resume = True
 
 

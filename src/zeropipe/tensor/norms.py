@@ -27,6 +27,8 @@ CLIP_EPS = 1e-6
 # Elements converted at a time: 1 MiB of fp64 on CPU (fits L2), 32 MiB elsewhere (few kernels).
 _CPU_CHUNK = 128 * 1024
 _DEVICE_CHUNK = 4 * 1024 * 1024
+EXACT_BITS = 53  # of a square in an exact sum
+_EXACT_CHUNK = 16 * 1024  # three buffers of it in L2
 # Elements whose squares are added in fp32: the rounding errors of many runs cancel.
 _ROUGH_RUN = 32 * 1024
 
@@ -76,6 +78,31 @@ def rough_squared_norm(x: torch.Tensor, read: Callable[[torch.Tensor], None] | N
             read(run)
     # A square may overflow where its root does not.
     return total if isfinite(total) else squared_norm(x).item()
+
+
+def exact_squares(x: torch.Tensor, exponent: int, read: Callable[[torch.Tensor], None] | None = None) -> int:
+    """The sum of squares of ``x`` (any shape, floating), whose magnitudes are below 2 ** ``exponent``, in units of
+    2 ** (2 * exponent - EXACT_BITS): an integer, so that sums are the same however tensors are cut and in any order.
+
+    Each square is rounded to that unit. The host reads the result.
+    """
+    # A square of fp32 has 48 bits, so fp64 holds it. Adding and taking away a large power of two leaves the bits above
+    # a place, then those below: sums of either over a chunk are below 2 ** 53 of their units, so no addition rounds.
+    #
+    #     square / 4 ** exponent     0 . hhhhhhhhhhhhhhhhhhhhhhhhhh lllllllllllllllllllllllllll | dropped
+    #                                    26 bits, of 2 ** -26        27 bits, of 2 ** -53
+    sums = []
+    for chunk in x.detach().reshape(-1).split(_EXACT_CHUNK if HOST.sees(x) else _DEVICE_CHUNK):
+        square = chunk.to(torch.float64, copy=True).mul_(2.0**-exponent).square_()
+        high = square.add(1.5 * 2.0**26).sub_(1.5 * 2.0**26)
+        low = square.sub_(high).add_(0.75).sub_(0.75)
+        sums += [high.sum(), low.sum()]
+        if read is not None:
+            read(chunk)
+    found = torch.stack(sums).tolist() if sums else []
+    return sum(int(one * 2.0**26) << 27 for one in found[::2]) + sum(
+        int(one * 2.0**53) for one in found[1::2]
+    )
 
 
 def total_norm(tensors: Iterable[torch.Tensor], p: float = 2.0) -> torch.Tensor:

@@ -12,10 +12,11 @@ import torch
 
 from zeropipe.comm.agreement import agree
 from zeropipe.comm.group import SELF, Group, with_words, world
-from zeropipe.config.batch import check_world, solve_batch
+from zeropipe.config.batch import batch_of, check_world
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
 from zeropipe.given import DataLike, Mesh, Mpu, Namespace, OptimizerLike, ParametersLike, ScheduleLike
+from zeropipe.layout.slots import Sharing
 from zeropipe.runtime import lr_schedules
 from zeropipe.runtime.data_pipeline.sampler import SampledLoader, sampled_loader
 from zeropipe.runtime.dataloader import ZeroDataLoader
@@ -30,6 +31,7 @@ from zeropipe.runtime.engine.dtypes import (
 from zeropipe.runtime.engine.parts import Clock, Parts
 from zeropipe.runtime.engine.placement import (
     Samples,
+    check_slots,
     data_parallel_group,
     divided_sequences,
     model_parts,
@@ -90,22 +92,18 @@ def build(
     with shared_fate(group):
         device = pick_device(args)
         model_group, counts = model_parts(model, mpu)
+        check_slots(config, model, group.size, samples.size, mesh)
         check_world(config, group.size)
-        micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
-        clock = Clock(
-            solve_batch(config.train_batch_size, micro, accumulation, samples.size),
-            config.managed_gradient_accumulation,
-        )
+        clock = Clock(batch_of(config, samples.size), config.managed_gradient_accumulation)
         dtypes = decide_dtypes(model, device, config, model_group)
         refuse_shared_memory(model)
         place_module(model, device, dtypes, cut_later=config.zero_optimization.stage == 3)
-        policy = policy_of(config)
+        policy = policy_of(config, group.size, isinstance(model, PipelineModule))
         base = make_optimizer(optimizer, model, model_parameters, config, policy, device)
         schedule = make_scheduler(lr_scheduler, base, config)
         check_room(model, group, config, policy, dtypes)
-        loader = (
-            None if training_data is None else make_loader(training_data, config, clock, samples, collate_fn)
-        )
+        given = (training_data, config, clock, samples, collate_fn, policy.sharing)
+        loader = None if training_data is None else make_loader(*given)
         items = digest(model, base, config)
 
     # [2] All ranks mean the same model and settings. From here on they do the same things in the same order.
@@ -122,6 +120,7 @@ def build(
             clip=config.gradient_clipping,
             scaler=scaler_of(config),
             skip_nonfinite=config.bf16.enabled and config.bf16.check_grad_overflow,
+            exact=policy.sharing is not None,
             refuse_unused=not config.zero_optimization.ignore_unused_parameters,
             model_group=model_group,
             counts=counts,
@@ -170,9 +169,9 @@ def shared_fate(group: Group | None) -> Iterator[None]:
         raise
 
 
-def policy_of(config: Config) -> Policy:
-    """What the stage shards, and where it lives; budgets that the user left open are ours."""
-    zero = config.zero_optimization
+def policy_of(config: Config, ranks: int, in_batches: bool) -> Policy:
+    """What the stage shards, and where it lives. ``in_batches``: a step is one call, which reduces once."""
+    zero, slots = config.zero_optimization, config.reproducible.slots
     bucket, sub_group = zero.chosen("reduce_bucket_size"), zero.chosen("sub_group_size")
     return Policy(
         stage=zero.stage,
@@ -190,6 +189,9 @@ def policy_of(config: Config) -> Policy:
         param_folder=zero.offload_param.nvme_path or "",
         pin_memory=zero.offload_optimizer.pin_memory and zero.offload_param.pin_memory,
         sub_group_numel=AUTO_SUB_GROUP_NUMEL if sub_group is None else max(sub_group, 1),
+        sharing=None
+        if slots is None
+        else Sharing(slots, ranks, zero.stage >= 2 and ranks > 1 and not in_batches),
     )
 
 
@@ -310,6 +312,7 @@ def make_loader(
     clock: Clock,
     samples: Samples,
     collate_fn: Callable[[list[Any]], Any] | None,
+    sharing: Sharing | None,
 ) -> ZeroDataLoader | SampledLoader:
     """This rank's micro-batches of the training data: in a random order, or as the section data_efficiency says."""
     batch, efficiency = clock.batch, config.data_efficiency
@@ -321,6 +324,7 @@ def make_loader(
             samples.size,
             collate_fn,
             drop_last=config.dataloader_drop_last,
+            sharing=sharing,
         )
     return sampled_loader(
         data,

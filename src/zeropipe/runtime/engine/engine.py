@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_map_only
 
 from zeropipe.errors import UsageError
 from zeropipe.given import DataLike
-from zeropipe.runtime.dataloader import ZeroDataLoader
+from zeropipe.runtime.dataloader import SlotSampler, ZeroDataLoader
 from zeropipe.runtime.engine.checkpoints import Checkpoints
 from zeropipe.runtime.engine.dtypes import dtype_of
 from zeropipe.runtime.engine.face import Face
-from zeropipe.runtime.engine.parts import Parts, Steps
+from zeropipe.runtime.engine.parts import Parts, Slots, Steps
 from zeropipe.runtime.engine.regimes import Regimes
 from zeropipe.runtime.engine.report import Reporter
 from zeropipe.runtime.engine.scaling import Scaling
@@ -58,9 +58,10 @@ class DeepSpeedEngine(Face):
 
         # What stands between the module's parameters and the optimizer.
         know_whole(self.module, parts.group)
-        self._scaling = Scaling(lambda: self.loss_scale, self.gradient_accumulation_steps)
+        self._scaling = Scaling(lambda: self.loss_scale, lambda: self.clock.divisor)
         self._steps: Steps | None = None
         self._rows: RowNorms | None = None
+        self._slots = Slots(parts)
         if parts.optimizer is not None:
             self._steps = Steps(parts, parts.optimizer)
             parts.optimizer.reducer.serve(missing_factor=self._scaling.missing)
@@ -99,7 +100,8 @@ class DeepSpeedEngine(Face):
             )
         if self.training:
             kwargs |= self.regimes.arguments()
-        with phase, self._autocast():
+        draws = self._slots.drawing() if self.training else nullcontext()
+        with phase, self._autocast(), draws:
             return self.module(*args, **kwargs)
 
     def backward(
@@ -115,8 +117,14 @@ class DeepSpeedEngine(Face):
         if not torch.is_tensor(loss) or loss.numel() != 1:
             found = f"a tensor of shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
             raise UsageError("backward: loss", expected="a tensor with one element", found=found)
+        if optimizer.turn is not None and not scale_wrt_gas:
+            raise UsageError(
+                "engine.backward: the loss was divided by the accumulation steps, which ranks decide",
+                expected="the mean loss of one slot, as 'reproducible' sums those",
+                fix="do not divide it, and leave scale_wrt_gas out; or remove 'reproducible'",
+            )
         steps = self.gradient_accumulation_steps() if scale_wrt_gas else 1
-        factor = optimizer.loss_scale / steps
+        factor = optimizer.loss_scale / (self.clock.divisor if scale_wrt_gas else 1)
         # Told as it is: what is logged is what the user's own loss function says.
         self.report.loss(loss)
         scaling = self._scaling
@@ -170,6 +178,7 @@ class DeepSpeedEngine(Face):
         if self.optimizer is not None:
             self.optimizer.zero_grad()
         self.module.zero_grad()
+        self._slots.restart()
 
     # The rest of its life.
 
@@ -200,7 +209,20 @@ class DeepSpeedEngine(Face):
             drop_last=parts.config.dataloader_drop_last,
             shuffle=route == "train",
             pin_memory=pin_memory,
+            sharing=parts.sharing,
         )
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """This rank's slots of a step, in the order of its micro-steps; one more micro-step has none, and counts for
+        nothing. Raises UsageError without 'reproducible.slots'."""
+        return self._slots.mine
+
+    def slot_sampler(
+        self, dataset: DataLike, shuffle: bool = True, seed: int = 0, drop_last: bool = False
+    ) -> SlotSampler:
+        """For a DataLoader of your own, whose batch size is the micro-batch: deals samples to slots."""
+        return self._slots.sampler(dataset, shuffle, seed, drop_last)
 
     def compile(
         self, backend: str = "inductor", compile_kwargs: dict[str, Any] | None = None, **_: Any

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -22,11 +23,14 @@ from zeropipe.config.batch import BatchSizes
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UsageError
 from zeropipe.given import DataLike, ScheduleLike
+from zeropipe.layout.slots import Sharing
+from zeropipe.runtime.dataloader import SlotSampler
 from zeropipe.runtime.engine.dtypes import MixedInputs
 from zeropipe.runtime.engine.placement import Samples
 from zeropipe.runtime.lr_schedules.base import step_schedule
 from zeropipe.runtime.zero.gather.sharded_model import ShardedModel
 from zeropipe.runtime.zero.hold.optimizer import ZeroOptimizer
+from zeropipe.tensor.draws import Draws
 from zeropipe.tensor.model import Places
 
 _log = logging.getLogger("zeropipe")
@@ -55,6 +59,16 @@ class Clock:
     forced_boundary: bool | None = None
 
     @property
+    def divisor(self) -> int:
+        """What the loss of a micro-step is divided by. Slots are divided once they are summed."""
+        return 1 if self.batch.slots is not None else self.batch.gradient_accumulation_steps
+
+    def restart_window(self) -> None:
+        """What was computed of a step's slots is forgotten: the coming micro-step is that of the first."""
+        if self.batch.slots is not None:
+            self.micro_steps -= self.micro_steps % self.batch.gradient_accumulation_steps
+
+    @property
     def is_boundary(self) -> bool:
         if self.forced_boundary is not None:
             return self.forced_boundary
@@ -67,7 +81,16 @@ class Clock:
 
     def force(self, boundary: bool | None) -> bool | None:
         """Say what the coming micro-steps are, whatever the count says (None: ask the count). What was said before."""
-        before, self.forced_boundary = self.forced_boundary, boundary
+        before, self.forced_boundary = self.forced_boundary, None
+        if self.batch.slots is not None and boundary not in (None, self.is_boundary):
+            count = self.batch.gradient_accumulation_steps
+            raise UsageError(
+                f"the coming micro-step is said to {'end' if boundary else 'go on with'} a step",
+                expected=f"a step of {count} micro-steps, as 'reproducible.slots' says",
+                found=f"number {self.micro_steps % count + 1}",
+                fix="run all of them (drop an epoch's last, incomplete step), or remove 'reproducible'",
+            )
+        self.forced_boundary = boundary
         return before
 
     def tick(self) -> None:
@@ -90,6 +113,11 @@ class Clock:
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the samples per step by changing the accumulation. Raises ConfigError where that does not go up."""
         batch = self.batch
+        if batch.slots is not None:
+            raise ConfigError(
+                "set_train_batch_size: the samples of a step are micro-batch x 'reproducible.slots'",
+                fix="call set_train_micro_batch_size, or set another number of slots",
+            )
         per_micro_step = batch.micro_batch_size * batch.world
         steps, rest = divmod(train_batch_size, per_micro_step)
         if steps < 1 or rest:
@@ -107,8 +135,10 @@ class Clock:
         """Change the samples of a micro-step on each rank, and with them those of a step."""
         if micro_batch_size < 1:
             raise ConfigError("set_train_micro_batch_size", expected="at least 1", found=micro_batch_size)
-        steps, ranks = self.batch.gradient_accumulation_steps, self.batch.world
-        self.batch = BatchSizes(micro_batch_size * steps * ranks, micro_batch_size, steps, ranks)
+        batch = self.batch
+        steps, ranks = batch.gradient_accumulation_steps, batch.world
+        train = micro_batch_size * (batch.slots or steps * ranks)
+        self.batch = BatchSizes(train, micro_batch_size, steps, ranks, batch.slots)
 
     def state_dict(self) -> dict[str, int]:
         return {key: getattr(self, key) for key in _SAVED}
@@ -119,7 +149,8 @@ class Clock:
             setattr(self, key, int(value))
         accumulation = self.batch.gradient_accumulation_steps
         # A file that counts no micro-steps has made as many as its steps take here.
-        micro_steps = self.micro_steps or self.global_steps * accumulation
+        made = self.micro_steps if self.batch.slots is None else 0  # by another number of ranks, maybe
+        micro_steps = made or self.global_steps * accumulation
         self.micro_steps = micro_steps - micro_steps % accumulation
 
 
@@ -151,6 +182,12 @@ class Parts:
     def first(self) -> bool:
         """Whether this is the rank that tells."""
         return self.group.ranks[self.group.rank] == 0
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """Of a step's slots, where results do not follow the number of ranks."""
+        turn = None if self.optimizer is None else self.optimizer.turn
+        return None if turn is None else turn.sharing
 
     def say(self, text: str) -> None:
         if text and self.first:
@@ -185,6 +222,48 @@ class Parts:
     def drop(self) -> None:
         """The engine is destroyed: what is left is a module and its figures."""
         self.optimizer = self.sharded = self.mixed = self.lr_scheduler = self.training_dataloader = None
+
+
+class Slots:
+    """What an engine says of its slots, and what forward draws in each; nothing where there are none."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._draws: Draws | None = None
+        if parts.sharing is not None:
+            self._draws = Draws(parts.config.reproducible.seed, parts.device, self._place)
+
+    def _place(self) -> tuple[int, int]:
+        # Of a pass that counts for nothing it is past the slots.
+        turn = self._parts.need_optimizer("forward").turn
+        assert turn is not None, "it is asked where there are slots"
+        return self._parts.clock.global_steps, turn.sharing.slots if turn.slot is None else turn.slot
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Around a forward."""
+        return nullcontext() if self._draws is None else self._draws.forward()
+
+    def restart(self) -> None:
+        """What was computed of a step is forgotten: the coming micro-step is that of its first slot."""
+        self._parts.clock.restart_window()
+        if self._draws is not None:
+            self._draws.restart()
+
+    @property
+    def mine(self) -> tuple[int, ...]:
+        return self._need("slots").of(self._parts.samples.rank)
+
+    def sampler(self, dataset: DataLike, shuffle: bool, seed: int, drop_last: bool) -> SlotSampler:
+        batch, rank = self._parts.clock.batch.micro_batch_size, self._parts.samples.rank
+        return SlotSampler(dataset, batch, self._need("slot_sampler"), rank, shuffle, seed, drop_last)
+
+    def _need(self, call: str) -> Sharing:
+        if self._parts.sharing is None:
+            raise UsageError(
+                f"engine.{call}: a step has no slots",
+                fix='set "reproducible": {"slots": ...} in the configuration',
+            )
+        return self._parts.sharing
 
 
 class Left(Enum):

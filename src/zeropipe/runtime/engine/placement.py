@@ -20,6 +20,7 @@ from zeropipe.config.schema import Config
 from zeropipe.config.schema_zero import ZeroOptimization
 from zeropipe.errors import ConfigError
 from zeropipe.given import Mesh, Mpu, Namespace
+from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.sequence_parallel.place import (
     initialize_sequence_parallel,
     ranks_of_a_sequence,
@@ -28,6 +29,7 @@ from zeropipe.runtime.zero.param import is_sharded, is_trained
 from zeropipe.runtime.zero.replication import Replication, replicated, shard_size, with_hops
 
 _SLICE_RANK = ("get_tensor_model_parallel_rank", "get_slice_parallel_rank")
+_TABLES = torch.nn.Embedding | torch.nn.EmbeddingBag
 _SEQUENCE = "sequence_parallel"  # the axis of a device mesh
 _SLICES = ("get_tensor_model_parallel_world_size", "get_slice_parallel_world_size")
 
@@ -140,6 +142,36 @@ def samples_of(group: Group, mpu: Mpu) -> Samples:
     if ranks == 1:
         return Samples(group.rank, group.size)
     return Samples(_ask(mpu, "get_data_parallel_rank", default=group.rank // ranks), group.size // ranks)
+
+
+def check_slots(config: Config, module: torch.nn.Module, ranks: int, samples: int, mesh: Mesh) -> None:
+    """Raise ConfigError where the results of this model would follow the number of ranks, and must not."""
+    if config.reproducible.slots is None:
+        return
+    if isinstance(module, PipelineModule):
+        raise ConfigError(
+            "config key 'reproducible.slots' with a PipelineModule is not offered yet",
+            fix="remove one of the two",
+        )
+    if samples < ranks:
+        raise ConfigError(
+            "config key 'reproducible.slots' with sequences that ranks share: their number shows in the sums",
+            fix="remove one of the two",
+        )
+    if config.zero_optimization.stage == 3 and hasattr(mesh, "get_group") and _mesh_pair(mesh) is not None:
+        raise ConfigError(
+            "config key 'reproducible.slots' with a mesh that shards inside groups of ranks: sums would go by groups",
+            fix="give a mesh of one axis, or remove 'reproducible'",
+        )
+    for name, child in module.named_modules():
+        # Each forward shortens rows that the next one on this rank reads: which that is depends on the ranks.
+        if getattr(child, "max_norm", None) is not None and isinstance(child, _TABLES):
+            raise ConfigError(
+                f"config key 'reproducible.slots' and module '{name}', whose forward writes to its weight",
+                expected="an embedding without max_norm",
+                found=f"max_norm {child.max_norm}",
+                fix="normalise in forward, without changing the weight, or remove one of the two",
+            )
 
 
 def model_parts(

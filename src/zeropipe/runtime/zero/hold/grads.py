@@ -31,6 +31,8 @@ from zeropipe.streams import STREAMS
 class GradStore:
     """The gradients of one partition, in the accumulation's dtype."""
 
+    nothing = 0.0  # stands on the wire where no gradient came
+
     def __init__(self, partition: Partition, policy: Policy) -> None:
         self.partition = partition
         self.policy = policy
@@ -38,7 +40,7 @@ class GradStore:
         self.buckets = partition.values.buckets(policy.bucket_numel)
 
         # The memory: ``buffer`` is whole, or the shard. At stage 3 it lives where masters do, copied there on the way.
-        self.keeps_whole = not policy.shards_gradients
+        self.keeps_whole = policy.keeps_whole
         numel, shard = partition.master.numel(), partition.values.shard
         self._own = slice(shard * numel, (shard + 1) * numel)  # of a whole buffer: this rank's shard
         numel = partition.values.whole_numel if self.keeps_whole else numel
@@ -118,6 +120,15 @@ class GradStore:
             self._held[index] = held = held.to(self.dtype, copy=True)
             return held
         return self._views[index] if index in self._filled else None
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether it takes over what no reduction follows, which else autograd adds up."""
+        return self.keeps_whole
+
+    def waits(self, local_only: bool, boundary: bool) -> bool:
+        """Whether a backward leaves its gradients on this rank; ``boundary``: a step follows."""
+        return local_only or (self.keeps_whole and not boundary)
 
     def accept(self, index: int, grad: torch.Tensor, keep_grad: bool) -> None:
         """Take ``grad`` in, which is ``param.grad``. ``keep_grad`` (whole gradients only): no reduction follows, and it
@@ -282,9 +293,9 @@ class GradStore:
         for piece in span.pieces:
             source = sources[piece.tensor]
             if piece.offset != at:
-                parts.append(wire.new_zeros(piece.offset - at))
+                parts.append(wire.new_full((piece.offset - at,), self.nothing))
             if source is None:
-                parts.append(wire.new_zeros(piece.numel))
+                parts.append(wire.new_full((piece.numel,), self.nothing))
             else:
                 part = (
                     source[piece.start : piece.start + piece.numel]
@@ -294,7 +305,7 @@ class GradStore:
                 parts.append(part)
             at = piece.offset + piece.numel
         if at != span.offset + span.numel:
-            parts.append(wire.new_zeros(span.offset + span.numel - at))
+            parts.append(wire.new_full((span.offset + span.numel - at,), self.nothing))
         return torch.cat(parts, out=wire)
 
     def _source(self, index: int, held: dict[int, torch.Tensor]) -> torch.Tensor | None:

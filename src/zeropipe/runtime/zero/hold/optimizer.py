@@ -29,16 +29,11 @@ from zeropipe.runtime.zero.hold.policy import Policy, Scaler, StepOptions
 from zeropipe.runtime.zero.hold.reducer import Reducer
 from zeropipe.runtime.zero.hold.runs import Update
 from zeropipe.runtime.zero.hold.shard_values import ShardValues
-from zeropipe.runtime.zero.hold.stepping import (
-    Figures,
-    Stepping,
-    install_zero_grad,
-    refuse,
-    survey,
-    unused_everywhere,
-)
+from zeropipe.runtime.zero.hold.stepping import Stepping, install_zero_grad, reduce_late
 from zeropipe.runtime.zero.hold.values import FlatValues
 from zeropipe.runtime.zero.param import ZeroParam, carry, shards_at
+from zeropipe.runtime.zero.slots import Turn
+from zeropipe.runtime.zero.survey import Figures, refuse, survey, unused_everywhere
 from zeropipe.tensor.host import Number
 from zeropipe.tensor.norms import NonFinite, clip_factor
 
@@ -105,7 +100,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._backward: Callable[[torch.Tensor, bool], object] = no_engine
         watch = Watch(group, micro_step) if options.scaler is not None else None
         keeps_own = (lambda: False) if self._own is None else self._own.wants_local_gradients
-        self.reducer = Reducer(policy, is_boundary, watch, options.replicas, keeps_own, self._give_up_step)
+        self.turn = None if policy.sharing is None else Turn(policy.sharing, group, micro_step)
+        self.reducer = Reducer(
+            policy, is_boundary, watch, options.replicas, keeps_own, self._give_up_step, self.turn
+        )
         self._zero_grad = install_zero_grad(optimizer, self.reducer.clear)
         for index, params in enumerate(self._given):
             self._adopt(index, params)
@@ -289,7 +287,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         for index in range(len(self._given)):
             self._adopt(index, [param for i, param in dormant if i == index])
         for store in self.reducer.stores[known:] if in_step else ():
-            self.reducer.reduce_late(store)
+            if self.turn is None:
+                reduce_late(store, self.reducer.watch)
+            else:
+                store.clear()  # autograd has added up its slots: it is trained from the next step on
 
     def destroy(self) -> None:
         """Remove every hook and give the torch optimizer back its own parameters, without state."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from zeropipe.comm.group import SELF, Group
+from zeropipe.layout.slots import Sharing
 from zeropipe.tensor.host import Number
 
 # 8 MiB of fp32: past it no algorithm gains, scratch stays small, and latency is hidden: while one bucket travels the
@@ -46,6 +47,7 @@ class Policy:
     param_folder: str = ""
     pin_memory: bool = True
     sub_group_numel: int = AUTO_SUB_GROUP_NUMEL  # FILE: stepped at a time
+    sharing: Sharing | None = None  # of a step's slots, where sums must not show who computed them
 
     @property
     def offload_optimizer(self) -> bool:
@@ -70,6 +72,11 @@ class Policy:
     @property
     def shards_gradients(self) -> bool:
         return self.stage >= 2
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether the buffer of gradients is whole."""
+        return not (self.shards_optimizer if self.sharing else self.shards_gradients)
 
     @property
     def shards_parameters(self) -> bool:
@@ -121,6 +128,7 @@ class StepOptions:
         SELF  # ranks that hold the other parts of this replica: norm and overflow are theirs too
     )
     counts: Callable[[torch.nn.Parameter], bool] | None = None  # whether this rank's copy enters the norm
+    exact: bool = False  # no place where shards are cut shows in the norm
     replicas: Group = SELF  # stage 3: the ranks that hold the same shards as this one (MiCS)
     remark: Remark = field(default_factory=Remark)
 

@@ -30,6 +30,8 @@ from zeropipe.runtime.zero.hold.partition import Partition
 from zeropipe.runtime.zero.hold.policy import Conductor, Policy
 from zeropipe.runtime.zero.hold.window import NEXT_PHASES, Phase
 from zeropipe.runtime.zero.marks import z3_leaf_parameter
+from zeropipe.runtime.zero.slot_stores import store_of
+from zeropipe.runtime.zero.slots import Turn
 
 _BUCKETS_PER_PASS = 2**24  # more than there are
 
@@ -50,7 +52,8 @@ class Reducer:
     ``is_boundary`` tells, when a pass begins, whether an optimizer step follows it. ``watch`` sees every local
     gradient before it is reduced. ``replicas``: the ranks that hold this rank's very shards (MiCS); their
     gradients are averaged once, when the window ends. ``keeps_own``: whether the window's gradients stay on their rank,
-    for an optimizer that exchanges something else. ``before_clear`` may refuse that gradients are forgotten.
+    for an optimizer that exchanges something else. ``before_clear`` may refuse that gradients are forgotten. ``turn``:
+    where sums go by slots, which one's gradients arrive.
     """
 
     def __init__(
@@ -61,10 +64,12 @@ class Reducer:
         replicas: Group = SELF,
         keeps_own: Callable[[], bool] = lambda: False,
         before_clear: Callable[[], None] = lambda: None,
+        turn: Turn | None = None,
     ) -> None:
         self.policy = policy
         self.watch = watch
         self.replicas = replicas
+        self.turn = turn
         self.is_boundary = is_boundary
         self.keeps_own = keeps_own
         self._before_clear = before_clear
@@ -147,7 +152,7 @@ class Reducer:
 
     def add(self, partition: Partition) -> GradStore:
         """Hook the partition's parameters and return the store of their gradients."""
-        store = GradStore(partition, self.policy)
+        store = store_of(partition, self.policy, self.turn)
         self.stores.append(store)
         self._order, self._learned = [], ()
         self.arrivals.listen(store, partition.params)
@@ -240,6 +245,8 @@ class Reducer:
             store.take_changes()
         if self._conductor is not None:
             self._conductor.meet("gradients of a step")
+        if self.turn is not None:
+            self._owes = self.turn.end_window() or self._owes
         if self._owes:
             self._begin(force=True)
             self.finish_pass()
@@ -248,18 +255,6 @@ class Reducer:
                 store.average_over(self.replicas)
             self._apart = False
         self._at_boundary()
-
-    def reduce_late(self, store: GradStore) -> None:
-        """Reduce the window's gradients of a store that was added after them: whole, in ``param.grad``."""
-        for bucket in store.buckets:
-            for index in bucket.tensors:
-                grad = store.partition.params[index].grad
-                if grad is None:
-                    continue
-                if self.watch is not None:
-                    self.watch.look(store.partition.names[index], grad)
-                store.accept(index, grad, keep_grad=False)
-            store.launch(bucket).wait()
 
     def clear(self) -> None:
         """Forget the window's gradients."""
@@ -296,7 +291,7 @@ class Reducer:
             self.watch.look(store.partition.names[index], grad)
         if self._phase is not Phase.REDUCING:
             # Where the dtype is the parameter's own, autograd itself adds up a sharded store's gradients.
-            if grad is not None and (store.keeps_whole or store.dtype != store.partition.dtype):
+            if grad is not None and (store.takes_all or store.dtype != store.partition.dtype):
                 store.accept(index, grad, keep_grad=store.keeps_whole)
             return
         if grad is not None:
@@ -329,8 +324,10 @@ class Reducer:
             self._ending = at_end_of_backward(self.finish_pass, self.arrivals.stop)
         if inside and self._missing == 1.0:
             self.arrivals.let_through()
-        whole = self.stores[0].keeps_whole if self.stores else False
-        wanted = force or (not self._local_only and (not whole or self.is_boundary()))
+        local = self._local_only
+        wanted = force or not (self.stores[0].waits(local, self.is_boundary()) if self.stores else local)
+        if self.turn is not None and not force:
+            self.turn.begin_pass()
         self._turn(Phase.REDUCING if wanted and not self.keeps_own() else Phase.ADDING)
         for store in self.stores:
             store.reopen()

@@ -1,4 +1,5 @@
-"""A step: what all ranks must know of the gradients, then one update of all partitions, safe to raise in the middle.
+"""A step on gradients that all ranks know of alike (``survey.py``): one update of all partitions, safe to raise in the
+middle.
 
     jobs     edits | scale a | load a | scale b | load b | step a | step b | publish a | publish b | forget gradients
     raises     1        2        1         2        1         3        3          4           4             1
@@ -25,160 +26,24 @@ What is kept aside costs no bits: whatever the optimizer computes of a tensor's 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial, reduce
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
-from operator import add
 
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from zeropipe.comm.collectives import all_reduce
-from zeropipe.comm.group import Group
-from zeropipe.errors import UsageError
 from zeropipe.runtime.optimizers.shard_view import Communicates
 from zeropipe.runtime.optimizers.state_kinds import Shared, split_state, state_keys
+from zeropipe.runtime.zero.hold.autograd import Watch
 from zeropipe.runtime.zero.hold.grads import GradStore
 from zeropipe.runtime.zero.hold.partition import Cohort, Partition, copy_counts
-from zeropipe.runtime.zero.hold.policy import StepOptions
 from zeropipe.runtime.zero.hold.runs import Job, Runs, Update, leaves_early
-from zeropipe.tensor.host import HOST, Number, changes, sent
-from zeropipe.tensor.norms import rough_squared_norm, squared_norm
+from zeropipe.runtime.zero.survey import Unused
+from zeropipe.tensor.host import Number, changes
 
 # Elements that a call which does not happen in one kernel may change and still be undone; a copy of that much is cheap.
 UNDO_NUMEL = 2**20
-
-Unused = Mapping[Partition, Sequence[int]]  # the parameters that no rank gave a gradient
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """Sums over all ranks, known before a step so that they decide alike."""
-
-    square: Number  # squared norm of the scaled gradients
-    unseen: float  # parameters without a gradient on some rank, counted there (on a device: on this one)
-    woken: float  # parameters that were unfrozen since the last step, counted on each rank
-    used: Sequence[float] | None = None  # by parameter, the ranks that gave it a gradient; None: not known
-
-
-def survey(
-    stores: Sequence[GradStore], group: Group, options: StepOptions, own: bool, awake: int | None
-) -> Figures:
-    """One small collective, one more where other ranks hold other parts of the model.
-
-    ``own``: gradients are each rank's own, for an optimizer that exchanges something else. All ranks still decide on
-    overflow and the clip factor together, before anything is exchanged. ``awake``: parameters unfrozen on this rank;
-    None: none is frozen.
-    """
-    device = stores[0].partition.params[0].device if stores else torch.device("cpu")
-    # A norm that decides nothing, neither a clip factor nor whether the step is taken, may be off by a rounding.
-    decides = options.clip > 0 or options.scaler is not None or options.skip_nonfinite
-    unseen = 0 if own else sum(len(store.partition.params) - len(store.seen) for store in stores)
-    terms: list[Number] = []
-    # [1] This rank's share of the sum, so that each element counts once.
-    for store in stores:
-        partition, counts = store.partition, options.counts
-        copies = [i for i, p in enumerate(partition.params) if not counts(p)] if counts else ()
-        if own:
-            # The norm of the ranks' average is not known without averaging; the root of this mean of squares is never
-            # below it. A parameter that was not seen has what an earlier window left.
-            for index in range(len(partition.params)):
-                if index not in store.seen:
-                    store.view(index).zero_()
-                elif index in copies:
-                    terms.append(-squared_norm(store.view(index).reshape(-1)) / group.size)
-            terms.append(squared_norm(store.buffer) / group.size)
-        elif (options.replicas if partition.sharded else group).rank == 0:
-            square = squared_norm if decides or not HOST.sees(store.shard) else rough_squared_norm
-            terms.append(square(store.shard, partition.offload.let_go))
-            if copies:
-                terms.append(-sum(squared_norm(partition.local(store.shard, i)) for i in copies))
-    squares = reduce(add, terms, *([] if terms else [0.0]))
-    # [2] Everything that ranks must know alike, in one message.
-    if stores and not HOST.sees(device):
-        return _survey_afar(stores, group, options, squares, 0 if own else unseen, awake)
-    said = options.remark.said()
-    if group.size == 1 and options.model_group.size == 1:
-        return Figures(float(squares), unseen, awake or 0)
-    figures = torch.tensor([0.0, *said, unseen, awake or 0], dtype=torch.float64, device=device)
-    figures[0] = squares
-    all_reduce(figures, group, label="gradient norm")
-    if options.model_group.size > 1:
-        all_reduce(figures[: 1 + len(said)], options.model_group, label="gradient norm of all stages")
-    square, *heard, unseen, woken = figures.tolist()
-    options.remark.hear(heard)
-    return Figures(square, unseen, woken)
-
-
-def _survey_afar(
-    stores: Sequence[GradStore],
-    group: Group,
-    options: StepOptions,
-    squares: Number,
-    unseen: int,
-    awake: int | None,
-) -> Figures:
-    """[2] on a device, which the host asks for the sums only where it cannot go on without one of them."""
-    # It can where no step is skipped and every parameter has a gradient here: what nobody used, this rank did not use
-    # either. Those who lack one look, and see who has it; so all say of each parameter what they have.
-    device = stores[0].partition.device
-    partitions = [store.partition for store in stores]
-    seen = [float(not unseen or i in s.seen) for s in stores for i in range(len(s.partition.params))]
-    away = any(partition.master.device != device or partition.offload.pages_state for partition in partitions)
-    skips, said = options.scaler is not None or options.skip_nonfinite, options.remark.said()
-    if group.size == 1 and options.model_group.size == 1:
-        return Figures(float(squares) if skips or away else squares, unseen, awake or 0, seen)
-    others = 1 + len(said)  # from here on what only the ranks that hold the same tell each other
-    figures = torch.ones(others + 1 + len(seen), dtype=torch.float64, device=device)
-    if unseen:
-        figures[others + 1 :] = sent(seen, figures.dtype, device)
-    # A number that the host has is written by the device; a tensor of the host would be a copy that it waits for.
-    square = squares.item() if isinstance(squares, torch.Tensor) and HOST.sees(squares) else squares
-    for at, figure in enumerate((square, *said)):
-        figures[at] = figure
-    if awake is not None:  # else there is none anywhere, and the place means nothing
-        figures[others] = awake
-    all_reduce(figures, group, label="gradient norm")
-    if options.model_group.size > 1:
-        all_reduce(figures[:others], options.model_group, label="gradient norm of all stages")
-    options.remark.hear(list(figures[1:others]))  # ranks differ in whether they look at the rest
-    if not (skips or away or unseen or awake is not None):
-        return Figures(figures[0], 0, 0)
-    known, woken, *used = (figure for at, figure in enumerate(figures.tolist()) if at not in range(1, others))
-    return Figures(known, unseen, 0 if awake is None else woken, used)
-
-
-def unused_everywhere(
-    stores: Sequence[GradStore], group: Group, known: Sequence[float] | None
-) -> dict[Partition, list[int]]:
-    """The parameters that no rank gave a gradient; collective unless it is ``known`` who did (``Figures.used``)."""
-    if known is not None:
-        counts = iter(known)
-        return _unused((s.partition, [next(counts) for _ in s.partition.params]) for s in stores)
-    device = stores[0].partition.params[0].device if stores else torch.device("cpu")
-    flags = [index in store.seen for store in stores for index in range(len(store.partition.params))]
-    used = torch.tensor(flags, dtype=torch.int32, device=device)
-    all_reduce(used, group, op="max", label="used parameters")
-    marks = used.split([len(store.partition.params) for store in stores])
-    return _unused((store.partition, own.tolist()) for store, own in zip(stores, marks, strict=True))
-
-
-def _unused(marks: Iterable[tuple[Partition, Sequence[float]]]) -> dict[Partition, list[int]]:
-    found = {partition: [index for index, mark in enumerate(own) if not mark] for partition, own in marks}
-    return {partition: indices for partition, indices in found.items() if indices}
-
-
-def refuse(unused: Unused) -> None:
-    """Raise UsageError, on every rank alike, for parameters that require a gradient and got none."""
-    pairs = [(partition, index) for partition, indices in unused.items() for index in indices]
-    names = [f"'{p.names[index]}'" for p, index in pairs if p.params[index].requires_grad]
-    if names:
-        raise UsageError(
-            f"parameters {', '.join(names)} got no gradient on any rank in this step",
-            fix="use them in the loss, freeze them with requires_grad_(False), or set "
-            "zero_optimization.ignore_unused_parameters to true",
-        )
 
 
 class Stepping:
@@ -380,6 +245,19 @@ class _Aside:
                 for a, b in self._ranges:
                     old[a:b].copy_(made[a:b])
                 self._state[self._partition.master][key] = old
+
+
+def reduce_late(store: GradStore, watch: Watch | None) -> None:
+    """Reduce the window's gradients of a store that was added after them: whole, in ``param.grad``."""
+    for bucket in store.buckets:
+        for index in bucket.tensors:
+            grad = store.partition.params[index].grad
+            if grad is None:
+                continue
+            if watch is not None:
+                watch.look(store.partition.names[index], grad)
+            store.accept(index, grad, keep_grad=False)
+        store.launch(bucket).wait()
 
 
 def install_zero_grad(optimizer: torch.optim.Optimizer, clear: Callable[[], None]) -> Callable[..., None]:
