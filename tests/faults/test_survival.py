@@ -7,6 +7,7 @@ and rank by rank, so one run of many lives is as many proofs.
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 from collections import Counter
@@ -85,3 +86,33 @@ def test_a_rank_that_is_stopped_loses_nothing(tmp_path: Path, stage: int, stages
         str(life.codes) for life in stops
     )
     assert all(one.repeated <= 0 for one in back)  # a step after which a rank has left says nothing
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_error_that_passes_is_survived_and_one_that_stays_is_said(tmp_path: Path, stage: int) -> None:
+    """Rank 1 raises in step 3, in the first two lives of the first run, in all three of the second."""
+    told = []
+    for lasts in (2, 3):
+        folder = tmp_path / str(lasts)
+        folder.mkdir()
+        args = (str(folder), survivor.config(stage), 5, 1, 1, False, (1, 3, lasts))
+        errors = {"TORCHELASTIC_ERROR_FILE": str(folder / "error.json")}
+        lives = survive(survivor.train, args, [2] * 3, environment=errors)
+        assert [life.well for life in lives] == [False, False, lasts == 2]
+        first, second, last = (life.output[1] for life in lives)
+        assert (
+            "[rank 1] step 3 has raised ValueError: a bad batch; torchrun may start the ranks anew 2 times"
+            in first
+        )
+        assert "the same 2 times now: to start again has not helped" in second
+        assert "step 3 has ended here: " in lives[0].output[0] and "ValueError" not in lives[0].output[0]
+        assert max(lives[0].ended.values()) - min(lives[0].ended.values()) < 5
+        # What torchrun ends with is the error of the rank that raised, not of one that only followed.
+        assert (
+            json.loads((folder / "error.json").read_text())["message"]["message"] == "ValueError: a bad batch"
+        )
+        told.append((folder / "zeropipe_failed.json").exists())
+        if lasts == 3:
+            assert "the same 3 times now" in last and "anew" not in last
+    assert told == [False, True], "a run that ended well has forgotten how it failed"

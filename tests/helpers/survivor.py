@@ -98,8 +98,12 @@ def train(
     save_every: int | None,
     stages: int = 1,
     own: bool = False,
+    raises: tuple[int, int, int] | None = None,
 ) -> None:
-    """In a rank: train ``steps`` steps, saving in ``folder``; ``own``: in a loop of the program's own."""
+    """In a rank: train ``steps`` steps, saving in ``folder``.
+
+    ``own``: in a loop of the program's own. ``raises``: rank, step, and the number of lives in which it raises there.
+    """
     rank, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     events = [0]
 
@@ -138,6 +142,8 @@ def train(
     def micro_step(engine: Any, x: torch.Tensor, y: torch.Tensor, resumed: Any) -> None:
         if engine.micro_steps == resumed.step * engine.gradient_accumulation_steps():
             begin(resumed.step, resumed.source)
+        if raises is not None and (rank, engine.global_steps) == raises[:2] and life < raises[2]:
+            raise ValueError("a bad batch")
         engine.backward((engine(x) - y).square().mean())
         engine.step()
         if engine.was_step_applied():

@@ -97,7 +97,7 @@ def test_where_a_neighbour_has_died_the_first_signal_ends_the_process() -> None:
     """torchrun stops the other ranks so, and a step that is minutes long would keep it waiting."""
 
     def hopeless() -> None:
-        Signals(["SIGUSR1"], hopeless=lambda: True)
+        Signals(["SIGUSR1"], hopeless=lambda: "rank 1 has died")
         sent()
 
     assert ends(hopeless) == NUMBER

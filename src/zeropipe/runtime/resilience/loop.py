@@ -148,20 +148,17 @@ class Run:
         rank, engine = world().rank, self._engine
         step = 0 if engine is None else engine.global_steps
         if isinstance(error, CommunicationError | DesyncError):
-            gone = (
-                []
-                if engine is None or engine.stopping.neighbours is None
-                else engine.stopping.neighbours.gone()
+            gone = "" if engine is None else engine.stopping.peers_gone()
+            _log.error(
+                "step %d has ended here: %s", step, gone or f"[rank {rank}] another rank has failed or died"
             )
-            who = f"rank {', '.join(map(str, gone))} has died" if gone else "another rank has failed or died"
-            _log.error("[rank %d] step %d has ended here, because %s", rank, step, who)
             return
         tell(error)
         text = f"{type(error).__name__}: {error}"
         times = 1 + self._times(step, text)
         again = ""
         if times > 1:
-            again = f", for the {times}th time at this step: to start again has not helped, and hardly will"
+            again = f", the same {times} times now: to start again has not helped, and hardly will"
         count, most = restarts()
         left = f"; torchrun may start the ranks anew {most - count} times" if most > count else ""
         _log.error("[rank %d] step %d has raised %s%s%s", rank, step, text, again, left)

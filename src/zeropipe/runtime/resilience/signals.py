@@ -29,11 +29,11 @@ TWICE = 5.0  # s
 class Signals:
     """Hears ``names`` in this process, beside whoever heard them before: their handlers are called too.
 
-    ``hopeless``: asked when a signal is heard; True where no boundary will be reached, as a peer of this host is gone:
-    then the process ends at once. torchrun stops the others of a rank that died by SIGTERM and would wait for them.
+    ``hopeless``: asked when a signal is heard; says why no boundary will be reached, such as that a peer of this host
+    is gone: then the process ends at once. torchrun stops the others of a rank that died by SIGTERM and waits for them.
     """
 
-    def __init__(self, names: Iterable[str], hopeless: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, names: Iterable[str], hopeless: Callable[[], str] = str) -> None:
         self._numbers = [getattr(signal, name) for name in names]
         self._hopeless = hopeless
         self._before: dict[int, Any] = {}  # what stood there
@@ -90,8 +90,12 @@ class Signals:
             finally:
                 self._inside = False
         # A rank that is done with the last checkpoint is gone too, and torchrun then stops those that are about to go.
-        if not self._saving and (hurries or self._hopeless()):
-            self._end(number)
+        if not self._saving:
+            why = "a second signal" if hurries else self._hopeless()
+            if why:
+                with suppress(Exception):  # it may have come in the middle of another line
+                    _log.error("this process ends now, by %s: %s", signal.Signals(number).name, why)
+                self._end(number)
 
     def _end(self, number: int) -> None:
         signal.signal(number, signal.SIG_DFL)

@@ -46,7 +46,7 @@ class Stopping:
         self._limit: TimeLimit | None = None
         self._asked: tuple[str, int] | None = None
         self._since: float | None = None  # the last boundary
-        self.neighbours: Neighbours | None = None
+        self._neighbours: Neighbours | None = None
         self.folder = (
             section.folder
         )  # where the last checkpoint goes: as configured, or where the program has saved
@@ -58,10 +58,15 @@ class Stopping:
         """Hear ``names`` from now on, and the configuration's time limit. Collective."""
         if self._signals is not None or self._remark is None or world().imagined:
             return
-        self.neighbours = Neighbours(world())
+        self._neighbours = Neighbours(world())
         self._limit = TimeLimit(self._section.save_before)
-        self._signals = Signals(names, lambda: bool(self.neighbours and self.neighbours.gone()))
+        self._signals = Signals(names, self.peers_gone)
         self._remark.begin(self._word)
+
+    def peers_gone(self) -> str:
+        """Which ranks of this host have died, for a message; "" where none has, as far as this one sees."""
+        gone = [] if self._neighbours is None else self._neighbours.gone()
+        return f"[rank {world().rank}] rank {', '.join(map(str, gone))} has died" if gone else ""
 
     def leave_to_caller(self) -> None:
         """Whoever runs the loop saves and ends it, where ``due``; not the engine at the end of its step."""
