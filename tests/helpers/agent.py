@@ -103,10 +103,13 @@ def arm() -> None:
         for at, harm in enumerate(harms):
             if harm.label not in event.label:
                 continue
-            if seen[at] == harm.event and harm.delay:
-                threading.Timer(harm.delay, os.kill, (os.getpid(), harm.number)).start()
-            elif seen[at] == harm.event:
-                os.kill(os.getpid(), harm.number)
+            if seen[at] == harm.event:
+                later = f", {1000 * harm.delay:.0f} ms later" if harm.delay else ""
+                os.write(1, f"harmed at {event.op} {event.label!r}{later}\n".encode())
+                if harm.delay:
+                    threading.Timer(harm.delay, os.kill, (os.getpid(), harm.number)).start()
+                else:
+                    os.kill(os.getpid(), harm.number)
             seen[at] += 1
 
     SEAM.listeners.append(listen)

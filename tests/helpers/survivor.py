@@ -144,7 +144,8 @@ def train(
             begin(resumed.step, resumed.source)
         if raises is not None and (rank, engine.global_steps) == raises[:2] and life < raises[2]:
             raise ValueError("a bad batch")
-        engine.backward((engine(x) - y).square().mean())
+        out = engine(x.to(next(engine.module.parameters()).dtype))
+        engine.backward((out - y).square().mean())
         engine.step()
         if engine.was_step_applied():
             say("step", engine.global_steps, digest(engine))
