@@ -138,7 +138,7 @@ def saves_where_it_has_saved(rank: int, world: int, folder: str) -> Any:
 def test_without_a_folder_it_is_where_the_program_has_saved(pool: Pools, tmp_path: Path) -> None:
     assert pool(2).run(saves_where_it_has_saved, str(tmp_path)) == [((2, 143), {"mine": [1, 2]})] * 2
     assert pool(2).run(saves_where_it_has_saved, "") == [((2, 143), None)] * 2
-    assert "nothing is saved, as no folder is known; set 'checkpoint.folder'" in pool(2).outputs()[0]
+    assert "nothing is saved: set 'checkpoint.folder'" in pool(2).outputs()[0]
 
 
 def loops_that_are_wrong(rank: int, world: int) -> list[str]:

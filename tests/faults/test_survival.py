@@ -8,8 +8,10 @@ and rank by rank, so one run of many lives is as many proofs.
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,11 @@ def check(lives: list[Life], back: list[Return], most: int = 1) -> None:
     """Ranks end within seconds, and come back within seconds, with ``most`` steps to do again."""
     for life in lives[:-1]:
         assert max(life.ended.values()) - min(life.ended.values()) < 5, life.text()
+        # Who follows says who has died, whatever it was doing; nobody takes that for an error of the program.
+        assert "has raised" not in life.text(), life.text()
+        for rank, code in life.codes.items():
+            if code not in (0, -signal.SIGKILL):
+                assert "died" in life.output[rank] or "initialize" in life.output[rank], life.text()
     assert all(one.repeated <= most and one.seconds < BACK_WITHIN for one in back), back
 
 
@@ -67,13 +74,20 @@ def kills(lives: list[Life]) -> int:
     return sum(code == -signal.SIGKILL for life in lives for code in life.codes.values())
 
 
+MEMORY = {"memory": {"every": 1}}
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_rank_that_is_killed_costs_one_step_at_most(tmp_path: Path, stage: int) -> None:
-    """Five kills at each stage; the state comes from disk."""
-    lives, back = disturbed(tmp_path, survivor.config(stage), 20, moments(stage, 5, 30))
+    """Five kills at each stage; the state comes from memory."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        settings = survivor.config(stage, checkpoint={"memory": {"every": 1, "folder": memory}})
+        lives, back = disturbed(tmp_path, settings, 30, moments(stage, 5, 20), save_every=None)
+        assert not os.listdir(memory), "nothing is left of a run that has ended well"
     assert kills(lives) >= 5
     check(lives, back)
+    assert {one.source for one in back} <= {"memory", "nothing"}
 
 
 # Stage, pipeline stages, dtype.
@@ -84,13 +98,18 @@ KINDS = [(0, 1, "fp32"), (1, 1, "bf16"), (2, 1, "fp32"), (3, 1, "fp32"), (3, 1, 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("stage", "stages", "dtype"), KINDS)
 def test_a_hundred_kills(tmp_path: Path, stage: int, stages: int, dtype: str, seed: int) -> None:
-    """24 runs of five kills each. ``-rP`` shows the figures."""
+    """24 runs of five kills each, a quarter of them from disk. ``-rP`` shows the figures."""
     harms = moments(100 + seed, 5, 30)
-    lives, back = disturbed(tmp_path, survivor.config(stage, dtype), 25, harms, stages=stages)
+    section, save_every = (MEMORY, None) if seed else ({}, 1)
+    settings = survivor.config(stage, dtype, checkpoint=section)
+    lives, back = disturbed(tmp_path, settings, 40, harms, stages=stages, save_every=save_every)
     told = [line for life in lives for text in life.output.values() for line in text.splitlines()]
     hit = [line for line in told if line.startswith("harmed at")]
     times = [round(one.seconds, 2) for one in back]
-    print(f"figures: {kills(lives)} kills, repeated {[one.repeated for one in back]}, s {times}, {hit}")
+    sources = Counter(one.source for one in back)
+    print(
+        f"figures: {kills(lives)} kills, {sources}, repeated {[o.repeated for o in back]}, s {times}, {hit}"
+    )
     assert kills(lives) >= 4
     check(lives, back)
 
@@ -98,7 +117,16 @@ def test_a_hundred_kills(tmp_path: Path, stage: int, stages: int, dtype: str, se
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", [1, 3])
 def test_two_ranks_at_once(tmp_path: Path, stage: int) -> None:
-    lives, back = disturbed(tmp_path, survivor.config(stage), 20, moments(200 + stage, 4, 30, together=2))
+    """On one host, whose memory they share, and from disk."""
+    for section in (MEMORY, {}):
+        (folder := tmp_path / str(len(section))).mkdir()
+        settings = survivor.config(stage, checkpoint=section)
+        harms = moments(200 + stage, 4, 30, together=2)
+        lives, back = disturbed(folder, settings, 40, harms, save_every=None if section else 1)
+        at_once(lives, back)
+
+
+def at_once(lives: list[Life], back: list[Return]) -> None:
     assert kills(lives) >= 5
     check(lives, back)
 

@@ -196,7 +196,8 @@ def _rank(output: str, task: Callable[..., object], args: Sequence[Any]) -> None
         code = 0
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else 1
-    except BaseException:
+    except BaseException as error:
+        sys.last_value = error  # as an interpreter does
         traceback.print_exc()
     with suppress(Exception):  # as an interpreter that ends: writers are waited for
         threading._shutdown()

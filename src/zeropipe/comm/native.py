@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from zeropipe.comm.group import Group
-from zeropipe.comm.record import SEAM, Call, Cut, Cuts, Run, Work
+from zeropipe.comm.record import SEAM, Call, Cut, Cuts, Run, Work, did_not_complete
 from zeropipe.comm.witness import WITNESS
 from zeropipe.given import Anything
 from zeropipe.streams import STREAMS, Side
@@ -264,9 +265,8 @@ def enter_hop(call: Call, group: Group, output: torch.Tensor) -> None:
 
 def barrier(group: Group, *, label: str = "") -> None:
     """Return when every member has called it."""
-    call = Call("barrier", group, label).enter()
-    if group.size > 1:
-        with SEAM.waiting(call):
+    with _named(Call("barrier", group, label).enter()):
+        if group.size > 1:
             dist.barrier(group.pg)
 
 
@@ -276,16 +276,25 @@ def all_gather_object(obj: Anything, group: Group, *, label: str = "") -> list[A
     if group.size == 1 or group.imagined:
         return [obj] * group.size
     found: list[Any] = [None] * group.size
-    with SEAM.waiting(call):
+    with _named(call):
         dist.all_gather_object(found, obj, (group.speaking or group).pg)
     return found
 
 
 def broadcast_object(obj: Anything, src: int, group: Group, *, label: str = "") -> Any:
     """Member ``src``'s (small, picklable) object on every member."""
-    call = Call("broadcast_object", group, label).enter()
-    box = [obj]
+    call, box = Call("broadcast_object", group, label).enter(), [obj]
     if group.size > 1 and not group.imagined:
-        with SEAM.waiting(call):
+        with _named(call):
             dist.broadcast_object_list(box, group.ranks[src], (group.speaking or group).pg)
     return box[0]
+
+
+@contextmanager
+def _named(call: Call) -> Iterator[None]:
+    """Where the backend gives ``call`` up, as a peer is gone, that is what is raised."""
+    try:
+        with SEAM.waiting(call):
+            yield
+    except RuntimeError as error:
+        raise did_not_complete(call, error) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,9 +29,15 @@ class Neighbours:
             if host == here and process is not None and rank != group.ranks[group.rank]
         }
 
-    def gone(self) -> list[int]:
-        """The ranks whose processes have ended."""
-        return [rank for rank, process in self._processes.items() if _process(process[0]) != process]
+    def gone(self, within: float = 0.0) -> list[int]:
+        """The ranks whose processes have ended, as soon as there is one; at the latest after ``within`` seconds."""
+        # A process that is killed closes its connections first, and only then has it ended.
+        end = time.monotonic() + within
+        while True:
+            found = [rank for rank, process in self._processes.items() if _process(process[0]) != process]
+            if found or time.monotonic() >= end:
+                return found
+            time.sleep(0.01)
 
 
 def _host() -> tuple[str, str]:

@@ -114,6 +114,15 @@ class Call:
         return self
 
 
+def did_not_complete(what: Call | str, error: RuntimeError) -> CommunicationError:
+    """The error of a collective that its backend has given up."""
+    return CommunicationError(
+        f"{what} did not complete: {str(error).splitlines()[0]}",
+        found=f"as the last calls here: {SEAM.lately()}",
+        fix="another rank has most likely failed first; read its traceback",
+    )
+
+
 class Words(Protocol):
     """What the members tell each other before a collective (``agreement.py``)."""
 
@@ -158,11 +167,7 @@ class Work:
         except CommunicationError:
             raise  # of an earlier gather, which says so itself
         except RuntimeError as error:
-            raise CommunicationError(
-                f"{self._what} did not complete: {str(error).splitlines()[0]}",
-                found=f"as the last calls here: {SEAM.lately()}",
-                fix="another rank has most likely failed first; read its traceback",
-            ) from error
+            raise did_not_complete(self._what, error) from error
         finally:
             SEAM.wait_for(before)
         # Taken first: a step that raises is not done a second time by who waits again.

@@ -166,12 +166,13 @@ class DeepSpeedEngine(Face):
         with self.report.phase("step"):
             tried = self._steps.end(self.lr_scheduler, lr_kwargs)
         if tried:
-            self.copies.take()
+            if self.stopping.by_itself:
+                self.copies.take()
             self.report.stepped()
             self._steps.told()
             self.stopping.stepped()
             if self.stopping.due and self.stopping.by_itself:
-                self.stopping.leave(self.save_checkpoint, self.global_steps)
+                self.stopping.leave(self.save_checkpoint, self.copies.outlive, self.global_steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget every gradient of the window, reduced ones too."""

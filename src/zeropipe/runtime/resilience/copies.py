@@ -70,9 +70,13 @@ class Engines:
 
     def end(self, token: str) -> None:
         """Call it now."""
-        ending = self._endings.pop(token, None)
+        ending = self.forget(token)
         if ending is not None:
             ending()
+
+    def forget(self, token: str) -> Callable[[], None] | None:
+        """Never call it."""
+        return self._endings.pop(token, None)
 
     def _end(self) -> None:
         # Where an error ends the process, the one that is started in its place goes on from what is there.
@@ -163,6 +167,14 @@ class Copies:
         if thread is not None:
             thread.join()
             self._tell()
+
+    def outlive(self) -> int:
+        """This process ends and the run goes on: what it has kept stays. The step of that, 0 where there is none."""
+        self.settle()
+        if self._life is not None:
+            ENGINES.forget(self._life.token)
+        step = self._parts.clock.global_steps
+        return 0 if self._life is None else step - step % self._every
 
     def close(self) -> None:
         """The run has come to its end well; may be called again."""

@@ -117,14 +117,16 @@ class Run:
             self._folder = Path(engine.stopping.folder)
         engine.stopping.leave_to_caller()
         engine.stopping.arm(self._signals)
-        self.resumed = engine.resume(self._folder)
+        self.resumed = engine.resume(self._folder, client_state=self.state)
         self.state.update(self.resumed.client_state)
         self._saved_at = self.resumed.step if self.resumed.source == "disk" else -1
 
     def _boundary(self, engine: DeepSpeedEngine, over: bool) -> None:
-        due = engine.stopping.due and not over  # what is over anyway needs no end from outside
-        if due:
-            engine.stopping.leave(engine.save_checkpoint, engine.global_steps, self._folder, self.state)
+        # Here and not where the step ends: copies hold what the turn has made of the program's own state.
+        engine.copies.take()
+        if engine.stopping.due and not over:  # what is over anyway needs no end from outside
+            stopping, step = engine.stopping, engine.global_steps
+            stopping.leave(engine.save_checkpoint, engine.copies.outlive, step, self._folder, self.state)
         if self._folder is not None and (over or (self._every and engine.global_steps % self._every == 0)):
             self.save()
 
@@ -146,9 +148,11 @@ class Run:
     def failed(self, error: Exception) -> None:
         """The training has raised: say whose fault it is, and what it means for torchrun."""
         rank, engine = world().rank, self._engine
+        if engine is not None:
+            engine.copies.outlive()
         step = 0 if engine is None else engine.global_steps
         if isinstance(error, CommunicationError | DesyncError):
-            gone = "" if engine is None else engine.stopping.peers_gone()
+            gone = "" if engine is None else engine.stopping.peers_gone(within=1.0)
             _log.error(
                 "step %d has ended here: %s", step, gone or f"[rank {rank}] another rank has failed or died"
             )

@@ -63,10 +63,11 @@ class Stopping:
         self._signals = Signals(names, self.peers_gone)
         self._remark.begin(self._word)
 
-    def peers_gone(self) -> str:
-        """Which ranks of this host have died, for a message; "" where none has, as far as this one sees."""
-        gone = [] if self._neighbours is None else self._neighbours.gone()
-        return f"[rank {world().rank}] rank {', '.join(map(str, gone))} has died" if gone else ""
+    def peers_gone(self, within: float = 0.0) -> str:
+        """Which ranks of this host have died, for a message; "" where none is seen to have ``within`` seconds."""
+        gone = [] if self._neighbours is None else self._neighbours.gone(within)
+        who = f"rank {gone[0]} has died" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} have died"
+        return f"[rank {world().rank}] {who}" if gone else ""
 
     def leave_to_caller(self) -> None:
         """Whoever runs the loop saves and ends it, where ``due``; not the engine at the end of its step."""
@@ -115,13 +116,15 @@ class Stopping:
     def leave(
         self,
         save: Callable[..., bool],
+        keep: Callable[[], int],
         step: int,
         folder: str | os.PathLike[str] | None = None,
         client_state: Mapping[str, Any] | None = None,
     ) -> NoReturn:
         """Save what the run ends with, and end this process as all ranks do now. Collective, where ``due``.
 
-        ``save``: the engine's ``save_checkpoint``. Raises SystemExit.
+        ``save``: the engine's ``save_checkpoint``; ``keep``: lets copies in memory outlive this process, and says of
+        which step they are. Raises SystemExit.
         """
         assert self._signals is not None
         self._signals.finish_saving()
@@ -131,12 +134,13 @@ class Stopping:
         if client_state is None and self.client_state is not None:
             client_state = self.client_state()
         # Whole when this returns: nobody would wait for a writer in the background.
-        if folder is None:
-            kept = "nothing is saved, as no folder is known; set 'checkpoint.folder'"
-        elif save(folder, client_state=client_state, async_save=False):
+        if folder is not None and save(folder, client_state=client_state, async_save=False):
             kept = f"step {step} is saved in {os.fspath(folder)}"
         else:
-            kept = f"step {step} could not be saved in {os.fspath(folder)}"
+            why = f"it could not be in {os.fspath(folder)}" if folder else "set 'checkpoint.folder'"
+            in_memory = keep()
+            kept = f"step {in_memory} is kept in memory alone" if in_memory else "nothing is saved"
+            kept = f"{kept}: {why}"
         code = self._section.exit_code
         if code is None:
             code = asked[0][1][1]
