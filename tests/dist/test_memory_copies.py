@@ -6,6 +6,8 @@ import errno
 import gc
 import os
 import random
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Event, current_thread, main_thread
 from typing import Any
@@ -24,6 +26,7 @@ State = tuple[Any, Any, list[float]]
 
 
 def engine_of(folder: str, stage: int, precision: str, seed: int = 0, **memory: Any) -> Any:
+    os.makedirs(folder, exist_ok=True)
     gc.collect()  # what an earlier task of this process has dropped
     return make_engine(
         stage,
@@ -215,6 +218,10 @@ def test_a_folder_that_is_too_small_is_an_error_of_all_ranks_before_it_is_writte
 
 def absent(rank: int, world: int, folder: str) -> str:
     engine = engine_of(folder, 2, "fp32")
+    everyone_is_here()
+    if rank == 0:
+        os.rmdir(folder)
+    everyone_is_here()
     found = engine.resume()
     assert found.source == "nothing" and "no copies" in found.why
     with pytest.raises(UsageError) as error:
@@ -280,6 +287,76 @@ def test_a_copy_that_fails_leaves_the_one_before(pool: Pools, tmp_path: Path) ->
     wanted = [(step, "memory") for step in (2, 4, 4, 6, 8)]
     assert pool(2).run(interrupted, str(tmp_path)) == [wanted] * 2
     first, second = pool(2).outputs()
-    assert "no copy in memory of step 3: ZeroDivisionError" in second
+    assert "copies in memory, step 3: ZeroDivisionError" in second
     assert "No space left on device" in first
     assert all("was written to after the step" in text for text in (first, second))
+
+
+# Several hosts.
+
+
+def of_hosts(
+    rank: int, world: int, folder: str, hosts: list[str], stage: int, steps: int, precision: str = "fp32", **memory: Any
+) -> Any:
+    """Go on from what is there, on hosts of such names, and die."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZEROPIPE_HOST", hosts[rank])
+        engine = engine_of(folder, stage, precision, seed=rank, **memory)
+        found = engine.resume(f"{folder}/disk")
+        told = found.step, found.source, found.why
+        losses = train(engine, steps, rank)
+        engine.copies.settle()
+        engine.copies._life.guests.wait()
+        everyone_is_here()
+        return told, losses, engine.copies.shelf().folder
+
+
+def lose(folders: Sequence[Path], *ranks: int) -> None:
+    for folder in {folders[rank] for rank in ranks}:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (3, "bf16")])
+def test_one_host_may_be_lost_and_the_next_one_has_its_pieces(
+    pool: Pools, tmp_path: Path, stage: int, precision: str
+) -> None:
+    undisturbed = [losses for _, losses, _ in pool(4).run(
+        of_hosts, str(tmp_path / "a"), ["a", "a", "b", "b"], stage, 8, precision
+    )]
+    for lost in (0, 2):
+        folder = str(tmp_path / f"lost {lost}")
+        first = pool(4).run(of_hosts, folder, ["a", "a", "b", "b"], stage, 4, precision)
+        lose([place for *_, place in first], lost)
+        # A new host in its place, then all on one.
+        second = pool(4).run(of_hosts, folder, ["a", "a", "c", "c"] if lost else ["c", "c", "b", "b"], stage, 2, precision)
+        third = pool(4).run(of_hosts, folder, ["a"] * 4 if lost else ["b"] * 4, stage, 2, precision)
+        for rank in range(4):
+            assert second[rank][0][:2] == (4, "memory"), second[rank][0]
+            assert third[rank][0][:2] == (6, "memory"), third[rank][0]
+            assert first[rank][1] + second[rank][1] + third[rank][1] == undisturbed[rank]
+
+
+def test_of_four_hosts_neighbours_lost_together_are_too_many(pool: Pools, tmp_path: Path) -> None:
+    hosts = list("abcd")
+    for number, (lost, copies, source) in enumerate(
+        [((1, 3), 1, "memory"), ((1, 2), 1, "disk"), ((1, 2), 2, "memory"), ((0, 1, 3), 3, "memory")]
+    ):
+        folder = str(tmp_path / str(number))
+        first = pool(4).run(of_hosts_saved, folder, hosts, 2, copies=copies)
+        lose([place for *_, place in first], *lost)
+        for told, *_ in pool(4).run(of_hosts, folder, hosts, 2, 1, copies=copies):
+            assert told[:2] == ((5 if source == "memory" else 3), source), told
+            assert source == "memory" or "of rank 1 of 4 nothing is left" in told[2], told
+
+
+def of_hosts_saved(rank: int, world: int, folder: str, hosts: list[str], stage: int, **memory: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZEROPIPE_HOST", hosts[rank])
+        engine = engine_of(folder, stage, "fp32", **memory)
+        train(engine, 3, rank)
+        engine.save_checkpoint(f"{folder}/disk")
+        train(engine, 2, rank)
+        engine.copies.settle()
+        engine.copies._life.guests.wait()
+        everyone_is_here()
+        return (), [], engine.copies.shelf().folder

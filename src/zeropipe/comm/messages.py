@@ -6,6 +6,7 @@ Messages between two ranks match in order per tag, so each purpose has tags of i
                        + 1      the second hop of a gather             (SECOND_HOP)
                        + 2      words, + 65536 * partings              (WORDS)
                        + 3      nothing, ever                          (NEVER)
+    7919 + 4 * 3 ..    many bytes beside a training that goes on       (``carry``)
     2**30 + a label's crc       what a guarded gather moves
 
 A channel (0, 1, ...) is a stream of collectives that needs no order among those of other channels.
@@ -172,3 +173,28 @@ def start(messages: Sequence[Message], soon: bool) -> list[Any]:
     if soon:
         return [POSTER.post(messages)]
     return [handle for message in messages if (handle := message()) is not None]
+
+
+_BESIDE = 3  # the channel of what is carried
+_AT_ONCE = 4 * 2**20  # bytes: between two of these the messages of the training pass
+
+
+def carry(
+    group: Group,
+    sends: Sequence[tuple[torch.Tensor, int]] = (),
+    receives: Sequence[tuple[torch.Tensor, int]] = (),
+) -> None:
+    """Move whole memories (uint8, 1D) to and from members while others compute and communicate; for a thread too.
+
+    A pair of members meets in the order of its calls. Raises what the transport does when a peer is gone.
+    """
+    tag = tag_of(_BESIDE)
+    longest = max((len(memory) for memory, _ in (*sends, *receives)), default=0)
+    for start in range(0, longest, _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        handles = [send_to(memory[part], peer, group, tag) for memory, peer in sends if start < len(memory)]
+        handles += [
+            receive_from(memory[part], peer, group, tag) for memory, peer in receives if start < len(memory)
+        ]
+        for handle in handles:
+            handle.wait()

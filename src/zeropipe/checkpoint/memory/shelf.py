@@ -28,7 +28,7 @@ from zeropipe.errors import UsageError
 
 SHARED = Path("/dev/shm")
 _FOLDER = re.compile(r"^zeropipe-(\d+)-[0-9a-f]{16}$")
-_FILE = re.compile(r"^(?P<engine>\d+)\.(?P<token>[0-9a-f]{12})\.\d+\.[01](\.copy)?$")
+_FILE = re.compile(r"^(?P<engine>\d+)\.(?P<token>[0-9a-f]{12})\.\d+\.[012](\.copy)?$")
 _ENDED = re.compile(r"^ended\.(?P<engine>\d+)\.(?P<token>[0-9a-f]{12})\.\d+$")
 _AGENT = "agent"
 _NO_RUN = ("", "none")  # torchrun's words for a run without a name

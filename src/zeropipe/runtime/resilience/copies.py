@@ -34,13 +34,16 @@ from zeropipe.checkpoint.memory.shelf import SHARED, Shelf
 from zeropipe.checkpoint.memory.state import share_of
 from zeropipe.checkpoint.save.records import LocalState
 from zeropipe.comm.collectives import all_gather_object
+from zeropipe.comm.group import with_words
 from zeropipe.errors import UsageError, describe
 from zeropipe.runtime.engine.checkpoints import Checkpoints
 from zeropipe.runtime.engine.parts import Parts
 from zeropipe.runtime.engine.state import local_state
 from zeropipe.runtime.optimizers.shard_view import Communicates
+from zeropipe.runtime.resilience.guests import Guests, keepers
 
 _log = logging.getLogger("zeropipe")
+_PATIENCE = 5.0  # s at the end of a run, for a piece on its way to another host
 
 
 class Engines:
@@ -96,6 +99,19 @@ class _Life:
     attempt: int
     token: str
     slots: tuple[Slot, Slot]
+    guests: Guests
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """One that is under way."""
+
+    slot: Slot
+    memory: torch.Tensor
+    packed: Packed
+    stays: frozenset[int]  # memory that a thread copies
+    versions: list[tuple[torch.Tensor, int]]  # of what lies there, when the step ended
+    seal: Seal
 
 
 class Copies:
@@ -147,6 +163,8 @@ class Copies:
         self.settle()
         packed, stays = None, frozenset[int]()
         try:
+            if self._parts.optimizer is not None:  # as a checkpoint does
+                self._parts.optimizer.take_edits()
             local = local_state(self._parts, self._client_state)
             base = None if self._parts.optimizer is None else self._parts.optimizer.optimizer
             packed = pack(share_of(local, replicas_agree=not isinstance(base, Communicates)))
@@ -157,7 +175,7 @@ class Copies:
         shelf = self.shelf()
         if self._life is None and shelf is not None:
             self._begin(shelf, 0 if packed is None else packed.nbytes)
-        if packed is not None and self._life is not None:
+        if self._life is not None:
             self._copy(self._life, packed, stays)
         self._tell()
 
@@ -196,12 +214,17 @@ class Copies:
         everyone = all_gather_object(
             (shelf.host, last, secrets.token_hex(6), 2 * nbytes, fault), group, label="copies begin"
         )
-        here = [size for host, *_, size, _ in everyone if host == shelf.host]
+        fault = next((text for *_, text in everyone if text), "")
+        hosts, count = [host for host, *_ in everyone], self._parts.config.checkpoint.memory.copies
+        # Its own ranks' pieces, and those of others that they keep.
+        kept = [rank for rank, host in enumerate(hosts) if host == shelf.host]
+        kept += [r for r in range(len(hosts)) if shelf.host in {hosts[k] for k in keepers(hosts, r, count)}]
+        here = [everyone[rank][3] for rank in kept]
         if not fault and sum(here) > (free := shelf.room()):
             fault = describe(
                 f"copies in memory have no room in {shelf.root}",
                 rank=group.ranks[group.rank],
-                expected=f"{sum(here)} bytes for two copies of what {len(here)} ranks hold",
+                expected=f"{sum(here)} bytes for two copies of the parts of {len(here)} ranks",
                 found=f"{free} bytes",
                 fix="make it larger (a container's --shm-size), or name another folder in "
                 '"checkpoint": {"memory": {"folder": ...}}',
@@ -210,48 +233,64 @@ class Copies:
         if fault:
             self._stop()
             raise UsageError(fault)
-        rank, token, neighbours = group.rank, everyone[0][2], len(here)
+        rank, token, neighbours = group.rank, everyone[0][2], hosts.count(shelf.host)
         slots = shelf.slot(token, rank, 0), shelf.slot(token, rank, 1)
-        self._life = _Life(shelf, 1 + max(last for _, last, *_ in everyone), token, slots)
-        ENGINES.at_end(token, lambda: shelf.end(token, rank, neighbours))
+        guests = Guests(with_words(group), shelf, token, hosts, count)
+        self._life = _Life(shelf, 1 + max(last for _, last, *_ in everyone), token, slots, guests)
 
-    def _copy(self, life: _Life, packed: Packed, stays: frozenset[int]) -> None:
+        def end() -> None:
+            guests.wait(_PATIENCE)
+            shelf.end(token, rank, neighbours)
+
+        ENGINES.at_end(token, end)
+
+    def _copy(self, life: _Life, packed: Packed | None, stays: frozenset[int]) -> None:
+        life.guests.wait()
         # Every rank has settled its first copy before anybody could end this step: what was before is of no more use.
         if self._copies == 2:
             life.shelf.keep_only(life.token)
-        slot, group, step = life.slots[self._free], self._group, self._parts.clock.global_steps
-        place = (self._copies, step, group.rank, group.size)
-        seal = Seal(life.attempt, life.token, *place, life.shelf.agent, packed.nbytes, "")
-        try:
-            memory = slot.begin(packed.nbytes)
-            packed.copy_to(memory, lambda tensor: _memory_of(tensor) not in stays)
-        except OSError as reason:
-            self._failure = f"{reason.strerror} ({slot.path})"
+        slot, memory = life.slots[self._free], None
+        if packed is not None:
+            try:
+                memory = slot.begin(packed.nbytes)
+                packed.copy_to(memory, lambda tensor: _memory_of(tensor) not in stays)
+            except OSError as reason:
+                self._failure, memory = f"{reason.strerror} ({slot.path})", None
+        if packed is None or memory is None:
+            life.guests.exchange(None, None)
             return
         kept = [tensor for tensor in packed.tensors if _memory_of(tensor) in stays]
-        versions = [tensor._version for tensor in kept]
-
-        def rest() -> None:
-            try:
-                packed.copy_to(memory, lambda tensor: _memory_of(tensor) in stays)
-                if versions != [tensor._version for tensor in kept]:
-                    self._at_once = True
-                    self._failure = "the optimizer's state was written to after the step"
-                    return
-                slot.end(replace(seal, digest=Digest.of(memory)))
-                self._free = 1 - self._free
-            except Exception as reason:
-                self._failure = f"{type(reason).__name__}: {reason}"
-
-        self._thread = threading.Thread(target=rest, name="zeropipe copies")
+        place = (self._copies, self._parts.clock.global_steps, self._group.rank, self._group.size)
+        seal = Seal(life.attempt, life.token, *place, life.shelf.agent, packed.nbytes, "")
+        copy = _Copy(slot, memory, packed, stays, [(tensor, tensor._version) for tensor in kept], seal)
+        # Not a daemon: the interpreter waits for it at exit.
+        self._thread = threading.Thread(target=self._rest, args=(copy, life.guests), name="zeropipe copies")
         self._thread.start()
+
+    def _rest(self, copy: _Copy, guests: Guests) -> None:
+        """What a thread does of a copy."""
+        sealed: Seal | None = None
+        try:
+            copy.packed.copy_to(copy.memory, lambda tensor: _memory_of(tensor) in copy.stays)
+            if any(tensor._version != version for tensor, version in copy.versions):
+                self._at_once = True
+                self._failure = "the optimizer's state was written to after the step"
+            else:
+                sealed = replace(copy.seal, digest=Digest.of(copy.memory))
+                copy.slot.end(sealed)
+                self._free = 1 - self._free
+        except Exception as reason:
+            self._failure, sealed = f"{type(reason).__name__}: {reason}", None
+        guests.exchange(None if sealed is None else copy.memory, sealed)
 
     def _tell(self) -> None:
         text, self._failure = self._failure, ""
+        if self._life is not None and not text:
+            text = self._life.guests.failure
         if text and text not in self._told:
             self._told.add(text)
             _log.warning(
-                "[rank %d] no copy in memory of step %d: %s",
+                "[rank %d] copies in memory, step %d: %s",
                 self._group.ranks[self._group.rank],
                 self._parts.clock.global_steps,
                 text,

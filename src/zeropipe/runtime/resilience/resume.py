@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,8 @@ from zeropipe.checkpoint.save import tags
 from zeropipe.checkpoint.save.records import LoadedState, LocalState, Manifest, read_manifest
 from zeropipe.checkpoint.sources import Checkpoint
 from zeropipe.comm.collectives import all_gather_object
-from zeropipe.comm.group import Group
+from zeropipe.comm.group import Group, with_words
+from zeropipe.comm.messages import carry
 from zeropipe.errors import ZeropipeError
 from zeropipe.runtime.engine.checkpoints import Checkpoints
 from zeropipe.runtime.resilience.copies import Copies
@@ -58,8 +59,9 @@ def resume(
     notes: list[str] = []
     shelf = copies.shelf()
     moment = None if shelf is None else _newest(shelf, checkpoints.group, _step_of(folder), notes)
-    if moment is not None:
-        back = checkpoints.restore(partial(_read, moment, notes))
+    if shelf is not None and moment is not None:
+        there = _brought(moment, shelf, checkpoints.group, notes)
+        back = checkpoints.restore(partial(_read, moment.step, there, notes)) if there else None
         if back is not None:
             notes.insert(0, f"every rank's copy of step {checkpoints.step} is whole in memory")
             return Resumed(checkpoints.step, "memory", "; ".join(notes), back[1])
@@ -96,9 +98,13 @@ class _Piece:
 class _Moment:
     """A state of which every rank's piece lies somewhere, whole."""
 
-    host: str  # this rank's
+    hosts: Sequence[str]  # by rank
     pieces: Mapping[int, Sequence[_Piece]]  # by the rank that it is of; several where hosts keep copies
     step: int
+
+    def nearest(self, rank: int, host: str) -> _Piece:
+        """That of ``rank`` which lies on ``host``, or any."""
+        return min(self.pieces[rank], key=lambda piece: (piece.host != host, piece.host, str(piece.path)))
 
 
 def _newest(shelf: Shelf, group: Group, on_disk: int, notes: list[str]) -> _Moment | None:
@@ -138,7 +144,7 @@ def _newest(shelf: Shelf, group: Group, on_disk: int, notes: list[str]) -> _Mome
             lost = [rank for rank, found in by_rank.items() if not found]
             notes += [f"step {step}: {path.name} on {host}: {text}" for (host, path), text in faults.items()]
         if not lost:
-            return _Moment(shelf.host, by_rank, step)
+            return _Moment(hosts, by_rank, step)
         notes.append(f"step {step} is not whole in memory: of {_ranks(lost)} of {world} nothing is left")
     if not moments:
         notes.append("no copies of this run are in memory")
@@ -149,20 +155,54 @@ def _ranks(numbers: Sequence[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
+def _brought(moment: _Moment, shelf: Shelf, group: Group, notes: list[str]) -> list[_Piece]:
+    """Every rank's piece on this host; those that lie elsewhere travel, one after the other. Nothing, and a note, where
+    that fails. Collective."""
+    group = with_words(group)
+    found = [moment.nearest(rank, shelf.host) for rank in sorted(moment.pieces)]
+    fault = ""
+    for host in dict.fromkeys(moment.hosts):
+        for rank in sorted(moment.pieces):
+            piece = moment.nearest(rank, host)
+            if piece.host == host:
+                continue
+            # One rank of either host; all go through the same list, so that pairs meet in one order.
+            giver, taker = moment.hosts.index(piece.host), moment.hosts.index(host)
+            try:
+                if group.rank == giver:
+                    carry(group, sends=[(opened(piece.path, piece.seal.nbytes), taker)])
+                if host == shelf.host:
+                    slot = shelf.slot(piece.seal.token, rank, 2, copy=True)
+                    found[rank] = replace(piece, host=host, path=slot.path)
+                    if group.rank == taker:
+                        shelf.open()
+                        carry(group, receives=[(slot.begin(piece.seal.nbytes), giver)])
+                        slot.end(piece.seal)
+            except Exception as reason:
+                fault = fault or f"a piece could not be brought here: {type(reason).__name__}: {reason}"
+    faults = [text for text in all_gather_object(fault, group, label="copies brought") if text]
+    notes += faults[:1]
+    return [] if faults else found
+
+
 def _read(
-    moment: _Moment, notes: list[str], into: LocalState, group: Group, *, optimizer: bool, moments: bool
+    step: int,
+    there: Sequence[_Piece],
+    notes: list[str],
+    into: LocalState,
+    group: Group,
+    *,
+    optimizer: bool,
+    moments: bool,
 ) -> tuple[LoadedState, Checkpoint] | None:
-    look = partial(_whole, moment)
-    found, fault = read(
-        f"the copy of step {moment.step} in memory", look, into, group, optimizer=optimizer, moments=moments
-    )
+    name = f"the copy of step {step} in memory"
+    found, fault = read(name, partial(_whole, there), into, group, optimizer=optimizer, moments=moments)
     if found is None:
         notes.append(fault)
     return found
 
 
-def _whole(moment: _Moment) -> Checkpoint:
-    there = [next(p for p in pieces if p.host == moment.host) for _, pieces in sorted(moment.pieces.items())]
+def _whole(there: Sequence[_Piece]) -> Checkpoint:
     parts: list[Manifest] = []
     trees: list[Mapping[str, Any]] = []
     for piece in there:
