@@ -9,7 +9,7 @@ import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Event, current_thread, main_thread
+from threading import Event
 from typing import Any
 
 import pytest
@@ -247,7 +247,7 @@ def interrupted(rank: int, world: int, folder: str) -> list[Any]:
     engine.copies.settle()
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(Digest, "of", lambda memory: 1 // 0)
+            patch.setattr(Digest, "add", lambda self, memory: 1 // 0)
         train(engine, 1, rank)
         engine.copies.settle()
     found.append(newest())
@@ -264,10 +264,8 @@ def interrupted(rank: int, world: int, folder: str) -> list[Any]:
     state = next(iter(engine.optimizer.optimizer.state.values()))
     with pytest.MonkeyPatch.context() as patch:
         late = Event()
-        copy = Packed.copy_to
-        patch.setattr(
-            Packed, "copy_to", lambda self, *args: (current_thread() is main_thread() or late.wait(), copy(self, *args))
-        )
+        copy = Packed.finish
+        patch.setattr(Packed, "finish", lambda self, *args: (late.wait(), copy(self, *args))[1])
         train(engine, 1, rank)
         state["exp_avg"].mul_(0.5)
         late.set()

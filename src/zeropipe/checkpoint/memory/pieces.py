@@ -19,7 +19,7 @@ import mmap
 import os
 import pickle
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ _PAGE = 4096
 _MAGIC = b"zeropipe piece 1"
 _LINE = 64  # bytes; where a tensor begins
 _COLUMNS = 1024  # words of a row of the digest
-_ROWS = 128  # rows that are summed twice while they are in the cache
+_WINDOW = 128 * 8 * _COLUMNS  # bytes that are copied and summed twice while they are in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +63,29 @@ class Digest:
     column; two that changed places change those of their columns, or, in one column, of their rows.
     """
 
-    # Ten times as fast as CRC-32 where that has no instruction of its own, and as fast as a copy.
-    @staticmethod
-    def of(memory: torch.Tensor) -> str:
-        """``memory``: uint8, 1D, on the host."""
+    # Several times as fast as CRC-32, and about as fast as a copy.
+    def __init__(self) -> None:
+        self._columns = np.zeros(_COLUMNS, dtype=np.uint64)
+        self._sums = hashlib.sha256()
+
+    def add(self, memory: torch.Tensor) -> None:
+        """The next bytes (uint8, 1D, on the host): whole rows, but for the last ones."""
         data = memory.numpy()
-        table = data[: data.size - data.size % (8 * _COLUMNS)].view(np.uint64).reshape(-1, _COLUMNS)
-        sums = hashlib.sha256(data[table.nbytes :].data)  # what is left of a row
-        columns = np.zeros(_COLUMNS, dtype=np.uint64)
-        for first in range(0, len(table), _ROWS):
-            rows = table[first : first + _ROWS]
-            columns += np.add.reduce(rows, axis=0)
-            sums.update(np.add.reduce(rows, axis=1).data)
-        sums.update(columns.data)
-        return sums.hexdigest()
+        rows = data[: data.size - data.size % (8 * _COLUMNS)].view(np.uint64).reshape(-1, _COLUMNS)
+        self._columns += np.add.reduce(rows, axis=0)
+        self._sums.update(np.add.reduce(rows, axis=1).data)
+        self._sums.update(data[rows.nbytes :].data)  # what is left of a row
+
+    def text(self) -> str:
+        self._sums.update(self._columns.data)
+        return self._sums.hexdigest()
+
+    @classmethod
+    def of(cls, memory: torch.Tensor) -> str:
+        digest = cls()
+        for part in memory.split(_WINDOW):
+            digest.add(part)
+        return digest.text()
 
 
 # Packed: what a rank would write to files, as words and a list of tensors.
@@ -93,14 +102,39 @@ class Packed:
     def nbytes(self) -> int:
         return _places(len(self.words), self.tensors)[-1]
 
-    def copy_to(self, memory: torch.Tensor, wanted: Callable[[torch.Tensor], bool]) -> None:
+    def begin(self, memory: torch.Tensor, wanted: Callable[[torch.Tensor], bool]) -> None:
         """The words, and those tensors that are ``wanted``, to where they belong behind the head."""
-        places = _places(len(self.words), self.tensors)
         memory[:8].copy_(torch.frombuffer(bytearray(len(self.words).to_bytes(8)), dtype=torch.uint8))
         memory[8 : 8 + len(self.words)].copy_(torch.frombuffer(bytearray(self.words), dtype=torch.uint8))
-        for tensor, at in zip(self.tensors, places, strict=False):
-            if wanted(tensor) and tensor.numel():
+        for tensor, at in self._placed():
+            if wanted(tensor):
                 _seen(memory, at, tensor.dtype, tensor.shape).copy_(tensor)
+
+    def finish(self, memory: torch.Tensor, wanted: Callable[[torch.Tensor], bool]) -> str:
+        """Those tensors too that are ``wanted``; the digest of it all."""
+        flat: list[tuple[int, torch.Tensor]] = []
+        for tensor, at in self._placed():
+            if wanted(tensor) and tensor.is_contiguous() and tensor.device.type == "cpu":
+                flat.append((at, tensor.view(-1).view(torch.uint8)))
+            elif wanted(tensor):
+                _seen(memory, at, tensor.dtype, tensor.shape).copy_(tensor)
+        digest, first = Digest(), 0
+        # Window by window, so that what is summed is in the cache.
+        for start in range(0, len(memory), _WINDOW):
+            stop = min(start + _WINDOW, len(memory))
+            for at, source in flat[first:]:
+                if at >= stop:
+                    break
+                low, high = max(at, start), min(at + len(source), stop)
+                memory[low:high].copy_(source[low - at : high - at])
+                first += at + len(source) <= stop
+            digest.add(memory[start:stop])
+        return digest.text()
+
+    def _placed(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """Tensors that have elements, in the order in which they lie, and where."""
+        places = _places(len(self.words), self.tensors)
+        return ((tensor, at) for tensor, at in zip(self.tensors, places, strict=False) if tensor.numel())
 
 
 def pack(outgoing: Outgoing) -> Packed:

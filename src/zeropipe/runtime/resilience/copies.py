@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from zeropipe.checkpoint.memory.pieces import Digest, Packed, Seal, Slot, pack
+from zeropipe.checkpoint.memory.pieces import Packed, Seal, Slot, pack
 from zeropipe.checkpoint.memory.shelf import SHARED, Shelf
 from zeropipe.checkpoint.memory.state import share_of
 from zeropipe.checkpoint.save.records import LocalState
@@ -253,7 +253,7 @@ class Copies:
         if packed is not None:
             try:
                 memory = slot.begin(packed.nbytes)
-                packed.copy_to(memory, lambda tensor: _memory_of(tensor) not in stays)
+                packed.begin(memory, lambda tensor: _memory_of(tensor) not in stays)
             except OSError as reason:
                 self._failure, memory = f"{reason.strerror} ({slot.path})", None
         if packed is None or memory is None:
@@ -271,12 +271,12 @@ class Copies:
         """What a thread does of a copy."""
         sealed: Seal | None = None
         try:
-            copy.packed.copy_to(copy.memory, lambda tensor: _memory_of(tensor) in copy.stays)
+            digest = copy.packed.finish(copy.memory, lambda tensor: _memory_of(tensor) in copy.stays)
             if any(tensor._version != version for tensor, version in copy.versions):
                 self._at_once = True
                 self._failure = "the optimizer's state was written to after the step"
             else:
-                sealed = replace(copy.seal, digest=Digest.of(copy.memory))
+                sealed = replace(copy.seal, digest=digest)
                 copy.slot.end(sealed)
                 self._free = 1 - self._free
         except Exception as reason:
