@@ -78,7 +78,7 @@ def checkpoints() -> Names:
 def elastic() -> Names:
     data = [batch() for _ in range(3)]
     rows = [(x[0], y[0]) for x, y in data] * 8
-    return basics() | {"GPT": Model, "text": rows, "config": CONFIG}
+    return with_engine() | {"GPT": Model, "text": rows, "config": CONFIG}
 
 
 def stage_3() -> Names:

@@ -32,6 +32,7 @@ def step(engine: Any, stages: int = 1) -> None:
         engine.train_batch(iter([(x, y)] * 2))
         return
     for _ in range(2):
+        x = x.to(next(engine.module.parameters()).dtype)
         engine.backward((engine(x) - y).square().mean())
         engine.step()
 
@@ -48,7 +49,7 @@ def events_of_a_step(rank: int, world: int, stage: int, stages: int) -> list[lis
     return found
 
 
-@pytest.mark.parametrize(("stage", "world", "stages"), [(0, 2, 1), (2, 2, 1), (3, 2, 1), (1, 4, 2)])
+@pytest.mark.parametrize(("stage", "world", "stages"), [(0, 2, 1), (3, 2, 1), (1, 4, 2)])
 def test_nobody_sends_a_message_to_ask(pool: Pools, stage: int, world: int, stages: int) -> None:
     for without, armed in pool(world).run(events_of_a_step, stage, stages):
         assert [event.label for event in without] == [event.label for event in armed]
@@ -70,9 +71,18 @@ def ends(engine: Any, steps: int, stages: int = 1) -> tuple[int, Any]:
 
 
 def is_stopped(
-    rank: int, world: int, folder: str, stage: int, stages: int, section: dict[str, Any], asked: int
+    rank: int,
+    world: int,
+    folder: str,
+    stage: int,
+    stages: int,
+    section: dict[str, Any],
+    asked: int,
+    odd: dict[str, Any] | None = None,
 ) -> Any:
-    engine = engine_of(survivor.config(stage, checkpoint={**SIGNALS, **section, "folder": folder}), stages)
+    section = {**SIGNALS, **section, "folder": folder}
+    settings = survivor.config(stage, checkpoint=section) | (odd or {})
+    engine = engine_of({key: value for key, value in settings.items() if value is not None}, stages)
     step(engine, stages)
     if rank == asked:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -91,6 +101,18 @@ def test_one_rank_is_asked_and_all_end_at_the_same_step(
     said = pool(world).outputs()
     assert f"the run is stopped by SIGTERM (rank {world - 1}): step 2 is saved in {tmp_path}" in said[0]
     assert not any("stopped" in text for text in said[1:])
+
+
+ODD = {
+    "compressed": {"optimizer": {"type": "OnebitAdam", "params": {"lr": 0.01, "freeze_step": 1}}, "scheduler": None},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 32}},  # no step is taken, and the run ends all the same
+    "slots": {"reproducible": {"slots": 4}, "gradient_accumulation_steps": None},
+}
+
+
+@pytest.mark.parametrize("kind", list(ODD))
+def test_whatever_a_step_does_the_word_is_heard(pool: Pools, tmp_path: Path, kind: str) -> None:
+    assert pool(2).run(is_stopped, str(tmp_path), 0, 1, {}, 1, ODD[kind]) == [(2, 143)] * 2
 
 
 def test_the_exit_code_is_the_schedulers(pool: Pools, tmp_path: Path) -> None:
@@ -204,12 +226,13 @@ def leaves_early(rank: int, world: int, folder: str) -> Any:
                 break
         return f"{run.resumed.source} {sorted(run.state.items())}"
 
-    return zeropipe.run(train, folder), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    return zeropipe.run(train, folder, save_every=1, keep=2), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_loop_that_is_left_early_is_saved_and_what_train_returns_is_returned(pool: Pools, tmp_path: Path) -> None:
     assert pool(2).run(leaves_early, str(tmp_path)) == [("nothing [('best', 1), ('seen', 2)]", True)] * 2
     assert (tmp_path / "latest").read_text() == "global_step3"
+    assert sorted(path.name for path in tmp_path.glob("global_step*")) == ["global_step2", "global_step3"]
     again = pool(2).run(leaves_early, str(tmp_path))
     assert again == [("disk [('best', 1), ('seen', 4)]", True)] * 2
 

@@ -23,6 +23,8 @@ from tests.helpers.agent import Harm, Life, survive
 from tests.helpers.survivor import Return
 
 RANKS = 4
+soak = pytest.mark.soak
+ENDED_WITHIN = 5.0  # s from the first rank's end to the last one's
 BACK_WITHIN = 5.0  # s from the new processes' start until all ranks have done a step
 
 
@@ -61,13 +63,18 @@ def moments(
 def check(lives: list[Life], back: list[Return], most: int = 1) -> None:
     """Ranks end within seconds, and come back within seconds, with ``most`` steps to do again."""
     for life in lives[:-1]:
-        assert max(life.ended.values()) - min(life.ended.values()) < 5, life.text()
+        assert max(life.ended.values()) - min(life.ended.values()) < ENDED_WITHIN * burden(), life.text()
         # Who follows says who has died, whatever it was doing; nobody takes that for an error of the program.
         assert "has raised" not in life.text(), life.text()
         for rank, code in life.codes.items():
             if code not in (0, -signal.SIGKILL):
                 assert "died" in life.output[rank] or "initialize" in life.output[rank], life.text()
-    assert all(one.repeated <= most and one.seconds < BACK_WITHIN for one in back), back
+    assert all(one.repeated <= most and one.seconds < BACK_WITHIN * burden() for one in back), back
+
+
+def burden() -> float:
+    """How many times longer this machine takes than one that has nothing else to do."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def kills(lives: list[Life]) -> int:
@@ -132,21 +139,27 @@ def at_once(lives: list[Life], back: list[Return]) -> None:
 
 
 @pytest.mark.process
-def test_ranks_that_do_not_come_back_are_done_without(tmp_path: Path) -> None:
-    """Four ranks, three and four again, one killed each time; what a step trains on is the same 24 samples."""
-    settings = survivor.config(2, train_batch_size=24)
+@pytest.mark.parametrize(
+    "stage", [2, pytest.param(0, marks=soak), pytest.param(1, marks=soak), pytest.param(3, marks=soak)]
+)
+def test_ranks_that_do_not_come_back_are_done_without(tmp_path: Path, stage: int) -> None:
+    """Four ranks, three and four again, one killed each time; slots give them the bits of four ranks alone."""
+    settings = survivor.config(stage, reproducible={"slots": 12}, checkpoint=MEMORY)
     del settings["gradient_accumulation_steps"]
-    harms = [[Harm(1, 20)], [Harm(2, 20)]]
-    lives = survive(survivor.train, (str(tmp_path), settings, 14, 1), [4, 3, 4], harms)
-    assert [life.world for life in lives] == [4, 3, 4]
-    assert lives[-1].well, lives[-1].text()
-    check(lives, survivor.returns(lives, tmp_path))
-    assert {(one.rank, one.step) for one in survivor.said(tmp_path) if one.step == 14} == {
-        (r, 14) for r in range(4)
-    }
-
-
-soak = pytest.mark.soak
+    for name, worlds in (("alone", [4]), ("disturbed", [4, 3, 4])):
+        (tmp_path / name).mkdir()
+        at = 200 if stage == 3 else 30
+        harms = [[Harm(1, at)], [Harm(2, at)]][: len(worlds) - 1]
+        lives = survive(survivor.train, (str(tmp_path / name), settings, 24, None), worlds, harms)
+        assert [life.world for life in lives] == worlds, lives[-1].text()
+        assert lives[-1].well, lives[-1].text()
+    back = survivor.returns(lives, tmp_path / "disturbed")
+    check(lives, back)
+    assert [one.source for one in back] == ["memory", "memory"]
+    # Each rank's masters and moments: of three ranks they are others, but what came of them is not.
+    alone, made = (survivor.digests(tmp_path / name, life) for name, life in (("alone", 0), ("disturbed", 2)))
+    assert made == {at: digest for at, digest in alone.items() if at in made}
+    assert (0, 24) in made
 
 
 @pytest.mark.process

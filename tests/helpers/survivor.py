@@ -105,19 +105,20 @@ def train(
     ``own``: in a loop of the program's own. ``raises``: rank, step, and the number of lives in which it raises there.
     """
     rank, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    events = [0]
+    events: list[int] = []  # how many, once the loop has begun
 
     def count(event: object) -> None:
         events[0] += 1
 
     def say(what: str, step: int, digest: str = "", source: str = "") -> None:
-        said = Said(what, life, rank, step, time.monotonic(), digest, source, events[0])
+        said = Said(what, life, rank, step, time.monotonic(), digest, source, sum(events))
         line = json.dumps([getattr(said, name) for name in Said.__slots__]) + "\n"
         with open(f"{folder}/said-{rank}", "ab", buffering=0) as file:
             file.write(line.encode())
 
     def begin(step: int, source: str) -> None:
         say("begin", step, source=source)
+        events.append(0)
         SEAM.listeners.append(count)
         arm()
 
@@ -140,7 +141,7 @@ def train(
             say("step", engine.global_steps, digest(engine))
 
     def micro_step(engine: Any, x: torch.Tensor, y: torch.Tensor, resumed: Any) -> None:
-        if engine.micro_steps == resumed.step * engine.gradient_accumulation_steps():
+        if not events:
             begin(resumed.step, resumed.source)
         if raises is not None and (rank, engine.global_steps) == raises[:2] and life < raises[2]:
             raise ValueError("a bad batch")
@@ -168,11 +169,11 @@ def said(folder: Path) -> list[Said]:
     return sorted((Said(*json.loads(line)) for line in lines), key=lambda one: one.at)
 
 
-def digests(folder: Path) -> dict[tuple[int, int], set[str]]:
-    """{(rank, step): what it has made}; one each where all lives have made the same."""
+def digests(folder: Path, life: int | None = None) -> dict[tuple[int, int], set[str]]:
+    """{(rank, step): what it has made}, in one life or in all; one each where all lives have made the same."""
     found: dict[tuple[int, int], set[str]] = {}
     for one in said(folder):
-        if one.what == "step":
+        if one.what == "step" and life in (None, one.life):
             found.setdefault((one.rank, one.step), set()).add(one.digest)
     return found
 

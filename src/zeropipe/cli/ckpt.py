@@ -215,15 +215,8 @@ def prune(
     Only what saves of zeropipe made under this name: other programs' checkpoints, links and what they point to, copies
     under another name and other files stay, and do not count.
     """
-    # [1] What may go: checkpoints that saves made and that still have their names. Others do not count as newer ones.
-    found = tags.ours(folder)
-    first = tags.choose(folder, None).candidates[:1]
-    # What `latest` names or a link beside the checkpoints points to somebody still uses.
-    links = [path for path in folder.iterdir() if path.is_symlink()] if folder.is_dir() else []
-    held = {path.resolve() for path in (*(c.path for c in first), *links)}
-    kept = [c for number, c in enumerate(found) if number < keep or c.path.resolve() in held]
-    gone = [c.path for c in found if c not in kept]
-    # [2] One that cannot be removed does not keep the others: all is tried, and then it is said what failed.
+    kept, gone = tags.newest(folder, keep)
+    # One that cannot be removed does not keep the others: all is tried, and then it is said what failed.
     failed: list[str] = []
     for path in (*gone, *ownership.leftovers(folder)):
         if dry_run:

@@ -174,6 +174,18 @@ def ours(folder: Path) -> list[Candidate]:
     ]
 
 
+def newest(folder: Path, keep: int) -> tuple[list[Candidate], list[Path]]:
+    """The ``keep`` newest checkpoints that saves made in ``folder``, with those still in use, and the rest."""
+    # Of checkpoints that saves made and that still have their names. Others do not count as newer ones.
+    found = ours(folder)
+    first = choose(folder, None).candidates[:1]
+    # What `latest` names or a link beside the checkpoints points to somebody still uses.
+    links = [path for path in folder.iterdir() if path.is_symlink()] if folder.is_dir() else []
+    held = {path.resolve() for path in (*(c.path for c in first), *links)}
+    kept = [c for number, c in enumerate(found) if number < keep or c.path.resolve() in held]
+    return kept, [c.path for c in found if c not in kept]
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether ``path`` is a folder of files as checkpoints have them; False where it cannot be read."""
     try:

@@ -22,10 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from zeropipe.checkpoint.save import ownership, tags
 from zeropipe.checkpoint.save.files import replace_text
 from zeropipe.comm.group import init_distributed, world
 from zeropipe.comm.launcher import restarts, tell
-from zeropipe.errors import CommunicationError, DesyncError, UsageError
+from zeropipe.errors import CheckpointError, CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.dataloader import RepeatingLoader
 
 if TYPE_CHECKING:
@@ -46,10 +47,12 @@ class Run:
         resumed: where the run goes on, once the loop has begun.
     """
 
-    def __init__(self, folder: Path | None, save_every: int | None, signals: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path | None, save_every: int | None, keep: int | None, signals: Sequence[str]
+    ) -> None:
         self.state: dict[str, Any] = {}
         self.resumed: Resumed | None = None
-        self._folder, self._every, self._signals = folder, save_every, signals
+        self._folder, self._every, self._keep, self._signals = folder, save_every, keep, signals
         self._engine: DeepSpeedEngine | None = None
         self._saved_at = -1  # the step that the newest checkpoint is of
 
@@ -105,6 +108,8 @@ class Run:
             )
         if engine.save_checkpoint(folder, client_state=self.state):
             self._saved_at = engine.global_steps
+            if self._keep is not None and world().rank == 0:
+                _prune(folder, self._keep)
 
     def _begin(self, engine: DeepSpeedEngine) -> None:
         if self._engine is not None:
@@ -181,11 +186,21 @@ class Run:
         return 0
 
 
+def _prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints."""
+    for path in tags.newest(folder, keep)[1]:
+        try:
+            ownership.remove_listed(path)
+        except (OSError, CheckpointError) as error:
+            _log.warning("an old checkpoint stays: %s", error)
+
+
 def run(
     train: Callable[[Run], _Result],
     folder: str | Path | None = None,
     *,
     save_every: int | None = None,
+    keep: int | None = None,
     signals: Sequence[str] = ("SIGTERM", "SIGUSR1"),
 ) -> _Result:
     """Train to the end, however often the ranks are stopped, die and are started again; collective over all ranks.
@@ -197,6 +212,7 @@ def run(
         train: called once, with a `Run`.
         folder: of the checkpoints; None: only copies in memory, if the configuration asks for them.
         save_every: steps from one checkpoint to the next; None: at the end, and when the run is stopped.
+        keep: how many of the newest checkpoints stay; None: all.
         signals: after which the run saves and ends, unless the configuration names some ("checkpoint.on_signal").
 
     Returns what ``train`` returned, once the last checkpoint is whole.
@@ -206,9 +222,10 @@ def run(
         UsageError: as ``Run.steps``; and whatever ``train`` raises. torchrun then starts all ranks anew.
     """
     init_distributed()
-    if save_every is not None and save_every < 1:
-        raise UsageError("run: save_every", expected="at least 1, or None", found=save_every)
-    loop = Run(None if folder is None else Path(folder), save_every, signals)
+    for name, number in (("save_every", save_every), ("keep", keep)):
+        if number is not None and number < 1:
+            raise UsageError(f"run: {name}", expected="at least 1, or None", found=number)
+    loop = Run(None if folder is None else Path(folder), save_every, keep, signals)
     try:
         result = train(loop)
         loop.finish()
