@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -21,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.common.memory import peak_resident, reset_peak, resident
 from benchmarks.common.model import Size
 from benchmarks.plan.cases import RANKS, Case, begin
+from benchmarks.plan.watching import allocated_peak
 from zeropipe.errors import UsageError
 from zeropipe.planning.crew import crew
 from zeropipe.runtime.engine.report import memory_report
@@ -60,27 +60,6 @@ def warm(case: Case, folder: str) -> None:
     del engine, step
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-
-
-def allocated_peak(made: profile) -> int:
-    """The most bytes that torch's CPU allocator had given out at once."""
-    results: Any = made.profiler.kineto_results  # type: ignore[union-attr]
-    found, left = [], list(results.experimental_event_tree())
-    while left:
-        event = left.pop()
-        left += event.children
-        if hasattr(event.extra_fields, "alloc_size"):
-            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
-    # The profiler's own total knows nothing of what threads free that it does not watch; where memory is given out
-    # again, it had been freed.
-    most, now, alive = 0, 0, dict[int, int]()
-    for _, where, size in sorted(found):
-        now -= alive.pop(where, 0)
-        if size > 0:
-            alive[where] = size
-            now += size
-        most = max(most, now)
-    return most
 
 
 def run(rank: int, case: Case, folder: str, steps: int, tight: bool, profiled: bool) -> Run:
@@ -125,9 +104,19 @@ def limited(case: Case, allowance: int, steps: int = 3, *, tight: bool = False) 
     return ""
 
 
+def _small_stacks() -> None:
+    """Let threads to come have stacks of 512 kB, not 8 MB of which they touch as little: the limit counts what may be
+    written to, and a group of gloo's has two."""
+    libc, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_attr_init(attributes)
+    libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(512 * 1024))
+    libc.pthread_setattr_default_np(attributes)
+
+
 def _limited(rank: int, case: Case, folder: str, allowance: int, steps: int, tight: bool) -> None:
     if tight:
         _give_back()
+    _small_stacks()
     warm(case, folder)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmData:"):

@@ -82,6 +82,7 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
             }
         )
         console.print(tables.memory_line(rows[-1]), highlight=False)
+        save(args, rows)
     return rows
 
 
@@ -118,6 +119,7 @@ def limit(args: argparse.Namespace) -> list[dict[str, Any]]:
             }
         )
         console.print(tables.limit_line(rows[-1]), highlight=False)
+        save(args, rows)
     return rows
 
 
@@ -153,7 +155,11 @@ def peers(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What others say of the same models, and what their own runs take."""
     from benchmarks.plan.peers import compare
 
-    return compare(args.peer_python)
+    rows = []
+    for row in compare(args.peer_python):
+        rows.append(row)
+        save(args, rows)
+    return rows
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
@@ -162,6 +168,16 @@ PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "time": time,
     "peers": peers,
 }
+
+
+def save(args: argparse.Namespace, rows: Any) -> None:
+    """Write what is there by now: parts take minutes, and one that is stopped leaves what it has."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{args.part}.json").write_text(
+        json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n"
+    )
+    page = tables.page({part: args.out / f"{part}.json" for part in PARTS})
+    (args.out / "README.md").write_text(page)
 
 
 def main() -> None:
@@ -180,13 +196,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.part == "limit" and args.cases is None:
         args.cases = 200
-    rows = PARTS[args.part](args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.part}.json").write_text(
-        json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n"
-    )
-    page = tables.page({part: args.out / f"{part}.json" for part in PARTS})
-    (args.out / "README.md").write_text(page)
+    save(args, PARTS[args.part](args))
 
 
 if __name__ == "__main__":

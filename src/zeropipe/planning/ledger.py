@@ -169,13 +169,14 @@ class Ledger:
     # What is known in the end.
 
     def name_all(self, owned: Mapping[str, Iterable[torch.Tensor]]) -> None:
-        """What is known to be of a kind is that, whoever asked for its memory; what lies in files does so still."""
+        """What is known to be of a kind is that, whoever asked for its memory, and lies where it was put."""
         for kind, tensors in owned.items():
             for tensor in tensors:
                 if tensor.layout == torch.strided:
                     found = self._alive.get(tensor.untyped_storage()._cdata)
                     if found is not None:
-                        found[1].kind = (DISK if found[1].kind.startswith(DISK) else "") + kind
+                        place = next((one for one in (HOST, DISK) if found[1].kind.startswith(one)), "")
+                        found[1].kind = place + kind.removeprefix(place)
 
     def rename(self, kind: str, to: str) -> None:
         """All that was asked for until now as ``kind`` was for ``to``."""

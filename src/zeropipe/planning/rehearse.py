@@ -35,6 +35,7 @@ from zeropipe.comm.record import SEAM, Event
 from zeropipe.config.parse import Source
 from zeropipe.entry import OVERSEER
 from zeropipe.errors import UsageError, ZeropipeError
+from zeropipe.planning.beside import beside_a_host
 from zeropipe.planning.dry import Dry
 from zeropipe.planning.files import without_files
 from zeropipe.planning.here import Here, gpus
@@ -240,6 +241,7 @@ def staged(place: Place, config: Source | None, assume: float | None) -> Iterato
             OVERSEER.at_work(config, watch.made),
             gpus(place.device, place.local, min(place.ranks_per_node, place.world), place.memory),
             without_files(ledger),
+            beside_a_host(place.device, ledger),
             Here(),
             Dry(ledger, work, assume),
         ):

@@ -49,28 +49,35 @@ def test_states_and_peak_are_those_of_a_run(case: Case) -> None:
         assert one.peak.peak == pytest.approx(run.allocated, rel=0.01, abs=UNSEEN)
 
 
+OFFLOADS = [(2, ""), (3, ""), (3, "optimizer"), (3, "optimizer param")]
+
+
 @pytest.mark.parametrize("world", [2, 8])
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_names_of_other_estimators_give_the_plan_s_states(stage: int, world: int) -> None:
+@pytest.mark.parametrize(("stage", "offload"), OFFLOADS)
+def test_the_names_of_other_estimators_give_the_plan_s_states(stage: int, offload: str, world: int) -> None:
+    """On the device, and of all ranks on the host; without the buffers through which copies go."""
+    zero: dict[str, object] = {f"offload_{part}": {"device": "cpu"} for part in offload.split()}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
     }
     width, layers = 256, 8
     model = lambda: nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))  # noqa: E731
     batch = lambda: torch.randn(1, width, dtype=torch.bfloat16)  # noqa: E731
     found = plan(model, batch, config, world=world, device="h200", ranks=[0]).fullest.resting
     total, largest = width * width * layers, width * width
+    host = 0
     if stage == 2:
         _, device = estimate_zero2_model_states_mem_needs(total, world, 1, False, 1.0)
     else:
-        _, device, gathered = estimate_zero3_model_states_mem_needs(
-            total, largest, world, 1, False, False, True, 1.0
+        host, device, gathered = estimate_zero3_model_states_mem_needs(
+            total, largest, world, 1, "optimizer" in offload, "param" in offload, True, 1.0
         )
         device -= gathered  # of one layer while it computes: no state
     assert _states(found, "") == pytest.approx(device, rel=0.005)
+    assert world * _states(found, "host: ") == pytest.approx(host, rel=0.005)
 
 
 def _states(kinds: dict[str, int], where: str) -> int:
