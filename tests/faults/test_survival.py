@@ -187,7 +187,7 @@ def test_a_rank_that_is_stopped_loses_nothing(tmp_path: Path, stage: int, stages
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=soak)])
 def test_an_error_that_passes_is_survived_and_one_that_stays_is_said(tmp_path: Path, stage: int) -> None:
     """Rank 1 raises in step 3, in the first two lives of the first run, in all three of the second."""
     told = []
