@@ -5,25 +5,27 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.main import get_command
 
 from zeropipe.cli import to_file
 from zeropipe.errors import ConfigError, UsageError
-from zeropipe.reporting import in_words
 
 if TYPE_CHECKING:
+    from zeropipe.planning.choices import Choice
+    from zeropipe.planning.fit import Program
     from zeropipe.planning.plan import Plan
 
 app = typer.Typer(add_completion=False)
 reporting = typer.Typer(add_completion=False)
 CALIBRATE = "calibrate"  # in place of a script
+_HOLES = ("micro", "accumulation", "recompute", "config", "stages", "schedule", "chunks")
 _SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
@@ -31,7 +33,11 @@ _SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_in
 def plan(
     context: typer.Context,
     script: Annotated[
-        str | None, typer.Argument(help="The training script; what follows it are its own arguments.")
+        str | None,
+        typer.Argument(
+            help="The training script; what follows it are its own arguments. With --fit these may hold {micro}, "
+            "{accumulation}, {recompute}, {stages}, {schedule}, {chunks} and {config}."
+        ),
     ] = None,
     config: Annotated[
         str | None, typer.Option(help="JSON configuration, in place of what the script gives initialize.")
@@ -46,12 +52,31 @@ def plan(
     hf: Annotated[Path | None, typer.Option(help="A transformers config.json, in place of a script.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Micro-batch, with --hf.")] = 1,
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a sample, with --hf.")] = 2048,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Gradient checkpointing, with --hf.")
+    ] = False,
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps to rehearse.")] = 3,
     assume: Annotated[
         float | None, typer.Option(help="What the script gets where it asks for a value: loss.item().")
     ] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the plan as a page (HTML).")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two configurations, planned side by side.")
+    ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Search the fastest configuration of the same batch that fits.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the configuration that --fit found.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="With --fit: stage, micro, shard, recompute, offload or pipeline stays as it is."),
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="With --fit: memory of a node's host that offload may take.")
+    ] = None,
 ) -> None:
     """Rehearse a run as some ranks of any world, on this machine: bytes, traffic, time, and whether it fits.
 
@@ -62,43 +87,140 @@ def plan(
 
         get_command(calibrating).main(context.args, f"zeropipe plan {CALIBRATE}", standalone_mode=False)
         return
+    from zeropipe.cli import tables
     from zeropipe.planning.plan import rehearse_all
 
     if (script is None) == (hf is None):
         raise ConfigError(
             "zeropipe plan", expected="a script or --hf config.json", found="both" if script else "neither"
         )
-    if hf is not None:
-        if config is None:
-            raise ConfigError("zeropipe plan --hf", expected="--config my.json", found="none")
-        from zeropipe.planning.transformers import program_of
+    if config is None and compare is None and (hf is not None or fit):
+        raise ConfigError(
+            f"zeropipe plan {'--fit' if fit else '--hf'}", expected="--config my.json", found="none"
+        )
+    if output is not None and not fit:
+        raise ConfigError(
+            "zeropipe plan --output", expected="--fit, whose configuration it is", found="no --fit"
+        )
+    if fit and compare is not None:
+        raise ConfigError("zeropipe plan", expected="--fit or --compare", found="both")
 
-        program: Callable[[], object] = program_of(hf, config, batch, seq)
+    def planned(source: str | None) -> Plan:
+        if hf is not None:
+            from zeropipe.planning.transformers import program_of
+
+            assert source is not None
+            program: Callable[[], object] = program_of(hf, source, batch, seq, recompute)
+            source = None
+        else:
+            program = _script(Path(str(script)), context.args)
+        return rehearse_all(
+            program,
+            world,
+            config=source,
+            device=device,
+            device_memory=device_memory,
+            steps=steps,
+            assume=assume,
+        )
+
+    if compare is not None:
+        names = (str(compare[0]), str(compare[1]))
+        found = [planned(name) for name in names]
+        tables.compare(names, (found[0], found[1]))
+        raise typer.Exit(0 if all(one.fits for one in found) else 3)
+    if fit:
+        best = _fitted(context, script, str(config), hf, seq, output, keep or (), host_memory)
+        if best is None:
+            raise typer.Exit(3)
+        plan = best
     else:
-        assert script is not None
-        program = _script(Path(script), context.args)
-    found = rehearse_all(
-        program,
-        world,
-        config=config if hf is None else None,
-        device=device,
-        device_memory=device_memory,
-        steps=steps,
-        assume=assume,
-    )
-    show(found)
+        plan = planned(config)
+        tables.show(plan)
     if as_json is not None:
         with to_file(as_json, "--json"):
-            as_json.write_text(json.dumps(found.to_json(), indent=1))
+            as_json.write_text(json.dumps(plan.to_json(), indent=1))
     if report is not None:
         from zeropipe.reporting.drawing import write
         from zeropipe.reporting.page import plan_page
 
         with to_file(report, "--report"):
-            write(plan_page(found.to_json()), report)
+            write(plan_page(plan.to_json()), report)
         Console(soft_wrap=True).print(f"wrote {report}", highlight=False)
-    if not found.fits:
+    if not plan.fits:
         raise typer.Exit(3)
+
+
+def _fitted(
+    context: typer.Context,
+    script: str | None,
+    config: str,
+    hf: Path | None,
+    seq: int,
+    output: Path | None,
+    keep: Collection[str],
+    host_memory: str | None,
+) -> Plan | None:
+    """The plan of what --fit has found and written."""
+    from zeropipe.cli import tables
+    from zeropipe.planning.fit import Follows, fit_program
+
+    said, errors = context.params, Console(stderr=True, soft_wrap=True)
+    errors.print("rehearsing:", highlight=False)
+    with TemporaryDirectory() as folder:
+        program: Program
+        if hf is not None:
+            program, follows = _of_shape(hf, seq), Follows(micro=True, recompute=True)
+        else:
+            program = _filled(Path(str(script)), context.args, Path(folder) / "config.json")
+            asked = {name: any(f"{{{name}}}" in word for word in context.args) for name in _HOLES}
+            follows = Follows(asked["micro"] or None, asked["recompute"], asked["stages"])
+        found = fit_program(
+            program,
+            config,
+            said["world"],
+            follows=follows,
+            device=said["device"],
+            device_memory=said["device_memory"],
+            host_memory=host_memory,
+            keep=keep,
+            steps=said["steps"],
+            assume=said["assume"],
+            told=lambda choice, plan: errors.print(
+                tables.looked(choice, plan), highlight=False, markup=False
+            ),
+        )
+    tables.show_fit(found)
+    if output is not None and found.config is not None:
+        with to_file(output, "--output"):
+            output.write_text(json.dumps(found.config, indent=2) + "\n")
+        Console(soft_wrap=True).print(f"wrote {output}", highlight=False)
+    return found.plan
+
+
+def _of_shape(hf: Path, seq: int) -> Program:
+    from zeropipe.planning.transformers import program_of
+
+    def program(choice: Choice, config: dict[str, Any]) -> Callable[[], object]:
+        return program_of(hf, config, choice.micro, seq, choice.recompute)
+
+    return program
+
+
+def _filled(path: Path, arguments: list[str], place: Path) -> Program:
+    """The script with what a choice says in the holes of its arguments; its configuration lies at ``place``."""
+
+    def program(choice: Choice, config: dict[str, Any]) -> Callable[[], object]:
+        place.write_text(json.dumps(config))
+        cut = choice.cut
+        pipeline = (cut.ranks, cut.schedule, cut.chunks) if cut else (1, "1f1b", 1)
+        values = (choice.micro, choice.accumulation, int(choice.recompute), place, *pipeline)
+        words = arguments
+        for name, value in zip(_HOLES, values, strict=True):
+            words = [word.replace(f"{{{name}}}", str(value)) for word in words]
+        return _script(path, words)
+
+    return program
 
 
 @reporting.command()
@@ -141,53 +263,3 @@ def _script(path: Path, arguments: list[str]) -> Callable[[], object]:
         return runpy.run_path(str(path), run_name="__main__")
 
     return run
-
-
-def show(found: Plan) -> None:
-    """Print ``found``: a table of bytes by kind and rank, the peak, traffic, time, the verdict."""
-    console = Console(soft_wrap=True)
-    every = list(dict.fromkeys(kind for one in found.rehearsals for kind in (*one.peak.kinds, *one.resting)))
-    table = Table(title="Bytes of a rank at its peak", title_justify="left")
-    table.add_column("")
-    for one in found.rehearsals:
-        table.add_column(f"rank {one.place.rank}", justify="right")
-    table.add_column("between steps", justify="right")
-    for kind in every:
-        cells = [in_words(one.peak.kinds.get(kind, 0)) for one in found.rehearsals]
-        table.add_row(kind, *cells, in_words(found.fullest.resting.get(kind, 0)))
-    if found.device.base:
-        base = in_words(found.device.base)
-        table.add_row("the process itself", *(base for _ in found.rehearsals), base)
-    kept = [found.device.keeps(one.passing) for one in found.rehearsals]
-    if any(kept):
-        table.add_row("what the heap may keep", *map(in_words, kept), in_words(found.kept))
-    totals = [
-        in_words(one.peak.peak + found.device.base + more)
-        for one, more in zip(found.rehearsals, kept, strict=True)
-    ]
-    resting = sum(
-        size for kind, size in found.fullest.resting.items() if not kind.startswith(("host", "disk"))
-    )
-    table.add_row("together", *totals, in_words(resting + found.device.base + found.kept), style="bold")
-    console.print(table)
-    fullest = found.fullest
-    console.print(f"The peak of rank {fullest.place.rank} comes in: {fullest.peak.moment}", highlight=False)
-    links = ", ".join(f"{in_words(size)} {where}" for where, size in found.links().items()) or "nothing"
-    console.print(f"Sent by a rank in each step: {links}", highlight=False)
-    timing = found.seconds
-    console.print(
-        f"A step on {found.device.name}: about {_time(timing.total)} "
-        f"({_time(sum(timing.computing.values()))} computing, {_time(sum(timing.sending.values()))} sending), "
-        f"{found.throughput:,.3g} samples/s",
-        highlight=False,
-    )
-    if found.bubble is not None:
-        console.print(
-            f"The pipeline's ranks wait {found.bubble:.0%} of the time that they compute", highlight=False
-        )
-    style = "green" if found.fits else "bold red"
-    console.print(found.verdict(), style=style, highlight=False)
-
-
-def _time(value: float) -> str:
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"

@@ -48,6 +48,15 @@ class Device:
     base: int = 0  # bytes that a process takes before there is a model
     ranks_per_node: int = 8
     slower: dict[str, float] = field(default_factory=dict)  # times, by "operator dtype", or by what is sent
+    to_host: float = 20e9  # bytes a second between a device and host memory
+    host: float = 8e9  # bytes a second that a rank's optimizer reads and writes in host memory
+
+    def beside(self, away: Mapping[str, int], micro_steps: int) -> float:
+        """Seconds of a step for what lies ``away`` in host memory or files, by kind: gradients come, values go back,
+        moments and masters are read and written there; parameters are fetched twice in a micro-step."""
+        gradients, masters = away.get("gradients", 0), away.get("masters", 0)
+        step = (2 * (masters + away.get("moments", 0)) + gradients) / self.host
+        return step + (2 * gradients + 2 * micro_steps * away.get("parameters", 0)) / self.to_host
 
     def keeps(self, passing: tuple[int, int]) -> int:
         """Bytes that a process may keep of blocks that come and go: their most at once, and the largest."""

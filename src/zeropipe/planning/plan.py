@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from zeropipe.config.parse import Source, parse_config
 from zeropipe.given import Json, Tree
 from zeropipe.planning.devices import GIVE_BACK, Device, Seconds, device_of, parse_bytes, seconds
+from zeropipe.planning.ledger import BUILDING, DISK, ELSEWHERE, HOST
 from zeropipe.planning.piping import played
 from zeropipe.planning.rehearse import Place, Rehearsal, rehearse
 from zeropipe.reporting import in_words
@@ -44,8 +46,13 @@ class Plan:
         return max(self.device.keeps(one.passing) for one in self.rehearsals)
 
     @property
+    def needed(self) -> int:
+        """Bytes that a device must have."""
+        return self.peak + self.kept
+
+    @property
     def fits(self) -> bool:
-        return self.peak + self.kept <= self.memory
+        return self.needed <= self.memory
 
     @cached_property
     def _played(self) -> tuple[Seconds, Simulation] | None:
@@ -59,10 +66,40 @@ class Plan:
     @cached_property
     def seconds(self) -> Seconds:
         """Of one optimizer step, on the rank that takes longest."""
+        found = max(
+            (seconds(one.kernels, one.traffic, self.device) for one in self.rehearsals),
+            key=lambda one: one.total,
+        )
         if self._played is not None:
-            return self._played[0]
-        each = [seconds(one.kernels, one.traffic, self.device) for one in self.rehearsals]
-        return max(each, key=lambda one: one.total)
+            found = self._played[0]
+        if self.away:
+            sending = {**found.sending, "host": max(map(self._beside, self.rehearsals))}
+            found = replace(found, sending=sending)
+        return found
+
+    def _beside(self, one: Rehearsal) -> float:
+        away = {
+            kind.partition(": ")[2]: size
+            for kind, size in one.resting.items()
+            if kind.startswith((HOST, DISK))
+        }
+        return self.device.beside(away, one.micro_steps)
+
+    @property
+    def away(self) -> int:
+        """Bytes that a rank has in host memory or files."""
+        return max(
+            sum(size for kind, size in one.resting.items() if kind.startswith((HOST, DISK)))
+            for one in self.rehearsals
+        )
+
+    @property
+    def resting(self) -> int:
+        """Bytes that the fullest of the ranks has on its device between two steps."""
+        return self.device.base + max(
+            sum(size for kind, size in one.resting.items() if not kind.startswith((HOST, DISK, ELSEWHERE)))
+            for one in self.rehearsals
+        )
 
     @property
     def throughput(self) -> float:
@@ -73,7 +110,7 @@ class Plan:
     def verdict(self) -> str:
         """Fits, or by how much not, and what to change first."""
         kept = f" and at most {in_words(self.kept)} that the heap keeps" if self.kept else ""
-        left = self.memory - self.peak - self.kept
+        left = self.memory - self.needed
         if left >= 0:
             return f"fits: {in_words(self.peak)}{kept} of {in_words(self.memory)}, {in_words(left)} left"
         size, more = f"{in_words(self.peak)}{kept} of {in_words(self.memory)}", in_words(-left)
@@ -82,12 +119,16 @@ class Plan:
                 f"may not fit: {size}, {more} too much. Run it, and plan it, with {GIVE_BACK}=65536 in the "
                 "environment: then freed memory goes back at once, for some time in each step"
             )
-        return f"does not fit: {size}, {more} too much. {self._advice()}"
+        return f"does not fit: {size}, {more} too much. {self.advice()}"
 
-    def _advice(self) -> str:
-        usage = self.fullest.peak
-        kinds = {**usage.kinds, "process": self.device.base}
-        most = max(kinds, key=lambda kind: kinds[kind])
+    def advice(self) -> str:
+        """What to change first where it does not fit."""
+        kinds = self.fullest.peak.kinds
+        most = max(kinds, key=lambda kind: kinds[kind], default="")
+        if self.device.base > self.memory:
+            return f"The process alone takes {in_words(self.device.base)}, before there is a model"
+        if self.fullest.peak is self.fullest.built and most in (BUILDING, "parameters"):
+            return "It is the model while it is built: build it under zeropipe.zero.Init, at stage 3"
         stage = int(self.fullest.settings.get("zero_optimization.stage", 0))
         sharded = {"moments": 1, "masters": 1, "gradients": 2, "parameters": 3}
         if most in sharded and stage < sharded[most]:
@@ -182,31 +223,46 @@ def plan(
         UsageError: what is given fails, asks for values, or ends early; it names the line.
         ConfigError: a wrong configuration, device or size.
     """
-    parsed = parse_config(config)
-    under_init = parsed.zero_optimization.stage == 3
+    return rehearse_all(
+        program_from(make_model, make_batch, config, loss),
+        world,
+        device=device,
+        device_memory=device_memory,
+        ranks=ranks,
+        steps=steps,
+        assume=assume,
+    )
+
+
+def program_from(
+    make_model: Callable[[], torch.nn.Module],
+    make_batch: Callable[[], Tree],
+    config: Source,
+    loss: Callable[[Any, Any], torch.Tensor] | None,
+) -> Callable[[], None]:
+    """A program that builds the model, under ``zero.Init`` at stage 3, and trains it."""
+    under_init = parse_config(config).zero_optimization.stage == 3
 
     def program() -> None:
         import zeropipe
         from zeropipe.runtime.zero.gather.init import Init
 
-        if under_init:
-            with Init(config_dict_or_path=config):
-                model = make_model()
-        else:
+        with Init(config_dict_or_path=config, enabled=under_init):
             model = make_model()
         engine, *_ = zeropipe.initialize(model=model, config=config)
         del model
         train(engine, make_batch, loss)
 
-    return rehearse_all(
-        program, world, device=device, device_memory=device_memory, ranks=ranks, steps=steps, assume=assume
-    )
+    return program
 
 
 def train(
     engine: DeepSpeedEngine, make_batch: Callable[[], Tree], loss: Callable[[Any, Any], torch.Tensor] | None
 ) -> None:
     """Micro-steps without an end: who watches ends it."""
+    batches = getattr(type(engine), "train_batch", None)  # pipelines have it
+    while batches is not None:
+        batches(engine, (make_batch() for _ in itertools.count()))
     while True:
         batch = make_batch()
         if isinstance(batch, dict):

@@ -19,7 +19,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -98,6 +98,8 @@ class Rehearsal:
     samples: int = 0  # of all ranks in one step
     schedule: Schedule | None = None  # of a pipeline, and the stages of it that this rank has
     stages: tuple[int, ...] = ()
+    pipeline: tuple[int, str, int, int] | None = None  # its ranks, schedule by name, stages of each, layers
+    middle: tuple[Counter[Any], Counter[Any]] | None = None  # of three micro-steps: its traffic and kernels
 
     @property
     def peak(self) -> Usage:
@@ -106,6 +108,25 @@ class Rehearsal:
     @property
     def passing(self) -> tuple[int, int]:
         return max(self.built.passing, self.trained.passing)
+
+    def longer(self, micro_steps: int) -> Rehearsal:
+        """The same with so many micro-steps in a step: those that were not played are as the middle one."""
+        more = micro_steps - self.micro_steps
+        if not more:
+            return self
+        assert self.middle is not None
+        traffic, kernels = Counter(self.traffic), Counter(self.kernels)
+        for what, n in self.middle[0].items():
+            traffic[what] += n * more
+        for what, n in self.middle[1].items():
+            kernels[what] += n * more
+        return replace(
+            self,
+            traffic=traffic,
+            kernels=kernels,
+            micro_steps=micro_steps,
+            samples=self.samples // self.micro_steps * micro_steps,
+        )
 
 
 class Watch:
@@ -126,6 +147,8 @@ class Watch:
         self._names: dict[torch.nn.Module, str] = {}
         self._phases = ["building the model"]
         self._modules: list[str] = []
+        # Of the last step, what was counted when each forward began.
+        self._forwards: list[tuple[Counter[Any], Counter[Any]]] = []
         self._say()
 
     def heard(self, event: Event) -> None:
@@ -150,6 +173,8 @@ class Watch:
             return forms(module, inputs)
 
     def began(self, phase: str) -> None:
+        if phase == "forward" and self.steps == self._place.steps - 1:
+            self._forwards.append((Counter(self._traffic), Counter(self._work.done)))
         self._phases.append(phase)
         self._say()
 
@@ -199,11 +224,26 @@ class Watch:
             engine.train_batch_size(),
             getattr(engine, "schedule", None),
             tuple(getattr(engine.module, "stages", ())),
+            self._pipeline(engine),
+            self._middle(engine.gradient_accumulation_steps()),
         )
         # A loader that is left in the middle of an epoch would wait for its workers.
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise Enough
+
+    def _middle(self, micro_steps: int) -> tuple[Counter[Any], Counter[Any]] | None:
+        each = len(self._forwards) // micro_steps  # a program may call the engine twice
+        if micro_steps < 3 or not each:
+            return None
+        (traffic, kernels), (later, more) = self._forwards[each], self._forwards[2 * each]
+        return later - traffic, more - kernels
+
+    @staticmethod
+    def _pipeline(engine: DeepSpeedEngine) -> tuple[int, str, int, int] | None:
+        module: Any = engine.module
+        pick = getattr(module, "pick_schedule", None)  # pipelines have it
+        return pick and (module.num_stages, *pick(engine._parts.config.pipeline), module.num_layers)
 
 
 def placed(engine: DeepSpeedEngine, device: str) -> dict[str, list[torch.Tensor]]:
