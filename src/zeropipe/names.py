@@ -32,7 +32,7 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
             "zeropipe.comm.group": ("init_distributed",),
             "zeropipe.compat.configuration": ("DeepSpeedConfig",),
             "zeropipe.entry": ("initialize", "add_config_arguments"),
-            "zeropipe.planning.fit": ("fit", "Fit"),
+            "zeropipe.planning.fitting.fit": ("fit", "Fit"),
             "zeropipe.planning.plan": ("plan", "Plan"),
             "zeropipe.runtime.base_optimizer": ("DeepSpeedOptimizer",),
             "zeropipe.runtime.engine": ("DeepSpeedEngine",),

@@ -18,8 +18,8 @@ from zeropipe.cli import to_file
 from zeropipe.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
-    from zeropipe.planning.choices import Choice
-    from zeropipe.planning.fit import Program
+    from zeropipe.planning.fitting.choices import Choice
+    from zeropipe.planning.fitting.fit import Program
     from zeropipe.planning.plan import Plan
 
 app = typer.Typer(add_completion=False)
@@ -163,7 +163,7 @@ def _fitted(
 ) -> Plan | None:
     """The plan of what --fit has found and written."""
     from zeropipe.cli import tables
-    from zeropipe.planning.fit import Follows, fit_program
+    from zeropipe.planning.fitting.fit import Follows, fit_program
 
     said, errors = context.params, Console(stderr=True, soft_wrap=True)
     errors.print("rehearsing:", highlight=False)

@@ -13,8 +13,8 @@ from rich.table import Table
 from zeropipe.reporting import in_words
 
 if TYPE_CHECKING:
-    from zeropipe.planning.choices import Choice
-    from zeropipe.planning.fit import Fit
+    from zeropipe.planning.fitting.choices import Choice
+    from zeropipe.planning.fitting.fit import Fit
     from zeropipe.planning.plan import Plan
     from zeropipe.planning.rehearse import Rehearsal
 

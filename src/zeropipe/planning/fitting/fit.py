@@ -14,7 +14,8 @@ from zeropipe.config.batch import TRAIN, solve_batch
 from zeropipe.config.parse import Source, parse_config, read_source
 from zeropipe.errors import ConfigError, ZeropipeError
 from zeropipe.given import Tree
-from zeropipe.planning.choices import (
+from zeropipe.planning.devices import Device, device_of, parse_bytes
+from zeropipe.planning.fitting.choices import (
     ALL,
     NONE,
     OFFLOADS,
@@ -26,9 +27,8 @@ from zeropipe.planning.choices import (
     cuts,
     divisors,
 )
-from zeropipe.planning.devices import Device, device_of, parse_bytes
+from zeropipe.planning.fitting.search import Refusal, Search, Seen
 from zeropipe.planning.plan import Plan, program_from, rehearse_all
-from zeropipe.planning.search import Refusal, Search, Seen
 from zeropipe.reporting import in_words
 
 PARTS = (

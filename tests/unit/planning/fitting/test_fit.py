@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import zeropipe
 from tests.unit.cli.test_planning import _run, _script
 from zeropipe.errors import ConfigError, UsageError
-from zeropipe.planning.choices import Choice, Space
+from zeropipe.planning.fitting.choices import Choice, Space
 
 pytestmark = pytest.mark.process
 WIDTH = 256

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zeropipe.config.parse import parse_config
-from zeropipe.planning.choices import ALL, NONE, OFFLOADS, Choice, Cut, Space, alike, cuts
-from zeropipe.planning.search import Search, Seen, holds_no_less
+from zeropipe.planning.fitting.choices import ALL, NONE, OFFLOADS, Choice, Cut, Space, alike, cuts
+from zeropipe.planning.fitting.search import Search, Seen, holds_no_less
 
 
 class World:

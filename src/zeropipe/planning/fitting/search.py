@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from zeropipe.planning.choices import OFFLOADS, Choice
+from zeropipe.planning.fitting.choices import OFFLOADS, Choice
 from zeropipe.runtime.pipe.schedule import make_schedule
 from zeropipe.runtime.pipe.simulate import UNIT, simulate
 

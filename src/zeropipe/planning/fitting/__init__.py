@@ -1,0 +1,1 @@
+"""The fastest configuration that fits: what may be chosen, which to look at, and the looks."""
