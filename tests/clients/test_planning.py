@@ -140,3 +140,16 @@ def test_scripts(tmp_path: Path, script: str, stage: int) -> None:
     plan = json.loads(found.read_text())
     assert plan["settings"]["zero_optimization.stage"] == stage
     assert plan["ranks"][0]["kinds"]["moments"] > 0
+
+
+def test_the_configuration_that_fits_a_model_by_its_configuration(tmp_path: Path) -> None:
+    shape, chosen = tmp_path / "config.json", tmp_path / "fits.json"
+    shape.write_text(MODELS["llama"]().to_json_string())
+    given = _config(tmp_path, 0, train_batch_size=8)
+    options = ["--config", given, "--hf", shape, "--seq", 64, "--fit", "-o", chosen, "--keep", "offload"]
+    code, text = _run("plan", "--world", 2, "--device", "a100", *options, "--keep", "shard")
+    assert code == 0, text
+    written = json.loads(chosen.read_text())
+    assert written["train_batch_size"] == 8
+    assert written["train_micro_batch_size_per_gpu"] == 4  # it fits whole, without recomputing
+    assert "recompute" not in text.partition("chosen:")[2]
