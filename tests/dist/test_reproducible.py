@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.slots import Odd, digest, make, settings, step, train, words
+from tests.helpers.slots import Odd, digest, make, settings, step, train, train_pipeline, words
 from zeropipe.errors import ConfigError, UsageError
+from zeropipe.runtime.dataloader import RepeatingLoader
 from zeropipe.utils import safe_get_full_grad
 
 STEPS = 3
@@ -30,6 +31,19 @@ def test_one_digest_at_every_stage_on_1_to_4_ranks(pool, precision):
     one_of_all([result for run in runs for rank in run for result in rank])
 
 
+@pytest.mark.native
+def test_one_digest_of_pipelines_of_one_and_two_stages(pool):
+    """Also with recomputation, stages 2 and 3, bf16's masters, and another schedule: losses and other terms as well."""
+    configs = [settings(stage) for stage in range(4)]
+    shapes = [(1, 1), (2, 2), (3, 1), (4, 2)]
+    runs = [pool(world).run(train_pipeline, stages, configs, STEPS) for world, stages in shapes]
+    known = one_of_all([result for run in runs for rank in run for result in rank])
+    for schedule in ("gpipe", "zb-h1"):
+        config = settings(1, pipeline={"schedule": schedule})
+        again = pool(2).run(train_pipeline, 2, [config], STEPS, recompute=schedule == "gpipe")
+        assert {result for rank in again for result in rank} == {known}
+
+
 @pytest.mark.parametrize("slots", [3, 7])
 def test_uneven_shares(pool, slots):
     """Ranks that have one slot less run a pass that counts for nothing."""
@@ -43,6 +57,54 @@ def test_several_backwards_in_a_micro_step(pool):
     runs = [pool(world).run(train, configs, STEPS, 2) for world in (1, 2, 3)]
     two = one_of_all([result for run in runs for rank in run for result in rank])
     assert two != pool(1).run(train, configs[:1], STEPS)[0][0]
+
+
+def _optimizer(name: str, **params: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": name, "params": {"lr": 0.01, **params}}}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stages"),
+    [
+        (_optimizer("OnebitAdam", freeze_step=100), (0, 1)),
+        (_optimizer("OnebitLamb", freeze_step=100), (0, 1)),
+        (_optimizer("ZeroOneAdam", var_freeze_step=100), (0,)),
+        (_optimizer("Muon"), (0, 1, 3)),
+        (_optimizer("Lamb"), (0,)),
+    ],
+    ids=lambda value: value["optimizer"]["type"] if isinstance(value, dict) else "",
+)
+def test_other_optimizers_and_the_dense_phase_of_the_compressed_ones(pool, optimizer, stages):
+    configs = [settings(stage, 6, **optimizer) for stage in stages]
+    one_of_all([result for world in (1, 3) for rank in pool(world).run(train, configs, STEPS) for result in rank])
+
+
+def _compressed(rank: int, world: int) -> str:
+    with pytest.raises(UsageError) as raised:
+        train(rank, world, [settings(1, 4, **_optimizer("OnebitAdam", freeze_step=2))], 4)
+    return str(raised.value)
+
+
+def test_a_compressed_step_is_refused(pool):
+    for text in pool(2).run(_compressed):
+        assert "freeze_step" in text
+
+
+def _frozen_for_a_while(rank: int, world: int, stage: int, bf16: bool) -> list[str]:
+    """A layer is frozen, and trained again later; gradients accumulate in another dtype."""
+    more = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}
+    engine, found = make(settings(stage, 6, **more)), []
+    for number in range(4):
+        engine.module.up.requires_grad_(number not in (1, 2))
+        step(engine, number)
+        found.append(digest(engine.module))
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, True), (2, True), (3, False)])
+def test_a_layer_that_is_frozen_for_a_while(pool, stage, bf16):
+    one_of_all([tuple(found) for world in (1, 2, 3) for found in pool(world).run(_frozen_for_a_while, stage, bf16)])
 
 
 def test_fp16_overflows_alike(pool):
@@ -123,6 +185,59 @@ def test_a_step_that_is_not_whole_is_refused_and_begins_anew(pool):
             assert len(found) == 6
             assert all("Fix: " in text for text in found[:5])
     one_of_all([found[5] for run in runs for found in run] + [pool(1).run(train, [settings(1, 4)], 1)[0][0][0]])
+
+
+def _samples(rank: int, world: int, folder: str, resumed: bool) -> list[Any]:
+    """Two steps, a save, and two more; or those two after a load. Data of the engine's own loader."""
+    data = [words(7, at)[0] for at in range(40)]
+    engine = make(settings(3 if resumed else 1, 6), training_data=data)
+    if resumed:
+        engine.load_checkpoint(folder)
+    batches = iter(RepeatingLoader(engine.training_dataloader))
+    for number in range(4 - engine.global_steps):
+        for _ in range(engine.gradient_accumulation_steps()):
+            engine.backward(engine(next(batches)))
+            engine.step()
+        if number == 1 and not resumed:
+            engine.save_checkpoint(folder)
+    found = [digest(engine.module), engine.global_steps, engine.get_global_grad_norm()]
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (4, 1), (1, 4)])
+def test_a_run_goes_on_on_another_number_of_ranks(pool, tmp_path, before, after):
+    """Also at another stage, in the middle of an epoch, and on 4 ranks with uneven shares: the undisturbed bits."""
+    whole = pool(before).run(_samples, str(tmp_path), False)
+    again = pool(after).run(_samples, str(tmp_path), True)
+    one_of_all([tuple(found) for found in [*whole, *again]])
+
+
+def _loaders(rank: int, world: int) -> dict[int, list[list[int]]]:
+    """By slot: the samples of its steps, of the engine's loader and of a DataLoader with the engine's sampler."""
+    data = list(range(31))
+    engine = make(settings(0, 4), training_data=data)
+    sampler = engine.slot_sampler(data)
+    own = torch.utils.data.DataLoader(data, 2, sampler=sampler)
+    found: dict[int, list[list[int]]] = {}
+    passes = engine.gradient_accumulation_steps()
+    for at, (batch, mine) in enumerate(zip(engine.training_dataloader, own, strict=True)):
+        assert batch.tolist() == mine.tolist()
+        number = at % passes
+        if number < len(engine.slots):
+            found.setdefault(engine.slots[number], []).append(batch.tolist())
+    engine.destroy()
+    return found
+
+
+def test_samples_are_dealt_to_slots(pool):
+    known = pool(1).run(_loaders)[0]
+    assert sorted(known) == [0, 1, 2, 3]
+    assert {sample for batches in known.values() for batch in batches for sample in batch} == set(range(31))
+    for world in (2, 3, 4):
+        parts = pool(world).run(_loaders)
+        assert {slot: batches for part in parts for slot, batches in part.items()} == known
+        assert sum(map(len, parts)) == 4
 
 
 def _build(rank: int, world: int, config: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from hashlib import blake2b
 from typing import Any
 
@@ -57,6 +57,11 @@ class Draws:
         with drawing(self._device, self._seed, *now, self._count):
             yield
         self._count += 1
+
+    def layers(self) -> Callable[[int], AbstractContextManager[None]]:
+        """Of the slot that is computed now: what each layer of a pipeline, by its number, runs in, now or later."""
+        now = self._now()
+        return lambda layer: drawing(self._device, self._seed, *now, layer)
 
     def restart(self) -> None:
         """The slot is computed anew."""

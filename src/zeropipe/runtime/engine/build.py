@@ -102,7 +102,7 @@ def build(
         base = make_optimizer(optimizer, model, model_parameters, config, policy, device)
         schedule = make_scheduler(lr_scheduler, base, config)
         check_room(model, group, config, policy, dtypes)
-        given = (training_data, config, clock, samples, collate_fn, policy.sharing)
+        given = training_data, config, clock, samples, collate_fn, policy.sharing
         loader = None if training_data is None else make_loader(*given)
         items = digest(model, base, config)
 
@@ -170,8 +170,9 @@ def shared_fate(group: Group | None) -> Iterator[None]:
 
 
 def policy_of(config: Config, ranks: int, in_batches: bool) -> Policy:
-    """What the stage shards, and where it lives. ``in_batches``: a step is one call, which reduces once."""
+    """What the stage shards, and where it lives; ``in_batches``: a step is one call, which reduces once."""
     zero, slots = config.zero_optimization, config.reproducible.slots
+    in_turn = zero.stage >= 2 and ranks > 1 and not in_batches
     bucket, sub_group = zero.chosen("reduce_bucket_size"), zero.chosen("sub_group_size")
     return Policy(
         stage=zero.stage,
@@ -189,9 +190,7 @@ def policy_of(config: Config, ranks: int, in_batches: bool) -> Policy:
         param_folder=zero.offload_param.nvme_path or "",
         pin_memory=zero.offload_optimizer.pin_memory and zero.offload_param.pin_memory,
         sub_group_numel=AUTO_SUB_GROUP_NUMEL if sub_group is None else max(sub_group, 1),
-        sharing=None
-        if slots is None
-        else Sharing(slots, ranks, zero.stage >= 2 and ranks > 1 and not in_batches),
+        sharing=None if slots is None else Sharing(slots, ranks, in_turn),
     )
 
 
@@ -283,7 +282,8 @@ def make_optimizer(
             fix = "pass one of these, or name an optimizer in the config"
         raise ConfigError(what, expected=expected, found=type(optimizer).__name__, fix=fix)
     check_params(optimizer, module)
-    kind = require_shardable(optimizer, zero.stage, config.zero_allow_untested_optimizer)
+    untested = config.zero_allow_untested_optimizer
+    kind = require_shardable(optimizer, zero.stage, untested, policy.sharing is not None)
     # A step from files reads runs of elements, and a norm over a tensor is not to be had from runs.
     if kind != "elementwise" and policy.optimizer_place is Place.FILE:
         raise UnsupportedOptimizerError(

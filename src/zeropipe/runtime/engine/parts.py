@@ -243,6 +243,44 @@ class Slots:
         """Around a forward."""
         return nullcontext() if self._draws is None else self._draws.forward()
 
+    def layers(self) -> Callable[[int], AbstractContextManager[None]] | None:
+        """Of the micro-batch that is computed now: what its layers run in; None for nothing."""
+        return self._draws.layers() if self._draws is not None and self._parts.module.training else None
+
+    def drawn(self, loss_fn: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        """A pipeline's loss function, which draws as a layer does."""
+        if loss_fn is None or self._draws is None:
+            return loss_fn
+
+        def drawn(*args: Any) -> Any:
+            layers = self.layers()
+            with nullcontext() if layers is None else layers(-1):
+                return loss_fn(*args)
+
+        return drawn
+
+    def micro_batch(self, number: int) -> AbstractContextManager[None]:
+        """Around what is computed of a micro-batch of a pipeline's step."""
+        optimizer = self._parts.optimizer
+        turn = None if optimizer is None else optimizer.turn
+        return nullcontext() if turn is None else turn.of(number)
+
+    def begin_batch(self, micro_batches: int) -> float:
+        """A pipeline runs a whole step; what its losses are divided by. Raises UsageError for another number of
+        micro-batches than slots."""
+        turn = self._parts.need_optimizer("train_batch").turn
+        if turn is None:
+            return micro_batches
+        if micro_batches != turn.sharing.passes:
+            raise UsageError(
+                "the schedule's micro-batches are not those of a step of 'reproducible.slots'",
+                expected=turn.sharing.passes,
+                found=micro_batches,
+                fix="make the schedule for engine.gradient_accumulation_steps() micro-batches",
+            )
+        turn.ran_all()
+        return 1
+
     def restart(self) -> None:
         """What was computed of a step is forgotten: the coming micro-step is that of its first slot."""
         self._parts.clock.restart_window()

@@ -148,10 +148,14 @@ def check_slots(config: Config, module: torch.nn.Module, ranks: int, samples: in
     """Raise ConfigError where the results of this model would follow the number of ranks, and must not."""
     if config.reproducible.slots is None:
         return
-    if isinstance(module, PipelineModule):
+    crossing = (
+        [tie.key for tie in module.tie_plans() if tie.crosses] if isinstance(module, PipelineModule) else []
+    )
+    if crossing:
         raise ConfigError(
-            "config key 'reproducible.slots' with a PipelineModule is not offered yet",
-            fix="remove one of the two",
+            f"config key 'reproducible.slots' and weights that pipeline stages share ({', '.join(crossing)}): a stage "
+            "sums the gradients of its own uses first, so that the number of stages would show",
+            fix="run it on one stage, untie the weights, or remove 'reproducible'",
         )
     if samples < ranks:
         raise ConfigError(

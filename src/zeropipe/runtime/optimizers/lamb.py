@@ -77,6 +77,8 @@ class Lamb(OnShards):
             },
         )
 
+    norms_of_shards = True  # where shards are cut shows in the last bits
+
     def _update(self) -> None:
         alike: dict[tuple[int, float], list[_Slot]] = {}  # by param group and step count
         by_group: dict[Group, list[_Slot]] = {}

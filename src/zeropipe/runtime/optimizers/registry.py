@@ -143,15 +143,24 @@ def classify(optimizer: torch.optim.Optimizer) -> Kind:
     return "whole"
 
 
-def require_shardable(optimizer: torch.optim.Optimizer, stage: int, allow_untested: bool = False) -> Kind:
+def require_shardable(
+    optimizer: torch.optim.Optimizer, stage: int, allow_untested: bool = False, by_slots: bool = False
+) -> Kind:
     """What ``classify`` says; raises UnsupportedOptimizerError where sharding would be wrong or is unproved.
 
     ``allow_untested`` (config key ``zero_allow_untested_optimizer``) lets unknown classes pass, not those known
-    to need whole tensors. At stage 0 nothing is sharded, and only what an engine cannot serve at all is refused.
+    to need whole tensors. ``by_slots``: results must not follow the number of shards. At stage 0 nothing is sharded,
+    and only what an engine cannot serve at all is refused.
     """
     # Asked at every stage: what no engine can serve does not depend on what is sharded.
     kind = classify(optimizer)
     _refuse_unservable(optimizer)
+    if by_slots and stage > 0 and getattr(optimizer, "norms_of_shards", False):
+        raise UnsupportedOptimizerError(
+            f"config key 'reproducible.slots' with {type(optimizer).__name__}, whose norms are sums over shards",
+            expected=f"another optimizer at zero_optimization.stage {stage}",
+            fix="use zero_optimization.stage 0, or an optimizer such as AdamW or Muon",
+        )
     if stage == 0 or kind != "whole":
         return kind
     cls = optimizer.__class__

@@ -17,6 +17,8 @@ from zeropipe.comm.collectives import all_gather_object, all_reduce
 from zeropipe.comm.group import world
 from zeropipe.errors import CommunicationError, UsageError
 from zeropipe.given import Tree
+from zeropipe.layout.slots import Fold, Sharing
+from zeropipe.layout.slots import Tree as SlotTree
 from zeropipe.runtime.dataloader import RepeatingLoader
 from zeropipe.runtime.pipe.topology import PipelineParallelGrid
 from zeropipe.runtime.pipe.wire import map_tensors
@@ -89,6 +91,7 @@ class Batch:
     factor: float = 1.0  # loss scale over micro-batches
     with_loss: bool = True
     keep_outputs: bool = False
+    by_slot: bool = False  # a step, of which replicas' losses are averaged as its gradients are
     _parts: list[tuple[Any, Any]] = field(default_factory=list, init=False)  # inputs, labels
 
     # What the last stage has found, in the order in which it ran the micro-batches.
@@ -161,10 +164,11 @@ class Batch:
 
     def row(self, names: list[str], how: str | None) -> torch.Tensor:
         """fp64?, the loss (``how``: avg or sum), the mean of each named term, the loss by micro-batch; 1D, fp64, on the
-        device, which is not waited for."""
+        device, which is not waited for. By slot each term comes by micro-batch too."""
         values = torch.stack([_wide(value) for value in self.values])
         loss = values.sum() if how == "sum" else values.mean()
-        means = [torch.stack(self.terms[name]).mean() for name in names]
+        terms = [torch.stack(self.terms[name]) for name in names]
+        means = terms if self.by_slot else [term.mean() for term in terms]
         is_wide = torch.full(
             (1,), float(values.dtype == torch.float64), dtype=torch.float64, device=self.device
         )
@@ -233,8 +237,11 @@ class Settlement:
     Under way, messages may be there that nobody would take: whoever raises there has ended the pipeline for good.
     """
 
-    def __init__(self, grid: PipelineParallelGrid, device: torch.device, last: int) -> None:
+    def __init__(
+        self, grid: PipelineParallelGrid, device: torch.device, last: int, sharing: Sharing | None = None
+    ) -> None:
         self._grid, self._device, self._last = grid, device, last
+        self._sharing = sharing  # of the slots that batches of a step have
         self._names: list[str] = []  # of the loss function's other terms, as all ranks know them
         self._whole = True
 
@@ -267,7 +274,7 @@ class Settlement:
         # as it was, and all compute the same mean from them:
         #   failed, by pipeline rank | new names | for each slice and replica: fp64?, loss, terms, losses
         head = grid.pipe_parallel_size + 1
-        width = 2 + len(self._names) + batch.count
+        width = 2 + len(self._names) * (batch.count if batch.by_slot else 1) + batch.count
         replicas = grid.model_parallel_size * grid.data_parallel_size
         figures = torch.zeros(head + replicas * width, dtype=torch.float64, device=self._device)
         figures[grid.stage_id] = first
@@ -297,14 +304,33 @@ class Settlement:
         # [4] the mean of this slice's replicas
         rows = figures[head:].view(grid.model_parallel_size, grid.data_parallel_size, width)
         is_wide = bool(told[head + grid.slice_parallel_id * grid.data_parallel_size * width])
-        return self._average(rows[grid.slice_parallel_id], batch.count, is_wide)
+        of_slice = rows[grid.slice_parallel_id].to(torch.float64 if is_wide else torch.float32)
+        if batch.by_slot and self._sharing is not None:
+            each = of_slice[:, 2:].unflatten(
+                1, (-1, batch.count)
+            )  # [replicas, terms and the loss, micro-batches]
+            *terms, loss = (self._over_slots(self._sharing, each[:, at]) for at in range(each.shape[1]))
+            return Outcome(loss, dict(zip(self._names, terms, strict=True)), list(each[:, -1].mean(0)))
+        return self._average(of_slice, batch.count)
 
-    def _average(self, rows: torch.Tensor, count: int, is_wide: bool) -> Outcome:
-        """``rows``: [replicas, width]; ``is_wide``: losses are fp64."""
+    @staticmethod
+    def _over_slots(sharing: Sharing, values: torch.Tensor) -> torch.Tensor:
+        """The mean of the slots' ``values``, [replicas, micro-batches]."""
+        tree = SlotTree(sharing.slots)
+        fold = Fold(tree, torch.add)
+        for rank, row in enumerate(values):
+            for slot, value in zip(sharing.of(rank), row, strict=False):
+                fold.put((slot, slot + 1), value)
+        total = fold.take(tree.root)
+        assert total is not None, "each slot has a loss"
+        return total / sharing.slots
+
+    def _average(self, rows: torch.Tensor, count: int) -> Outcome:
+        """``rows``: [replicas, width]."""
         # One after the other in fp32 (fp64 where a loss is that), in one order: the same bits on every rank.
-        total = rows[0].to(torch.float64 if is_wide else torch.float32)
+        total = rows[0]
         for row in rows[1:]:
-            total = total + row.to(total.dtype)
+            total = total + row
         total = total / len(rows)
         terms = {name: total[at] for at, name in enumerate(self._names, 2)}
         return Outcome(total[1], terms, list(total[len(total) - count :]))

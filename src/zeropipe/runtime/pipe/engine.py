@@ -83,7 +83,7 @@ class PipelineEngine(InSteps, DeepSpeedEngine):
 
         # What goes in and comes out.
         self._data = Data(lambda: self.training_dataloader)
-        self._settlement = Settlement(self.grid, self.device, self._last_rank)
+        self._settlement = Settlement(self.grid, self.device, self._last_rank, parts.sharing)
         self.loss_terms: dict[str, torch.Tensor] = {}
         agree(
             {"pipeline schedule": str(self.schedule), "loss scale": str(self.loss_scale)},
@@ -106,7 +106,9 @@ class PipelineEngine(InSteps, DeepSpeedEngine):
         given = own_schedule(self._train_schedule)
         if given is not None:
             return self._run_list(given, data_iter)
-        outcome = self._train(self._training_executor(), data_iter)
+        if self._executor is None or self._executor.schedule.micro_batches != self.micro_batches:
+            self._executor = self._executor_of(self.schedule, self._mailbox)
+        outcome = self._train(self._executor, data_iter)
         self._take_step()
         return outcome.loss
 
@@ -141,8 +143,9 @@ class PipelineEngine(InSteps, DeepSpeedEngine):
         if self.regimes.advance():  # sequences of another length
             self._mailbox.forget_forms()
         count = executor.schedule.micro_batches
-        factor = self.loss_scale / count
-        batch = self._batch(data_iter, count, factor=factor)
+        factor = self.loss_scale / self._slots.begin_batch(count)
+        by_slot = self._parts.sharing is not None
+        batch = self._batch(data_iter, count, factor=factor, by_slot=by_slot)
         with self.report.phase("forward"), self._scaling.running(factor), optimizer.reducer.local_only():
             outcome = self._run(executor, batch, "avg")
         self.loss_terms = outcome.terms
@@ -297,28 +300,23 @@ class PipelineEngine(InSteps, DeepSpeedEngine):
     forward, backward, step = (_refused(call, instead) for call, instead in _INSTEAD.items())
 
     def _runner(self, stage: int) -> Callable[[Any], Any]:
-        return lambda value: self.module.run_stage(stage, value)
+        return lambda value: self.module.run_stage(stage, value, self._slots.layers())
 
     def _plan(self, micro_batches: int) -> Schedule:
         if self._own is not None and self._own.micro_batches >= micro_batches:
             return self._own.only(micro_batches)
         return make_schedule(self._name, self.num_stages, micro_batches, self._chunks)
 
-    def _training_executor(self) -> Executor:
-        count = self.micro_batches
-        if self._executor is None or self._executor.schedule.micro_batches != count:
-            self._executor = self._executor_of(self.schedule, self._mailbox)
-        return self._executor
-
     def _executor_of(self, plan: Schedule, mailbox: Mailbox, around: Around | None = None) -> Executor:
-        return Executor(with_transfers(plan), self.grid.stage_id, self._stages, mailbox, self._table, around)
+        rank, within = self.grid.stage_id, self._slots.micro_batch
+        return Executor(with_transfers(plan), rank, self._stages, mailbox, self._table, around, within)
 
     def _batch(self, iterator: Iterator[Any] | None, count: int, **given: Any) -> Batch:
         return Batch(
             count,
             partial(self._data.iterator, iterator, self._needs_data),
             self.device,
-            self.module.loss_fn,
+            self._slots.drawn(self.module.loss_fn),
             self._data.batch_fn,
             **given,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -107,7 +108,8 @@ class Executor:
     """Runs this rank's line of ``schedule``, which has its transfers and stage instructions already.
 
     ``table``: what the instructions that concern a whole stage do; one that it lacks does nothing. ``around``: is
-    called for each computation, which it does, and when all are done.
+    called for each computation, which it does, and when all are done. ``within``: makes what each computation of a
+    micro-batch runs in.
     """
 
     def __init__(
@@ -118,12 +120,13 @@ class Executor:
         mailbox: Mailbox,
         table: Mapping[Op, Effect],
         around: Around | None = None,
+        within: Callable[[int], AbstractContextManager[None]] | None = None,
     ) -> None:
         # The plan, the same in every run.
         self.schedule, self._rank = schedule, rank
         self._stages, self.mailbox = stages, mailbox
         self._queues, self._known_taken = queues(schedule), known_taken(schedule)
-        self._train, self._around = schedule.has_backward, around
+        self._train, self._around, self._within = schedule.has_backward, around, within
         self._table: dict[Op, Effect] = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
@@ -166,7 +169,7 @@ class Executor:
                 if step.op in OF_STAGE:
                     effect(step)  # outside of _try: the others are in this collective too, or will be
                 elif failure is None:
-                    do = partial(effect, step)
+                    do = partial(self._do, effect, step)
                     if self._around is not None and computes(step):
                         do = partial(self._around.around, step, do)
                     failure = self._try(do)
@@ -187,6 +190,13 @@ class Executor:
                 raise
             raise failure from error
         return failure
+
+    def _do(self, effect: Effect, step: Instruction) -> None:
+        if self._within is None or step.micro_batch is None:
+            effect(step)
+            return
+        with self._within(step.micro_batch):
+            effect(step)
 
     def _try(self, do: Callable[[], None]) -> BaseException | None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial, reduce
 from itertools import pairwise
@@ -23,6 +24,8 @@ from zeropipe.runtime.pipe.layers import TiedLayerSpec as TiedLayerSpec  # users
 from zeropipe.runtime.pipe.schedule import find_kind
 from zeropipe.runtime.pipe.tied import Tie, TiePlan, make_ties, plan_ties, sum_gradients
 from zeropipe.runtime.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid, ProcessTopology
+
+Within = Callable[[int], AbstractContextManager[None]]  # of a layer: what it runs in
 
 
 class PipelineModule(nn.Module):
@@ -236,17 +239,24 @@ class PipelineModule(nn.Module):
             inputs = self.run_stage(stage, inputs)
         return inputs
 
-    def run_stage(self, stage: int, value: Tree) -> Any:
-        """Run the layers of ``stage``, which must be this rank's, on ``value``."""
+    def run_stage(self, stage: int, value: Tree, within: Within | None = None) -> Any:
+        """Run the layers of ``stage``, which must be this rank's, on ``value``; ``within``: makes what the layer of a
+        number runs in, also when it is recomputed."""
         # Layers are recomputed in runs of the interval, counted from the stage's own first layer.
         numbers = self.layers_of(stage)
         step = self.activation_checkpoint_interval or len(numbers)
         for first in range(0, len(numbers), step):
             part = numbers[first : first + step]
-            run = partial(reduce, lambda value, index: self._calls[index](value), part)
+            run = partial(reduce, partial(self._call, within), part)
             recompute = self.recomputes and torch.is_grad_enabled() and self._may_recompute(part)
             value = self.activation_checkpoint_func(run, value) if recompute else run(value)
         return value
+
+    def _call(self, within: Within | None, value: Any, index: int) -> Any:
+        if within is None:
+            return self._calls[index](value)
+        with within(index):
+            return self._calls[index](value)
 
     def _may_recompute(self, numbers: Sequence[int]) -> bool:
         modules = [self._built[index] for index in numbers]

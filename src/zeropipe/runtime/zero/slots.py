@@ -46,6 +46,7 @@ class Turn:
         self.lanes = 0  # that have a gradient on this rank
         self.reduced = 0  # lanes that are
         self.upto = 0  # those that the pass in progress reduces
+        self._agreed = False  # ranks know of each other's, and no backward ran since
         self._at = -1  # the micro-step of the latest pass
         self._whole = False
 
@@ -82,16 +83,25 @@ class Turn:
             self.lane = self.lane + 1 if self._at == self._micro_step() else 0
             self._at = self._micro_step()
         self.upto = self.lane + 1
+        self._agreed = False
 
     def end_pass(self) -> None:
         """One that reduces is over."""
         self.reduced = max(self.reduced, self.upto)
 
-    def end_window(self) -> bool:
+    def end_window(self, own: bool) -> bool:
         """The window is to be reduced; whether something of it is not yet. Collective where nodes are sent once.
 
-        Raises UsageError in the middle of a step.
+        Raises UsageError in the middle of a step, and where each rank is to keep its ``own`` gradients.
         """
+        if own:
+            raise UsageError(
+                "a compressed step exchanges what each rank has added up, so that results follow the number of ranks",
+                rank=self.group.ranks[self.group.rank],
+                expected="steps of the dense phase, with 'reproducible.slots'",
+                fix="set the optimizer's freeze_step (var_freeze_step) past the end of the run, or go on without "
+                "'reproducible'",
+            )
         number, passes = self.number, self.sharing.passes
         if number + 1 < passes and not self._whole:
             raise UsageError(
@@ -102,8 +112,9 @@ class Turn:
                 found=number + 1,
                 fix="run all of them first (drop an epoch's last, incomplete step), or remove 'reproducible'",
             )
-        if self.sharing.in_turn:
+        if self.sharing.in_turn or self._agreed:
             return False
+        self._agreed = True
         # Ranks need not have had as many backwards in each slot, and all must exchange as much.
         most = torch.tensor([max(self.lanes, 1)])
         if self.group.size > 1:

@@ -246,7 +246,7 @@ class Reducer:
         if self._conductor is not None:
             self._conductor.meet("gradients of a step")
         if self.turn is not None:
-            self._owes = self.turn.end_window() or self._owes
+            self._owes = self.turn.end_window(self.keeps_own()) or self._owes
         if self._owes:
             self._begin(force=True)
             self.finish_pass()
