@@ -115,7 +115,7 @@ def limit(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "allowance": allowance,
                 "fits": word,
                 "trained": not why,
-                "why": why[-200:],
+                "why": next((line[:200] for line in reversed(why.splitlines()) if "Error" in line), ""),
             }
         )
         console.print(tables.limit_line(rows[-1]), highlight=False)
@@ -188,9 +188,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, help="how many configurations; default: all, or 200 random ones")
     parser.add_argument("--first", type=int, default=0, help="the seed of the first random configuration")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--steps", type=int, default=8, help="of each run whose time counts; two more warm up"
-    )
+    parser.add_argument("--steps", type=int, default=8, help="of each run; the first two only warm up")
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()

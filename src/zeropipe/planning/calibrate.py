@@ -41,6 +41,7 @@ _DTYPES = ("float32", "bfloat16")
 _STEPS = 8  # of each engine that is timed, after two to warm up
 _LARGE, _SMALL = 2**22, 2**8  # elements of what travels
 _OFTEN = 10
+_PATIENCE = 900.0  # seconds: it takes some, and many where others keep the machine busy
 _WORTH = 20e-6  # seconds: a kernel that should take less says nothing of its operator
 
 
@@ -283,7 +284,9 @@ def calibrate(ranks: int | None = None, steps: int = _STEPS, name: str = "this m
     count = (gpus or 2) if ranks is None else ranks
     if gpus and count > gpus:
         raise UsageError("calibrate: a rank for each GPU", expected=f"at most {gpus}", found=count)
-    return device_from(crew(partial(_one, steps=steps), count), "cuda" if gpus else "cpu", count, name)
+    return device_from(
+        crew(partial(_one, steps=steps), count, _PATIENCE), "cuda" if gpus else "cpu", count, name
+    )
 
 
 def _mean(kernels: Sequence[tuple[Kernel, float]]) -> dict[Kernel, float]:
