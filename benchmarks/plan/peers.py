@@ -28,6 +28,7 @@ MODELS = {
     "GPT 10 M, long": replace(SIZES["10M"], context=512, micro_batch=4),
 }
 RANKS = 2
+TIME_LIMIT = 600  # seconds of one estimate or run
 CPU = torch.device("cpu")
 
 
@@ -63,7 +64,14 @@ def _ask(python: str, what: str, estimator: str, model: str) -> int:
             )
             for rank in range(RANKS if what == "run" else 1)
         ]
-        said = [job.communicate(timeout=600) for job in jobs]
+        try:
+            said = [job.communicate(timeout=TIME_LIMIT) for job in jobs]
+        except subprocess.TimeoutExpired:
+            sys.stderr.write(f"{estimator}, {what}: no end after {TIME_LIMIT} s\n")
+            return 0
+        finally:
+            for job in jobs:
+                job.kill()
     found = [line for out, _ in said for line in out.splitlines() if line.startswith(MARK)]
     if len(found) < len(jobs):
         sys.stderr.write(f"{estimator}, {what}: {said[0][1][-800:]}\n")
