@@ -83,7 +83,9 @@ def _traffic(found: Plan) -> Table:
     for (op, label, nbytes, ranks, _), count in one.traffic.items():
         if len(ranks) > 1:
             link = "inside a node" if len({rank // node for rank in ranks}) == 1 else "between nodes"
-            row = rows.setdefault((op, label, len(ranks), link), [0, 0])
+            # A pipeline's messages of all micro-batches are one row: "0>1 F3" is a forward from stage 0 to 1.
+            what = label.rstrip("0123456789") if op in ("send", "recv") else label
+            row = rows.setdefault((op, what, len(ranks), link), [0, 0])
             row[0] += count
             row[1] += count * nbytes
     for (op, label, size, link), (calls, nbytes) in sorted(rows.items(), key=lambda item: -item[1][1]):
