@@ -44,6 +44,18 @@ def test_one_digest_of_pipelines_of_one_and_two_stages(pool):
         assert {result for rank in again for result in rank} == {known}
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_whole_matrix_after_20_steps(pool, precision):
+    """1, 2, 3, 4 and 6 ranks at stages 0 to 3: one digest of the module, one of the pipelines of one and two stages."""
+    configs = [settings(stage, precision=precision) for stage in range(4)]
+    plain = [pool(world).run(train, configs, 20) for world in (1, 2, 3, 4, 6)]
+    one_of_all([result for run in plain for rank in run for result in rank])
+    shapes = [(world, stages) for world in (1, 2, 3, 4, 6) for stages in (1, 2) if world % stages == 0]
+    piped = [pool(world).run(train_pipeline, stages, configs, 20) for world, stages in shapes]
+    one_of_all([result for run in piped for rank in run for result in rank])
+
+
 @pytest.mark.parametrize("slots", [3, 7])
 def test_uneven_shares(pool, slots):
     """Ranks that have one slot less run a pass that counts for nothing."""
