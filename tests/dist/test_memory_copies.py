@@ -314,7 +314,9 @@ def lose(folders: Sequence[Path], *ranks: int) -> None:
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(1, "fp32"), pytest.param(3, "bf16", marks=pytest.mark.soak)]
+)
 def test_one_host_may_be_lost_and_the_next_one_has_its_pieces(
     pool: Pools, tmp_path: Path, stage: int, precision: str
 ) -> None:

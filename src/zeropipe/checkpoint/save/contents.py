@@ -19,6 +19,7 @@ import importlib.metadata
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def lay_out(local: LocalState, tag: str, *, copy: bool = False, peers: bool = Tr
         grid.world,
         {"dp": grid.dp_degree, "tp": grid.tp_degree, "pp": grid.pp_degree},
         local.train.global_steps,
-        {"zeropipe": importlib.metadata.version("zeropipe"), "torch": torch.__version__},
+        {"zeropipe": _version(), "torch": torch.__version__},
         (rank_file,),
         model.tied,
         model.excluded,
@@ -140,6 +141,11 @@ def lay_out(local: LocalState, tag: str, *, copy: bool = False, peers: bool = Tr
         tuple(_entry(f, grid.mp_rank, flat_file) for f in mine),
     )
     return Outgoing(trees, part)
+
+
+@cache  # it reads a file, and copies in memory are made at every step
+def _version() -> str:
+    return importlib.metadata.version("zeropipe")
 
 
 def write(folder: Path, outgoing: Outgoing) -> Manifest:
