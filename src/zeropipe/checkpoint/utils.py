@@ -142,6 +142,10 @@ class _Hull:
     numel: int  # sum over the views
     tensor: torch.Tensor  # one of the views
 
+    @property
+    def is_dense(self) -> bool:
+        return self.stop - self.start <= _MAX_WASTE * self.numel
+
     def base(self, copy: bool, buffers: HostBuffers | None) -> torch.Tensor:
         """As a 1D tensor with a storage of exactly its size."""
         tensor = self.tensor.detach()
@@ -164,26 +168,15 @@ def snapshot(tree: Tree, *, copy: bool, buffers: HostBuffers | None = None) -> A
     ``copy=False`` may alias live CPU memory, so it must be written before anything changes it;
     ``copy=True`` shares nothing with it and takes its memory from ``buffers`` where given.
     """
-    hulls: dict[Any, _Hull] = {}
+    hulls = _hulls(tree)
     alone: dict[Any, torch.Tensor] = {}
-
-    def key(tensor: torch.Tensor) -> tuple[Any, ...]:
-        return tensor.untyped_storage().data_ptr(), tensor.device, tensor.dtype
-
-    def see(leaf: Any) -> None:
-        if isinstance(leaf, torch.Tensor) and _is_plain(leaf) and leaf.numel():
-            first = int(leaf.storage_offset())
-            last = first + sum((n - 1) * s for n, s in zip(leaf.shape, leaf.stride(), strict=True)) + 1
-            hull = hulls.setdefault(key(leaf), _Hull(first, last, 0, leaf))
-            hull.start, hull.stop = min(hull.start, first), max(hull.stop, last)
-            hull.numel += leaf.numel()
 
     def host(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if not _is_plain(leaf):
             return leaf.detach().clone().cpu() if copy else leaf.detach().cpu()
-        of = key(leaf)
+        of = _storage(leaf)
         if of in bases and leaf.numel():
             return bases[of].as_strided(leaf.shape, leaf.stride(), leaf.storage_offset() - hulls[of].start)
         view = (*of, leaf.storage_offset(), tuple(leaf.shape), tuple(leaf.stride()))
@@ -192,13 +185,40 @@ def snapshot(tree: Tree, *, copy: bool, buffers: HostBuffers | None = None) -> A
         return alone[view]
 
     # [1] What of each storage is wanted; [2] these parts, on the host; [3] the tree, of views of them.
-    mapped(tree, see)
-    dense = {of: hull for of, hull in hulls.items() if hull.stop - hull.start <= _MAX_WASTE * hull.numel}
+    dense = {of: hull for of, hull in hulls.items() if hull.is_dense}
     bases = {of: hull.base(copy, buffers) for of, hull in dense.items()}
     # The copies to pinned memory do not wait; what follows reads them.
     if any(hull.tensor.is_cuda for hull in hulls.values()):
         torch.cuda.synchronize()
     return mapped(tree, host)
+
+
+def footprint(tree: Tree) -> int:
+    """Bytes that ``snapshot`` of it holds in tensors, which are nearly all of its file."""
+    return sum(
+        (hull.stop - hull.start if hull.is_dense else hull.numel) * hull.tensor.element_size()
+        for hull in _hulls(tree).values()
+    )
+
+
+def _hulls(tree: Tree) -> dict[Any, _Hull]:
+    """What of each storage the tree's views take, by storage, device and dtype."""
+    hulls: dict[Any, _Hull] = {}
+
+    def see(leaf: Any) -> None:
+        if isinstance(leaf, torch.Tensor) and _is_plain(leaf) and leaf.numel():
+            first = int(leaf.storage_offset())
+            last = first + sum((n - 1) * s for n, s in zip(leaf.shape, leaf.stride(), strict=True)) + 1
+            hull = hulls.setdefault(_storage(leaf), _Hull(first, last, 0, leaf))
+            hull.start, hull.stop = min(hull.start, first), max(hull.stop, last)
+            hull.numel += leaf.numel()
+
+    mapped(tree, see)
+    return hulls
+
+
+def _storage(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.untyped_storage().data_ptr(), tensor.device, tensor.dtype
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

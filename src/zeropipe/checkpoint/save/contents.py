@@ -41,6 +41,7 @@ from zeropipe.checkpoint.save.records import (
 )
 from zeropipe.checkpoint.utils import (
     HostBuffers,
+    footprint,
     get_model_ckpt_name_for_rank,
     get_zero3_model_ckpt_name_for_rank,
     get_zero_ckpt_name_for_rank,
@@ -66,6 +67,11 @@ def collect(local: LocalState, tag: str, *, copy: bool, buffers: HostBuffers | N
     # One by one: what two files hold of a storage differs, and each must hold no more than its own.
     host = {name: snapshot(tree, copy=copy, buffers=buffers) for name, tree in laid.trees.items()}
     return Outgoing(host, laid.part)
+
+
+def estimated(local: LocalState) -> int:
+    """Bytes that this rank's files will take; a little less rather than more."""
+    return sum(map(footprint, lay_out(local, "").trees.values()))
 
 
 def lay_out(local: LocalState, tag: str, *, copy: bool = False, peers: bool = True) -> Outgoing:

@@ -218,6 +218,24 @@ def replace_text(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def check_room(folder: Path, nbytes: int) -> None:
+    """Raises CheckpointError where the file system of ``folder``, which need not be there yet, has no room for
+    ``nbytes``, or this user's quota where the system counts it so."""
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), None)
+    free = None
+    with suppress(OSError):
+        found = os.statvfs(there or "/")
+        blocks = found.f_bfree if os.geteuid() == 0 else found.f_bavail
+        free = blocks * found.f_frsize if found.f_blocks else None  # some do not say
+    if free is not None and free < nbytes:
+        raise CheckpointError(
+            f"there is no room for a checkpoint in {folder}",
+            expected=f"about {nbytes:,} bytes",
+            found=f"{free:,} bytes free",
+            fix="free space or save elsewhere; nothing was written, and earlier checkpoints are intact",
+        )
+
+
 def sync_folder(path: Path) -> None:
     """Make renames and new names inside ``path`` durable."""
     handle = os.open(path, os.O_RDONLY)

@@ -23,9 +23,10 @@ from enum import Enum
 from pathlib import Path
 
 from zeropipe.checkpoint.save import ownership, tags
-from zeropipe.checkpoint.save.contents import Outgoing, collect, write
+from zeropipe.checkpoint.save.attempt import Attempt, SaveFailed, Tolerance
+from zeropipe.checkpoint.save.contents import Outgoing, collect, estimated, write
 from zeropipe.checkpoint.save.files import Hold, replace_text
-from zeropipe.checkpoint.save.records import LocalState, Manifest, united
+from zeropipe.checkpoint.save.records import LocalState, Manifest
 from zeropipe.checkpoint.utils import HostBuffers
 from zeropipe.comm.collectives import all_gather_object, broadcast_object
 from zeropipe.comm.group import Group
@@ -38,47 +39,13 @@ _CLAIM = "claimed"  # all parts are there, and who renamed the first one publish
 _NOTE = "failed.json"  # a rank has failed, so that no other part is of use
 
 
-@dataclass(frozen=True, slots=True)
-class _Save:
-    """What one rank saves, and under which name."""
-
-    root: Path
-    tag: str
-    save_latest: bool
-    local: LocalState
-    rank: int  # in the world, as messages name it
-
-    @property
-    def final(self) -> Path:
-        return self.root / self.tag
-
-    def publish(self, work: Path, parts: Sequence[Manifest]) -> str:
-        """Commit; "" or the text of what went wrong."""
-        try:
-            tags.commit(self.root, work, united(parts), self.save_latest)
-        except Exception as reason:
-            return self.failure(f"cannot complete the checkpoint {self.final}", reason)
-        return ""
-
-    def failure(self, what: str, reason: BaseException) -> str:
-        """The message of ``reason``, which has met this rank; errors of ours have one already."""
-        if isinstance(reason, CheckpointError):
-            return str(reason)
-        detail = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
-        if isinstance(reason, OSError) and reason.strerror:
-            detail = f"{reason.strerror} ({reason.filename})" if reason.filename else reason.strerror
-        return describe(
-            f"{what}: {detail}",
-            rank=self.rank,
-            fix="free space or make the folder writable and save again; earlier checkpoints are intact",
-        )
-
-
 class Saver:
     """One engine's saves, one at a time. Every rank of ``group`` makes the same calls."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, tolerated: int = 0) -> None:
+        """``tolerated``: failed saves in a row that are warnings."""
         self._group = group
+        self._tolerance = Tolerance(tolerated, tells=group.rank == 0)
         # The asynchronous save of which not every rank knows yet how it ended; every rank has one, or none has.
         self._last: _Background | None = None
         # Kept from one asynchronous save to the next.
@@ -92,15 +59,33 @@ class Saver:
         *,
         save_latest: bool = True,
         async_save: bool = False,
-    ) -> Path:
-        """Write the checkpoint ``folder/tag``; the path it has, or will have once the background is done.
+    ) -> Path | None:
+        """Write the checkpoint ``folder/tag``; the path it has, or will have once the background is done; None where
+        it failed, and that is tolerated.
 
-        Collective. Raises CheckpointError on every rank alike when any rank cannot write, when the last
-        asynchronous save failed and not every rank has raised that (this one is not begun then), and DesyncError
-        when ranks give different tags. The checkpoints that were there stay as they are.
+        Collective. Raises CheckpointError on every rank alike when any rank cannot write, when the last asynchronous
+        save failed and not every rank has raised that (this one is not begun then), for a tag that cannot be used, and
+        DesyncError when ranks give different tags. The checkpoints that were there stay as they are.
         """
+        try:
+            final = self._attempt(folder, tag, local, save_latest, async_save)
+        except SaveFailed as reason:
+            self._tolerance.failed(str(reason))
+            return None
+        if not async_save:
+            self._tolerance.succeeded()
+        return final
+
+    def _attempt(
+        self,
+        folder: str | os.PathLike[str],
+        tag: str,
+        local: LocalState,
+        save_latest: bool,
+        async_save: bool,
+    ) -> Path:
         group = self._group
-        save = _Save(Path(folder), tag, save_latest, local, group.ranks[group.rank])
+        save = Attempt(Path(folder), tag, save_latest, local, group.ranks[group.rank])
         work, hold = self._begin(save)
         if async_save:
             self._last = _Background(save, work, hold)
@@ -123,14 +108,15 @@ class Saver:
             if outcome and group.rank == 0:
                 _discard(work)
         if outcome:
-            raise CheckpointError(outcome)
+            raise SaveFailed(outcome)
         return save.final
 
     def wait(self) -> None:
         """Return when this rank's background writer is done. Raises CheckpointError where the save has failed."""
         self._join()
-        if self._last is not None:
-            self._last.raise_here()
+        text = "" if self._last is None else self._last.found_here()
+        if text:
+            self._last_failed(text)
 
     def raise_pending(self, *, join: bool = False) -> None:
         """Raise on every rank alike what a background writer of any rank has failed with, unless all have raised it.
@@ -142,15 +128,25 @@ class Saver:
         if join:
             self._join()
         everyone = all_gather_object(self._last.said(), self._group, label="save under way")
-        text = self._last.failure_of(everyone)
-        if not any(said.state is _State.WRITING for said in everyone):
-            self._forget()
-        elif text:
-            self._last.tell()
-        if text:
-            raise CheckpointError(text)
+        self._hear(everyone, over=not any(said.state is _State.WRITING for said in everyone))
 
-    def _begin(self, save: _Save) -> tuple[Path, Hold]:
+    def _hear(self, everyone: Sequence[_Said], over: bool) -> None:
+        """What all ranks say of the last asynchronous save. ``over``: none writes any more."""
+        assert self._last is not None
+        last, text = self._last, self._last.failure_of(everyone)
+        if over:
+            self._forget()
+            if not text and not any(said.failure for said in everyone):
+                self._tolerance.succeeded()
+        if text:
+            self._last_failed(text, last)
+
+    def _last_failed(self, text: str, last: _Background | None = None) -> None:
+        last = last or self._last
+        assert last is not None
+        self._tolerance.failed(text, again=last.tell())
+
+    def _begin(self, save: Attempt) -> tuple[Path, Hold]:
         """Wait for the last save, agree that all is well and on what to save; the new work folder, held by all."""
         group = self._group
         # [1] Everyone says where it saves and how the last save ended for it.
@@ -161,25 +157,32 @@ class Saver:
         except CheckpointError as reason:
             refusal = str(reason)
         said = None if self._last is None else self._last.said()
-        everyone = all_gather_object((str(save.final), refusal, said), group, label="save begins")
-        text = next((refusal for _, refusal, _ in everyone if refusal), "")
-        if not text and self._last is not None:
-            text = self._last.failure_of([said for *_, said in everyone])
+        nbytes = 0
+        with suppress(Exception):  # who lays it out to write it will say so
+            nbytes = estimated(save.local)
+        everyone = all_gather_object((str(save.final), refusal, nbytes, said), group, label="save begins")
         # All ranks have joined their writers, so nobody is in the last work folder any more.
-        self._forget()
+        if self._last is not None:
+            self._hear([said for *_, said in everyone], over=True)
+        refusal = next((refusal for _, refusal, *_ in everyone if refusal), "")
+        if refusal:
+            raise CheckpointError(refusal)
+        text = ""
 
         # [2] One rank makes the folder, and tells its name or why there is none.
         differ = len({final for final, *_ in everyone}) > 1
         work: Path | None = None
         hold: Hold | None = None
-        if group.rank == 0 and not text and not differ:
+        if group.rank == 0 and not differ:
             try:
-                work, hold = tags.prepare(save.root, save.tag, save.save_latest)
+                # All ranks write into this one folder.
+                total = sum(nbytes for *_, nbytes, _ in everyone)
+                work, hold = tags.prepare(save.root, save.tag, save.save_latest, total)
             except Exception as reason:
                 text = save.failure(f"cannot make the checkpoint folder {save.final}", reason)
         work, text = broadcast_object((work, text), 0, group, label="save prepared")
         if text:
-            raise CheckpointError(text)
+            raise SaveFailed(text)
         if differ:
             listed = "; ".join(f"rank {r}: {e[0]}" for r, e in zip(group.ranks, everyone, strict=True))
             raise DesyncError(f"ranks save different checkpoints: {listed}. Fix: give all the same tag")
@@ -200,7 +203,7 @@ class Saver:
             hold.release()
         if group.rank == 0:
             _discard(work)
-        raise CheckpointError(text)
+        raise SaveFailed(text)
 
     def _forget(self) -> None:
         """All ranks know how the last save ended, and none writes any more."""
@@ -242,7 +245,7 @@ class _Said:
 class _Background:
     """An asynchronous save on one rank: its thread, and how its part ended. It never communicates."""
 
-    def __init__(self, save: _Save, work: Path, hold: Hold) -> None:
+    def __init__(self, save: Attempt, work: Path, hold: Hold) -> None:
         # Fixed: what is saved, and where until it has its name.
         self._save = save
         self._work = work
@@ -299,20 +302,19 @@ class _Background:
             fix="make sure that every rank calls save_checkpoint, and that all see the same folder",
         )
 
-    def tell(self) -> None:
-        """The program on this rank is about to have the failure raised."""
-        self._told = True
+    def tell(self) -> bool:
+        """The program on this rank is about to hear of the failure; whether it has heard of it before."""
+        before, self._told = self._told, True
+        return before
 
-    def raise_here(self) -> None:
-        """Raise a failure of this rank, or of one that left a note, unless the program has had it."""
+    def found_here(self) -> str:
+        """A failure of this rank, or of one that left a note; "" where the program has heard of it."""
         if not self._told and not self._failure:
             with suppress(OSError, ValueError):  # there is no note where all went well
                 self._failure = str(json.loads((self._work / _NOTE).read_text(encoding="utf-8")))
         if self._told or self._failure:
             self.remove_failed()  # the last rank to end removes it
-        if self._failure and not self._told:
-            self.tell()
-            raise CheckpointError(self._failure)
+        return "" if self._told else self._failure
 
     def remove_failed(self) -> None:
         """Remove what a save that failed has left; nothing where it was published or a rank still writes."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zeropipe.checkpoint.save import ownership
-from zeropipe.checkpoint.save.files import Hold, replace_text, sync_folder, write_text
+from zeropipe.checkpoint.save.files import Hold, check_room, replace_text, sync_folder, write_text
 from zeropipe.checkpoint.save.records import MANIFEST_NAME, Manifest, read_manifest
 from zeropipe.checkpoint.utils import SCRIPT, SCRIPT_NAME
 from zeropipe.comm.dcp import INDEX_NAME
@@ -62,10 +62,11 @@ def check_tag(tag: str) -> str:
     return tag
 
 
-def prepare(folder: Path, tag: str, save_latest: bool = True) -> tuple[Path, Hold]:
+def prepare(folder: Path, tag: str, save_latest: bool = True, nbytes: int = 0) -> tuple[Path, Hold]:
     """A new work folder for ``tag``, which is held; what earlier, killed saves of it left is removed.
 
-    Raises OSError as it comes, CheckpointError where ``latest`` could not be moved in the end.
+    Raises OSError as it comes, CheckpointError where ``latest`` could not be moved in the end, or where there is no
+    room for ``nbytes``.
     """
     latest = folder / LATEST
     if save_latest and (latest.is_symlink() or latest.is_dir()):
@@ -76,6 +77,7 @@ def prepare(folder: Path, tag: str, save_latest: bool = True) -> tuple[Path, Hol
             fix="remove or rename it, or pass save_latest=False",
         )
     ownership.clear_left(folder, tag, LATEST, SCRIPT_NAME)
+    check_room(folder, nbytes)
     return ownership.begin(folder / tag)
 
 

@@ -40,7 +40,7 @@ class Checkpoints:
         self._parts, self._saved = parts, saved
         # With model parallelism a checkpoint is of the whole grid, not of one replica's slice.
         self.group = parts.group if parts.mpu is None else world()
-        self.saver = Saver(self.group)
+        self.saver = Saver(self.group, parts.config.checkpoint.tolerate_failed_saves)
         self.say = parts.say
         # Paths in the state of which the log has said that only code restores them: each save has them again.
         self._told: set[str] = set()
@@ -86,7 +86,8 @@ class Checkpoints:
             return True
         # [2] From here on a failure of any rank is one of all, and the checkpoints that were there stay.
         began = time.perf_counter()
-        self.saver.save(folder, name, local, save_latest=save_latest, async_save=asynchronous)
+        if self.saver.save(folder, name, local, save_latest=save_latest, async_save=asynchronous) is None:
+            return False
         self._saved(str(folder), name, time.perf_counter() - began)
         return True
 

@@ -266,8 +266,10 @@ class Face(Settings):
         ``async_save`` (default: the config's ``checkpoint.async_save``): return after the copy to host memory;
         the next save or ``destroy`` waits for the files, and an error of the writer is raised then.
 
-        Returns True. Raises CheckpointError on every rank alike when any rank cannot write, when ``save_dir`` is
-        empty, or where the client state holds what cannot be saved at all; earlier checkpoints are intact then.
+        Returns True; False where the save failed and ``checkpoint.tolerate_failed_saves`` says to go on, after a
+        warning. Raises CheckpointError on every rank alike when any rank cannot write or there is no room (before
+        anything is written), when ``save_dir`` is empty, or where the client state holds what cannot be saved at all;
+        earlier checkpoints are intact then.
         """
         return self.report.files(
             "save_checkpoint",
