@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import zeropipe
@@ -224,3 +225,104 @@ def check_named(results: list[Any], odd: int, kind: str, slack: float = BUSY) ->
 def test_a_rank_that_stands_still_is_named_with_its_stack(pool, tmp_path, stage, kind, place, pipeline):
     results = pool(2).run(stands_still, stage, kind, place, 0 if pipeline else 1, str(tmp_path), pipeline)
     check_named(results, 0 if pipeline else 1, kind)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_every_way_to_stand_still_at_every_place(pool, tmp_path):
+    cases = [
+        (s, k, p, False) for s in range(4) for k in KINDS for p in ("forward", "backward", "outside", "save")
+    ]
+    cases += [(s, k, p, True) for s in (0, 1, 3) for k in KINDS for p in ("forward", "backward", "save")]
+    seconds = []
+    for number, (stage, kind, place, pipeline) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        odd = 0 if pipeline else number % 2
+        results = pool(2).run(stands_still, stage, kind, place, odd, str(folder), pipeline)
+        seconds.append((check_named(results, odd, kind), stage, kind, place, pipeline))
+    late = [case for case in seconds if case[0] > SECONDS]
+    print(f"{len(cases)} of {len(cases)} named; set {SECONDS} s, at the latest {max(seconds)}, late: {late}")
+    assert len(late) <= len(cases) // 20, late
+
+
+def all_wait(rank: int, world: int, folder: str) -> list[tuple[float, str]]:
+    """Rank 1 goes to a barrier of its own, while rank 0 waits for it in a step."""
+    flag = Path(folder) / "named"
+    own = dist.new_group(list(range(world)))
+    engine, step = _engine(2, world, Trap(""), SECONDS, False)
+    step(rank)
+    heard = Heard(flag)
+    logging.getLogger("zeropipe").addHandler(heard)
+    try:
+        if rank == 0:
+            threading.Thread(target=lambda: (_wait_for(flag), dist.barrier(own))).start()
+        else:
+            dist.barrier(own)
+        step(rank)
+        time.sleep(0.3)
+    finally:
+        logging.getLogger("zeropipe").removeHandler(heard)
+        engine.destroy()
+    return heard.said
+
+
+def test_ranks_that_all_wait_are_named_with_their_calls(pool, tmp_path):
+    said = sorted(entry for entries in pool(2).run(all_wait, str(tmp_path)) for entry in entries)
+    texts = [text for _, text in said]
+    assert len(texts) == 2 and "no rank moves for 1.2 s" in texts[0] and "move again" in texts[1], texts
+    assert "waits for reduce_to_owners 'gradients' among ranks [0, 1]" in texts[0]
+    assert "waits in barrier() of torch.distributed, which the program calls" in texts[0]
+    assert "test_watchdog.py" in texts[0] and "in all_wait" in texts[0]
+
+
+def for_good(rank: int, world: int, kind: str, folder: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    engine, *_ = zeropipe.initialize(
+        model=model, config=config(1, world, watchdog={"seconds": SECONDS, "end": True})
+    )
+    for number in range(1000):
+        engine.backward(engine(torch.ones(2, 8)).square().mean())
+        engine.step()
+        if number == 3 and rank == 1:
+            while kind == "loop":
+                pass
+            is_stopped(Path(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [("loop", 124), pytest.param("SIGSTOP", -signal.SIGKILL, marks=pytest.mark.soak)]
+)
+def test_a_run_that_is_stuck_ends_on_every_rank(pool, tmp_path, kind, code):
+    outcomes = pool(2).run_faulty(for_good, kind, str(tmp_path))
+    assert [(o.kind, o.exitcode) for o in outcomes] == [("died", 124), ("died", code)], outcomes
+    assert any("the run ends with exit code 124: rank 1 is stuck" in o.output for o in outcomes), outcomes
+
+
+def slow(rank: int, world: int, folder: str) -> list[tuple[float, str]]:
+    """One rank works for longer than the time set, in ways that move, while the other waits for it."""
+    engine, step = _engine(1, world, Trap(""), SECONDS, False)
+    step(rank)
+    heard = Heard(Path(folder) / "named")
+    logging.getLogger("zeropipe").addHandler(heard)
+    try:
+        end = time.monotonic() + 1.6 * SECONDS
+        while rank == 1 and time.monotonic() < end:  # validates with the engine
+            with torch.no_grad():
+                engine(torch.ones(2, 8))
+            time.sleep(0.2)
+        step(rank)
+        end = time.monotonic() + 1.6 * SECONDS
+        while rank == 0 and time.monotonic() < end:  # code that is new all the time, as a compiler's is
+            space: dict[str, Any] = {"time": time}
+            exec(f"def new():\n    time.sleep(0.2)\n    return {time.monotonic()}", space)
+            space["new"]()
+        step(rank)
+    finally:
+        logging.getLogger("zeropipe").removeHandler(heard)
+        engine.destroy()
+    return heard.said
+
+
+def test_who_is_slow_is_not_named(pool, tmp_path):
+    assert pool(2).run(slow, str(tmp_path)) == [[], []]

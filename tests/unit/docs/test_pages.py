@@ -103,6 +103,18 @@ def test_every_test_that_a_page_names_exists(page: Path) -> None:
     assert text.count("::test_") == len(named)
 
 
+def test_every_fault_has_a_test() -> None:
+    """A row of the page on faults without one would be a promise."""
+    rows = [
+        row.split(" | ")
+        for row in (ROOT / "docs" / "faults.md").read_text("utf-8").splitlines()
+        if " | " in row
+    ]
+    faults = [row for row in rows if len(row) == 4 and row[0] != "| fault"]
+    assert len(faults) > 30 and all(len(row) in (2, 4) for row in rows)
+    assert [row[0] for row in faults if not NAMED_TEST.search(row[3])] == []
+
+
 def test_the_index_has_every_page() -> None:
     index = (ROOT / "docs" / "index.md").read_text("utf-8")
     listed = set(re.findall(r"^([\w-]+)$", index, re.MULTILINE))

@@ -90,8 +90,8 @@ def test_what_is_said_comes_back_as_it_was():
     beat = said("works", 1.5)
     assert beat_of(beat.to_text()) == beat
     verdict = judge({0: said("works", 11), 1: said("waits", 11)}, [], LIMIT, 2)
-    word = added(Word(), verdict, end=True)
-    assert word == Word((0,), False, True, "rank 0 is stuck") and word_of(word.to_text()) == word
+    word = added(Word(), verdict, end=True, by=1)
+    assert word == Word((0,), False, True, "rank 0 is stuck", 1) and word_of(word.to_text()) == word
     assert removed(word, 0, waits=False).told == ()
     assert word_of("") == Word()
 

@@ -51,6 +51,7 @@ class Word:
     all_wait: bool = False  # it has been said that nobody moves
     end: bool = False
     why: str = ""  # the run ends
+    by: int = -1  # who said it last: two ranks that say the same at once must not write the same
 
     def to_text(self) -> str:
         return json.dumps(to_json(self))
@@ -139,13 +140,13 @@ def _stuck(ranks: Collection[int]) -> str:
     return f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} stuck"
 
 
-def removed(word: Word, rank: int, waits: bool) -> Word:
-    """``word`` once ``rank`` moves again. ``waits``: it was one of all that waited."""
-    told = tuple(other for other in word.told if other != rank)
-    return Word(told, word.all_wait and not waits, word.end, word.why)
+def removed(word: Word, by: int, waits: bool) -> Word:
+    """``word`` once rank ``by`` moves again. ``waits``: all had waited."""
+    told = tuple(other for other in word.told if other != by)
+    return Word(told, word.all_wait and not waits, word.end, word.why, by)
 
 
-def added(word: Word, verdict: Verdict, end: bool) -> Word:
+def added(word: Word, verdict: Verdict, end: bool, by: int) -> Word:
     told: Any = tuple(sorted({*word.told, *verdict.named}))
     why = "no rank moves" if verdict.all_wait else _stuck(verdict.named)
-    return Word(told, word.all_wait or verdict.all_wait, word.end or end, why if end else word.why)
+    return Word(told, word.all_wait or verdict.all_wait, word.end or end, why if end else word.why, by)

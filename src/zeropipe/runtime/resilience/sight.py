@@ -38,7 +38,7 @@ _TALKS = ("/torch/distributed/", "/zeropipe/comm/")
 class Place:
     """Where a process is, so that another may look at it and never takes another one for it."""
 
-    host: str  # the kernel's start, and whose process numbers these are
+    host: str  # the kernel's start, and whose process numbers and network these are
     name: str  # of the host, for people
     pid: int
     started: int  # ticks of that kernel: a number is given again, with another time
@@ -183,7 +183,9 @@ def _frame(line: str) -> str:
 def _host() -> str:
     with suppress(OSError):
         start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{start} {os.stat('/proc/self/ns/pid').st_ino}"
+        # Containers of one kernel are hosts of their own.
+        spaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "net")]
+        return f"{start} {spaces}"
     return os.uname().nodename
 
 

@@ -189,12 +189,15 @@ class _Dog:
             while not self._over.wait(self._pause):
                 self._go_round()
                 self._answered = time.monotonic()
-            if self._board.shared:
-                last = self._beat
-                self._board.post(Beat(last.number + 1, "over", "is over", 0.0, (), last.place).to_text())
+            self._say_over()
         except (RuntimeError, OSError):
             # The store is gone, with the process that kept it. Whoever is stuck then is told by the first thread.
             _log.debug("watchdog: the store is gone", exc_info=True)
+
+    def _say_over(self) -> None:
+        last = self._beat
+        if self._board.shared:
+            self._board.post(Beat(last.number + 1, "over", "is over", 0.0, (), last.place).to_text())
 
     def _go_round(self) -> None:
         now, beat, board = time.monotonic(), self._beat, self._board
@@ -215,10 +218,10 @@ class _Dog:
         # By a look that others can tell from the last one that they know: else it would be named once more.
         new, self._posted = beat.number != self._posted, beat.number
         if board.me in word.told and not stuck and new:
-            self._replace(text, removed(word, board.me, False))
+            self._replace(text, removed(word, board.me, waits=False))
             self._say(f"rank {board.me} moves again")
         elif board.me == 0 and word.all_wait and not stands:
-            self._replace(text, removed(word, -1, True))
+            self._replace(text, removed(word, board.me, waits=True))
             self._say("ranks move again")
         # Who waits asks for all others only on rank 0, and not at every look: somebody may work for hours.
         waits = board.me == 0 and board.shared and beat.kind == "waits" and stands and not word.all_wait
@@ -260,7 +263,7 @@ class _Dog:
         verdict = judge(beats, silent, self._limit, board.size)
         if not set(verdict.named) - set(word.told) and not (verdict.all_wait and not word.all_wait):
             return
-        told = added(word, verdict, self._end)
+        told = added(word, verdict, self._end, board.me)
         if not self._replace(text, told):
             return  # somebody else is telling
         states = {rank: beats[rank].place.state for rank in silent}
@@ -284,11 +287,13 @@ class _Dog:
 
     def _finish(self, word: Word) -> None:
         """End this process, and those of this host that cannot end themselves."""
+        self._say_over()
         for rank in word.told:
             beat = beat_of(said) if self._board.shared and (said := self._board.read(rank)) else None
-            if beat is None or rank == self._board.me or not beat.place.is_here:
+            if beat is None or rank == self._board.me or not beat.place.is_here or beat.kind == "over":
                 continue
             self._over.wait(_STALE * self._pause)
+            # One that comes to its own end says so first.
             if beat_of(self._board.read(rank)).number == beat.number:
                 beat.place.end()
         self._leave(word.why)
