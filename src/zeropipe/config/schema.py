@@ -172,9 +172,7 @@ class Checkpoint(Section):
     parallel_write: ParallelWrite = key(ParallelWrite(), "Which ranks write.")
     memory: Memory = key(Memory(), "Copies of the last good steps in memory.")
     async_save: bool = key(False, "save_checkpoint copies the state and returns; files are written behind.")
-    tolerate_failed_saves: Count = key(
-        0, "Failed saves in a row that are a warning; the next one is an error.", ge=0
-    )
+    tolerate_failed_saves: Count = key(0, "Failed saves in a row that are warnings, no errors.", ge=0)
     folder: str | None = key(
         None, "Where the engine saves by itself; unset: where the program has saved or loaded last."
     )
