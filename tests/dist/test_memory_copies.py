@@ -7,6 +7,8 @@ import gc
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
@@ -360,3 +362,42 @@ def of_hosts_saved(rank: int, world: int, folder: str, hosts: list[str], stage: 
         engine.copies._life.guests.wait()
         everyone_is_here()
         return (), [], engine.copies.shelf().folder
+
+
+# Processes that end. (Kills under torchrun: tests/faults/test_survival.py.)
+
+SCRIPT = """
+import os, sys
+import torch
+import zeropipe
+
+def main(folder, how):
+    torch.manual_seed(0)
+    memory = {"every": 1, "folder": folder}
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW"}, "checkpoint": {"memory": memory}}
+    engine = zeropipe.initialize(model=torch.nn.Linear(4, 4), config=config)[0]
+    print("from", engine.resume().step)
+    for _ in range(2):
+        engine.backward(engine(torch.ones(1, 4)).sum())
+        engine.step()
+    if how == "raises":
+        raise ValueError(how)
+    if how == "dies":
+        os.kill(os.getpid(), 9)
+
+main(*sys.argv[1:])
+"""
+
+
+@pytest.mark.soak
+def test_a_process_that_ends_well_takes_its_copies_along_and_no_other_does(tmp_path: Path) -> None:
+    left = []
+    for how in ("raises", "dies", "returns", "returns"):
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path), how]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        left.append((done.stdout.strip(), bool(os.listdir(tmp_path))))
+    assert left[0] == ("from 0", True)
+    # What a kill leaves of its last step may be half a copy.
+    assert left[1][1]
+    assert left[2] in [("from 4", False), ("from 3", False)]
+    assert left[3] == ("from 0", False)
