@@ -12,6 +12,7 @@ It says the processes' numbers; `kill -9` one of them, or `kill` torchrun and ty
 import argparse
 import logging
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -24,8 +25,9 @@ from support.text import Text, read_text
 
 CONTEXT = GPTConfig.context
 CONFIG = {
-    "train_batch_size": 12,  # whatever the number of ranks
     "train_micro_batch_size_per_gpu": 1,
+    "reproducible": {"slots": 12},  # the batch, and the same weights at the end, whatever the number of ranks
+    "checkpoint": {"memory": {"every": 1}},  # where ranks that are started anew go on
     "gradient_clipping": 1.0,
     "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
     "zero_optimization": {"stage": 2},
@@ -58,19 +60,21 @@ def train(run: zeropipe.Run) -> None:
     for x, y in run.batches(engine, until=args.steps):
         if said < 0:
             said = engine.global_steps
-            print(
-                f"rank {rank} of {ranks} is process {os.getpid()}, and begins at step {said}\n",
-                end="",
-                flush=True,
-            )
+            source, pid = run.resumed.source, os.getpid()
+            say(f"rank {rank} of {ranks} is process {pid}, and begins at step {said} ({source})")
         loss = engine(x.to(engine.device), y.to(engine.device))
         engine.backward(loss)
         engine.step()
         if rank == 0 and engine.global_steps >= said + args.say_every:
             said = engine.global_steps
-            print(f"step {said}: loss {loss.item():.3f}, {ranks} ranks\n", end="", flush=True)
+            say(f"step {said}: loss {loss.item():.3f}, {ranks} ranks")
     if rank == 0:
-        print(f"done: {engine.global_steps} steps are in {args.folder}\n", end="", flush=True)
+        say(f"done: {engine.global_steps} steps are in {args.folder}")
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")  # in one piece: the ranks share a terminal
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ class Word:
         # [1] Handed over here and now, whether or not the peers are ready. Who waits for a word waits at most until its
         # peers say theirs: for their next gather, meeting or error.
         self._mine = mine  # is being sent
-        self._handles = start(messages, soon=True)
+        self._handles = start(messages, True, text)
 
     def meet(self) -> int:
         return self.talk.meet(self)

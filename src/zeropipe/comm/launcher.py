@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from zeropipe.errors import CommunicationError, DesyncError
 
 
 def restarts() -> tuple[int, int]:
@@ -14,6 +17,11 @@ def restarts() -> tuple[int, int]:
     )
     count, most = (int(text) if text.isdigit() else 0 for text in found)
     return count, most
+
+
+def follows(error: Exception) -> bool:
+    """Whether ``error`` is of a rank whose peers have failed before it, or have gone another way."""
+    return isinstance(error, CommunicationError | DesyncError | dist.DistError)
 
 
 def tell(error: Exception) -> None:

@@ -26,6 +26,7 @@ from zlib import crc32
 import torch
 
 from zeropipe.comm.group import Group
+from zeropipe.comm.record import Call, did_not_complete
 
 _FIRST = 7919  # keeps our exchanges apart from a user's own send and recv on the same group
 # A second hop is sent when the first is waited for, so it must not queue behind later first hops.
@@ -164,15 +165,18 @@ def _real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def start(messages: Sequence[Message], soon: bool) -> list[Any]:
-    """Hand the messages over here and now or, ``soon``, by the poster.
+def start(messages: Sequence[Message], soon: bool, what: Call | str) -> list[Any]:
+    """Hand the messages of ``what`` over here and now or, ``soon``, by the poster.
 
     Messages of one tag must all take the same way: either keeps their order. The poster is for streams that run beside
     others (channels from 1 on) and for words, which meet large messages on their way in.
     """
     if soon:
         return [POSTER.post(messages)]
-    return [handle for message in messages if (handle := message()) is not None]
+    try:
+        return [handle for message in messages if (handle := message()) is not None]
+    except RuntimeError as error:  # a connection that is known to be gone takes none
+        raise did_not_complete(what, error) from error
 
 
 _BESIDE = 3  # the channel of what is carried

@@ -228,7 +228,10 @@ class Native:
             for sends, tensor, member, tag in messages
             if tensor.numel()  # else no message at all, on either side
         ]
-        return _begun(call, dist.batch_isend_irecv(ops) if ops else [])
+        try:
+            return _begun(call, dist.batch_isend_irecv(ops) if ops else [])
+        except RuntimeError as error:
+            raise did_not_complete(call, error) from error
 
     def _two_hops(self, call: Call, output: torch.Tensor, shard: torch.Tensor) -> Work:
         """One call across nodes, then one per node's run of shards."""

@@ -102,7 +102,7 @@ class PointToPoint:
             for row, view in zip(places[group.rank], views, strict=True):
                 put(row, view)
             messages += [partial(receive_from, row, p, group, tag) for p in peers(group) for row in places[p]]
-        return Work(call, start(messages, soon=bool(call.channel)))
+        return Work(call, start(messages, bool(call.channel), call))
 
     def all_gather_many(
         self, call: Call, outputs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]
@@ -117,7 +117,7 @@ class PointToPoint:
         sends, receives = (whole.view(-1).tensor_split(group.size) for whole in (input, output))
         messages = [partial(send_to, sends[peer], peer, group) for peer in peers(group)]
         messages += [partial(receive_from, receives[peer], peer, group) for peer in peers(group)]
-        work = Work(call, start(messages, soon=False))
+        work = Work(call, start(messages, False, call))
         receives[group.rank].copy_(sends[group.rank])
         return work
 
@@ -132,7 +132,7 @@ def _gather(call: Call, group: Group, cuts: Sequence[Cut], purpose: int = DATA, 
     messages += [
         partial(receive_from, view, owner, group, tag) for owner, view in cuts if owner != group.rank
     ]
-    return Work(call, start(messages, soon=bool(call.channel)))
+    return Work(call, start(messages, bool(call.channel), call))
 
 
 def _reduce(call: Call, sent: Sequence[Cut], own: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Work:
@@ -154,7 +154,7 @@ def _reduce(call: Call, sent: Sequence[Cut], own: Iterable[tuple[torch.Tensor, t
         for parts, output in sums:
             reduce_in_order(parts, output, call.reduction)
 
-    return Work(call, start(messages, soon=bool(call.channel)), reduce)
+    return Work(call, start(messages, bool(call.channel), call), reduce)
 
 
 class _Relay:

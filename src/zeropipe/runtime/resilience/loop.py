@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from zeropipe.checkpoint.save import ownership, tags
 from zeropipe.checkpoint.save.files import replace_text
 from zeropipe.comm.group import init_distributed, world
-from zeropipe.comm.launcher import restarts, tell
-from zeropipe.errors import CheckpointError, CommunicationError, DesyncError, UsageError
+from zeropipe.comm.launcher import follows, restarts, tell
+from zeropipe.errors import CheckpointError, UsageError
 from zeropipe.runtime.dataloader import RepeatingLoader
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class Run:
         if engine is not None:
             engine.copies.outlive()
         step = 0 if engine is None else engine.global_steps
-        if isinstance(error, CommunicationError | DesyncError):
+        if follows(error):
             gone = "" if engine is None else engine.stopping.peers_gone(within=1.0)
             _log.error(
                 "step %d has ended here: %s", step, gone or f"[rank {rank}] another rank has failed or died"
