@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -197,6 +198,18 @@ def test_a_step_that_is_not_whole_is_refused_and_begins_anew(pool):
             assert len(found) == 6
             assert all("Fix: " in text for text in found[:5])
     one_of_all([found[5] for run in runs for found in run] + [pool(1).run(train, [settings(1, 4)], 1)[0][0][0]])
+
+
+def _logged(rank: int, world: int, folder: str) -> list[str]:
+    csv = {"enabled": True, "output_path": folder, "job_name": f"on{world}"}
+    train(rank, world, [settings(1, 6, csv_monitor=csv)], 3)
+    return [p.read_text() for p in sorted(Path(folder).glob(f"on{world}/**/*train_loss*.csv"))] if rank == 0 else []
+
+
+def test_the_reported_loss_is_that_of_all_slots(pool, tmp_path):
+    told = [pool(world).run(_logged, str(tmp_path))[0] for world in (1, 2, 4)]
+    assert len(told[0]) == 1
+    assert told[0] == told[1] == told[2]
 
 
 def _samples(rank: int, world: int, folder: str, resumed: bool) -> list[Any]:

@@ -104,6 +104,12 @@ class Reporter:
         self._profile = ScheduledProfile(parts)
         self.listens = bool(self._every or self._memory or self._timers or self.monitor.enabled)
 
+        # Where steps have slots what is told of their losses is the mean of all, to which every rank adds its own.
+        monitors = config.csv_monitor.enabled or config.tensorboard.enabled or config.wandb.enabled
+        told = monitors or self._steps(self.steps_per_print) > 0
+        self._turn = parts.optimizer.turn if parts.optimizer is not None and told and not pipeline else None
+        self._of_slots: dict[int, torch.Tensor] = {}
+
         # The record is one of every rank; a watcher that somebody brings later is told nothing of losses.
         self._watchers: list[Watcher] = []
         self.recorder: Recorder | None = None
@@ -201,6 +207,8 @@ class Reporter:
         """``loss`` of a micro-step, or of the whole batch that ``pipeline`` has just run."""
         if self.recorder is not None and pipeline is not None:
             self.recorder.ran(pipeline)
+        if self._turn is not None and self._turn.slot is not None:
+            self._of_slots[self._turn.slot] = loss.detach()
         if self.listens or self.recorder is not None:
             self._losses.append(loss.detach())
 
@@ -215,6 +223,8 @@ class Reporter:
             self.throughput.stop()
         self._in_step = False
         losses, self._losses = self._losses, []
+        mean = None if self._turn is None else self._turn.mean(self._of_slots)
+        self._of_slots.clear()
         if not self.listens or optimizer is None:
             return
         step = self._clock.global_steps
@@ -223,7 +233,7 @@ class Reporter:
         loss = None
         # Only now are scalars read, which waits for the device: once a step at most, and only where somebody listens.
         if losses and (due or self.monitor.enabled):
-            loss = torch.stack([x.float() for x in losses]).mean().item()
+            loss = torch.stack([x.float() for x in losses]).mean().item() if mean is None else mean
         if self.monitor.enabled:
             told = {
                 "train_loss": loss,
@@ -260,7 +270,7 @@ class Reporter:
         parts = [f"step {self._clock.global_steps}", f"skipped {self._clock.skipped_steps}"]
         parts.append("lr " + ", ".join(f"{lr:.4g}" for lr in rates))
         if loss is not None:
-            parts.append(f"loss {loss:.5g} (this rank)")
+            parts.append(f"loss {loss:.5g} ({'this rank' if self._turn is None else 'all slots'})")
         if loss_scale != 1.0:
             parts.append(f"loss scale {loss_scale:g}")
         if self._rates and self.throughput.stats().steps:

@@ -34,9 +34,11 @@ from zeropipe.streams import Inline
 class Turn:
     """Whose gradients arrive now: one for all stores of an optimizer. ``micro_step``: the engine's clock."""
 
-    def __init__(self, sharing: Sharing, group: Group, micro_step: Callable[[], int]) -> None:
+    def __init__(
+        self, sharing: Sharing, group: Group, micro_step: Callable[[], int], device: torch.device
+    ) -> None:
         self.sharing, self.tree = sharing, Tree(sharing.slots)
-        self.group, self._micro_step = group, micro_step
+        self.group, self.device, self._micro_step = group, device, micro_step
         self._told: int | None = None  # a pipeline says which micro-batch runs backward
         self.clear()
 
@@ -72,6 +74,21 @@ class Turn:
     def ran_all(self) -> None:
         """Every pass of the window has run, whatever the clock says."""
         self._whole = True
+
+    def mean(self, values: Mapping[int, torch.Tensor]) -> float:
+        """Of one number for each slot, of which every rank has its own, along the tree; collective."""
+        figures = torch.zeros(2, self.sharing.slots, dtype=torch.float64)  # whether there is one, and it
+        for slot, value in values.items():
+            figures[0, slot], figures[1, slot] = 1.0, float(value)
+        if self.group.size > 1:
+            figures = figures.to(self.device)
+            all_reduce(figures, self.group, label="losses of slots")
+        there, found = figures.cpu()
+        fold = Fold(self.tree, torch.add)
+        for slot in there.nonzero().view(-1).tolist():
+            fold.put((slot, slot + 1), found[slot])
+        total = fold.take(self.tree.root)
+        return 0.0 if total is None else float(total) / float(there.sum())
 
     def arrived(self, lane: int) -> None:
         """A gradient of that lane."""
@@ -116,7 +133,7 @@ class Turn:
             return False
         self._agreed = True
         # Ranks need not have had as many backwards in each slot, and all must exchange as much.
-        most = torch.tensor([max(self.lanes, 1)])
+        most = torch.tensor([max(self.lanes, 1)], device=self.device)
         if self.group.size > 1:
             all_reduce(most, self.group, op="max", label="backwards of a slot")
         self.upto = int(most)

@@ -100,10 +100,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._backward: Callable[[torch.Tensor, bool], object] = no_engine
         watch = Watch(group, micro_step) if options.scaler is not None else None
         keeps_own = (lambda: False) if self._own is None else self._own.wants_local_gradients
-        self.turn = None if policy.sharing is None else Turn(policy.sharing, group, micro_step)
-        self.reducer = Reducer(
-            policy, is_boundary, watch, options.replicas, keeps_own, self._give_up_step, self.turn
-        )
+        share = policy.sharing
+        self.turn = None if share is None else Turn(share, group, micro_step, next(iter(names)).device)
+        given = policy, is_boundary, watch, options.replicas, keeps_own, self._give_up_step
+        self.reducer = Reducer(*given, self.turn)
         self._zero_grad = install_zero_grad(optimizer, self.reducer.clear)
         for index, params in enumerate(self._given):
             self._adopt(index, params)
@@ -289,8 +289,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         for store in self.reducer.stores[known:] if in_step else ():
             if self.turn is None:
                 reduce_late(store, self.reducer.watch)
-            else:
-                store.clear()  # autograd has added up its slots: it is trained from the next step on
+            else:  # autograd has added up its slots: it is trained from the next step on
+                store.clear()
 
     def destroy(self) -> None:
         """Remove every hook and give the torch optimizer back its own parameters, without state."""
