@@ -196,7 +196,8 @@ def check_named(results: list[Any], odd: int, kind: str, slack: float = BUSY) ->
     assert when - began <= SECONDS + slack, (when - began, text)
     lines = text.splitlines()
     assert f"rank {odd}" in lines[0], text
-    assert ("says nothing" if kind in ("SIGSTOP", "C") else "is stuck") in lines[0], text
+    # A loop may keep even the looks of its own rank from running, where others want the processors too.
+    assert "says nothing" in lines[0] or ("is stuck" in lines[0] and kind not in ("SIGSTOP", "C")), text
     if kind == "SIGSTOP":
         assert "stopped by a signal" in lines[0], text
     marked = [line for line in lines if "<--" in line]
