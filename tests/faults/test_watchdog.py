@@ -240,7 +240,8 @@ def test_every_way_to_stand_still_at_every_place(pool, tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         odd = 0 if pipeline else number % 2
-        if number % 4 == 0:  # the pool's store is a file that grows with every look, and is read from its begin
+        # The pool's store is a file that grows with every look, and is read from its begin.
+        if number % 4 == 0:
             pool(2).close()
         results = pool(2).run(stands_still, stage, kind, place, odd, str(folder), pipeline)
         seconds.append((check_named(results, odd, kind), stage, kind, place, pipeline))
