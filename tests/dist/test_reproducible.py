@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,31 @@ def test_a_run_goes_on_on_another_number_of_ranks(pool, tmp_path, before, after)
     whole = pool(before).run(_samples, str(tmp_path), False)
     again = pool(after).run(_samples, str(tmp_path), True)
     one_of_all([tuple(found) for found in [*whole, *again]])
+
+
+def _threads(rank: int, world: int, folder: str) -> list[str]:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    engine, log = make(settings(0, 4)), logging.getLogger("zeropipe")
+    step(engine, 0)
+    engine.save_checkpoint(folder)
+    log.addHandler(handler)
+    try:
+        engine.load_checkpoint(folder)
+        before = len(told)
+        torch.set_num_threads(2)
+        engine.load_checkpoint(folder)
+    finally:
+        torch.set_num_threads(1)
+        log.removeHandler(handler)
+        engine.destroy()
+    return told[before:]
+
+
+def test_another_number_of_threads_is_told(pool, tmp_path):
+    told = pool(2).run(_threads, str(tmp_path))
+    assert any("OMP_NUM_THREADS=1" in text for text in told[0])
 
 
 def _loaders(rank: int, world: int) -> dict[int, list[list[int]]]:

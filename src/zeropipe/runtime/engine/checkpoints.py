@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zeropipe.checkpoint.loader import load, nothing_there
 from zeropipe.checkpoint.reader import saved_module
 from zeropipe.checkpoint.save.contents import look_through
@@ -198,6 +200,12 @@ class Checkpoints:
             self._restore(parts.lr_scheduler, train.lr_scheduler)
         if moments:
             self._restore(parts.training_dataloader, train.common.get("data"))
+            threads, here = train.common.get("threads"), torch.get_num_threads()
+            if parts.sharing is not None and threads not in (None, here):
+                self.say(
+                    f"the run was saved with {threads} thread(s) a rank and goes on with {here}: kernels may add in "
+                    f"another order, and bits differ. Fix: set OMP_NUM_THREADS={threads}"
+                )
             if "rng" in train.per_rank:
                 translate.set_rng_state(train.per_rank["rng"], parts.device)
         if moments and optimizer is not None and loaded.flats:

@@ -261,7 +261,10 @@ def _train_state(parts: Parts, client_state: dict[str, Any], saving: bool) -> Tr
         lr_scheduler=schedule.state_dict() if hasattr(schedule, "state_dict") else None,
         loss_scaler=None if scaler is None else dict(scaler.state_dict()),
         per_rank=own,
-        common={"data": loader.state_dict() if hasattr(loader, "state_dict") else None},
+        common={
+            "data": loader.state_dict() if hasattr(loader, "state_dict") else None,
+            **({} if parts.sharing is None else {"threads": torch.get_num_threads()}),
+        },
         client_state=client_state,
         ds_config=_plain_config(parts.config.raw),
     )
