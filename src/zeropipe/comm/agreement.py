@@ -32,7 +32,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from zeropipe.comm.group import Group
-from zeropipe.comm.messages import WORDS, peers, receive_from, send_to, start, tag_of
+from zeropipe.comm.host.giving_up import give_up
+from zeropipe.comm.messages import WORDS, peers, start, tag_of
 from zeropipe.comm.native import all_gather_object
 from zeropipe.comm.record import SEAM, Call, Work
 from zeropipe.errors import CommunicationError, DesyncError, describe
@@ -196,20 +197,23 @@ class Word:
         group, tag = talk.group, tag_of(talk.channel, WORDS, talk.partings)
         others = [] if group.imagined else peers(group)
         self._theirs = {peer: torch.empty_like(mine) for peer in others}
-        messages = [partial(send_to, mine, peer, group, tag) for peer in others]
-        messages += [partial(receive_from, buffer, peer, group, tag) for peer, buffer in self._theirs.items()]
+        sends = [(peer, mine) for peer in others]
         # [1] Handed over here and now, whether or not the peers are ready. Who waits for a word waits at most until its
         # peers say theirs: for their next gather, meeting or error.
         self._mine = mine  # is being sent
-        self._handles = start(messages, True, text)
+        self._handles = start(text, sends, self._theirs.items(), group, tag, soon=True, words=True)
 
     def meet(self) -> int:
         return self.talk.meet(self)
 
     def compare(self) -> None:
         """Wait for this word of every member. Raises DesyncError for a peer that says another."""
-        for handle in self._handles:
-            handle.wait(*self.limit)
+        try:
+            for handle in self._handles:
+                handle.wait(*self.limit)
+        except RuntimeError as error:
+            give_up(self.talk.group, str(error))
+            raise
         notes = [self._note]
         for peer, buffer in self._theirs.items():
             said = bytes(buffer.tolist())

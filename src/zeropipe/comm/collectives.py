@@ -1,7 +1,7 @@
 """The only place where collectives are issued: arguments are checked, the call is recorded, and a transport carries it.
 
-On gloo that is an exchange of messages (``point_to_point.py``), on other backends their own algorithms
-(``native.py``). What passes on one must pass on the other.
+On gloo that is an exchange of messages (``point_to_point.py``), which inside a host are reads of each other's memory
+(``host/``), on other backends their own algorithms (``native.py``). What passes on one must pass on the others.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from zeropipe.comm.group import Group
+from zeropipe.comm.host.one_sided import ONE_SIDED
 from zeropipe.comm.messages import receive_from, send_to
 from zeropipe.comm.native import Alone, Native, Transport, all_gather_object, barrier, broadcast_object
 from zeropipe.comm.point_to_point import PointToPoint
@@ -60,6 +61,11 @@ class _Carriers:
             return self.forced
         return self._by_messages if group.backend_for(tensor) == "gloo" else self.native
 
+    def broadcasts(self, tensor: torch.Tensor, group: Group) -> Native | PointToPoint:
+        """The backend's own spreads over many hosts; inside one everybody may read what the source has."""
+        near = group.backend_for(tensor) == "gloo" and ONE_SIDED.within(group)
+        return self._by_messages if near and tensor.nbytes >= ONE_SIDED.least else self.native
+
     def in_one(self, group: Group) -> bool:
         if group.size == 1:
             return False
@@ -67,6 +73,11 @@ class _Carriers:
 
 
 _CARRIERS = _Carriers()
+
+
+def carry_by(transport: Transport) -> None:
+    """From now on have ``transport`` carry what a group that was started does."""
+    _CARRIERS.forced = transport
 
 
 @contextmanager
@@ -264,8 +275,8 @@ def broadcast(
     call = Call("broadcast", group, label, async_op).check(tensor).enter(tensor.nbytes)
     if group.size == 1 or tensor.numel() == 0:
         return Work(call)
-    call.group.backend_for(tensor)
-    return _CARRIERS.native.broadcast(call, tensor, src).under(call)
+    carrier = _CARRIERS.broadcasts(tensor, call.group)
+    return carrier.broadcast(call, tensor, src).under(call)
 
 
 def all_to_all(

@@ -18,7 +18,8 @@ import atexit
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 from zlib import crc32
@@ -26,6 +27,7 @@ from zlib import crc32
 import torch
 
 from zeropipe.comm.group import Group
+from zeropipe.comm.host.one_sided import ONE_SIDED, Peer
 from zeropipe.comm.record import Call, did_not_complete
 
 _FIRST = 7919  # keeps our exchanges apart from a user's own send and recv on the same group
@@ -36,6 +38,7 @@ _EPOCH, _EPOCHS = 2**16, 2**13  # apart are the tags of words before and after a
 _LABELS = 2**30  # tags from here on belong to labels
 
 _PATIENCE = 5.0  # seconds at the end of the process for messages that are not handed over yet
+Cut = tuple[int, torch.Tensor]  # (member, what it is sent, or where it goes)
 Message = Callable[[], Any]  # hands one message over; returns gloo's handle of it, None for an empty one
 
 
@@ -151,12 +154,33 @@ def peers(group: Group) -> list[int]:
 
 def send_to(tensor: torch.Tensor, dst: int, group: Group, tag: int = _FIRST) -> Any:
     """Start to send to member ``dst``; None where there is nothing to send."""
-    assert group.pg is not None
-    return group.pg.send([_real(tensor)], dst, tag) if tensor.numel() else None
+    peer = neighbour(tensor, dst, group)
+    if peer is None:
+        return _send(tensor, dst, group, tag)
+    return ONE_SIDED.publish(tensor, peer, group, tag)
 
 
 def receive_from(tensor: torch.Tensor, src: int, group: Group, tag: int = _FIRST) -> Any:
     """Start to receive from member ``src``; None where there is nothing to receive."""
+    peer = neighbour(tensor, src, group)
+    if peer is None:
+        return _receive(tensor, src, group, tag)
+    return ONE_SIDED.read(tensor, peer, group, tag)
+
+
+def neighbour(tensor: torch.Tensor, member: int, group: Group) -> Peer | None:
+    """The member, where ``tensor`` goes there through the memory of this host; the same on both sides."""
+    if tensor.device.type != "cpu" or group.speaking is not group:
+        return None
+    return ONE_SIDED.peer(group, member, tensor.nbytes)
+
+
+def _send(tensor: torch.Tensor, dst: int, group: Group, tag: int) -> Any:
+    assert group.pg is not None
+    return group.pg.send([_real(tensor)], dst, tag) if tensor.numel() else None
+
+
+def _receive(tensor: torch.Tensor, src: int, group: Group, tag: int) -> Any:
     assert group.pg is not None
     return group.pg.recv([_real(tensor)], src, tag) if tensor.numel() else None
 
@@ -165,18 +189,38 @@ def _real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def start(messages: Sequence[Message], soon: bool, what: Call | str) -> list[Any]:
-    """Hand the messages of ``what`` over here and now or, ``soon``, by the poster.
+def start(
+    what: Call | str,
+    sends: Iterable[Cut],
+    receives: Iterable[Cut],
+    group: Group,
+    tag: int = _FIRST,
+    *,
+    soon: bool = False,
+    words: bool = False,
+) -> list[Any]:
+    """Send and receive (member, tensor) by ``tag`` for ``what``; the handles of what is under way. What does not go by
+    the memory of this host is handed to gloo here and now or, ``soon``, by the poster; ``words`` always are.
 
     Messages of one tag must all take the same way: either keeps their order. The poster is for streams that run beside
     others (channels from 1 on) and for words, which meet large messages on their way in.
     """
-    if soon:
-        return [POSTER.post(messages)]
-    try:
-        return [handle for message in messages if (handle := message()) is not None]
-    except RuntimeError as error:  # a connection that is known to be gone takes none
-        raise did_not_complete(what, error) from error
+    handles: list[Any] = []
+    messages: list[Message] = []
+    for begin, by_gloo, cuts in ((send_to, _send, sends), (receive_from, _receive, receives)):
+        for member, tensor in cuts:
+            if not words and neighbour(tensor, member, group) is not None:
+                handles.append(begin(tensor, member, group, tag))
+            else:
+                messages.append(partial(by_gloo, tensor, member, group, tag))
+    if soon and messages:
+        handles.append(POSTER.post(messages))
+    elif messages:
+        try:
+            handles += [message() for message in messages]
+        except RuntimeError as error:  # a connection that is known to be gone takes none
+            raise did_not_complete(what, error) from error
+    return [handle for handle in handles if handle is not None]
 
 
 _BESIDE = 3  # the channel of what is carried

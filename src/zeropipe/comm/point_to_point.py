@@ -8,21 +8,19 @@ reduce_to_owners, bitwise.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from datetime import timedelta
-from functools import partial
+from typing import Any
 
 import torch
 
 from zeropipe.comm.agreement import TALKS
 from zeropipe.comm.group import Group
+from zeropipe.comm.host.giving_up import give_up
+from zeropipe.comm.host.one_sided import ONE_SIDED, Source
 from zeropipe.comm.messages import (
     DATA,
-    NEVER,
     SECOND_HOP,
+    neighbour,
     peers,
-    receive_from,
-    send_to,
     start,
     tag_of,
     tag_of_label,
@@ -33,7 +31,6 @@ from zeropipe.errors import CommunicationError
 
 _SMALL = 4096  # elements; below this one hop (everyone sends all to all) beats two
 _IN_CACHE = 2**16  # elements summed at a time on CPU: what the next operation needs is still in cache
-_AT_ONCE = timedelta(milliseconds=1)
 
 
 class PointToPoint:
@@ -89,20 +86,16 @@ class PointToPoint:
         self, call: Call, cuts: Sequence[Cuts], outputs: Sequence[torch.Tensor], rows: Sequence[int]
     ) -> Work:
         group, tag, own = call.group, tag_of(call.channel), iter(outputs)
-        messages = [
-            partial(send_to, view, owner, group, tag)
-            for owner, views in cuts
-            if owner != group.rank
-            for view in views
-        ]
+        sends = [(owner, view) for owner, views in cuts if owner != group.rank for view in views]
+        receives: list[Cut] = []
         for owner, views in cuts:
             if owner != group.rank:
                 continue
             places = next(own).split(list(rows))  # by member
             for row, view in zip(places[group.rank], views, strict=True):
                 put(row, view)
-            messages += [partial(receive_from, row, p, group, tag) for p in peers(group) for row in places[p]]
-        return Work(call, start(messages, bool(call.channel), call))
+            receives += [(peer, row) for peer in peers(group) for row in places[peer]]
+        return Work(call, start(call, sends, receives, group, tag, soon=bool(call.channel)))
 
     def all_gather_many(
         self, call: Call, outputs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]
@@ -115,11 +108,17 @@ class PointToPoint:
     def all_to_all(self, call: Call, output: torch.Tensor, input: torch.Tensor) -> Work:
         group = call.group
         sends, receives = (whole.view(-1).tensor_split(group.size) for whole in (input, output))
-        messages = [partial(send_to, sends[peer], peer, group) for peer in peers(group)]
-        messages += [partial(receive_from, receives[peer], peer, group) for peer in peers(group)]
-        work = Work(call, start(messages, False, call))
+        others = peers(group)
+        work = Work(
+            call, start(call, [(p, sends[p]) for p in others], [(p, receives[p]) for p in others], group)
+        )
         receives[group.rank].copy_(sends[group.rank])
         return work
+
+    def broadcast(self, call: Call, tensor: torch.Tensor, src: int) -> Work:
+        group, mine = call.group, call.group.rank == src
+        sends = [(peer, tensor) for peer in peers(group)] if mine else []
+        return Work(call, start(call, sends, [] if mine else [(src, tensor)], group))
 
 
 def _gather(call: Call, group: Group, cuts: Sequence[Cut], purpose: int = DATA, label: str = "") -> Work:
@@ -128,24 +127,27 @@ def _gather(call: Call, group: Group, cuts: Sequence[Cut], purpose: int = DATA, 
     if label:
         tag = tag_of_label(label, sum(view.numel() for _, view in cuts))
     own = [view for owner, view in cuts if owner == group.rank]
-    messages = [partial(send_to, view, peer, group, tag) for peer in peers(group) for view in own]
-    messages += [
-        partial(receive_from, view, owner, group, tag) for owner, view in cuts if owner != group.rank
-    ]
-    return Work(call, start(messages, bool(call.channel), call))
+    sends = [(peer, view) for peer in peers(group) for view in own]
+    receives = [cut for cut in cuts if cut[0] != group.rank]
+    return Work(call, start(call, sends, receives, group, tag, soon=bool(call.channel)))
 
 
 def _reduce(call: Call, sent: Sequence[Cut], own: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Work:
     """Send to each owner; of ``own`` (this rank's values, where the result goes) reduce what everybody sends, in rank
     order."""
     group, tag = call.group, tag_of(call.channel)
-    messages = [partial(send_to, view, owner, group, tag) for owner, view in sent]
     sums: list[tuple[list[torch.Tensor], torch.Tensor]] = []
+    receives: list[Cut] = []
+    handles: list[Any] = []
     for view, output in own:
+        handle = _add_where_they_lie(call, view, output, tag)
+        if handle is not None:
+            handles.append(handle)
+            continue
         # Of two members the other's values may arrive where the sum goes.
         straight = group.size == 2 and output.data_ptr() != view.data_ptr() and output.dtype == view.dtype
         parts = {peer: output if straight else torch.empty_like(view) for peer in peers(group)}
-        messages += [partial(receive_from, part, peer, group, tag) for peer, part in parts.items()]
+        receives += parts.items()
         parts[group.rank] = view
         # By rank, so that all ranks add in the same order, whatever arrives first.
         sums.append(([parts[member] for member in range(group.size)], output))
@@ -154,7 +156,31 @@ def _reduce(call: Call, sent: Sequence[Cut], own: Iterable[tuple[torch.Tensor, t
         for parts, output in sums:
             reduce_in_order(parts, output, call.reduction)
 
-    return Work(call, start(messages, bool(call.channel), call), reduce)
+    handles += start(call, sent, receives, group, tag, soon=bool(call.channel))
+    return Work(call, handles, reduce)
+
+
+def _add_where_they_lie(call: Call, view: torch.Tensor, output: torch.Tensor, tag: int) -> Any:
+    """The sum of ``view`` and what all others have of it, read where it lies; None where that is not in reach."""
+    group, others = call.group, peers(call.group)
+    found = [neighbour(view, peer, group) for peer in others]
+    near = [one for one in found if one is not None]
+    if len(near) < len(others):
+        return None
+
+    def add(sources: Sequence[Source]) -> None:
+        numel = min(view.numel(), _IN_CACHE)
+        rooms = [view.new_empty(numel) for _ in sources]
+        for at in range(0, view.numel(), _IN_CACHE):
+            run = slice(at, at + _IN_CACHE)
+            mine = view[run]
+            parts = {peer: room[: len(mine)] for peer, room in zip(others, rooms, strict=True)}
+            for peer, source in zip(others, sources, strict=True):
+                ONE_SIDED.take(source, parts[peer], at * view.element_size())
+            parts[group.rank] = mine
+            _reduce_run([parts[member] for member in range(group.size)], output[run], call.reduction)
+
+    return ONE_SIDED.read_all(near, view.nbytes, group, tag, add)
 
 
 class _Relay:
@@ -187,11 +213,7 @@ class _Relay:
 
     def abort(self) -> None:
         """Close the connections inside the node, so that nobody there waits for what will not come."""
-        # A message that does not arrive in time makes gloo close them; its own abort leaves the peers waiting.
-        node = self._hops.node
-        with suppress(Exception):
-            wanted = torch.empty(1)
-            receive_from(wanted, peers(node)[0], node, tag_of(self._call.channel, NEVER)).wait(_AT_ONCE)
+        give_up(self._hops.node, "its first hop has failed", close=True)
 
     def finish(self) -> None:
         if not self._call.guarded:  # there was no word at which it would have begun

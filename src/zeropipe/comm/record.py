@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from zeropipe.comm.group import Group
+from zeropipe.comm.host.giving_up import give_up
 from zeropipe.comm.summary import CommsLog
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 
@@ -147,6 +148,7 @@ class Work:
         self._steps = [] if finish is None else [finish]
 
         self._sends_late = sends_late  # a step sends something
+        self._group: Group | None = None
         self.lowest_note: int | None = None  # of all members, once they have met
 
     def wait(self) -> None:
@@ -167,6 +169,8 @@ class Work:
         except CommunicationError:
             raise  # of an earlier gather, which says so itself
         except RuntimeError as error:
+            if self._group is not None:
+                give_up(self._group, str(error))
             raise did_not_complete(self._what, error) from error
         finally:
             SEAM.wait_for(before)
@@ -207,6 +211,7 @@ class Work:
 
     def under(self, call: Call) -> Work:
         """As its caller wants it: over, unless ``call`` is asynchronous."""
+        self._group = call.group
         if not call.async_op:
             self.wait()
         return self

@@ -12,6 +12,7 @@ import torch
 
 from zeropipe.comm.agreement import agree
 from zeropipe.comm.group import SELF, Group, with_words, world
+from zeropipe.comm.host.choosing import choose_transport
 from zeropipe.config.batch import batch_of, check_world
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
@@ -84,9 +85,8 @@ def build(
     mpu, mesh = divided_sequences(mpu, mesh, config)
     group = data_parallel_group(mpu, mesh)
     samples = samples_of(group, mpu)
-    if group.ranks[group.rank] == 0:
-        for notice in config.notices:
-            _log.log(notice.level, notice.text)
+    for notice in config.notices if group.ranks[group.rank] == 0 else ():
+        _log.log(notice.level, notice.text)
 
     # [1] Each rank by itself, and whatever one cannot do is told to the others before they wait for it.
     with shared_fate(group):
@@ -108,7 +108,7 @@ def build(
 
     # [2] All ranks mean the same model and settings. From here on they do the same things in the same order.
     agree({_OUTCOME: "prepared", **items}, group)
-
+    choose_transport(group, stages)
     if samples.size < group.size:
         take(mpu, model)
 

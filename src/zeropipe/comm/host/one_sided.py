@@ -1,0 +1,288 @@
+"""The transport inside a host: ranks read each other's memory where it lies, and small words say when they may.
+
+::
+
+    rank 0 (has the values)                            rank 1 (wants them)
+    publish   "tag, 4 MiB at 0x7f..."  ----------->    read   once it was asked for: from there to where it is wanted,
+              the values stay as they are                     or added to a sum, by the reader's thread
+    wait      (drain)                  <-----------    "have read your number 12"
+              they may be written again
+
+Nothing is copied in order to be sent, and there is no shared memory that could be too small or be left behind:
+``process_vm_readv`` reads any memory of a process of the same user. Words go on sockets that no file system knows and
+that the kernel closes with their process, so that a rank which is killed is noticed at once.
+
+It keeps the contract of gloo's messages, so whoever sends and receives need not know of it: by pair, group and tag they
+match in order; a wait that takes too long raises, and ends what the group has under way, on all its members.
+
+[1] A rank may write what it has published once the peer has said that it has read it, and ``wait`` waits for that. So
+    no step and no schedule has an order of its own to keep because of this transport.
+[2] What was asked for is read by the thread, whatever the rank itself waits for meanwhile. So a ``wait`` for a peer
+    ends as soon as that has asked for its part: what does not deadlock by messages does not deadlock here.
+[3] A word never waits for room, and a thread that reads never waits for a word: no rank waits but in ``wait``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import select
+import socket
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+
+from zeropipe.comm.group import Group
+from zeropipe.comm.host.reading import (
+    CUT,
+    GONE,
+    PUBLISHED,
+    READ,
+    Key,
+    Memory,
+    Peer,
+    Published,
+    Reading,
+    Source,
+    Transfer,
+    Word,
+    crc_of,
+)
+
+LEAST = 2**18  # bytes; what is smaller costs two words and two threads more than a message
+_PATIENCE = 5.0  # seconds for the thread to end
+
+
+class OneSided:
+    """The ranks that read this one's memory, as this one theirs, and the thread that reads. Process groups belong to
+    the process, and so does this."""
+
+    def __init__(self) -> None:
+        self.least = LEAST
+        self.checks = (
+            False  # whether who reads finds out that it was written to meanwhile; costs as much as reading
+        )
+        self._peers: dict[int, Peer] = {}  # by rank of the world
+        self._thread: threading.Thread | None = None
+        self._begin_anew()
+        os.register_at_fork(after_in_child=self._leave)  # no thread there, and the lines are the parent's
+
+    def _begin_anew(self) -> None:
+        self._lock = threading.Lock()
+        self._world: Callable[[], object] = lambda: None  # the one that this is about
+        self._met: list[
+            tuple[frozenset[int], bool]
+        ] = []  # ranks who know each other; whether all share a host
+        self._broken: dict[int, str] = {}  # groups that were cut, and why
+        self._ready: deque[Reading] = deque()
+        self._memory: Memory | None = None
+        self._peers = {}
+        self._woken = self._wakes = -1  # the ends of a pipe
+
+    def _leave(self) -> None:
+        for end in (self._woken, self._wakes):
+            if end >= 0:
+                os.close(end)
+        for peer in self._peers.values():
+            peer.line.close()
+        self._thread = None
+        self._begin_anew()
+
+    # ---- who is here ----
+
+    @property
+    def _here(self) -> bool:
+        return self._world() is not None and self._world() is dist.group.WORLD
+
+    def met(self, group: Group) -> bool:
+        """Whether all members have told each other what they can do; the same on all of them."""
+        return self._here and any(ranks.issuperset(group.ranks) for ranks, _ in self._met)
+
+    def within(self, group: Group) -> bool:
+        """Whether all members read each other's memory; the same on all of them."""
+        return self._here and any(whole and ranks.issuperset(group.ranks) for ranks, whole in self._met)
+
+    def meet(
+        self, group: Group, memory: Memory | None, lines: Mapping[int, tuple[int, socket.socket]], whole: bool
+    ) -> None:
+        """The members have told each other: ``lines`` has the process and the line of each, by rank, with whom this one
+        shares its memory; ``whole``: all do."""
+        if not self._here:
+            self.close()
+            assert dist.group.WORLD is not None
+            self._world = weakref.ref(dist.group.WORLD)
+        self._memory = memory
+        self._met.append((frozenset(group.ranks), whole))
+        for _, line in lines.values():
+            line.setblocking(False)
+        # Another object: the thread may be going through this one. Who is known already keeps the line that he has.
+        self._peers = {rank: Peer(rank, *line) for rank, line in lines.items()} | self._peers
+        if self._peers and self._thread is None:
+            self._woken, self._wakes = os.pipe()
+            os.set_blocking(self._wakes, False)
+            # A daemon, so that one that the kernel never lets go does not keep the process.
+            self._thread = threading.Thread(target=self._run, name="zeropipe reader", daemon=True)
+            self._thread.start()
+            atexit.register(self.close)
+        self._wake()
+
+    def close(self) -> None:
+        """End the thread and the lines: what is under way fails, here and there."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._wake()
+            thread.join(_PATIENCE)
+        for peer in self._peers.values():
+            self._lose(peer)
+        self._leave()
+        atexit.unregister(self.close)
+
+    # ---- the words of the seam ----
+
+    def peer(self, group: Group, member: int, nbytes: int) -> Peer | None:
+        """With whom ``nbytes`` are exchanged so; None where they go another way. The same on both sides."""
+        if nbytes < self.least or not self._peers or not self._here:
+            return None
+        return self._peers.get(group.ranks[member])
+
+    def publish(self, tensor: torch.Tensor, peer: Peer, group: Group, tag: int) -> Published:
+        """Let ``peer`` read ``tensor`` (contiguous), which stays as it is until the result was waited for."""
+        published = Published(self, group, tensor)
+        key = published.circle, tag
+        checked = crc_of(tensor) if self.checks else 0
+        with self._lock:
+            error = self._error(peer, key)
+            if not error:
+                # Inside the lock: in one order on both sides, whichever thread publishes.
+                number = peer.enter(published)
+                peer.tell(Word(PUBLISHED, checked, *key, tensor.data_ptr(), tensor.nbytes, number))
+        if error:
+            published.end(error)
+        return published
+
+    def read(self, tensor: torch.Tensor, peer: Peer, group: Group, tag: int) -> Reading:
+        """Fill ``tensor`` (contiguous) with what ``peer`` publishes next to this rank in this group by this tag."""
+        return self.read_all([peer], tensor.nbytes, group, tag, lambda sources: self.take(sources[0], tensor))
+
+    def read_all(
+        self,
+        peers: Sequence[Peer],
+        nbytes: int,
+        group: Group,
+        tag: int,
+        use: Callable[[Sequence[Source]], None],
+    ) -> Reading:
+        """Call ``use``, in the reader's thread, with what each of ``peers`` publishes next (``nbytes`` each)."""
+        reading, last = Reading(self, group, peers, nbytes, use), False
+        key = reading.circle, tag
+        with self._lock:
+            error = next((text for peer in peers if (text := self._error(peer, key))), "")
+            for peer in () if error else peers:
+                if arrived := peer.arrived.get(key):
+                    last = reading.arrive(arrived.popleft())
+                else:
+                    peer.wanted.setdefault(key, deque()).append(reading)
+        if error:
+            reading.end(error)
+        elif last:
+            self._ready.append(reading)
+            self._wake()
+        return reading
+
+    def take(self, source: Source, to: torch.Tensor, first: int = 0) -> None:
+        """For ``use``: the bytes of ``source`` from ``first`` on, as many as ``to`` (contiguous) has; each once, and in
+        their order."""
+        assert self._memory is not None
+        source.read(self._memory, to, first)
+
+    def cut(self, circle: int, ranks: Sequence[int], why: str) -> None:
+        """End what the group ``circle`` of ``ranks`` has under way with ``why``, here and on all its members, for good:
+        it is not used again."""
+        if circle not in self._broken:
+            for rank in ranks:
+                if rank in self._peers:
+                    self._peers[rank].tell(Word(CUT, circle=circle))
+            self._break(circle, why)
+
+    def why_cut(self, circle: int) -> str:
+        return self._broken.get(circle, "")
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        while self._thread is not None:
+            here = {peer.line.fileno(): peer for peer in list(self._peers.values()) if not peer.gone}
+            poll = select.poll()
+            poll.register(self._woken, select.POLLIN)
+            for number, peer in here.items():
+                poll.register(number, select.POLLIN | (select.POLLOUT if peer.is_full else 0))
+            for number, happened in poll.poll():
+                if number == self._woken:
+                    os.read(number, 2**12)
+                elif happened == select.POLLOUT:
+                    here[number].flush()
+                else:
+                    self.listen(here[number])
+            while self._ready:
+                self._ready.popleft().run()
+
+    def listen(self, peer: Peer) -> None:
+        """Take in what ``peer`` has said by now."""
+        for word in peer.hear():
+            key = word.circle, word.tag
+            if word.said == PUBLISHED:
+                source = Source(peer, word)
+                with self._lock:
+                    if wanted := peer.wanted.get(key):
+                        reading = wanted.popleft()
+                        if reading.arrive(source):
+                            self._ready.append(reading)
+                    else:
+                        peer.arrived.setdefault(key, deque()).append(source)
+            elif word.said == READ:
+                with self._lock:
+                    published = peer.published.pop(word.number, None)
+                if published is not None:
+                    published.end()
+            else:
+                self._break(word.circle, GONE)
+        if peer.gone:
+            self._lose(peer)
+
+    def _lose(self, peer: Peer) -> None:
+        """Its process has ended, or this one goes."""
+        with self._lock:
+            ended = peer.leave()
+        for transfer in ended:
+            transfer.end(GONE)
+            # Of the others some wait for this rank, which goes on with none of it: what it wanted of all has failed.
+            self.cut(transfer.circle, transfer.group.ranks, GONE)
+
+    def _break(self, circle: int, why: str) -> None:
+        with self._lock:
+            self._broken.setdefault(circle, why)
+            ended: list[Transfer] = []
+            for peer in self._peers.values():
+                numbers = [n for n, one in peer.published.items() if one.circle == circle]
+                ended += [peer.published.pop(number) for number in numbers]
+                for key in [key for key in peer.wanted if key[0] == circle]:
+                    ended += peer.wanted.pop(key)
+        ended += [reading for reading in list(self._ready) if reading.circle == circle]
+        for transfer in ended:
+            transfer.end(why)
+
+    def _error(self, peer: Peer, key: Key) -> str:
+        return GONE if peer.gone else self._broken.get(key[0], "")
+
+    def _wake(self) -> None:
+        if self._wakes >= 0:
+            with suppress(OSError):
+                os.write(self._wakes, b"x")
+
+
+ONE_SIDED = OneSided()

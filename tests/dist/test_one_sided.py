@@ -1,0 +1,335 @@
+"""Ranks of one host read each other's memory: the same bits as by messages, who is found, and what ends how."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.helpers.data import gpt_batch
+from tests.helpers.models import TinyGPT, build
+from tests.helpers.pool import PerRank, Pools
+from tests.helpers.train import config, train
+from zeropipe.comm import collectives as comm
+from zeropipe.comm.group import new_group, world
+from zeropipe.comm.host.choosing import VARIABLE, choose_transport
+from zeropipe.comm.host.one_sided import LEAST, ONE_SIDED
+from zeropipe.comm.host.reading import Memory
+from zeropipe.errors import CommunicationError, UsageError
+
+SOON = 5.0  # s in which every rank has its error; its group waits for 1 s, and this machine is busy
+BY_MESSAGES = 2**62
+KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64]
+
+
+@contextmanager
+def least(nbytes: int) -> Iterator[None]:
+    before, ONE_SIDED.least = ONE_SIDED.least, nbytes
+    try:
+        yield
+    finally:
+        ONE_SIDED.least = before
+
+
+def values(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    made = torch.Generator().manual_seed(1000 * rank + numel)
+    return (torch.randn(numel, generator=made) * 100).to(dtype)
+
+
+def everything(rank: int, size: int, numel: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """What each collective makes of the same values."""
+    g, mine = world(), values(rank, numel * size, dtype)
+    summed, part, whole = mine.clone(), torch.empty(numel, dtype=dtype), torch.empty_like(mine)
+    comm.all_reduce(summed, g)
+    comm.reduce_scatter(part, mine, g, op="max")
+    comm.all_gather(whole, part, g)
+    crossed, spread = torch.empty_like(mine), mine.clone()
+    comm.all_to_all(crossed, mine, g)
+    comm.broadcast(spread, size - 1, g)
+    sent, got = mine[: numel // 2], torch.empty(numel // 2, dtype=dtype)
+    works = [comm.send(sent, (rank + 1) % size, g, async_op=True)]
+    works.append(comm.recv(got, (rank - 1) % size, g, async_op=True))
+    own = torch.empty(numel, dtype=dtype)
+    cuts = [(owner, mine[owner * numel :][:numel]) for owner in range(size)]
+    works.append(comm.reduce_to_owners(cuts, [own], g, async_op=True, channel=2))
+    for work in works:
+        work.wait()
+    return [summed, part, whole, crossed, spread, got, own]
+
+
+def both_ways(rank: int, size: int, numel: int, dtype: torch.dtype) -> bool:
+    assert ONE_SIDED.within(world())
+    with least(1):
+        found = everything(rank, size, numel, dtype)
+    with least(BY_MESSAGES):
+        expected = everything(rank, size, numel, dtype)
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("dtype", KINDS)
+def test_the_bits_are_those_of_messages(pool: Pools, size: int, dtype: torch.dtype) -> None:
+    """A few elements, and more than are added at a time."""
+    for numel in (3, 70_001):
+        assert all(pool(size).run(both_ways, numel, dtype))
+
+
+def trained(rank: int, size: int, stage: int, nbytes: int) -> dict[str, Any]:
+    ONE_SIDED.checks = True
+    try:
+        with least(nbytes):
+            return train(rank, size, partial(build, TinyGPT), gpt_batch, config(stage, size, gas=2), 3)
+    finally:
+        ONE_SIDED.checks = False
+
+
+# Who is found.
+
+
+def refusing(error: int) -> Any:
+    def read(self: Memory, *args: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    return read
+
+
+def begin_anew(rank: int, size: int, way: str, blind: bool, folder: str) -> tuple[bool, list[int], str]:
+    """A world of its own, in which this rank is set up as told: whether all are near, who is, and the error."""
+    dist.destroy_process_group()
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    os.environ[VARIABLE], ONE_SIDED.least = way, LEAST
+    if blind:
+        Memory.read = refusing(errno.EPERM)  # type: ignore[method-assign]
+    try:
+        choose_transport(world())
+    except UsageError as error:
+        return False, [], str(error)
+    g = world()
+    near = [member for member in range(size) if ONE_SIDED.peer(g, member, LEAST) is not None]
+    ones = torch.full((250_000,), float(rank + 1))
+    comm.all_reduce(ones, g)
+    assert torch.equal(ones, torch.full((250_000,), size * (size + 1) / 2))
+    return ONE_SIDED.within(g), near, ""
+
+
+def test_a_rank_that_may_not_read_goes_by_messages_and_the_others_do_not(pool: Pools, tmp_path: Any) -> None:
+    """Both directions of a pair, or none: the first two still read each other."""
+    outcomes = pool(3).run_faulty(begin_anew, "auto", PerRank([False, False, True]), str(tmp_path))
+    assert [o.value for o in outcomes] == [(False, [1], ""), (False, [0], ""), (False, [], "")], outcomes
+
+
+@pytest.mark.parametrize(("way", "near"), [("messages", []), ("native", []), ("one_sided", [1]), ("auto", [1]), ("", [])])
+def test_the_variable_forces_one(pool: Pools, tmp_path: Any, way: str, near: list[int]) -> None:
+    outcomes = pool(2).run_faulty(begin_anew, way, False, str(tmp_path))
+    assert outcomes[0].value == (bool(near), near, ""), outcomes
+
+
+@pytest.mark.parametrize(
+    ("ways", "blind", "says"),
+    [
+        (
+            ["sideways", "sideways"],
+            False,
+            "expected one of auto, one_sided, messages, native on all ranks",
+        ),
+        (["messages", "auto"], False, "found 'messages', 'auto'"),
+        (["one_sided", "one_sided"], True, "cannot read each other's memory"),
+    ],
+)
+def test_what_cannot_be_is_refused_on_all_ranks(
+    pool: Pools, tmp_path: Any, ways: list[str], blind: bool, says: str
+) -> None:
+    outcomes = pool(2).run_faulty(begin_anew, PerRank(ways), blind, str(tmp_path))
+    assert all(says in o.value[2] and f"[rank {o.rank}]" in o.value[2] for o in outcomes), outcomes
+
+
+def turned_away(rank: int, size: int, folder: str) -> list[str]:
+    """It is said once, on the first rank."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("zeropipe")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    assert begin_anew(rank, size, "auto", rank == 1, folder) == (False, [], "")
+    choose_transport(world())
+    return said
+
+
+def test_that_it_goes_by_messages_is_said_once(pool: Pools, tmp_path: Any) -> None:
+    outcomes = pool(2).run_faulty(turned_away, str(tmp_path))
+    assert [len(o.value) for o in outcomes] == [1, 0], outcomes
+    assert "by messages to ranks [1]" in outcomes[0].value[0]
+
+
+def files_in_memory(rank: int, size: int) -> list[str]:
+    assert both_ways(rank, size, 70_001, torch.float32)
+    with open("/proc/self/maps") as maps:
+        mapped = [line.split()[-1] for line in maps if "/dev/shm" in line or "memfd" in line]
+    opened: list[str] = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # that of the listing itself is gone
+            opened.append(os.readlink(f"/proc/self/fd/{number}"))
+    return mapped + [name for name in opened if "/dev/shm" in name or "memfd" in name]
+
+
+def test_there_is_no_file_that_a_kill_could_leave(pool: Pools) -> None:
+    """Nor one that a container's small /dev/shm could have no room for."""
+    assert pool(2).run(files_in_memory) == [[], []]
+
+
+def forked(rank: int, size: int) -> bool:
+    """A child has its parent's lines and must not keep them, or nobody would see the parent die."""
+    child = os.fork()
+    if not child:
+        os._exit(0 if ONE_SIDED.peer(world(), 1 - rank, LEAST) is None else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and both_ways(
+        rank, size, 5000, torch.float32
+    )
+
+
+def test_a_forked_child_takes_no_part(pool: Pools) -> None:
+    assert all(pool(2).run(forked))
+
+
+# When memory may be written again.
+
+
+def change_too_soon(rank: int, size: int) -> str:
+    g, tensor = world(), torch.ones(100_000)
+    ONE_SIDED.checks = True
+    ONE_SIDED.least = 1
+    try:
+        if rank == 0:
+            work = comm.send(tensor, 1, g, async_op=True)
+            tensor.add_(1)
+            comm.all_reduce(torch.ones(1), g)
+            work.wait()
+        else:
+            comm.all_reduce(torch.ones(1), g)
+            comm.recv(tensor, 0, g)
+    except CommunicationError as error:
+        return str(error)
+    return ""
+
+
+def test_values_that_change_before_they_are_read_are_found(pool: Pools) -> None:
+    """The instrument of the test below: each reader compares what it has read with what was published."""
+    outcomes = pool(2).run_faulty(change_too_soon)
+    assert "rank 0 has changed what it sent before it was read" in outcomes[1].value, outcomes
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_no_stage_writes_what_others_still_read(pool: Pools, stage: int) -> None:
+    for size in (2, 3):
+        found = pool(size).run(trained, stage, 1)
+        expected = pool(size).run(trained, stage, BY_MESSAGES)
+        for one, other in zip(found, expected, strict=True):
+            assert one["losses"] == other["losses"]
+            assert all(torch.equal(one["weights"][n], other["weights"][n]) for n in other["weights"])
+
+
+def late_reader(rank: int, size: int) -> float:
+    with least(1):
+        return _late_reader(rank, size)
+
+
+def _late_reader(rank: int, size: int) -> float:
+    """A send is over when it was read, and not before; a receive that is asked for is read whatever its rank does."""
+    g, tensor = world(), torch.full((100_000,), float(rank))
+    if rank == 0:
+        work = comm.send(tensor, 1, g, async_op=True)
+        assert not work.done()
+        comm.all_reduce(torch.ones(1), g)  # now it is asked for
+        work.wait()
+        tensor.fill_(7.0)
+        comm.barrier(g)
+        return 0.0
+    time.sleep(0.1)
+    work = comm.recv(tensor, 0, g, async_op=True)
+    comm.all_reduce(torch.ones(1), g)
+    comm.barrier(g)  # the sender has been let go by a rank that waits for something else
+    work.wait()
+    return float(tensor.sum())
+
+
+def test_a_send_is_over_when_it_was_read(pool: Pools) -> None:
+    assert pool(2).run(late_reader) == [0.0, 0.0]
+
+
+# Ranks that fail.
+
+ENDS = ["killed", "stopped", "raising", "slow"]
+
+
+def step_for_ever(rank: int, size: int, how: str, victim: int, delay: float, stage: int) -> str:
+    """Trains until the victim fails; returns what the others are told, and after which time."""
+    began = [float("inf")]
+
+    def fail() -> None:
+        began[0] = time.monotonic()
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    g = new_group(list(reversed(range(size))), timedelta(seconds=1))  # in their order it would be the world
+    assert g is not None
+    choose_transport(g)
+    shard, whole = torch.ones(30_000), torch.ones(30_000 * size)
+    ONE_SIDED.least = 1
+    if rank == victim:
+        threading.Timer(delay, fail).start()
+    try:
+        while True:
+            if rank == victim and began[0] < time.monotonic():
+                if how == "raising":
+                    raise KeyError("a fault")
+                time.sleep(2.0)  # longer than the group waits
+            works = [comm.all_gather(whole, shard, g, async_op=True, channel=1)]
+            works.append(comm.reduce_scatter(shard, whole, g, op="avg", async_op=True))
+            for work in works:
+                work.wait()
+            if stage:
+                comm.all_reduce(whole, g)
+    except CommunicationError as error:
+        return f"told: {error}"
+    except KeyError:
+        os._exit(3)
+
+
+def fails(pool: Pools, seed: int) -> None:
+    chance = random.Random(seed)
+    size, how = chance.choice([2, 3, 4]), ENDS[seed % len(ENDS)]
+    victim, delay, stage = chance.randrange(size), chance.uniform(0, 0.3), chance.randrange(2)
+    kill = {victim: SOON} if how == "stopped" else {}
+    outcomes = pool(size).run_faulty(step_for_ever, how, victim, delay, stage, kill=kill, timeout=2 * SOON)
+    for outcome in outcomes:
+        if outcome.rank != victim or how == "slow":
+            assert outcome.kind == "result" and outcome.value.startswith("told: [rank "), (seed, how, outcome)
+            assert outcome.seconds < SOON, (seed, how, outcome)
+
+
+@pytest.mark.parametrize("seed", range(len(ENDS)))
+def test_a_rank_that_fails_is_an_error_on_all_others(pool: Pools, seed: int) -> None:
+    fails(pool, seed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(100))
+def test_a_rank_that_fails_at_any_moment_is_an_error_on_all_others(pool: Pools, seed: int) -> None:
+    fails(pool, 1000 + seed)
