@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
-from tests.clients.tiny import llama_config
 from tests.unit.cli.test_planning import _run, _script
 
+transformers = pytest.importorskip("transformers")
 SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROTARY = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
 MODELS = {
@@ -111,7 +110,7 @@ def test_models_by_their_configuration(tmp_path: Path, model: str) -> None:
     ("shape", "seq", "said"),
     [
         (lambda: transformers.ViTConfig(hidden_size=32), 16, "no language model"),
-        (llama_config, 65, "at most the model's 64 positions"),
+        (MODELS["llama"], 65, "at most the model's 64 positions"),
         (lambda: transformers.MixtralConfig(**ROTARY, num_key_value_heads=2), 64, "modeling_mixtral.py"),
     ],
 )
