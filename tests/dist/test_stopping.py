@@ -237,6 +237,50 @@ def test_a_loop_that_is_left_early_is_saved_and_what_train_returns_is_returned(p
     assert again == [("disk [('best', 1), ('seen', 4)]", True)] * 2
 
 
+def is_asked_in_a_run(rank: int, world: int, folder: str, section: dict[str, Any]) -> Any:
+    engine = engine_of(survivor.config(1, checkpoint=section))
+
+    def train(run: zeropipe.Run) -> None:
+        for number in run.steps(engine, until=3):
+            if number == 1 and rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            step(engine)
+
+    try:
+        zeropipe.run(train, folder)
+    except SystemExit as leave:
+        return leave.code
+    finally:
+        engine.destroy()
+    return None
+
+
+@pytest.mark.parametrize("section", [{"save_before": 10**6}, {"on_signal": ["SIGUSR2", "SIGTERM"]}])
+def test_a_run_hears_signals_whatever_else_the_configuration_says(
+    pool: Pools, tmp_path: Path, section: dict[str, Any]
+) -> None:
+    """A time limit alone left SIGTERM to the system, which ended the run without a save."""
+    assert pool(2).run(is_asked_in_a_run, str(tmp_path), section) == [143] * 2
+    assert (tmp_path / "latest").read_text() == "global_step2"
+
+
+def raises_in_a_run(rank: int, world: int) -> Any:
+    def train(run: zeropipe.Run) -> None:
+        engine = engine_of(survivor.config(1))
+        for _ in run.steps(engine, until=3):
+            raise ValueError("no step")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError, match="no step"):
+        zeropipe.run(train)
+    return signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_that_raises_gives_the_signals_back(pool: Pools) -> None:
+    """A notebook or a sweep that catches the error could not be stopped any more."""
+    assert pool(2).run(raises_in_a_run) == [True] * 2
+
+
 def test_the_configuration_knows_signals() -> None:
     from zeropipe.config.parse import parse_config
 

@@ -12,7 +12,7 @@ import torch
 
 from zeropipe.checkpoint.memory import shelf as shelves
 from zeropipe.checkpoint.memory.pieces import Digest, Seal, Slot, fault_of, opened, pack, seal_of, unpack
-from zeropipe.checkpoint.memory.shelf import Shelf
+from zeropipe.checkpoint.memory.shelf import Shelf, command
 from zeropipe.checkpoint.save.contents import Outgoing
 from zeropipe.checkpoint.save.records import Manifest
 from zeropipe.errors import CheckpointError, UsageError
@@ -159,6 +159,32 @@ def test_a_new_run_removes_what_is_provably_left_and_nothing_else(
     assert [path.name for path in dead.folder.iterdir()] == ["mine.txt"]
     assert kept.path.exists() and foreign.exists()
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_runs_that_one_shell_starts_are_told_apart_by_what_it_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep went on from the copies of the run before it, which was killed."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    asked = []
+    for words in (["train.py", "a"], ["train.py", "b"], ["train.py", "b"]):
+        monkeypatch.setattr("sys.argv", words)
+        asked.append(command())
+    killed, other, same = (Shelf(tmp_path, 0, words) for words in asked)
+    assert other.folder == same.folder != killed.folder
+    pid = os.fork()
+    if pid == 0:
+        killed.agent = other.agent  # the parent's, as a shell's child has it
+        killed.open()
+        killed.slot("a" * 12, 0, 0).begin(100)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert killed.folder.exists()
+    other.open()  # takes away what is left, and no folder of a run that lives
+    other.slot("b" * 12, 0, 0).begin(100)
+    assert not killed.folder.exists()
+    Shelf(tmp_path, 0, "third").open()
+    assert other.folder.exists()
 
 
 def test_a_folder_that_others_can_open_is_refused(tmp_path: Path) -> None:

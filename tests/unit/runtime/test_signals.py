@@ -68,6 +68,24 @@ def test_a_handler_that_the_program_sets_later_is_called_too() -> None:
     assert signal.getsignal(NUMBER) is theirs
 
 
+def test_ctrl_c_is_a_request_too_and_the_second_one_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own handler ended the step by KeyboardInterrupt, though the run was to save."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        heard = Signals(["SIGUSR1"])
+        heard.hear(["SIGINT"])
+        signal.raise_signal(signal.SIGINT)
+        assert heard.heard == signal.SIGINT
+        monkeypatch.setattr(signals, "TWICE", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        heard.close()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_two_engines_hear_the_same_signal_and_close_in_any_order() -> None:
     first, second = Signals(["SIGUSR1"]), Signals(["SIGUSR1"])
     sent()

@@ -3,7 +3,8 @@
 ::
 
     /dev/shm/zeropipe-UID-KEY/         of one user (mode 0700), one run and one host
-        agent                          who started the processes of the run here: a process that outlives theirs
+        agent                          who started the processes of the run here: a process that outlives theirs;
+                                       without torchrun also one of these, as a shell starts other runs too
         ENGINE.TOKEN.RANK.SLOT         pieces; ``.copy``: of a rank of another host
         ended.ENGINE.TOKEN.RANK        this rank came to its end
 
@@ -19,6 +20,7 @@ import os
 import re
 import socket
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -45,14 +47,23 @@ def agent_of_this() -> str:
     return _identity(os.getppid())
 
 
-class Shelf:
-    """The pieces of one engine on this host."""
+def command() -> str:
+    """What a process was asked to do: without torchrun, all that tells two runs of one shell apart."""
+    where = ""
+    with suppress(OSError):  # the folder is gone
+        where = os.getcwd()
+    return "\0".join([where, *sys.argv])
 
-    def __init__(self, root: Path, engine: int) -> None:
+
+class Shelf:
+    """The pieces of one engine on this host. ``asked``: the `command` of all ranks."""
+
+    def __init__(self, root: Path, engine: int, asked: str = "") -> None:
         self.root, self.host, self.agent = root, host_of(root), agent_of_this()
         self._engine = engine
         run = os.environ.get("TORCHELASTIC_RUN_ID", "")
-        run = self.agent if run in _NO_RUN else run
+        self._named = run not in _NO_RUN
+        run = run if self._named else f"{self.agent}\0{asked}"
         key = hashlib.blake2b(f"{run}\0{self.host}".encode(), digest_size=8).hexdigest()
         self.folder = root / f"zeropipe-{os.geteuid()}-{key}"
 
@@ -83,7 +94,8 @@ class Shelf:
                 fix="remove it",
             )
         draft = self.folder / f"{_AGENT}.{os.getpid()}"
-        draft.write_text(self.agent, encoding="utf-8")
+        own = "" if self._named else _identity(os.getpid())
+        draft.write_text(f"{self.agent}\n{own}", encoding="utf-8")
         os.replace(draft, self.folder / _AGENT)
 
     def room(self) -> int:
@@ -130,12 +142,13 @@ class Shelf:
         return []
 
     def _others(self) -> Iterator[Path]:
-        """Folders of this user's runs whose agents are dead, which is proved."""
+        """Folders of this user's runs that are dead, which is proved: their agents are, or what our own has started."""
         for name in os.listdir(self.root):
             match, path = _FOLDER.match(name), self.root / name
             if match and int(match[1]) == os.geteuid() and path != self.folder and _is_ours(path):
                 with suppress(OSError, ValueError):
-                    if _is_dead((path / _AGENT).read_text(encoding="utf-8")):
+                    agent, *one = (path / _AGENT).read_text(encoding="utf-8").splitlines()
+                    if _is_dead(agent) or (agent == self.agent and any(map(_is_dead, one))):
                         yield path
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint.memory.pieces import Packed, Seal, Slot, pack
-from zeropipe.checkpoint.memory.shelf import SHARED, Shelf
+from zeropipe.checkpoint.memory.shelf import SHARED, Shelf, command
 from zeropipe.checkpoint.memory.state import share_of
 from zeropipe.checkpoint.save.records import LocalState
 from zeropipe.comm.collectives import all_gather_object
@@ -142,9 +142,11 @@ class Copies:
         """Where copies lie; None where none are kept. Collective the first time."""
         if self._wanted and self._shelf is None:
             # Which engine of a process this is all ranks must say alike, and one may not have let go of another yet.
-            number = max(all_gather_object(ENGINES.free, self._group, label="copies of which engine"))
+            # Launchers give ranks other words: those of the first count for all.
+            told = all_gather_object((ENGINES.free, command()), self._group, label="copies of which engine")
+            number, root = max(free for free, _ in told), self._parts.config.checkpoint.memory.folder
             ENGINES.take(number, self)
-            self._shelf = Shelf(Path(self._parts.config.checkpoint.memory.folder or SHARED), number)
+            self._shelf = Shelf(Path(root or SHARED), number, told[0][1])
         return self._shelf if self._wanted else None
 
     def keep(self, client_state: Mapping[str, Any]) -> None:

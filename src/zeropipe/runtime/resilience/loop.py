@@ -121,7 +121,7 @@ class Run:
         if self._folder is None and engine.stopping.folder is not None:
             self._folder = Path(engine.stopping.folder)
         engine.stopping.leave_to_caller()
-        engine.stopping.arm(self._signals)
+        engine.stopping.arm(engine.stopping.named or self._signals)
         self.resumed = engine.resume(self._folder, client_state=self.state)
         self.state.update(self.resumed.client_state)
         self._saved_at = self.resumed.step if self.resumed.source == "disk" else -1
@@ -155,6 +155,7 @@ class Run:
         rank, engine = world().rank, self._engine
         if engine is not None:
             engine.copies.outlive()
+            engine.stopping.close()  # no boundary will come, and whoever catches the error is to be stopped as before
         step = 0 if engine is None else engine.global_steps
         if follows(error):
             gone = "" if engine is None else engine.stopping.peers_gone(within=1.0)

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,8 @@ from zeropipe.errors import ZeropipeError
 from zeropipe.runtime.engine.checkpoints import Checkpoints
 from zeropipe.runtime.resilience.copies import Copies
 
+_log = logging.getLogger("zeropipe")
+
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
@@ -52,11 +55,27 @@ def resume(
     trust: bool = False,
 ) -> Resumed:
     """See ``engine.resume``."""
+    notes: list[str] = []
+    found = _resume(checkpoints, copies, folder, client_state, trust, notes)
+    if checkpoints.group.rank == 0:
+        # What was lost on the way to a state is told; where all is as it should be, whoever asks hears of it.
+        level = logging.INFO if found.source == "nothing" or len(notes) < 2 else logging.WARNING
+        _log.log(level, "the run begins with step %d, from %s: %s", found.step, found.source, found.why)
+    return found
+
+
+def _resume(
+    checkpoints: Checkpoints,
+    copies: Copies,
+    folder: str | os.PathLike[str] | None,
+    client_state: Mapping[str, Any] | None,
+    trust: bool,
+    notes: list[str],
+) -> Resumed:
     if client_state is not None:
         copies.keep(client_state)
     on_disk = None if folder is None else checkpoints.on_disk(folder, trust=trust)
     # [1] What is in memory.
-    notes: list[str] = []
     shelf = copies.shelf()
     moment = None if shelf is None else _newest(shelf, checkpoints.group, _step_of(folder), notes)
     if shelf is not None and moment is not None:

@@ -34,7 +34,7 @@ class Signals:
     """
 
     def __init__(self, names: Iterable[str], hopeless: Callable[[], str] = str) -> None:
-        self._numbers = [getattr(signal, name) for name in names]
+        self._numbers: set[int] = set()
         self._hopeless = hopeless
         self._before: dict[int, Any] = {}  # what stood there
         self._pid, self._open = os.getpid(), True
@@ -43,6 +43,11 @@ class Signals:
         self.heard: int | None = None  # the first signal, and when
         self._since = 0.0
         self._saving = False  # what is the last of this run
+        self.hear(names)
+
+    def hear(self, names: Iterable[str]) -> None:
+        """``names`` too, from now on."""
+        self._numbers |= {getattr(signal, name) for name in names}
         self.listen()
 
     def listen(self) -> None:
@@ -83,7 +88,8 @@ class Signals:
         if self.heard is None:
             self.heard, self._since = number, time.monotonic()
         hurries = time.monotonic() - self._since > TWICE
-        if callable(before):
+        # Python's own for SIGINT is none that somebody has set: it would end the step by KeyboardInterrupt.
+        if callable(before) and before is not signal.default_int_handler:
             self._inside = True
             try:
                 before(number, frame)
@@ -95,6 +101,8 @@ class Signals:
             if why:
                 with suppress(Exception):  # it may have come in the middle of another line
                     _log.error("this process ends now, by %s: %s", signal.Signals(number).name, why)
+                if before is signal.default_int_handler:
+                    before(number, frame)
                 self._end(number)
 
     def _end(self, number: int) -> None:

@@ -40,6 +40,7 @@ class Stopping:
         """``remark``: None without an optimizer, which steps. ``later``: a sum is looked at a step later."""
         self.client_state: Callable[[], Mapping[str, Any]] | None = None
         self.due = False  # all ranks know that the run is to end here
+        self.named = section.on_signal  # the signals that the configuration says
         self._section, self._remark, self._later = section, remark, later
         self._last: Sequence[Number] = ()
         self._signals: Signals | None = None
@@ -55,8 +56,11 @@ class Stopping:
             self.arm(section.on_signal)
 
     def arm(self, names: Sequence[str]) -> None:
-        """Hear ``names`` from now on, and the configuration's time limit. Collective."""
-        if self._signals is not None or self._remark is None or world().imagined:
+        """Hear ``names`` too from now on, and the configuration's time limit. Collective."""
+        if self._remark is None or world().imagined:
+            return
+        if self._signals is not None:
+            self._signals.hear(names)
             return
         self._neighbours = Neighbours(world())
         self._limit = TimeLimit(self._section.save_before)
