@@ -11,6 +11,7 @@ from pathlib import Path
 from zeropipe.comm.group import Group
 from zeropipe.comm.native import all_gather_object
 
+_STARTED = Path("/proc/sys/kernel/random/boot_id")
 _DEAD = ("Z", "X")  # states in Linux's /proc: ended, and perhaps not waited for yet
 
 
@@ -40,12 +41,16 @@ class Neighbours:
             time.sleep(0.01)
 
 
-def _host() -> tuple[str, str]:
+def _host() -> tuple[str, str, str]:
     """What is the same for two processes that see each other's numbers."""
-    space = ""
+    started = space = ""
+    with suppress(
+        OSError
+    ):  # hosts may share a name, and each counts its spaces of processes from the same number
+        started = _STARTED.read_text().strip()
     with suppress(OSError):  # containers of one name count their processes apart
         space = os.readlink("/proc/self/ns/pid")
-    return socket.gethostname(), space
+    return socket.gethostname(), started, space
 
 
 def _process(number: int) -> tuple[int, str] | None:
