@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.dist.test_pipe_checkpoint import load, save
 from tests.helpers.data import gpt_batch
 from tests.helpers.models import TinyGPT, build
 from tests.helpers.pool import PerRank, Pools
@@ -28,7 +29,8 @@ from zeropipe.comm.group import new_group, world
 from zeropipe.comm.host.choosing import VARIABLE, choose_transport
 from zeropipe.comm.host.one_sided import LEAST, ONE_SIDED
 from zeropipe.comm.host.reading import Memory
-from zeropipe.errors import CommunicationError, UsageError
+from zeropipe.comm.record import record
+from zeropipe.errors import CommunicationError, DesyncError, UsageError
 
 SOON = 5.0  # s in which every rank has its error; its group waits for 1 s, and this machine is busy
 BY_MESSAGES = 2**62
@@ -173,7 +175,38 @@ def turned_away(rank: int, size: int, folder: str) -> list[str]:
 def test_that_it_goes_by_messages_is_said_once(pool: Pools, tmp_path: Any) -> None:
     outcomes = pool(2).run_faulty(turned_away, str(tmp_path))
     assert [len(o.value) for o in outcomes] == [1, 0], outcomes
-    assert "by messages to ranks [1]" in outcomes[0].value[0]
+    assert "by messages between ranks 0 and 1:" in outcomes[0].value[0]
+
+
+def agreed(rank: int, size: int, way: str, folder: str) -> list[str]:
+    """What is said in order to choose, where the ranks know that they ask for the same."""
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size)
+    os.environ[VARIABLE] = way
+    with record() as events:
+        choose_transport(agreed=world())
+    assert ONE_SIDED.met(world())
+    return [event.label for event in events]
+
+
+@pytest.mark.parametrize(("way", "said"), [("", 0), ("messages", 0), ("native", 0), ("auto", 3)])
+def test_no_word_is_needed_where_nobody_asks_for_it(pool: Pools, tmp_path: Any, way: str, said: int) -> None:
+    outcomes = pool(2).run_faulty(agreed, way, str(tmp_path))
+    assert [o.value for o in outcomes] == [["transports"] * said] * 2, outcomes
+
+
+def initialized(rank: int, size: int, way: str) -> str:
+    os.environ[VARIABLE] = way
+    try:
+        train(rank, size, partial(build, TinyGPT), gpt_batch, config(1, size), 1)
+    except DesyncError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_ask_for_different_ways_learn_it_from_initialize(pool: Pools) -> None:
+    outcomes = pool(2).run_faulty(initialized, PerRank(["", "auto"]))
+    assert all(f"{VARIABLE}: rank 1 has 'auto'" in o.value for o in outcomes), outcomes
 
 
 def files_in_memory(rank: int, size: int) -> list[str]:
@@ -269,6 +302,92 @@ def _late_reader(rank: int, size: int) -> float:
 
 def test_a_send_is_over_when_it_was_read(pool: Pools) -> None:
     assert pool(2).run(late_reader) == [0.0, 0.0]
+
+
+def full_line(rank: int, size: int) -> bool:
+    """Rank 1 does not hear for a while, rank 0 says more than the line has room for, and then says nothing more."""
+    g = new_group([1, 0], timedelta(seconds=5))  # in their order it would be the world
+    assert g is not None
+    ONE_SIDED.least = 1
+    peer, many, hears = ONE_SIDED.peer(g, 1 - g.rank, 1), 600, threading.Event()
+    assert peer is not None
+    if rank == 1:
+        listen = ONE_SIDED.listen
+        ONE_SIDED.listen = lambda peer: hears.wait() and listen(peer)  # type: ignore[method-assign]
+    comm.barrier(g)
+    mine, tensor = torch.ones(8), torch.zeros(8)
+    if rank == 0:
+        works = [comm.send(mine, 1 - g.rank, g, tag=1, async_op=True) for _ in range(many)]
+        works.append(comm.send(mine, 1 - g.rank, g, tag=2, async_op=True))
+        full = peer.is_full
+        comm.barrier(g)
+        for work in reversed(works):
+            work.wait()
+        return full
+    comm.barrier(g)
+    hears.set()
+    for tag in [2] + many * [1]:
+        comm.recv(tensor.zero_(), 1 - g.rank, g, tag=tag)
+        assert torch.equal(tensor, mine)
+    return True
+
+
+def test_words_that_a_line_had_no_room_for_leave_as_soon_as_it_has(pool: Pools) -> None:
+    outcomes = pool(2).run_faulty(full_line)
+    assert [o.value for o in outcomes] == [True, True], outcomes
+
+
+def without_grad(rank: int, size: int) -> float:
+    with least(1), torch.inference_mode():
+        tensor = torch.ones(5000)
+        comm.all_reduce(tensor, world())
+    return float(tensor.sum())
+
+
+def test_what_inference_mode_has_made_is_summed(pool: Pools) -> None:
+    assert pool(2).run(without_grad) == [10_000.0] * 2
+
+
+def wordless(rank: int, size: int) -> str:
+    """A read that fails with an error of no text."""
+
+    def fail(self: Memory, *args: int) -> None:
+        raise MemoryError
+
+    ONE_SIDED.least = 1
+    if rank == 1:
+        Memory.read = fail  # type: ignore[method-assign]
+    try:
+        comm.broadcast(torch.ones(10), 0, world())
+    except CommunicationError as error:
+        return str(error)
+    return ""
+
+
+def test_a_read_that_fails_without_a_text_is_no_value(pool: Pools) -> None:
+    outcomes = pool(2).run_faulty(wordless)
+    assert "MemoryError" in outcomes[1].value, outcomes
+    assert outcomes[0].value, outcomes
+
+
+def piped(rank: int, size: int, folder: str, nbytes: int) -> dict[str, Any]:
+    ONE_SIDED.checks = True
+    try:
+        with least(nbytes):
+            save(rank, size, folder, 2, 1, "1f1b", True)
+            return load(rank, size, folder, 2, 1, "1f1b", True)
+    finally:
+        ONE_SIDED.checks = False
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_pipelines_and_their_checkpoints(pool: Pools, tmp_path: Any, size: int) -> None:
+    found = pool(size).run(piped, str(tmp_path / "here"), 1, timeout=90)
+    expected = pool(size).run(piped, str(tmp_path / "there"), BY_MESSAGES, timeout=90)
+    for one, other in zip(found, expected, strict=True):
+        assert one["losses"] == other["losses"]
+        for kind in ("masters", "moments"):
+            assert all(torch.equal(one[kind][name], other[kind][name]) for name in other[kind])
 
 
 # Ranks that fail.

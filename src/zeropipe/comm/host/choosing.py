@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zeropipe.comm.collectives import carry_by
-from zeropipe.comm.group import Group
+from zeropipe.comm.group import SELF, Group
 from zeropipe.comm.host.one_sided import ONE_SIDED, Memory
 from zeropipe.comm.native import Native, all_gather_object
 from zeropipe.errors import UsageError
@@ -53,28 +53,42 @@ class _Card:
 Line = tuple[int, socket.socket]  # to a process, by its number
 
 
-def choose_transport(*groups: Group) -> None:
+def way_asked() -> str:
+    """What ``ZEROPIPE_TRANSPORT`` says on this rank."""
+    return os.environ.get(VARIABLE) or "messages"
+
+
+def choose_transport(*groups: Group, agreed: Group = SELF) -> None:
     """Let CPU tensors of ``groups``, whose members call this together, go by what ``ZEROPIPE_TRANSPORT`` says:
     ``one_sided``, ``messages`` or ``native``, or ``auto``: through the memory of a host for those that share it. Where
-    it is not set it is ``messages``.
+    it is not set it is ``messages``. ``agreed``: one more, whose members know that ``way_asked`` is the same on all, so
+    that no word is needed where it asks for none.
 
     Raises UsageError, on all members, where the variable has another value, or not the same one everywhere, or where
     ``one_sided`` cannot be.
     """
-    for group in groups:
+    for group in (agreed, *groups):
         speaking = group.speaking
         if group.size > 1 and not group.imagined and speaking is not None and not ONE_SIDED.met(speaking):
-            _choose(speaking)
+            _choose(speaking, known=group is agreed)
 
 
-def _choose(group: Group) -> None:
-    way = os.environ.get(VARIABLE) or "messages"
+def _choose(group: Group, known: bool) -> None:
+    way = way_asked()
+    near = way in ("auto", "one_sided")
+    if known and not near:
+        _check([way], group)
+        _settle(group, way)
+        return
     secret = ctypes.create_string_buffer(secrets.token_bytes(_SECRET), _SECRET)
-    memory, listener = _open() if way in ("auto", "one_sided") else (None, None)
+    memory, listener = _open() if near else (None, None)
     name = "" if listener is None else listener.getsockname()[1:].decode()
     card = _Card(way, name, ctypes.addressof(secret), secret.raw)
     cards: list[_Card] = all_gather_object(card, group, label="transports")
     _check([card.way for card in cards], group)
+    if not near:
+        _settle(group, way)
+        return
     # [1] to [3]; each step is over everywhere before the next begins, so nobody waits for what nobody does.
     lines: dict[int, Line] = {} if listener is None else _reach(cards, group)
     reached: list[list[int]] = all_gather_object(sorted(lines), group, label="transports")
@@ -97,11 +111,22 @@ def _choose(group: Group) -> None:
             fix=f"unset {VARIABLE}, or allow process_vm_readv (ptrace_scope, seccomp)",
         )
     if way == "auto" and not whole and group.rank == 0:
-        far = [group.ranks[m] for m in range(1, group.size) if m not in lines]
-        _log.info("tensors go by messages to ranks %s: on other hosts, or their memory may not be read", far)
+        members = range(group.size)
+        apart = [(m, n) for m in members for n in members[m + 1 :] if n not in read[m] or m not in read[n]]
+        one, other = (group.ranks[member] for member in apart[0])
+        more = f" and {len(apart) - 1} more pairs" if len(apart) > 1 else ""
+        _log.info(
+            "tensors go by messages between ranks %d and %d%s: on other hosts, or their memory may not be read",
+            *(one, other, more),
+        )
+    ONE_SIDED.meet(group, memory, {group.ranks[m]: line for m, line in lines.items()}, whole)
+
+
+def _settle(group: Group, way: str) -> None:
+    """Nobody reads anybody's memory."""
     if way == "native":
         carry_by(Native())
-    ONE_SIDED.meet(group, memory, {group.ranks[m]: line for m, line in lines.items()}, whole)
+    ONE_SIDED.meet(group, None, {}, False)
 
 
 def _check(ways: list[str], group: Group) -> None:
@@ -135,15 +160,12 @@ def _reach(cards: list[_Card], group: Group) -> dict[int, Line]:
     """Connections to the members after this one."""
     lines: dict[int, Line] = {}
     for member in range(group.rank + 1, group.size):
-        line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            if not cards[member].listens:
-                raise OSError
-            line.connect(f"\0{cards[member].listens}")
-            line.sendall(_HELLO.pack(group.rank, cards[group.rank].secret))
-            lines[member] = _process_at(line), line
-        except OSError:
-            line.close()
+        with suppress(OSError):
+            if cards[member].listens:
+                line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                line.connect(f"\0{cards[member].listens}")
+                line.sendall(_HELLO.pack(group.rank, cards[group.rank].secret))
+                lines[member] = _process_at(line), line
     return lines
 
 

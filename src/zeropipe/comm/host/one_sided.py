@@ -116,7 +116,7 @@ class OneSided:
             self.close()
             assert dist.group.WORLD is not None
             self._world = weakref.ref(dist.group.WORLD)
-        self._memory = memory
+        self._memory = memory or self._memory
         self._met.append((frozenset(group.ranks), whole))
         for _, line in lines.values():
             line.setblocking(False)
@@ -163,6 +163,7 @@ class OneSided:
                 peer.tell(Word(PUBLISHED, checked, *key, tensor.data_ptr(), tensor.nbytes, number))
         if error:
             published.end(error)
+        self._push(peer)
         return published
 
     def read(self, tensor: torch.Tensor, peer: Peer, group: Group, tag: int) -> Reading:
@@ -207,6 +208,7 @@ class OneSided:
             for rank in ranks:
                 if rank in self._peers:
                     self._peers[rank].tell(Word(CUT, circle=circle))
+                    self._push(self._peers[rank])
             self._break(circle, why)
 
     def why_cut(self, circle: int) -> str:
@@ -259,9 +261,10 @@ class OneSided:
         with self._lock:
             ended = peer.leave()
         for transfer in ended:
-            transfer.end(GONE)
             # Of the others some wait for this rank, which goes on with none of it: what it wanted of all has failed.
+            # They hear it before whoever waits here may write to what they read.
             self.cut(transfer.circle, transfer.group.ranks, GONE)
+            transfer.end(GONE)
 
     def _break(self, circle: int, why: str) -> None:
         with self._lock:
@@ -269,6 +272,8 @@ class OneSided:
             ended: list[Transfer] = []
             for peer in self._peers.values():
                 numbers = [n for n, one in peer.published.items() if one.circle == circle]
+                if numbers:  # who still reads hears it from this rank, before that may be written to
+                    peer.tell(Word(CUT, circle=circle))
                 ended += [peer.published.pop(number) for number in numbers]
                 for key in [key for key in peer.wanted if key[0] == circle]:
                     ended += peer.wanted.pop(key)
@@ -278,6 +283,11 @@ class OneSided:
 
     def _error(self, peer: Peer, key: Key) -> str:
         return GONE if peer.gone else self._broken.get(key[0], "")
+
+    def _push(self, peer: Peer) -> None:
+        """Let the thread see to words that the line to ``peer`` has no room for."""
+        if peer.is_full:
+            self._wake()
 
     def _wake(self) -> None:
         if self._wakes >= 0:

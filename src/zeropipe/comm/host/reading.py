@@ -185,11 +185,13 @@ class Reading(Transfer):
             try:
                 self._read(self._use, sources)
             except Exception as reason:
-                error = str(reason)
+                error = str(reason) or type(reason).__name__
         # A peer that gives up on this says so before it touches what it has published: then this hears it here.
         for peer in self._peers:
             self.host.listen(peer)
         error = error or self.host.why_cut(self.circle)
+        if not error and any(peer.gone for peer in self._peers):
+            error = GONE  # its number may be another process's by now
         if error:
             self.host.cut(self.circle, self.group.ranks, error)
         else:
@@ -204,7 +206,8 @@ class Reading(Transfer):
                 f"rank {odd.peer.of_world} has sent {odd.word.nbytes} bytes, not {self._nbytes}"
             )
         try:
-            with torch.no_grad():
+            # Writes to what a block of torch.inference_mode() has made too, whose mode is not this thread's.
+            with torch.inference_mode():
                 use(sources)
         except OSError as reason:
             raise RuntimeError(f"{GONE}: its memory cannot be read ({reason})") from reason

@@ -12,7 +12,7 @@ import torch
 
 from zeropipe.comm.agreement import agree
 from zeropipe.comm.group import SELF, Group, with_words, world
-from zeropipe.comm.host.choosing import choose_transport
+from zeropipe.comm.host.choosing import VARIABLE, choose_transport, way_asked
 from zeropipe.config.batch import batch_of, check_world
 from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, UnsupportedOptimizerError, UsageError
@@ -104,11 +104,11 @@ def build(
         check_room(model, group, config, policy, dtypes)
         given = training_data, config, clock, samples, collate_fn, policy.sharing
         loader = None if training_data is None else make_loader(*given)
-        items = digest(model, base, config)
+        items = {f"the environment variable {VARIABLE}": way_asked(), **digest(model, base, config)}
 
     # [2] All ranks mean the same model and settings. From here on they do the same things in the same order.
     agree({_OUTCOME: "prepared", **items}, group)
-    choose_transport(group, stages)
+    choose_transport(stages, agreed=group)
     if samples.size < group.size:
         take(mpu, model)
 
