@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from zeropipe.reporting import in_words
+from zeropipe.reporting import in_words, rate_in_words
 
 if TYPE_CHECKING:
     from zeropipe.planning.fitting.choices import Choice
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _ALIVE = 3  # kinds that are named beside the peak
 _REFUSED = 12
+_NUMBER = re.compile(r"(?<![^.\s])\d+(?![^.\s])")  # a part of a name by itself
 
 
 def show(found: Plan) -> None:
@@ -78,13 +80,16 @@ def _traffic(found: Plan) -> Table:
     one, node = found.fullest, found.device.ranks_per_node
     table = Table(title=f"What rank {one.place.rank} sends in a step", title_justify="left")
     for name in ("", "for", "ranks", "calls", "bytes", "link"):
-        table.add_column(name, justify="right" if name in ("ranks", "calls", "bytes") else "left")
+        table.add_column(
+            name, justify="right" if name in ("ranks", "calls", "bytes") else "left", overflow="fold"
+        )
     rows: dict[tuple[str, str, int, str], list[int]] = {}
     for (op, label, nbytes, ranks, _), count in one.traffic.items():
         if len(ranks) > 1:
             link = "inside a node" if len({rank // node for rank in ranks}) == 1 else "between nodes"
-            # A pipeline's messages of all micro-batches are one row: "0>1 F3" is a forward from stage 0 to 1.
-            what = label.rstrip("0123456789") if op in ("send", "recv") else label
+            # A pipeline's messages of all micro-batches are one row: "0>1 F3" is a forward from stage 0 to 1. So are
+            # layers that differ in their number: "layers.3.weight".
+            what = label.rstrip("0123456789") if op in ("send", "recv") else _NUMBER.sub("*", label)
             row = rows.setdefault((op, what, len(ranks), link), [0, 0])
             row[0] += count
             row[1] += count * nbytes
@@ -127,7 +132,7 @@ def compare(names: tuple[str, str], plans: tuple[Plan, Plan]) -> None:
     share = f"{times[1] / times[0] - 1:+.1%}" if times[0] else ""
     a, b = map(_seconds, times)
     _row(table, f"step on {plans[0].device.name}", a, b, share, times[0] != times[1])
-    a, b = (f"{plan.throughput:,.3g}" for plan in plans)
+    a, b = (rate_in_words(plan.throughput) for plan in plans)
     _row(table, "samples/s", a, b, "", a != b)
     a, b = ("yes" if plan.fits else "no" for plan in plans)
     _row(table, "fits", a, b, "", a != b)
@@ -188,7 +193,7 @@ def looked(choice: Choice, found: object) -> str:
 def _time(found: Plan) -> str:
     timing = found.seconds
     parts = f"{_seconds(sum(timing.computing.values()))} computing, {_seconds(sum(timing.sending.values()))} sending"
-    return f"about {_seconds(timing.total)} ({parts}), {found.throughput:,.3g} samples/s"
+    return f"about {_seconds(timing.total)} ({parts}), {rate_in_words(found.throughput)} samples/s"
 
 
 def _seconds(value: float) -> str:

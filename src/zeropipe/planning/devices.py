@@ -28,6 +28,7 @@ GB = 10**9
 # there on go back when they are freed (mallopt(3)), and no hole stays.
 GIVE_BACK = "MALLOC_MMAP_THRESHOLD_"
 _HOLES, _SHARE = 6.0, 0.3
+_DIVIDE = ("flops", "bandwidth", "inside", "between", "to_host", "host", "ranks_per_node")
 _SCRATCH = 16 * 2**20  # bytes that products keep for themselves: MKL's and oneDNN's packed matrices
 
 
@@ -146,6 +147,10 @@ def device_of(name: str) -> Device:
             kind = type(getattr(base, key))
             if not isinstance(value, int | float if kind in (int, float) else kind):
                 raise ValueError(f"{key}: {value!r} is no {kind.__name__}")
+            for number in value.values() if isinstance(value, dict) else [value]:
+                _check(key, number)
+        if "float32" not in data.get("flops", base.flops):
+            raise ValueError("flops: no float32, whose rate is that of every dtype without one")
         return replace(base, **data)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
@@ -153,6 +158,17 @@ def device_of(name: str) -> Device:
             expected=f"an object with keys among {', '.join(one.name for one in fields(Device))}",
             found=str(error),
         ) from error
+
+
+def _check(key: str, value: object) -> None:
+    """Raise ValueError where ``value`` is none that may be divided by, or a time or size below zero."""
+    if key in ("name", "kind"):
+        if key == "kind" and value not in ("cpu", "cuda"):
+            raise ValueError(f"kind: {value!r} is neither 'cpu' nor 'cuda'")
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{key}: {value!r} is no number from 0 on")
+    elif (value == 0 and key in _DIVIDE) or (value > 1 and key == "overlap"):
+        raise ValueError(f"{key}: {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +211,7 @@ def parse_bytes(text: str) -> int:
         number = float(cleaned.removesuffix(unit) if unit else cleaned)
     except ValueError:
         number = -1.0
-    if not number > 0:
+    if not 0 < number < float("inf"):
         raise ConfigError("a size", expected="bytes, such as 80GB or 24GiB", found=repr(text))
     size = units[unit] if not binary else 1024 ** "_KMGT".index(unit or "_")
     return int(number * size)

@@ -7,3 +7,8 @@ def in_words(nbytes: float) -> str:
         if nbytes >= size:
             return f"{nbytes / size:.2f} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def rate_in_words(value: float) -> str:
+    """What is done a second, as a person reads it: never as a power of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

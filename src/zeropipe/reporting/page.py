@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zeropipe.given import Json
-from zeropipe.reporting import in_words
+from zeropipe.reporting import in_words, rate_in_words
 from zeropipe.reporting.drawing import Page
 from zeropipe.reporting.record import Run
 
@@ -94,7 +94,7 @@ def plan_page(plan: Json) -> str:
             "fits": "yes" if plan["fits"] else "no",
             "parameters": f"{plan['parameters']:,}",
             "a step": f"{plan['seconds']:.3g} s",
-            "samples a second": f"{plan['samples_per_second']:,.3g}",
+            "samples a second": rate_in_words(plan["samples_per_second"]),
         }
     )
     plan_sections(page, plan)

@@ -85,6 +85,22 @@ def test_a_script_with_its_arguments_and_another_configuration(tmp_path: Path) -
     assert "What a rank holds at its peak" in page.read_text()
 
 
+def test_what_layers_send_that_differ_in_their_number_is_one_row(tmp_path: Path) -> None:
+    """A model of 32 layers would fill three screens; and a rate is written as people write it."""
+    config = tmp_path / "my.json"
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    adam = {"type": "AdamW", "params": {"lr": 1e-3}}
+    made = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, "optimizer": adam}
+    config.write_text(json.dumps(made))
+    words = ["--world", 8, "--device", "h200", "--config", config, _script(tmp_path, DATA)]
+    code, text = _run("plan", *words)
+    assert code == 0, text
+    rows = [line for line in text.splitlines() if "all gather" in line]
+    assert len(rows) == 1
+    assert "*.weight" in rows[0]
+    assert "e+" not in text
+
+
 def test_what_does_not_fit_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
     code, text = _run("plan", "--device-memory", "1MB", _script(tmp_path, DATA))
     assert code == 3

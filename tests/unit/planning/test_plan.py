@@ -165,6 +165,8 @@ def test_sizes_and_devices() -> None:
     ]
     with pytest.raises(ConfigError, match="80GB"):
         parse_bytes("many")
+    with pytest.raises(ConfigError, match="80GB"):
+        parse_bytes("inf")
     with pytest.raises(ConfigError, match="h200"):
         device_of("tpu")
 
@@ -174,7 +176,19 @@ def test_a_device_of_ones_own(tmp_path: Path) -> None:
     path.write_text(json.dumps({"name": "mine", "kind": "cuda", "memory": 10**9, "flops": {"float32": 1e12}}))
     found = device_of(str(path))
     assert (found.name, found.memory, found.launch) == ("mine", 10**9, device_of("h200").launch)
-    for wrong in ({"memory": "much"}, {"speed": 3}, []):
+    for wrong in (
+        {"memory": "much"},
+        {"speed": 3},
+        [],
+        {"kind": "gpu"},
+        {"memory": -1},
+        {"inside": 0},
+        {"overlap": 2.0},
+        {"ranks_per_node": True},
+        {"flops": {"float32": "fast"}},
+        {"flops": {"bfloat16": 1e12}},
+        {"slower": {"mm float32": None}},
+    ):
         path.write_text(json.dumps(wrong))
         with pytest.raises(ConfigError, match=r"mine\.json"):
             device_of(str(path))
