@@ -118,7 +118,7 @@ def test_what_cannot_be_planned_says_why(tmp_path: Path, shape, seq: int, said: 
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**shape().to_dict(), "experts_implementation": "eager"}, default=str))
     code, text = _run(
-        "plan", "--config", _config(tmp_path, 3), "--hf", path, "--batch", 20, "--seq", seq, "--world", 2
+        "plan", "--config", _config(tmp_path, 3), "--hf", path, "--batch", 2, "--seq", seq, "--world", 2
     )
     assert code == 1
     assert said in text
@@ -139,6 +139,21 @@ def test_scripts(tmp_path: Path, script: str, stage: int) -> None:
     plan = json.loads(found.read_text())
     assert plan["settings"]["zero_optimization.stage"] == stage
     assert plan["ranks"][0]["kinds"]["moments"] > 0
+
+
+def test_the_micro_batch_is_that_of_the_configuration(tmp_path: Path) -> None:
+    """It was 1 whatever the configuration said, and took too little memory for it."""
+    shape, found, held = tmp_path / "config.json", tmp_path / "plan.json", []
+    shape.write_text(MODELS["llama"]().to_json_string())
+    for config, more in (({}, ()), ({"train_micro_batch_size_per_gpu": None}, ("--batch", 2))):
+        options = ["--config", _config(tmp_path, 0, **config), "--hf", shape, "--seq", 64, "--json", found]
+        code, text = _run("plan", *options, *more)
+        assert code == 0, text
+        held.append(json.loads(found.read_text())["ranks"][0]["kinds"]["activations"])
+    assert held[0] == held[1]
+    code, text = _run("plan", "--config", _config(tmp_path, 0), "--hf", shape, "--seq", 64, "--batch", 4)
+    assert code == 1
+    assert "expected 2, the micro-batch of" in text
 
 
 def test_the_configuration_that_fits_a_model_by_its_configuration(tmp_path: Path) -> None:

@@ -50,7 +50,9 @@ def plan(
         str | None, typer.Option(help="Of one device, such as 80GB; default: the device's.")
     ] = None,
     hf: Annotated[Path | None, typer.Option(help="A transformers config.json, in place of a script.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Micro-batch, with --hf.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Micro-batch, with --hf; default: the configuration's.")
+    ] = None,
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a sample, with --hf.")] = 2048,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Gradient checkpointing, with --hf.")
@@ -98,19 +100,17 @@ def plan(
         raise ConfigError(
             f"zeropipe plan {'--fit' if fit else '--hf'}", expected="--config my.json", found="none"
         )
-    if output is not None and not fit:
-        raise ConfigError(
-            "zeropipe plan --output", expected="--fit, whose configuration it is", found="no --fit"
-        )
     if fit and compare is not None:
         raise ConfigError("zeropipe plan", expected="--fit or --compare", found="both")
+    _used(context, hf is not None, fit, compare is not None)
 
     def planned(source: str | None) -> Plan:
         if hf is not None:
             from zeropipe.planning.transformers import program_of
 
             assert source is not None
-            program: Callable[[], object] = program_of(hf, source, batch, seq, recompute)
+            shaped = _sized(source, batch, world)
+            program: Callable[[], object] = program_of(hf, *shaped, seq, recompute)
             source = None
         else:
             program = _script(Path(str(script)), context.args)
@@ -149,6 +149,42 @@ def plan(
         Console(soft_wrap=True).print(f"wrote {report}", highlight=False)
     if not plan.fits:
         raise typer.Exit(3)
+
+
+def _used(context: typer.Context, hf: bool, fit: bool, compare: bool) -> None:
+    """Raise ConfigError for an option that was given and would do nothing."""
+    needs = {
+        "--hf": (hf, ("seq",)),
+        "--hf, without --fit, which chooses it": (hf and not fit, ("batch", "recompute")),
+        "--fit": (fit, ("output", "keep", "host_memory")),
+        "one plan, without --compare": (not compare, ("config", "as_json", "report")),
+    }
+    for expected, (there, names) in needs.items():
+        for name in names:
+            source = context.get_parameter_source(name)
+            if not there and source is not None and source.name == "COMMANDLINE":
+                option = "--json" if name == "as_json" else f"--{name.replace('_', '-')}"
+                raise ConfigError(f"zeropipe plan {option}", expected=expected, found=option)
+
+
+def _sized(source: str, batch: int | None, world: int) -> tuple[dict[str, Any], int]:
+    """The configuration of a model without a script, and its micro-batch; ``batch`` is for one that has none."""
+    from zeropipe.config.batch import MICRO, batch_of
+    from zeropipe.config.parse import parse_config, read_source
+
+    config = read_source(source)
+    parsed = parse_config(config)
+    if batch is not None and parsed.train_batch_size is parsed.train_micro_batch_size_per_gpu is None:
+        return {**config, MICRO: batch}, batch
+    found = batch_of(parsed, world // max(parsed.sequence_parallel_size, 1)).micro_batch_size
+    if batch not in (None, found):
+        raise ConfigError(
+            "--batch",
+            expected=f"{found}, the micro-batch of {source}",
+            found=batch,
+            fix=f"leave --batch out, or change {MICRO}",
+        )
+    return config, found
 
 
 def _fitted(

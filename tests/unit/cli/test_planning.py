@@ -128,6 +128,12 @@ def test_a_pipeline(tmp_path: Path, schedule: str) -> None:
         (["plan", "--steps", "90", "SCRIPT"], "found 20"),
         (["plan", "--json", "/dev/null/x", "SCRIPT"], "give another --json"),
         (["plan", "--report", "/dev/null/x", "SCRIPT"], "give another --report"),
+        (["plan", "--batch", "4", "SCRIPT"], "--batch; expected --hf"),
+        (["plan", "--host-memory", "9GB", "SCRIPT"], "--host-memory; expected --fit"),
+        (
+            ["plan", "--report", "x.html", "--compare", "a.json", "b.json", "SCRIPT"],
+            "expected one plan, without --compare",
+        ),
         (["report", "none"], "no record of a run"),
     ],
 )

@@ -200,7 +200,7 @@ def test_two_configurations_side_by_side(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["--fit"], "found none"),
-        (["-o", "x.json", "--config", "CONFIG"], "found no --fit"),
+        (["-o", "x.json", "--config", "CONFIG"], "--output; expected --fit"),
         (["--fit", "--config", "CONFIG", "--keep", "lr"], "some of stage"),
         (["--fit", "--config", "CONFIG", "--compare", "CONFIG", "CONFIG"], "found both"),
         (["--compare", "CONFIG", "none.json"], "cannot be read"),
