@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from tests.helpers.slots import Odd, digest, make, settings, step, train, train_pipeline, words
-from zeropipe.errors import ConfigError, UsageError
+from zeropipe.errors import ConfigError, UsageError, ZeropipeError
+from zeropipe.pipe import PipelineModule, TiedLayerSpec
 from zeropipe.runtime.dataloader import RepeatingLoader
 from zeropipe.utils import safe_get_full_grad
 
 STEPS = 3
+CURRICULUM = {"enabled": True, "data_sampling": {"enabled": True, "curriculum_learning": {"enabled": True}}}
 
 
 def one_of_all(found: list[Any]) -> Any:
@@ -170,6 +173,27 @@ def test_the_users_generators_are_left_as_they_were(pool):
     assert all(pool(2).run(_generators)[0])
 
 
+def _looks(rank: int, world: int, stages: list[int], looks: bool) -> list[str]:
+    """Before each step, and so before another slot on each number of ranks, a forward of which nothing is trained."""
+    found = []
+    for stage in stages:
+        engine = make(settings(stage, 6))
+        for number in range(2):
+            if looks:
+                with torch.no_grad():
+                    seen = [float(engine(words(9, 0))) for _ in range(2)]
+                assert seen[0] != seen[1]  # they draw anew
+            step(engine, number)
+        found.append(digest(engine.module))
+        engine.destroy()
+    return found
+
+
+def test_forwards_without_gradients_do_not_show(pool):
+    plain = pool(1).run(_looks, [0], False)[0]
+    one_of_all(plain + [text for world in (1, 2, 3) for rank in pool(world).run(_looks, [0, 3], True) for text in rank])
+
+
 def _misuses(rank: int, world: int) -> list[str]:
     engine, found = make(settings(1, 4)), []
 
@@ -306,9 +330,52 @@ def _build(rank: int, world: int, config: dict[str, Any]) -> str:
         ({"communication_data_type": "fp16"}, "communication_data_type"),
         ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 1}}, "mics_shard_size"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
+        ({"data_efficiency": CURRICULUM}, "data_efficiency"),
+        ({"train_micro_batch_size_per_gpu": None, "train_batch_size": 7}, "set it to 4"),
     ],
 )
 def test_what_cannot_be_held_is_refused(pool, more, says):
     for text in pool(2).run(_build, {**settings(1, 4), **more}):
         assert says in text
         assert "Fix: " in text
+
+
+class _Endless(torch.utils.data.IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+def _builds(rank: int, world: int) -> dict[str, str]:
+    """What is wrong with each model, optimizer, data and mesh."""
+    said: dict[str, str] = {}
+
+    def refused(name: str, call: Any) -> None:
+        with pytest.raises(ZeropipeError) as raised:
+            call()
+        said[name] = str(raised.value)
+
+    torch.manual_seed(0)
+    table, tied = torch.nn.Embedding(4, 4, max_norm=1.0), [TiedLayerSpec("e", torch.nn.Linear, 4, 4)] * 2
+    refused("max_norm", lambda: make(settings(1, 4), lambda: table))
+    refused("norms are sums over shards", lambda: make(settings(1, 4, **_optimizer("Lamb"))))
+    refused("IterableDataset", lambda: make(settings(1, 4), training_data=_Endless()))
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    refused("mesh", lambda: make(settings(3, 4), mesh_param=mesh))
+    across = {**settings(1, 4), "sequence_parallel_size": 2}
+    refused("sequences", lambda: make(across))
+    crossing = PipelineModule(layers=tied, num_stages=2, loss_fn=torch.nn.functional.mse_loss)
+    refused("stages share", lambda: make(settings(1, 4), lambda: crossing))
+    usual = settings(0)
+    del usual["reproducible"]
+    engine = make(usual)
+    refused("no slots", lambda: engine.slots)
+    engine.destroy()
+    return said
+
+
+def test_what_models_data_and_meshes_cannot_hold_is_refused(pool):
+    for said in pool(2).run(_builds):
+        assert len(said) == 7
+        for name, text in said.items():
+            assert name in text and "Fix: " in text

@@ -45,7 +45,10 @@ class Draws:
     def __init__(self, seed: int, device: torch.device, now: Callable[[], tuple[int, int]]) -> None:
         self._seed, self._device, self._now = seed, device, now
         self._last = (-1, -1)
-        self._count = 0  # forwards of the slot so far
+        self._counts = {
+            True: 0,
+            False: 0,
+        }  # forwards of the slot so far: those with gradients, and those without
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -54,9 +57,11 @@ class Draws:
         if now != self._last:
             self.restart()
             self._last = now
-        with drawing(self._device, self._seed, *now, self._count):
+        # How often a program only looks may follow the number of ranks, and must not show in what it trains on.
+        trains = torch.is_grad_enabled()
+        with drawing(self._device, self._seed, *now, *(() if trains else (-1,)), self._counts[trains]):
             yield
-        self._count += 1
+        self._counts[trains] += 1
 
     def layers(self) -> Callable[[int], AbstractContextManager[None]]:
         """Of the slot that is computed now: what each layer of a pipeline, by its number, runs in, now or later."""
@@ -65,4 +70,4 @@ class Draws:
 
     def restart(self) -> None:
         """The slot is computed anew."""
-        self._count = 0
+        self._counts = dict.fromkeys(self._counts, 0)
