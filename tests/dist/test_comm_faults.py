@@ -65,6 +65,26 @@ def test_every_survivor_of_four_is_told(pool: Pools, numel: int) -> None:
         assert outcomes[survivor].kind == "result", outcomes[survivor].error
 
 
+def exchange_with_the_lost(rank: int, size: int, operation: str) -> list[str]:
+    """The first error is of the one who waits; from then on the connection is known to be closed."""
+    comm.all_reduce(torch.ones(1), world())
+    if rank == 1:
+        os._exit(9)
+    exchange, errors = comm.send if operation == "send" else comm.recv, []
+    for _ in range(3):
+        with pytest.raises(CommunicationError) as caught:
+            exchange(torch.ones(50_000), 1, world(), label="doomed")
+        errors.append(str(caught.value))
+    return errors
+
+
+@pytest.mark.parametrize("operation", ["send", "recv"])
+def test_a_message_to_a_rank_that_is_known_to_be_gone_is_the_same_error(pool: Pools, operation: str) -> None:
+    outcome = pool(2).run_faulty(exchange_with_the_lost, operation)[0]
+    assert outcome.kind == "result", outcome.error
+    assert all(f"[rank 0] {operation} 'doomed'" in error and "Fix:" in error for error in outcome.value)
+
+
 def wait_for_rank_1(rank: int, size: int, operation: str) -> str:
     g = new_group([1, 0], timeout=timedelta(seconds=1))
     assert g is not None

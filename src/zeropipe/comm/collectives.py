@@ -13,7 +13,7 @@ import torch
 
 from zeropipe.comm.group import Group
 from zeropipe.comm.host.one_sided import ONE_SIDED
-from zeropipe.comm.messages import receive_from, send_to
+from zeropipe.comm.messages import start
 from zeropipe.comm.native import Alone, Native, Transport, all_gather_object, barrier, broadcast_object
 from zeropipe.comm.point_to_point import PointToPoint
 from zeropipe.comm.record import Call, Cut, Cuts, Later, Run, Work
@@ -298,8 +298,7 @@ def send(
     """Send ``tensor`` (contiguous) to member ``dst``; it must not change before the work is done."""
     call = Call("send", group, label, async_op).check(tensor).enter(tensor.nbytes)
     call.group.backend_for(tensor)
-    handle = send_to(tensor, dst, call.group, tag)
-    return Work(call, [] if handle is None else [handle]).under(call)
+    return Work(call, start(call, [(dst, tensor)], (), call.group, tag)).under(call)
 
 
 def recv(
@@ -308,8 +307,7 @@ def recv(
     """Receive into ``tensor`` (contiguous) from member ``src``; shape and dtype must be the sender's."""
     call = Call("recv", group, label, async_op).check(tensor).enter(tensor.nbytes)
     call.group.backend_for(tensor)
-    handle = receive_from(tensor, src, call.group, tag)
-    return Work(call, [] if handle is None else [handle]).under(call)
+    return Work(call, start(call, (), [(src, tensor)], call.group, tag)).under(call)
 
 
 class Messages:
