@@ -12,6 +12,7 @@ import torch
 
 from zeropipe.config.batch import TRAIN, solve_batch
 from zeropipe.config.parse import Source, parse_config, read_source
+from zeropipe.config.schema import Config
 from zeropipe.errors import ConfigError, ZeropipeError
 from zeropipe.given import Tree
 from zeropipe.planning.devices import Device, device_of, parse_bytes
@@ -30,6 +31,7 @@ from zeropipe.planning.fitting.choices import (
 from zeropipe.planning.fitting.search import Refusal, Search, Seen
 from zeropipe.planning.plan import Plan, program_from, rehearse_all
 from zeropipe.reporting import in_words
+from zeropipe.runtime.zero.replication import shard_size
 
 PARTS = (
     "stage",
@@ -245,6 +247,8 @@ class _Looker:
 def _given(config: Source, world: int) -> Choice:
     parsed = parse_config(config)
     zero = parsed.zero_optimization
+    away = (zero.offload_optimizer.device != "none", zero.offload_param.device != "none")
+    _searchable(parsed, away)
     apart = world // max(parsed.sequence_parallel_size, 1)
     sizes = solve_batch(
         parsed.train_batch_size,
@@ -252,12 +256,34 @@ def _given(config: Source, world: int) -> Choice:
         parsed.gradient_accumulation_steps,
         apart,
     )
-    away = (zero.offload_optimizer.device != "none", zero.offload_param.device != "none")
     offload = ALL if all(away) else OPTIMIZER if away[0] else NONE
-    shard = max(zero.mics_shard_size, 0) if zero.stage == 3 else 0
+    shard = (shard_size(zero) or 0) if zero.stage == 3 else 0
     return Choice(
         zero.stage, sizes.micro_batch_size, sizes.gradient_accumulation_steps, shard, offload=offload
     )
+
+
+def _searchable(parsed: Config, away: tuple[bool, bool]) -> None:
+    """Raise ConfigError where a search would change what it says that it keeps."""
+    if parsed.train_batch_size is parsed.train_micro_batch_size_per_gpu is None:
+        raise ConfigError(
+            "--fit keeps the samples of a step",
+            expected=f"a number for {TRAIN}",
+            found="none, or 'auto'",
+            fix=f"write {TRAIN} into the configuration",
+        )
+    if parsed.reproducible.slots is not None:
+        raise ConfigError(
+            "--fit does not search with reproducible.slots, for which the micro-batch is a part of the result",
+            fix="search without it, with --keep micro, and take the stage and the offload that it finds",
+        )
+    if away == (False, True):
+        raise ConfigError(
+            "--fit offloads parameters with the optimizer's states only",
+            expected="offload_optimizer beside offload_param",
+            found="offload_param alone",
+            fix="add offload_optimizer, or leave out offload_param: the search may choose it",
+        )
 
 
 def _space(

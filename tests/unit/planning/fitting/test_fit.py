@@ -217,3 +217,31 @@ def test_what_users_get_wrong(tmp_path: Path, words: list[str], said: str) -> No
     assert code in (1, 3)
     assert said in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"},
+            "a number for train_batch_size",
+        ),
+        ({"reproducible": {"slots": 16}, "train_batch_size": None}, "reproducible.slots"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param alone"),
+    ],
+)
+def test_what_a_search_would_not_keep_is_refused(more: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        zeropipe.fit(lambda: nn.Linear(2, 2), lambda: torch.ones(4, 2), {**CONFIG, **more}, world=8)
+
+
+def test_groups_by_their_other_name_are_kept(tmp_path: Path) -> None:
+    config = {**CONFIG, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    script = _script(tmp_path, SCRIPT.replace("MICRO", "4"))
+    (tmp_path / "given.json").write_text(json.dumps(config))
+    keep = [word for part in ("stage", "micro", "shard", "offload") for word in ("--keep", part)]
+    options = ["--fit", "--config", tmp_path / "given.json", "-o", tmp_path / "chosen.json", *keep]
+    code, text = _run("plan", "--world", 4, "--device", _device(tmp_path), *options, script, 4)
+    assert code == 0, text
+    assert "as given: stage 3 over 2 ranks" in text
+    assert json.loads((tmp_path / "chosen.json").read_text())["zero_optimization"]["mics_shard_size"] == 2
