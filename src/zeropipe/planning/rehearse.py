@@ -327,11 +327,9 @@ def rehearse(
         finally:
             _, status = os.waitpid(child, 0)
         if not data:
-            said.seek(0)
-            last = "".join(said.readlines()[-3:]).strip()
             raise UsageError(
                 f"the rehearsal of rank {place.rank} ended without a word",
-                found=f"exit status {os.waitstatus_to_exitcode(status)}{last and f', after {last}'}",
+                found=f"exit status {os.waitstatus_to_exitcode(status)}{_last(said.fileno())}",
                 fix="plan in a process of its own, before anything else ran in this one",
             )
     found: Rehearsal | ZeropipeError = pickle.loads(data)
@@ -367,14 +365,24 @@ def _play(
         result = error
     except (Exception, SystemExit) as error:
         result = UsageError(
-            f"the program raised {type(error).__name__}: {error}", found=_line(error), fix=_way_out(error)
+            f"the program raised {type(error).__name__}: {error}",
+            found=_line(error) + (_last(said) if isinstance(error, SystemExit) else ""),
+            fix=_way_out(error),
         )
     with os.fdopen(out, "wb") as pipe:
         pipe.write(pickle.dumps(result))
 
 
+def _last(said: int) -> str:
+    """The last lines of a file, to follow what was found."""
+    text = os.pread(said, 2000, max(0, os.fstat(said).st_size - 2000)).decode(errors="replace").strip()
+    return text and ", after " + "\n".join(text.splitlines()[-3:])
+
+
 def _way_out(error: BaseException) -> str:
     text = f"{type(error).__name__} {error}".lower()
+    if isinstance(error, SystemExit):
+        return "options of zeropipe plan stand before the script, its own behind it; let it make its steps"
     if isinstance(error, OSError):
         return "let it make its data, where it reads what is not here: from Python make_batch does"
     if any(word in text for word in ("cuda", "nvidia", "nccl")):
@@ -384,7 +392,7 @@ def _way_out(error: BaseException) -> str:
 
 def _line(error: BaseException) -> str:
     """The innermost line of the program's own."""
-    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     mine = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(ours)]
     last = (mine or frames)[-1]

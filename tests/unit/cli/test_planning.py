@@ -128,6 +128,11 @@ def test_a_pipeline(tmp_path: Path, schedule: str) -> None:
         (["plan", "--steps", "90", "SCRIPT"], "found 20"),
         (["plan", "--json", "/dev/null/x", "SCRIPT"], "give another --json"),
         (["plan", "--report", "/dev/null/x", "SCRIPT"], "give another --report"),
+        (
+            ["plan", "SCRIPT", "--world", "2"],
+            "unrecognized arguments: --world 2. Fix: options of zeropipe plan",
+        ),
+        (["plan", "SCRIPT", "--world", "2"], "train.py:6: args = parser.parse_args()"),
         (["plan", "--batch", "4", "SCRIPT"], "--batch; expected --hf"),
         (["plan", "--host-memory", "9GB", "SCRIPT"], "--host-memory; expected --fit"),
         (
