@@ -204,7 +204,9 @@ def test_an_error_that_passes_is_survived_and_one_that_stays_is_said(tmp_path: P
             in first
         )
         assert "the same 2 times now: to start again has not helped" in second
-        assert "step 3 has ended here: " in lives[0].output[0] and "ValueError" not in lives[0].output[0]
+        follows = lives[0].output[0]  # by its next collective, or by the agent's signal where that comes first
+        assert "step 3 has ended here: " in follows or "[rank 0] rank 1 has died" in follows
+        assert "ValueError" not in follows
         assert max(lives[0].ended.values()) - min(lives[0].ended.values()) < 5
         # What torchrun ends with is the error of the rank that raised, not of one that only followed.
         assert (
