@@ -93,14 +93,29 @@ def plan_page(plan: Json) -> str:
             "memory of a device": in_words(plan["memory"]),
             "fits": "yes" if plan["fits"] else "no",
             "parameters": f"{plan['parameters']:,}",
-            "a step": f"{plan['seconds']:.3g} s",
+            "a step": f"{plan['seconds'] * 1e3:,.3g} ms"
+            if plan["seconds"] < 1
+            else f"{plan['seconds']:,.3g} s",
             "samples a second": rate_in_words(plan["samples_per_second"]),
+            **_beside(plan),
         }
     )
     plan_sections(page, plan)
     page.heading("Configuration")
     page.table(("setting that differs from its default", "value"), sorted(plan["settings"].items()))
     return page.text()
+
+
+def _beside(plan: Json) -> dict[str, str]:
+    """What only some plans have: bytes in host memory or files, and a pipeline's bubble."""
+    away = max(
+        sum(size for kind, size in one["resting"].items() if kind.startswith(("host: ", "disk: ")))
+        for one in plan["ranks"]
+    )
+    found = {"a rank's host memory and files": in_words(away)} if away else {}
+    if plan.get("bubble") is not None:
+        found["ranks wait, of the time they compute"] = f"{plan['bubble']:.0%}"
+    return found
 
 
 def plan_sections(page: Page, plan: Json) -> None:
@@ -110,7 +125,7 @@ def plan_sections(page: Page, plan: Json) -> None:
     kinds = list(dict.fromkeys(kind for one in ranks for kind in one["kinds"]))
     names = [f"rank {one['rank']}" for one in ranks]
     series = {kind: [one["kinds"].get(kind, 0) / 1e6 for one in ranks] for kind in kinds}
-    page.bars("What a rank holds at its peak", "", "MB", names, series)
+    page.bars("What a rank holds at its peak, without the process itself", "", "MB", names, series)
     curves = {
         f"rank {one['rank']}": (list(range(len(one["curve"]))), [size / 1e6 for _, size, _ in one["curve"]])
         for one in ranks

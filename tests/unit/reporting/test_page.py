@@ -127,3 +127,11 @@ def test_a_run_that_died_before_its_first_step_has_a_page(tmp_path: Path) -> Non
         '{"kind": "start", "time": 1.0, "settings": {}, "changed": []}\n'
     )
     assert "ended in the middle" in run_page(read(tmp_path))
+
+
+def test_a_plan_shows_what_lies_beside_the_device_and_the_bubble() -> None:
+    rank = {**PLAN["ranks"][0], "resting": {"parameters": 10**8, "host: moments": 2 * 10**9}}  # type: ignore[index]
+    text = plan_page({**PLAN, "bubble": 0.25, "ranks": [rank]})
+    for word in ("2.00 GB", "25%", "100 ms"):
+        assert word in text
+    assert "host memory and files" not in plan_page(PLAN)
