@@ -204,7 +204,8 @@ def test_an_error_that_passes_is_survived_and_one_that_stays_is_said(tmp_path: P
             in first
         )
         assert "the same 2 times now: to start again has not helped" in second
-        follows = lives[0].output[0]  # by its next collective, or by the agent's signal where that comes first
+        # By its next collective, or by the agent's signal where that comes first.
+        follows = lives[0].output[0]
         assert "step 3 has ended here: " in follows or "[rank 0] rank 1 has died" in follows
         assert "ValueError" not in follows
         assert max(lives[0].ended.values()) - min(lives[0].ended.values()) < 5
