@@ -15,7 +15,7 @@ import zeropipe
 from tests.helpers import survivor
 from tests.helpers.pool import Pools
 from zeropipe.comm.record import Event, record
-from zeropipe.errors import ConfigError, UsageError
+from zeropipe.errors import CheckpointError, ConfigError, UsageError
 from zeropipe.tensor.host import HOST
 
 SIGNALS = {"on_signal": ["SIGTERM"]}
@@ -262,6 +262,38 @@ def test_a_run_hears_signals_whatever_else_the_configuration_says(
     """A time limit alone left SIGTERM to the system, which ended the run without a save."""
     assert pool(2).run(is_asked_in_a_run, str(tmp_path), section) == [143] * 2
     assert (tmp_path / "latest").read_text() == "global_step2"
+
+
+def ends_without_a_checkpoint(rank: int, world: int, folder: str, asynchronous: bool) -> list[str]:
+    section = {"tolerate_failed_saves": 9, "async_save": asynchronous}
+    engine = engine_of(survivor.config(1, checkpoint=section))
+
+    def train(run: zeropipe.Run) -> None:
+        for _ in run.steps(engine, until=3):
+            step(engine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr("zeropipe.checkpoint.save.saver.write", full)
+        with pytest.raises(CheckpointError) as error:
+            zeropipe.run(train, folder, save_every=1)
+    zeropipe.run(train, folder)  # what passes is over when the ranks have begun anew
+    engine.destroy()
+    return [str(error.value), *sorted(path.name for path in Path(folder).glob("global_step*"))]
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_run_whose_last_checkpoint_fails_does_not_end_well(
+    pool: Pools, tmp_path: Path, asynchronous: bool
+) -> None:
+    """It returned, and its copies in memory were taken away: nothing of it was left."""
+    for text, *names in pool(2).run(ends_without_a_checkpoint, str(tmp_path), asynchronous):
+        assert "No space left on device" in text
+        assert names == ["global_step3"]
 
 
 def raises_in_a_run(rank: int, world: int) -> Any:

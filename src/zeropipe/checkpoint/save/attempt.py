@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,15 @@ class Tolerance:
     def __init__(self, limit: int, tells: bool) -> None:
         self._limit, self._tells = limit, tells
         self._failed = 0  # in a row
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, each failure is an error."""
+        limit, self._limit = self._limit, 0
+        try:
+            yield
+        finally:
+            self._limit = limit
 
     def succeeded(self) -> None:
         self._failed = 0

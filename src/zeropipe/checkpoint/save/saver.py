@@ -45,7 +45,7 @@ class Saver:
     def __init__(self, group: Group, tolerated: int = 0) -> None:
         """``tolerated``: failed saves in a row that are warnings."""
         self._group = group
-        self._tolerance = Tolerance(tolerated, tells=group.rank == 0)
+        self.tolerance = Tolerance(tolerated, tells=group.rank == 0)
         # The asynchronous save of which not every rank knows yet how it ended; every rank has one, or none has.
         self._last: _Background | None = None
         # Kept from one asynchronous save to the next.
@@ -70,10 +70,10 @@ class Saver:
         try:
             final = self._attempt(folder, tag, local, save_latest, async_save)
         except SaveFailed as reason:
-            self._tolerance.failed(str(reason))
+            self.tolerance.failed(str(reason))
             return None
         if not async_save:
-            self._tolerance.succeeded()
+            self.tolerance.succeeded()
         return final
 
     def _attempt(
@@ -137,14 +137,14 @@ class Saver:
         if over:
             self._forget()
             if not text and not any(said.failure for said in everyone):
-                self._tolerance.succeeded()
+                self.tolerance.succeeded()
         if text:
             self._last_failed(text, last)
 
     def _last_failed(self, text: str, last: _Background | None = None) -> None:
         last = last or self._last
         assert last is not None
-        self._tolerance.failed(text, again=last.tell())
+        self.tolerance.failed(text, again=last.tell())
 
     def _begin(self, save: Attempt) -> tuple[Path, Hold]:
         """Wait for the last save, agree that all is well and on what to save; the new work folder, held by all."""

@@ -144,7 +144,13 @@ class Run:
             # A loop that was left early; of an engine that was destroyed nothing is there any more.
             if self._saved_at != engine.global_steps and engine.optimizer is not None:
                 self.save()
-            engine.wait_for_checkpoint()
+            # The last one is what the run was for: whatever was tolerated before, without it the run is not over.
+            with engine.checkpoints.saver.tolerance.suspended():
+                if engine.optimizer is not None:
+                    engine.checkpoints.saver.raise_pending(join=True)
+                    if self._saved_at != engine.global_steps:
+                        self.save()
+                engine.wait_for_checkpoint()
             if world().rank == 0:
                 with suppress(OSError):
                     (self._folder / _FAILED).unlink(missing_ok=True)
