@@ -225,6 +225,29 @@ def test_a_step_that_is_not_whole_is_refused_and_begins_anew(pool):
     one_of_all([found[5] for run in runs for found in run] + [pool(1).run(train, [settings(1, 4)], 1)[0][0][0]])
 
 
+def _forgets(rank: int, world: int, stage: int) -> str:
+    engine = make(settings(stage, 4))
+    with pytest.raises(UsageError) as raised:
+        for slot in range(engine.gradient_accumulation_steps()):
+            engine.optimizer.zero_grad()
+            engine.backward(engine(words(0, slot)))
+            engine.step()
+    engine.zero_grad()
+    step(engine, 0)
+    engine.optimizer.zero_grad()
+    step(engine, 1)
+    engine.destroy()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_slots_that_are_forgotten_in_the_middle_of_a_step_are_an_error(pool, stage):
+    """Of 4 ranks each has one slot and lost none; of one rank all but the last were lost, in silence."""
+    for text in pool(2).run(_forgets, stage):
+        assert "optimizer.zero_grad()" in text and "Fix: " in text
+    assert "1 micro-step(s) are forgotten" in pool(2).outputs()[0]
+
+
 def _logged(rank: int, world: int, folder: str) -> list[str]:
     csv = {"enabled": True, "output_path": folder, "job_name": f"on{world}"}
     train(rank, world, [settings(1, 6, csv_monitor=csv)], 3)
@@ -341,11 +364,6 @@ def test_what_cannot_be_held_is_refused(pool, more, says):
         assert "Fix: " in text
 
 
-class _Endless(torch.utils.data.IterableDataset[torch.Tensor]):
-    def __iter__(self) -> Any:
-        return iter(())
-
-
 def _builds(rank: int, world: int) -> dict[str, str]:
     """What is wrong with each model, optimizer, data and mesh."""
     said: dict[str, str] = {}
@@ -359,7 +377,7 @@ def _builds(rank: int, world: int) -> dict[str, str]:
     table, tied = torch.nn.Embedding(4, 4, max_norm=1.0), [TiedLayerSpec("e", torch.nn.Linear, 4, 4)] * 2
     refused("max_norm", lambda: make(settings(1, 4), lambda: table))
     refused("norms are sums over shards", lambda: make(settings(1, 4, **_optimizer("Lamb"))))
-    refused("IterableDataset", lambda: make(settings(1, 4), training_data=_Endless()))
+    refused("IterableDataset", lambda: make(settings(1, 4), training_data=torch.utils.data.ChainDataset([])))
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
     refused("mesh", lambda: make(settings(3, 4), mesh_param=mesh))
     across = {**settings(1, 4), "sequence_parallel_size": 2}

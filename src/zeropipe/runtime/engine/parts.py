@@ -230,6 +230,7 @@ class Slots:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._draws: Draws | None = None
+        self._told = False
         if parts.sharing is not None:
             self._draws = Draws(parts.config.reproducible.seed, parts.device, self._place)
 
@@ -283,7 +284,16 @@ class Slots:
 
     def restart(self) -> None:
         """What was computed of a step is forgotten: the coming micro-step is that of its first slot."""
-        self._parts.clock.restart_window()
+        clock = self._parts.clock
+        before = clock.micro_steps
+        clock.restart_window()
+        lost = before - clock.micro_steps
+        if lost and not self._told:
+            self._told = True  # a program that does it before each backward never takes a step
+            self._parts.say(
+                f"engine.zero_grad() in the middle of a step: {lost} micro-step(s) are forgotten, "
+                "and the step of 'reproducible.slots' begins anew (said once)"
+            )
         if self._draws is not None:
             self._draws.restart()
 

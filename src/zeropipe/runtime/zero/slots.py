@@ -40,6 +40,10 @@ class Turn:
         self.sharing, self.tree = sharing, Tree(sharing.slots)
         self.group, self.device, self._micro_step = group, device, micro_step
         self._told: int | None = None  # a pipeline says which micro-batch runs backward
+        self._at = -1  # the micro-step of the latest pass of the window
+        self._over = self._lost = (
+            False  # the window is whole; something of its slots was forgotten in its middle
+        )
         self.clear()
 
     def clear(self) -> None:
@@ -49,8 +53,9 @@ class Turn:
         self.reduced = 0  # lanes that are
         self.upto = 0  # those that the pass in progress reduces
         self._agreed = False  # ranks know of each other's, and no backward ran since
-        self._at = -1  # the micro-step of the latest pass
-        self._whole = False
+        self._lost = (self._lost or self._at >= 0) and not self._over and self.number > 0
+        self._at = -1
+        self._whole = self._over = False
 
     @property
     def slot(self) -> int | None:
@@ -99,6 +104,7 @@ class Turn:
         if self._told is None:
             self.lane = self.lane + 1 if self._at == self._micro_step() else 0
             self._at = self._micro_step()
+            self._lost = self._lost and self.number > 0  # the step has begun anew
         self.upto = self.lane + 1
         self._agreed = False
 
@@ -129,6 +135,15 @@ class Turn:
                 found=number + 1,
                 fix="run all of them first (drop an epoch's last, incomplete step), or remove 'reproducible'",
             )
+        if self._lost:
+            raise UsageError(
+                "gradients of a step's slots were forgotten in its middle, as by optimizer.zero_grad(): "
+                "how many are left follows the number of ranks",
+                rank=self.group.ranks[self.group.rank],
+                expected="gradients that are kept until engine.step() has ended the step",
+                fix="call zero_grad() after engine.step(), or engine.zero_grad() to begin the step anew",
+            )
+        self._over = True
         if self.sharing.in_turn or self._agreed:
             return False
         self._agreed = True
