@@ -161,7 +161,6 @@ class Run:
         rank, engine = world().rank, self._engine
         if engine is not None:
             engine.copies.outlive()
-            engine.stopping.close()  # no boundary will come, and whoever catches the error is to be stopped as before
         step = 0 if engine is None else engine.global_steps
         if follows(error):
             gone = "" if engine is None else engine.stopping.peers_gone(within=1.0)
@@ -182,6 +181,11 @@ class Run:
             with suppress(OSError):
                 found = {"step": step, "error": text, "times": times, "rank": rank}
                 replace_text(self._folder / _FAILED, json.dumps(found))
+
+    def let_go(self) -> None:
+        """Signals go to who heard them before: no boundary will come, and whoever catches the error may go on."""
+        if self._engine is not None:
+            self._engine.stopping.close()
 
     def _times(self, step: int, text: str) -> int:
         """How often this error has ended this step before."""
@@ -238,5 +242,6 @@ def run(
         loop.finish()
     except Exception as error:
         loop.failed(error)
+        loop.let_go()  # not before: what is said of a rank that has died is not to be cut off by a signal
         raise
     return result
