@@ -164,7 +164,9 @@ def check_cut(cable: Cable, folder: Path, by: str, stage: int, delay: float) -> 
     return max(seconds for _, seconds, _ in found)
 
 
-@pytest.mark.parametrize(("by", "stage"), [("timeout", 2), ("watchdog", 3)])
+@pytest.mark.parametrize(
+    ("by", "stage"), [pytest.param("timeout", 2, marks=pytest.mark.soak), ("watchdog", 3)]
+)
 def test_a_cut_network_ends_both_sides_by_name(cable, tmp_path, by, stage):
     check_cut(cable, tmp_path, by, stage, random.uniform(0, 0.2))
 

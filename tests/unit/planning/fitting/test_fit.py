@@ -106,6 +106,7 @@ def test_parts_that_are_kept_and_those_that_a_program_does_not_follow(tmp_path: 
         zeropipe.fit(_model, _batch, given, world=4, keep=("stages",))
 
 
+@pytest.mark.soak
 def test_host_memory_that_offload_may_take(tmp_path: Path) -> None:
     given = {**CONFIG, "bf16": {"enabled": True}}
     asked = {"world": 4, "device": _device(tmp_path), "device_memory": 7 * 10**6}
