@@ -18,6 +18,7 @@ in the plan, and in the run, each beside the other's error:
 - *allocated*: torch's CPU allocator, every block that its profiler is told of;
 - *resident*: pages of the process (VmHWM) above those of a process that has trained a tiny engine of the same kind,
   with `MALLOC_MMAP_THRESHOLD_=65536` (freed blocks go back at once);
+  with state in files their mapped pages count too, which the kernel takes back where memory is short;
 - *default heap*: the same without that. What glibc keeps has no order that could be planned; the plan's verdict
   counts a bound of it, *kept*.
 
