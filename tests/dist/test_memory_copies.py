@@ -23,6 +23,7 @@ from tests.helpers.pool import Pools
 from zeropipe.checkpoint.memory.pieces import Digest, Packed, Slot, seal_of
 from zeropipe.checkpoint.memory.shelf import Shelf
 from zeropipe.errors import UsageError
+from zeropipe.runtime.resilience.copies import ENGINES
 
 State = tuple[Any, Any, list[float]]
 
@@ -195,6 +196,29 @@ def lives(rank: int, world: int, folder: str) -> list[str]:
 
 def test_a_run_that_ends_well_leaves_nothing(pool: Pools, tmp_path: Path) -> None:
     assert pool(2).run(lives, str(tmp_path)) == [[], []]
+
+
+def destroys_while_an_error_passes(rank: int, world: int, folder: str) -> tuple[bool, int]:
+    engine = engine_of(folder, 1, "fp32")
+    with pytest.raises(ZeroDivisionError):
+        try:
+            train(engine, 2, rank)
+            raise ZeroDivisionError
+        finally:
+            engine.destroy()
+    everyone_is_here()
+    left = bool(os.listdir(folder))
+    everyone_is_here()
+    with pytest.MonkeyPatch.context() as patch:  # the process ends well
+        patch.delattr(sys, "last_value", raising=False)
+        ENGINES._end()
+    everyone_is_here()
+    return left, len(os.listdir(folder))
+
+
+def test_an_engine_that_is_destroyed_while_an_error_passes_keeps_its_copies(pool: Pools, tmp_path: Path) -> None:
+    """``finally: engine.destroy()`` took away what the next life of the run goes on from."""
+    assert pool(2).run(destroys_while_an_error_passes, str(tmp_path)) == [(True, 0)] * 2
 
 
 def has_no_room(rank: int, world: int, folder: str) -> str:

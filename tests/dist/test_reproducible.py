@@ -240,6 +240,28 @@ def _forgets(rank: int, world: int, stage: int) -> str:
     return str(raised.value)
 
 
+def _drops(rank: int, world: int, stage: int) -> str:
+    engine = make(settings(stage, 4))
+    with pytest.raises(UsageError) as raised:
+        for slot in range(engine.gradient_accumulation_steps()):
+            engine.module.zero_grad()
+            engine.backward(engine(words(0, slot)))
+            engine.step()
+    engine.zero_grad()
+    step(engine, 0)
+    engine.module.zero_grad()
+    step(engine, 1)
+    engine.destroy()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_that_are_set_to_none_in_the_middle_of_a_step_are_an_error(pool, stage):
+    """``module.zero_grad()`` reaches no optimizer: what the slots before had added was lost, in silence."""
+    for text in pool(2).run(_drops, stage):
+        assert "param.grad = None" in text and "Fix: " in text
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_slots_that_are_forgotten_in_the_middle_of_a_step_are_an_error(pool, stage):
     """Of 4 ranks each has one slot and lost none; of one rank all but the last were lost, in silence."""

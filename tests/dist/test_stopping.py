@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -311,6 +312,21 @@ def raises_in_a_run(rank: int, world: int) -> Any:
 def test_a_run_that_raises_gives_the_signals_back(pool: Pools) -> None:
     """A notebook or a sweep that catches the error could not be stopped any more."""
     assert pool(2).run(raises_in_a_run) == [True] * 2
+
+
+def lets_go(rank: int, world: int) -> list[bool]:
+    before, heard = signal.getsignal(signal.SIGTERM), []
+    engine = engine_of(survivor.config(1, checkpoint={"on_signal": True}))
+    heard.append(signal.getsignal(signal.SIGTERM) == before)
+    del engine
+    gc.collect()
+    heard.append(signal.getsignal(signal.SIGTERM) == before)
+    return heard
+
+
+def test_an_engine_that_is_only_let_go_of_gives_the_signals_back(pool: Pools) -> None:
+    """Its handler noted SIGTERM for a boundary that no step would ever come to."""
+    assert pool(2).run(lets_go) == [[False, True]] * 2
 
 
 def test_the_configuration_knows_signals() -> None:

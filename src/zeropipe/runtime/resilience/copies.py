@@ -197,9 +197,10 @@ class Copies:
         return 0 if self._life is None else step - step % self._every
 
     def close(self) -> None:
-        """The run has come to its end well; may be called again."""
+        """The engine is destroyed; may be called again."""
         self.settle()
-        if self._life is not None:
+        # In a ``finally`` that an error passes the run has not come to its end well: how the process ends decides.
+        if self._life is not None and sys.exc_info()[0] is None:
             ENGINES.end(self._life.token)
         self._stop()
 

@@ -15,7 +15,9 @@ import logging
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from zeropipe.comm.collectives import all_gather_object
@@ -64,14 +66,14 @@ class Stopping:
             return
         self._neighbours = Neighbours(world())
         self._limit = TimeLimit(self._section.save_before)
-        self._signals = Signals(names, self.peers_gone)
+        # The table of signals holds this, which must not hold the engine: one that is only let go of gives them back.
+        self._signals = Signals(names, partial(_peers_gone, self._neighbours))
+        weakref.finalize(self, self._signals.close).atexit = False
         self._remark.begin(self._word)
 
     def peers_gone(self, within: float = 0.0) -> str:
         """Which ranks of this host have died, for a message; "" where none is seen to have ``within`` seconds."""
-        gone = [] if self._neighbours is None else self._neighbours.gone(within)
-        who = f"rank {gone[0]} has died" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} have died"
-        return f"[rank {world().rank}] {who}" if gone else ""
+        return "" if self._neighbours is None else _peers_gone(self._neighbours, within)
 
     def leave_to_caller(self) -> None:
         """Whoever runs the loop saves and ends it, where ``due``; not the engine at the end of its step."""
@@ -152,3 +154,9 @@ class Stopping:
             by = ", ".join(f"{name} (rank {rank})" for rank, (name, _) in asked)
             _log.warning("the run is stopped by %s: %s; exit code %d", by, kept, code)
         raise SystemExit(code)
+
+
+def _peers_gone(neighbours: Neighbours, within: float = 0.0) -> str:
+    gone = neighbours.gone(within)
+    who = f"rank {gone[0]} has died" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} have died"
+    return f"[rank {world().rank}] {who}" if gone else ""

@@ -108,6 +108,8 @@ class OnceStore(SlotStore):
             self.partition.local(self.shard, index).zero_()
             if change is Change.DROPPED:
                 self.seen.discard(index)
+                if lift:
+                    self._turn.forgot()
 
     def clear(self) -> None:
         super().clear()
@@ -188,6 +190,8 @@ class InTurnStore(SlotStore):
             self.partition.local(self.shard, index).zero_()
             if change is Change.DROPPED:
                 self.seen.discard(index)
+                if lift:
+                    self._turn.forgot()
 
     def clear(self) -> None:
         super().clear()

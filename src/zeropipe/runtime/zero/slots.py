@@ -108,6 +108,10 @@ class Turn:
         self.upto = self.lane + 1
         self._agreed = False
 
+    def forgot(self) -> None:
+        """The program has set a gradient to None between two passes: those of the slots before are lost with it."""
+        self._lost = self._lost or self.number > 0
+
     def end_pass(self) -> None:
         """One that reduces is over."""
         self.reduced = max(self.reduced, self.upto)
@@ -137,8 +141,8 @@ class Turn:
             )
         if self._lost:
             raise UsageError(
-                "gradients of a step's slots were forgotten in its middle, as by optimizer.zero_grad(): "
-                "how many are left follows the number of ranks",
+                "gradients of a step's slots were forgotten in its middle, as by optimizer.zero_grad() or "
+                "param.grad = None: how many are left follows the number of ranks",
                 rank=self.group.ranks[self.group.rank],
                 expected="gradients that are kept until engine.step() has ended the step",
                 fix="call zero_grad() after engine.step(), or engine.zero_grad() to begin the step anew",
