@@ -125,8 +125,10 @@ def compare(names: tuple[str, str], plans: tuple[Plan, Plan]) -> None:
         if a != b:
             _row(table, name, a, b, "", True)
     table.add_section()
-    rows(lambda plan: _kinds(plan.fullest))
+    rows(lambda plan: {**_kinds(plan.fullest), "the process itself": plan.device.base})
     rows(lambda plan: {"together at the peak": plan.peak, "between steps": plan.resting})
+    if any(plan.kept for plan in plans):
+        rows(lambda plan: {"what the heap may keep": plan.kept})
     rows(lambda plan: {f"sent {where}": size for where, size in plan.links().items()})
     times = [plan.seconds.total for plan in plans]
     share = f"{times[1] / times[0] - 1:+.1%}" if times[0] else ""

@@ -129,12 +129,16 @@ class Plan:
             return f"The process alone takes {in_words(self.device.base)}, before there is a model"
         if self.fullest.peak is self.fullest.built and most in (BUILDING, "parameters"):
             return "It is the model while it is built: build it under zeropipe.zero.Init, at stage 3"
-        stage = int(self.fullest.settings.get("zero_optimization.stage", 0))
+        settings = self.fullest.settings
+        stage = int(settings.get("zero_optimization.stage", 0))
         sharded = {"moments": 1, "masters": 1, "gradients": 2, "parameters": 3}
         if most in sharded and stage < sharded[most]:
             return f"Most of it are {most}: ZeRO stage {sharded[most]} shards them"
         if most in sharded:
-            return f"Most of it are {most}, sharded already: use more devices, or offload_optimizer / offload_param"
+            offload = ("offload_optimizer", "offload_param")
+            off = [name for name in offload if not settings.get(f"zero_optimization.{name}.device")]
+            ways = ", or ".join(["use more devices", *([" / ".join(off)] if off else [])])
+            return f"Most of it are {most}, sharded already: {ways}"
         if most in ("activations", "temporary"):
             return "Most of it are activations: recompute them, or take a smaller micro-batch and accumulate more"
         if most == "gathered units":

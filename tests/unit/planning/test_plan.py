@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,17 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change() -> None:
     found = plan(_model, _batch, _config(0), world=4, device_memory="200MB")
     assert not found.fits
     assert "too much" in found.verdict()
+
+
+def test_what_is_offloaded_already_is_no_advice() -> None:
+    away = {"stage": 3, **{f"offload_{what}": {"device": "cpu"} for what in ("optimizer", "param")}}
+    either = "use more devices, or offload_optimizer / offload_param"
+    for zero, ways in (({"stage": 3}, either), (away, "use more devices")):
+        found = plan(_model, _batch, _config(3, zero_optimization=zero), world=2, device="a100")
+        full = found.fullest
+        trained = replace(full.trained, peak=full.peak.peak + 1, kinds={"gradients": 1})
+        found = replace(found, rehearsals=(replace(full, trained=trained),), memory=found.device.base)
+        assert found.advice() == f"Most of it are gradients, sharded already: {ways}"
 
 
 def test_what_offload_puts_beside_a_gpu_is_no_part_of_the_device() -> None:

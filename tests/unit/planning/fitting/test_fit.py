@@ -188,6 +188,7 @@ def test_two_configurations_side_by_side(tmp_path: Path) -> None:
     for line in (
         "zero_optimization.stage",
         "moments",
+        "the process itself",
         "together at the peak",
         "sent inside a node",
         "samples/s",
