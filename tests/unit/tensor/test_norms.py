@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 
 from zeropipe.tensor import norms
 from zeropipe.tensor.norms import (
+    EXACT_BITS,
     NonFinite,
     all_finite,
     clip_coefficient,
     earliest,
+    exact_squares,
     overflow_flag,
     rough_squared_norm,
     squared_norm,
@@ -195,3 +198,21 @@ def test_the_earliest_report_wins() -> None:
     assert earliest(reversed(reports)) == report(1, 1)
     assert earliest([report(None, None), report(5, None)]) == report(5, None)
     assert earliest([None]) is None
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scale", [1e-38, 1e-3, 1.0, 1e4, 1e38])
+def test_an_exact_sum_of_squares_is_the_integer_that_it_says(dtype: torch.dtype, scale: float) -> None:
+    """Each square, rounded to the unit (to even at a tie), added as whole numbers; whatever the cuts."""
+    x = (torch.randn(NUMEL, generator=torch.Generator().manual_seed(3)).double() * scale).to(dtype)
+    x = x[x.isfinite()]
+    _, exponent = math.frexp(x.abs().amax().item()) if x.numel() and x.any() else (0.0, 0)
+    found = exact_squares(x, exponent)
+    for cuts in ([1, 5000, 65_536, 65_537], [len(x) // 3, 2 * len(x) // 3]):
+        assert sum(exact_squares(part, exponent) for part in x.tensor_split(cuts)) == found
+    some = x[:300]
+    unit = Fraction(2) ** (2 * exponent - EXACT_BITS)
+    # A square of fp64 is rounded to 53 bits first, in which the unit may lie between two.
+    slack = 0 if dtype != torch.float64 else len(some)
+    exact = sum(round(Fraction(v) * Fraction(v) / unit) for v in some.double().tolist())
+    assert abs(exact_squares(some, exponent) - exact) <= slack

@@ -92,7 +92,11 @@ def _survey_exactly(
     magnitude of all. So there are two small collectives, and the host reads both."""
     device = stores[0].partition.device if stores else torch.device("cpu")
     unseen = sum(len(store.partition.params) - len(store.seen) for store in stores)
-    terms = [(store.shard, store.partition.offload.let_go) for store in stores]
+    # What every rank has whole each takes a part of: sums of integers do not show how many did.
+    shards = [
+        s.shard if s.partition.sharded else s.shard.tensor_split(group.size)[group.rank] for s in stores
+    ]
+    terms = [(shard, store.partition.offload.let_go) for shard, store in zip(shards, stores, strict=True)]
     # [1] The unit.
     magnitudes = [torch.linalg.vector_norm(x, torch.inf).double() for x, _ in terms if x.numel()]
     largest = (
@@ -106,11 +110,13 @@ def _survey_exactly(
     total = 0
     for store, (shard, read) in zip(stores, terms, strict=True):
         partition, counts = store.partition, options.counts
-        if exponent is None or not (partition.sharded or group.rank == 0):
+        if exponent is None:
             continue
         total += exact_squares(shard, exponent, read)
+        if not partition.sharded and group.rank:
+            continue
         copies = [i for i, p in enumerate(partition.params) if not counts(p)] if counts else ()
-        total -= sum(exact_squares(partition.local(shard, i), exponent) for i in copies)
+        total -= sum(exact_squares(partition.local(store.shard, i), exponent) for i in copies)
     # In words of fp64 whose sums over ranks do not round; the last has the sign.
     words = [float((total >> _WORD * at) & (1 << _WORD) - 1) for at in range(_WORDS)]
     words.append(float(total >> _WORD * _WORDS))
