@@ -28,7 +28,7 @@ train: $(STAMP)  ## train a small GPT on the Python standard library's source, Z
 test: $(STAMP) check  ## everything: lint, types, architecture, unit and multi-process tests
 	$(BIN)/python -m pytest tests/unit tests/architecture -m "process and not soak"
 	$(BIN)/python -m pytest tests -m "not soak" --ignore=tests/unit --ignore=tests/architecture $(ARGS)
-	ZEROPIPE_TRANSPORT=one_sided $(BIN)/python -m pytest tests/dist/test_comm_collectives.py \
+	ZEROPIPE_TRANSPORT=messages $(BIN)/python -m pytest tests/dist/test_comm_collectives.py \
 		tests/dist/test_comm_faults.py tests/dist/test_data_parallel.py tests/dist/test_zero_gather.py
 
 check: $(STAMP)  ## lint, types, architecture, pure unit tests: under a minute

@@ -117,12 +117,10 @@ def main(
 
 
 def _share_memory() -> None:
-    """Let what asks for it go through the memory of this host; under ``ZEROPIPE_TRANSPORT=one_sided`` everything."""
+    """As ``initialize`` does, for tasks that make no engine."""
     from zeropipe.comm.group import world
-    from zeropipe.comm.host.choosing import VARIABLE, choose_transport
-    from zeropipe.comm.host.one_sided import ONE_SIDED
+    from zeropipe.comm.host.choosing import choose_transport
 
-    ONE_SIDED.least = 1 if os.environ.setdefault(VARIABLE, "auto") == "one_sided" else 2**62
     choose_transport(world())
 
 

@@ -33,14 +33,13 @@ import torch
 
 from zeropipe.comm.group import Group
 from zeropipe.comm.host.giving_up import give_up
+from zeropipe.comm.host.near import NOTE_BYTES, TEXT_BYTES, NearTalk, NearWord, near, packed, parted
 from zeropipe.comm.messages import WORDS, peers, start, tag_of
 from zeropipe.comm.native import all_gather_object
 from zeropipe.comm.record import SEAM, Call, Work
 from zeropipe.errors import CommunicationError, DesyncError, describe
 
 _Result = TypeVar("_Result")
-_NOTE_BYTES = 8
-_TEXT_BYTES = 192 - _NOTE_BYTES  # of a label its end, which tells layers apart
 
 
 def meet(
@@ -102,7 +101,7 @@ def leave_all(
     return left
 
 
-def _met(word: Word) -> int:
+def _met(word: Word | NearWord) -> int:
     group = word.talk.group
     work = Work(f"[rank {group.ranks[group.rank]}] {word.text} (with ranks {list(group.ranks)})").after(word)
     work.wait()
@@ -192,8 +191,8 @@ class Word:
         self.lowest_note: int | None = None  # once compared
         self._note = note
 
-        self._bytes = text.encode()[-_TEXT_BYTES:].ljust(_TEXT_BYTES)
-        mine = torch.frombuffer(bytearray(self._bytes + note.to_bytes(_NOTE_BYTES)), dtype=torch.uint8)
+        self._bytes = packed(text)
+        mine = torch.frombuffer(bytearray(self._bytes + note.to_bytes(NOTE_BYTES)), dtype=torch.uint8)
         group, tag = talk.group, tag_of(talk.channel, WORDS, talk.partings)
         others = [] if group.imagined else peers(group)
         self._theirs = {peer: torch.empty_like(mine) for peer in others}
@@ -217,9 +216,9 @@ class Word:
         notes = [self._note]
         for peer, buffer in self._theirs.items():
             said = bytes(buffer.tolist())
-            if said[:_TEXT_BYTES] != self._bytes:
-                self._refuse(peer, said[:_TEXT_BYTES].decode(errors="replace").strip())
-            notes.append(int.from_bytes(said[_TEXT_BYTES:]))
+            if said[:TEXT_BYTES] != self._bytes:
+                raise parted(self.talk.group, self.text, peer, said[:TEXT_BYTES])
+            notes.append(int.from_bytes(said[TEXT_BYTES:]))
         # [2] Every member has started the same, and sent its shards right before its word: what is waited for from here
         # on is under way.
         if self.relay is not None:
@@ -229,32 +228,26 @@ class Word:
         # because it waits for this rank in a gather.
         self.lowest_note = min(notes)
 
-    def _refuse(self, peer: int, theirs: str) -> None:
-        group = self.talk.group
-        raise DesyncError(
-            f"ranks went different ways: this one is at '{self.text}', rank {group.ranks[peer]} is at '{theirs}'",
-            rank=group.ranks[group.rank],
-            expected="the same modules in the same order on every rank",
-            found=f"'{self.text}' here and '{theirs}' there",
-            fix="make control flow equal on all ranks, or mark the module around both with "
-            "set_z3_leaf_modules so that it is gathered whole",
-        )
-
 
 class Talks:
     """The talks of this process. Process groups belong to the process, and so does this."""
 
     def __init__(self) -> None:
-        # By ranks, channel, and which process group of these ranks.
-        self._talks: dict[tuple[tuple[int, ...], int, object], Talk] = {}
+        # By ranks, channel, which process group of these ranks, and whether they talk on a board.
+        self._talks: dict[tuple[tuple[int, ...], int, object, bool], Talk | NearTalk] = {}
 
-    def of(self, group: Group, channel: int) -> Talk:
+    def of(self, group: Group, channel: int) -> Talk | NearTalk:
         """The one talk of this process group on ``channel``, whoever asks."""
         group = group.speaking or group
-        key = group.ranks, channel, group.started
+        key = group.ranks, channel, group.started, near(group)
         if key not in self._talks:
-            self._talks[key] = Talk(group, channel)
+            self._talks[key] = (NearTalk if key[-1] else Talk)(group, channel)
         return self._talks[key]
+
+    def on_board(self, group: Group, channel: int) -> NearTalk | None:
+        """The same, where the members share a host."""
+        talk = self.of(group, channel) if group.size > 1 and group.speaks else None
+        return talk if isinstance(talk, NearTalk) else None
 
 
 TALKS = Talks()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from zeropipe.comm.group import Group
+from zeropipe.comm.host.exposed import Exposed, expose, read_exposed
 from zeropipe.comm.host.one_sided import ONE_SIDED
 from zeropipe.comm.messages import start
 from zeropipe.comm.native import Alone, Native, Transport, all_gather_object, barrier, broadcast_object
@@ -22,6 +23,7 @@ from zeropipe.errors import UsageError
 __all__ = [
     "Cut",
     "Cuts",
+    "Exposed",
     "Messages",
     "Run",
     "Work",
@@ -35,8 +37,10 @@ __all__ = [
     "broadcast_object",
     "carried_by",
     "collect_at_owners",
+    "expose",
     "gather_from_owners",
     "goes_in_one",
+    "read_exposed",
     "recv",
     "reduce_run",
     "reduce_scatter",

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from zeropipe.comm.collectives import carry_by
 from zeropipe.comm.group import SELF, Group
+from zeropipe.comm.host.board import Page, page_of
 from zeropipe.comm.host.one_sided import ONE_SIDED, Memory
 from zeropipe.comm.native import Native, all_gather_object
 from zeropipe.errors import UsageError
@@ -48,6 +49,7 @@ class _Card:
     listens: str  # the name of its socket; empty: it has none
     at: int  # where its secret lies
     secret: bytes
+    page: int  # the descriptor of where it says words; -1: it has no such
 
 
 Line = tuple[int, socket.socket]  # to a process, by its number
@@ -55,13 +57,13 @@ Line = tuple[int, socket.socket]  # to a process, by its number
 
 def way_asked() -> str:
     """What ``ZEROPIPE_TRANSPORT`` says on this rank."""
-    return os.environ.get(VARIABLE) or "messages"
+    return os.environ.get(VARIABLE) or "auto"
 
 
 def choose_transport(*groups: Group, agreed: Group = SELF) -> None:
     """Let CPU tensors of ``groups``, whose members call this together, go by what ``ZEROPIPE_TRANSPORT`` says:
     ``one_sided``, ``messages`` or ``native``, or ``auto``: through the memory of a host for those that share it. Where
-    it is not set it is ``messages``. ``agreed``: one more, whose members know that ``way_asked`` is the same on all, so
+    it is not set it is ``auto``. ``agreed``: one more, whose members know that ``way_asked`` is the same on all, so
     that no word is needed where it asks for none.
 
     Raises UsageError, on all members, where the variable has another value, or not the same one everywhere, or where
@@ -75,18 +77,19 @@ def choose_transport(*groups: Group, agreed: Group = SELF) -> None:
 
 def _choose(group: Group, known: bool) -> None:
     way = way_asked()
-    near = way in ("auto", "one_sided")
-    if known and not near:
+    here = way in ("auto", "one_sided")
+    if known and not here:
         _check([way], group)
         _settle(group, way)
         return
     secret = ctypes.create_string_buffer(secrets.token_bytes(_SECRET), _SECRET)
-    memory, listener = _open() if near else (None, None)
+    memory, listener = _open() if here else (None, None)
     name = "" if listener is None else listener.getsockname()[1:].decode()
-    card = _Card(way, name, ctypes.addressof(secret), secret.raw)
+    own = ONE_SIDED.own_page() if listener is not None else None
+    card = _Card(way, name, ctypes.addressof(secret), secret.raw, -1 if own is None else own[1])
     cards: list[_Card] = all_gather_object(card, group, label="transports")
     _check([card.way for card in cards], group)
-    if not near:
+    if not here:
         _settle(group, way)
         return
     # [1] to [3]; each step is over everywhere before the next begins, so nobody waits for what nobody does.
@@ -96,6 +99,8 @@ def _choose(group: Group, known: bool) -> None:
         lines |= _accept(listener, [m for m, found in enumerate(reached) if group.rank in found], cards)
         listener.close()
     mine = [m for m, (pid, _) in lines.items() if memory is not None and _reads(memory, pid, cards[m])]
+    pages = {m: page for m in mine if (page := _page(lines[m][0], cards[m])) is not None}
+    mine = list(pages)
     read: list[list[int]] = all_gather_object(mine, group, label="transports")
     for member, (_, line) in list(lines.items()):
         if member not in mine or group.rank not in read[member]:
@@ -119,7 +124,8 @@ def _choose(group: Group, known: bool) -> None:
             "tensors go by messages between ranks %d and %d%s: on other hosts, or their memory may not be read",
             *(one, other, more),
         )
-    ONE_SIDED.meet(group, memory, {group.ranks[m]: line for m, line in lines.items()}, whole)
+    near = {group.ranks[m]: (*line, pages[m]) for m, line in lines.items()}
+    ONE_SIDED.meet(group, memory, near, whole)
 
 
 def _settle(group: Group, way: str) -> None:
@@ -191,6 +197,13 @@ def _process_at(line: socket.socket) -> int:
         "3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     )
     return found[0]
+
+
+def _page(pid: int, card: _Card) -> Page | None:
+    if card.page >= 0:
+        with suppress(OSError, ValueError):
+            return page_of(pid, card.page)
+    return None
 
 
 def _reads(memory: Memory, pid: int, card: _Card) -> bool:

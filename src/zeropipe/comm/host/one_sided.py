@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 
 from zeropipe.comm.group import Group
+from zeropipe.comm.host.board import LINE, Page, orders_stores, own_page
 from zeropipe.comm.host.reading import (
     CUT,
     GONE,
@@ -54,8 +55,9 @@ from zeropipe.comm.host.reading import (
     crc_of,
 )
 
-LEAST = 2**18  # bytes; what is smaller costs two words and two threads more than a message
+LEAST = 1  # bytes that do not go by messages
 _PATIENCE = 5.0  # seconds for the thread to end
+_SOON = 5  # ms
 
 
 class OneSided:
@@ -74,10 +76,11 @@ class OneSided:
 
     def _begin_anew(self) -> None:
         self._lock = threading.Lock()
+        self._hears = threading.RLock()  # so that words are taken in in their order
         self._world: Callable[[], object] = lambda: None  # the one that this is about
-        self._met: list[
-            tuple[frozenset[int], bool]
-        ] = []  # ranks who know each other; whether all share a host
+        # Ranks who know each other; whether all share a host.
+        self._met: list[tuple[frozenset[int], bool]] = []
+        self._page: tuple[Page, int] | None = None  # where this rank says its words, and the descriptor
         self._broken: dict[int, str] = {}  # groups that were cut, and why
         self._ready: deque[Reading] = deque()
         self._memory: Memory | None = None
@@ -90,6 +93,8 @@ class OneSided:
                 os.close(end)
         for peer in self._peers.values():
             peer.line.close()
+        if self._page is not None:
+            os.close(self._page[1])
         self._thread = None
         self._begin_anew()
 
@@ -107,21 +112,42 @@ class OneSided:
         """Whether all members read each other's memory; the same on all of them."""
         return self._here and any(whole and ranks.issuperset(group.ranks) for ranks, whole in self._met)
 
+    def own_page(self) -> tuple[Page, int] | None:
+        """Where this rank says its words, and the descriptor by which others map it; None where that cannot be."""
+        self._be_here()
+        if self._page is None and orders_stores():
+            with suppress(OSError, AttributeError):
+                self._page = own_page()
+        return self._page
+
+    def peers_of(self, group: Group) -> dict[int, Peer]:
+        """By member, of a group whose members have mapped each other's pages."""
+        return {m: self._peers[rank] for m, rank in enumerate(group.ranks) if m != group.rank}
+
     def meet(
-        self, group: Group, memory: Memory | None, lines: Mapping[int, tuple[int, socket.socket]], whole: bool
+        self,
+        group: Group,
+        memory: Memory | None,
+        lines: Mapping[int, tuple[int, socket.socket, Page]],
+        whole: bool,
     ) -> None:
-        """The members have told each other: ``lines`` has the process and the line of each, by rank, with whom this one
-        shares its memory; ``whole``: all do."""
-        if not self._here:
-            self.close()
-            assert dist.group.WORLD is not None
-            self._world = weakref.ref(dist.group.WORLD)
+        """The members have told each other: ``lines`` has the process, the line and the page of each, by rank, with
+        whom this one shares its memory; ``whole``: all do."""
+        self._be_here()
         self._memory = memory or self._memory
         self._met.append((frozenset(group.ranks), whole))
-        for _, line in lines.values():
+        for _, line, _ in lines.values():
             line.setblocking(False)
         # Another object: the thread may be going through this one. Who is known already keeps the line that he has.
-        self._peers = {rank: Peer(rank, *line) for rank, line in lines.items()} | self._peers
+        if lines:
+            me, page = group.ranks[group.rank], self._page
+            assert page is not None
+            made = {
+                rank: Peer(rank, *line, page[0].take(rank, LINE), me)
+                for rank, line in lines.items()
+                if rank not in self._peers
+            }
+            self._peers = self._peers | made
         if self._peers and self._thread is None:
             self._woken, self._wakes = os.pipe()
             os.set_blocking(self._wakes, False)
@@ -130,6 +156,13 @@ class OneSided:
             self._thread.start()
             atexit.register(self.close)
         self._wake()
+
+    def _be_here(self) -> None:
+        """Forget another world than this."""
+        if not self._here:
+            self.close()
+            assert dist.group.WORLD is not None
+            self._world = weakref.ref(dist.group.WORLD)
 
     def close(self) -> None:
         """End the thread and the lines: what is under way fails, here and there."""
@@ -191,8 +224,7 @@ class OneSided:
         if error:
             reading.end(error)
         elif last:
-            self._ready.append(reading)
-            self._wake()
+            reading.run()
         return reading
 
     def take(self, source: Source, to: torch.Tensor, first: int = 0) -> None:
@@ -214,47 +246,68 @@ class OneSided:
     def why_cut(self, circle: int) -> str:
         return self._broken.get(circle, "")
 
-    # ---- the thread ----
+    # ---- who reads ----
+
+    def progress(self) -> None:
+        """Take in what was said by now, and read what is there to be read. Any thread may; the one that waits does."""
+        for peer in self._peers.values():
+            if peer.has_news:
+                self.listen(peer)
+            if peer.is_full:
+                peer.flush()
+        while self._ready:
+            try:
+                reading = self._ready.popleft()
+            except IndexError:  # another thread has it
+                break
+            reading.run()
+
+    def call(self, ranks: Sequence[int]) -> None:
+        """Have those of ``ranks`` that share this memory look, by their threads: this rank is about to sleep."""
+        for rank in ranks:
+            if rank in self._peers:
+                self._peers[rank].call()
 
     def _run(self) -> None:
         while self._thread is not None:
-            here = {peer.line.fileno(): peer for peer in list(self._peers.values()) if not peer.gone}
+            here = {peer.line.fileno(): peer for peer in list(self._peers.values()) if not peer.has_left}
             poll = select.poll()
-            poll.register(self._woken, select.POLLIN)
-            for number, peer in here.items():
-                poll.register(number, select.POLLIN | (select.POLLOUT if peer.is_full else 0))
-            for number, happened in poll.poll():
+            for number in (self._woken, *here):
+                poll.register(number, select.POLLIN)
+            # Who has words that a line had no room for looks whether it has.
+            full = any(peer.is_full for peer in here.values())
+            for number, _ in poll.poll(_SOON if full else None):
                 if number == self._woken:
                     os.read(number, 2**12)
-                elif happened == select.POLLOUT:
-                    here[number].flush()
-                else:
-                    self.listen(here[number])
-            while self._ready:
-                self._ready.popleft().run()
+                elif here[number].has_ended():
+                    self.listen(here[number])  # its last words
+                    self._lose(here[number])
+            self.progress()
 
     def listen(self, peer: Peer) -> None:
         """Take in what ``peer`` has said by now."""
-        for word in peer.hear():
-            key = word.circle, word.tag
-            if word.said == PUBLISHED:
-                source = Source(peer, word)
-                with self._lock:
-                    if wanted := peer.wanted.get(key):
-                        reading = wanted.popleft()
-                        if reading.arrive(source):
-                            self._ready.append(reading)
-                    else:
-                        peer.arrived.setdefault(key, deque()).append(source)
-            elif word.said == READ:
-                with self._lock:
-                    published = peer.published.pop(word.number, None)
-                if published is not None:
-                    published.end()
-            else:
-                self._break(word.circle, GONE)
-        if peer.gone:
-            self._lose(peer)
+        with self._hears:
+            for word in peer.hear():
+                self._take_in(peer, word)
+
+    def _take_in(self, peer: Peer, word: Word) -> None:
+        key = word.circle, word.tag
+        if word.said == PUBLISHED:
+            source = Source(peer, word)
+            with self._lock:
+                if wanted := peer.wanted.get(key):
+                    reading = wanted.popleft()
+                    if reading.arrive(source):
+                        self._ready.append(reading)
+                else:
+                    peer.arrived.setdefault(key, deque()).append(source)
+        elif word.said == READ:
+            with self._lock:
+                published = peer.published.pop(word.number, None)
+            if published is not None:
+                published.end()
+        else:
+            self._break(word.circle, GONE)
 
     def _lose(self, peer: Peer) -> None:
         """Its process has ended, or this one goes."""

@@ -7,8 +7,9 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,11 +20,14 @@ from zlib import crc32
 import torch
 
 from zeropipe.comm.group import Group
+from zeropipe.comm.host.board import LINE, Line, Page, Place
 
 PUBLISHED, READ, CUT = range(3)
 GONE, LATE = "Connection closed by peer", "Timed out waiting"  # gloo's words
 _WORD = struct.Struct("<IIQqQQQ")
-_NO_LIMIT = 1e6  # s
+_NO_LIMIT = 1e9  # s
+_GLANCES = 20  # before a wait sleeps
+_NAP, _LONGEST_NAP = 2e-5, 1e-3  # s
 Key = tuple[int, int]  # circle, tag
 
 
@@ -80,44 +84,61 @@ class Host(Protocol):
     def cut(self, circle: int, ranks: Sequence[int], why: str) -> None: ...
     def why_cut(self, circle: int) -> str: ...
     def listen(self, peer: Peer) -> None: ...
+    def progress(self) -> None: ...
+    def call(self, ranks: Sequence[int]) -> None: ...
 
 
 class Transfer:
-    """The handle of what is under way, as gloo's: over when its gate is open."""
+    """The handle of what is under way, as gloo's."""
 
     def __init__(self, host: Host, group: Group, kind: str) -> None:
         self.host, self.group, self.circle = host, group, circle_of(group)
         self.error = ""
         self._over = False
         self._kind = kind
-        self._gate = threading.Lock()
-        self._gate.acquire()
 
     def end(self, error: str = "") -> None:
         """It is done, or has failed; for good. Called by whoever has taken it off the lists of what is under way."""
         if not self._over:
-            self._over, self.error = True, error
+            self.error = error
             self.let_go()
-            self._gate.release()
+            self._over = True
 
     def let_go(self) -> None:
         """Keep no memory."""
 
     def wait(self, limit: timedelta | None = None) -> None:
         """Raises RuntimeError, as gloo's, where it failed or took longer than ``limit``, None: the group's."""
-        if not self._gate.acquire(blocking=False):
+        if not self._over:
+            self.host.progress()
+        if not self._over:
             limit = limit or self.group.timeout
             seconds = _NO_LIMIT if limit is None else limit.total_seconds()
-            if not self._gate.acquire(timeout=seconds):
+            for _ in naps(seconds, lambda: self.host.call(self.group.ranks)):
+                self.host.progress()
+                if self._over:
+                    break
+            else:
                 text = f"{LATE} {seconds * 1000:.0f}ms for {self._kind} operation to complete"
                 self.host.cut(self.circle, self.group.ranks, text)  # which ends this one too
-                self._gate.acquire()
-        self._gate.release()
         if self.error:
             raise RuntimeError(self.error)
 
     def is_completed(self) -> bool:
         return self._over
+
+
+def naps(seconds: float, before: Callable[[], None]) -> Iterator[None]:
+    """The moments at which to look again, for so long; ``before`` the first nap."""
+    for _ in range(_GLANCES):
+        yield
+        time.sleep(0)  # which lets another thread of this process run
+    before()
+    end, nap = time.monotonic() + seconds, _NAP
+    while time.monotonic() < end:
+        time.sleep(nap)
+        yield
+        nap = min(1.2 * nap, _LONGEST_NAP)
 
 
 class Published(Transfer):
@@ -177,7 +198,7 @@ class Reading(Transfer):
             super().end(error)
 
     def run(self) -> None:
-        """Read, and say so; in the reader's thread."""
+        """Read, and say so."""
         error, sources = "", [self._sources[peer.of_world] for peer in self._peers]
         with self._running:
             if self._use is None:
@@ -190,7 +211,7 @@ class Reading(Transfer):
         for peer in self._peers:
             self.host.listen(peer)
         error = error or self.host.why_cut(self.circle)
-        if not error and any(peer.gone for peer in self._peers):
+        if not error and any(peer.has_ended() for peer in self._peers):
             error = GONE  # its number may be another process's by now
         if error:
             self.host.cut(self.circle, self.group.ranks, error)
@@ -225,15 +246,20 @@ class Peer:
 
     of_world: int  # its rank
     pid: int
-    line: socket.socket
+    line: socket.socket  # by which it is called, and whose end is its own
+    page: Page  # where it says its words
+    mine: Place  # where this rank says its words to it
+    me: int  # this rank
     gone: bool = False
     published: dict[int, Published] = field(default_factory=dict)  # by number
     wanted: dict[Key, deque[Reading]] = field(default_factory=dict)
     arrived: dict[Key, deque[Source]] = field(default_factory=dict)
     _count: int = 0
-    _unsent: bytearray = field(default_factory=bytearray)
-    _heard: bytearray = field(default_factory=bytearray)
+    _unsaid: deque[bytes] = field(default_factory=deque)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._says = Line(self.mine, _WORD.size)
 
     def enter(self, published: Published) -> int:
         """The number of what is published to it now."""
@@ -251,37 +277,56 @@ class Peer:
         return ended
 
     @property
+    def has_left(self) -> bool:
+        """Whether what was under way with it is over."""
+        return self.line.fileno() < 0
+
+    @property
     def is_full(self) -> bool:
         """Whether words wait for room on the line."""
-        return bool(self._unsent)
+        return bool(self._unsaid)
 
     def tell(self, word: Word) -> None:
-        """Never waits: what the line has no room for leaves when it has, by the thread."""
-        with self._lock:
-            self._unsent += _WORD.pack(
-                word.said, word.checked, word.circle, word.tag, word.at, word.nbytes, word.number
-            )
+        """Never waits: what the line has no room for leaves when it has."""
+        self._unsaid.append(
+            _WORD.pack(word.said, word.checked, word.circle, word.tag, word.at, word.nbytes, word.number)
+        )
         self.flush()
 
     def flush(self) -> None:
-        with self._lock, suppress(OSError):  # of one that is gone its end of the line tells
-            while self._unsent:
-                del self._unsent[: self.line.send(self._unsent)]
+        with self._lock:
+            theirs = self._theirs()
+            while self._unsaid and self._says.room(theirs) > 0:
+                self._says.say(self._unsaid.popleft())
+
+    @property
+    def has_news(self) -> bool:
+        theirs = self._theirs()
+        return theirs is not None and self._says.has_news(theirs)
 
     def hear(self) -> list[Word]:
-        """The words that have come; ``gone`` where the process has ended."""
+        """The words that have come."""
+        theirs = self._theirs()
+        found = b"" if theirs is None else self._says.hear(theirs)
+        return [Word(*fields) for fields in _WORD.iter_unpack(found)]
+
+    def call(self) -> None:
+        """Let its thread look at what was said."""
+        with suppress(OSError):  # it looks already, or is gone, which the end of its line tells
+            self.line.send(b"x", socket.MSG_DONTWAIT)
+
+    def has_ended(self) -> bool:
+        """Whether its process has; and it is no longer calling."""
         try:
-            found = self.line.recv(2**16)
-            self.gone = not found
-            self._heard += found
+            self.gone = self.gone or not self.line.recv(2**12, socket.MSG_DONTWAIT)
         except BlockingIOError:
             pass
         except OSError:
             self.gone = True
-        whole = len(self._heard) // _WORD.size * _WORD.size
-        words = [Word(*fields) for fields in _WORD.iter_unpack(self._heard[:whole])]
-        del self._heard[:whole]
-        return words
+        return self.gone
+
+    def _theirs(self) -> Place | None:
+        return self.page.find(self.me, LINE)
 
 
 def crc_of(tensor: torch.Tensor, before: int = 0) -> int:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from zeropipe.comm.collectives import Exposed
 from zeropipe.comm.group import Group
 from zeropipe.errors import UsageError
 from zeropipe.layout.flat import FlatShards
@@ -148,8 +149,10 @@ class Cut(Protocol):
         let_go: Callable[[torch.Tensor], None] | None = None,
         read_ahead: Callable[[torch.Tensor], None] | None = None,
         remote: bool | None = None,
+        exposed: tuple[Exposed, slice] | None = None,
     ) -> None:
         """From now on gathers read ``source``; ``master``: what is rounded into it, where that is another tensor.
+        ``exposed``: where all members see each other's.
 
         None: as they are. ``let_go`` and ``read_ahead`` are told of elements that were and will be read; ``remote``:
         ``source`` lives away from where the parameter is used.

@@ -20,7 +20,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from zeropipe.comm.agreement import leave_all, meet
+from zeropipe.comm.agreement import TALKS, leave_all, meet
 from zeropipe.comm.group import Group
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 from zeropipe.runtime.zero.gather.edits import join
@@ -111,6 +111,18 @@ class Peers:
                 raise
         return note
 
+    def promise(self) -> None:
+        """All have met: until ``withdraw`` this rank writes to no shard, so that the others may read them at any
+        time."""
+        talk = None if self.silent else TALKS.on_board(self.group, GATHER)
+        if talk is not None:
+            talk.promise()
+
+    def withdraw(self) -> None:
+        talk = TALKS.on_board(self.group, GATHER)
+        if talk is not None:
+            talk.withdraw()
+
     def tell(self, error: BaseException, where: str) -> None:
         """Tell the peers, who would wait for this rank, that it has raised; they may have, too."""
         if self._told or self.silent:
@@ -178,6 +190,7 @@ class Coordinator:
         try:
             self.settle()
             self.meet(f"forward of {root}")
+            self.peers.promise()
         except BaseException as error:
             self.tell(error, root)
             raise
@@ -240,7 +253,7 @@ class Coordinator:
             # [1] All of it is under way before any is waited for. The note tells peers which reductions have begun.
             note = 0 if self.reductions is None else self.reductions.progress
             wanted = [every, *(self.units[index].shards for index in fetch)]
-            start_gathers(wanted, note, self.budget.together)
+            start_gathers(wanted, note, self.budget.together, early=True)
             # [2] Shards that live in files: let those that the next visit gathers be read while this unit runs.
             for index in self._recorder.next_fetched():
                 for shards in self.units[index].shards:
@@ -357,6 +370,7 @@ class Coordinator:
                 self._let_go(use, free=False)
             uses.clear()
         self._met_backward = False
+        self.peers.withdraw()
         # All units, not those of this pass: users gather parameters by hand, too.
         here = [one for unit in self.units for one in unit.shards if one.state is not State.AWAY]
         for shards in here:

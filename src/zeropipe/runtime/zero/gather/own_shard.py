@@ -1,6 +1,7 @@
 """This rank's shard of one parameter: where its elements lie at rest, and how they are cut from a whole value.
 
 source    1D, shard_numel, any floating dtype: what a gather reads
+theirs    the other ranks' as well, by member, where all see them in the memory of one host
 master    the same elements in fp32, where ``source`` is a copy of them in the parameter's dtype
 """
 
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from zeropipe.comm.collectives import Work, all_gather, all_gather_many, goes_in_one
+from zeropipe.comm.collectives import Exposed, Work, all_gather, all_gather_many, goes_in_one, read_exposed
 from zeropipe.comm.group import Group
 from zeropipe.layout.flat import FlatShards, flat_shards
 from zeropipe.runtime.zero.param import GATHER, State, ZeroParamType, stays
@@ -33,6 +34,8 @@ class OwnShard:
     def keep(self, source: torch.Tensor) -> None:
         """Let ``source`` be the elements, held by nobody else."""
         self.source = source
+        self.exposed: Exposed | None = None
+        self.theirs: list[torch.Tensor] = []
         self.master: torch.Tensor | None = None
         # A place that is a file is told of what was read and is not used for a while, and of what will be read soon.
         self.let_go: Tell = stays
@@ -51,9 +54,15 @@ class OwnShard:
         let_go: Tell | None = None,
         read_ahead: Tell | None = None,
         remote: bool | None = None,
+        exposed: tuple[Exposed, slice] | None = None,
     ) -> None:
-        """From now on gathers read ``source``, which ``master`` (None: it is the master) is rounded into."""
+        """From now on gathers read ``source``, which ``master`` (None: it is the master) is rounded into; ``exposed``:
+        where all members see each other's."""
         self.source, self.master = source, master
+        self.exposed, self.theirs = None, []
+        if exposed is not None:
+            self.exposed, place = exposed
+            self.theirs = [one[place] for one in self.exposed.every]
         self.let_go, self.read_ahead = let_go or self.let_go, read_ahead or self.read_ahead
         if remote is not None:
             self.kind = ZeroParamType.REMOTE if remote else ZeroParamType.PARTITIONED
@@ -70,6 +79,9 @@ class OwnShard:
 
     def gather_into(self, full: torch.Tensor, **how: Any) -> Work:
         """Fill ``full`` (1D, padded) with all ranks' shards; collective."""
+        if self.exposed is not None:
+            rows = full.view(self.group.size, -1).unbind()
+            return read_exposed(rows, self.theirs, self.exposed.talk, label=self.name, **how)
         own = self.of(full)
         STREAMS.of(full.device).copy(own, self.source)
         self.let_go(self.source)
@@ -90,7 +102,7 @@ class OwnShard:
 
     def renew(self, shard: torch.Tensor) -> None:
         """Take the elements from ``shard`` (1D, in the parameter's dtype)."""
-        STREAMS.of(shard.device).host_turn()  # a gather may still read them
+        self._before_write(shard.device)
         for place in (self.source, self.master):
             if place is None:
                 continue
@@ -102,10 +114,16 @@ class OwnShard:
                 place.copy_(torch.where(new == place.to(new.dtype), place, new.to(place.dtype)))
             self.let_go(place)
 
+    def _before_write(self, device: torch.device) -> None:
+        STREAMS.of(device).host_turn()  # a gather may still read them
+        if self.exposed is not None:
+            self.exposed.before_write()
+
     @contextmanager
     def anew(self, device: torch.device) -> Iterator[torch.Tensor]:
         """A tensor (1D, in the parameter's dtype) for all elements of the shard, which are taken from it at the end."""
         if self.master is None and self.source.dtype == self.dtype:
+            self._before_write(device)
             yield self.source  # where they stay
             self.let_go(self.source)
         else:
@@ -122,6 +140,7 @@ class Member(Protocol):
     numel: int
     full: torch.Tensor  # 1D, padded
     rows: torch.Tensor  # the same, by rank
+    row_of: tuple[torch.Tensor, ...]  # each of these
     own_elements: torch.Tensor  # this rank's row
     route: tuple[Any, ...]
 
@@ -142,8 +161,9 @@ class Gather:
     a.full    | rank 0's | rank 1's | ...         cut out of the wire once that has arrived
     """
 
-    def __init__(self, members: Sequence[Member], note: int) -> None:
+    def __init__(self, members: Sequence[Member], note: int, early: bool = False) -> None:
         self._members = members
+        self._early = early
         self._streams = STREAMS.of(members[0].full.device)
         self._wire: torch.Tensor | None = None  # ranks x elements of all shards
         try:
@@ -162,7 +182,7 @@ class Gather:
     def _lay_out(self, first: Member) -> bool:
         """Whether each shard goes to its place, in one call; else there is a wire."""
         group = first.own.group
-        if len(self._members) == 1 or group.size == 1 or goes_in_one(group):
+        if len(self._members) == 1 or group.size == 1 or goes_in_one(group) or first.own.exposed is not None:
             return True
         numel = sum(member.own.layout.shard_numel for member in self._members)
         self._wire = first.full.new_empty((group.size, numel))
@@ -170,9 +190,18 @@ class Gather:
 
     def _send(self, first: Member, straight: bool, note: int) -> Work:
         every, group = [member.own for member in self._members], first.own.group
+        label = every[0].name
+        if len(every) > 1:
+            label = f"{label} to {every[-1].name} ({len(every)} parameters)"
+        exposed = first.own.exposed
+        if exposed is not None:
+            rows = [row for member in self._members for row in member.row_of]
+            theirs = [one for own in every for one in own.theirs]
+            return read_exposed(
+                rows, theirs, exposed.talk, label=label, note=note, early=self._early, async_op=True
+            )
         if len(every) == 1:
             return every[0].gather_into(first.full, async_op=True, note=note)
-        label = f"{every[0].name} to {every[-1].name} ({len(every)} parameters)"
         if straight:
             fulls = [member.full for member in self._members]
             mine = fulls if group.size == 1 else [member.own_elements for member in self._members]
@@ -212,11 +241,15 @@ class Gather:
         return self._work.lowest_note
 
 
-def start_gathers(units: Iterable[Iterable[Member]], note: int = 0, together: int = 0) -> None:
+def start_gathers(
+    units: Iterable[Iterable[Member]], note: int = 0, together: int = 0, early: bool = False
+) -> None:
     """Begin to gather what is at rest; the peers are told ``note``. Neighbours of at most ``together`` elements in all
-    are one gather, and so is all of a unit where the backend would rather be asked once."""
+    are one gather, and so is all of a unit where the backend would rather be asked once. ``early``: in a pass, in which
+    nobody writes to shards: where they are exposed no rank waits for another."""
     some: dict[Member, None] = {}
-    numel, route = 0, None
+    numel = 0
+    route: tuple[Any, ...] = ()
     for unit in units:
         away = [
             one
@@ -225,10 +258,11 @@ def start_gathers(units: Iterable[Iterable[Member]], note: int = 0, together: in
         ]
         for bundle in [away] if away and goes_in_one(away[0].own.group) else [[one] for one in away]:
             size = sum([one.numel for one in bundle])
-            if some and (numel + size > together or bundle[0].route != route):
-                Gather(list(some), note)
+            way = (*bundle[0].route, bundle[0].own.exposed is None)
+            if some and (numel + size > together or way != route):
+                Gather(list(some), note, early)
                 some, numel = {}, 0
             some.update(dict.fromkeys(bundle))
-            numel, route = numel + size, bundle[0].route
+            numel, route = numel + size, way
     if some:
-        Gather(list(some), note)
+        Gather(list(some), note, early)

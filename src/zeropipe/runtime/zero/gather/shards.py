@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from zeropipe.comm.collectives import Exposed
 from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
 from zeropipe.errors import UsageError
@@ -113,6 +114,7 @@ class Shards:
         # Its views are made once: to make them for each gather would be half the work of a small layer.
         self.full = torch.empty(self.layout.padded_numel, dtype=self.dtype, device=device)
         self.rows = self.full.view(self.group.size, self.shard_numel)  # by rank
+        self.row_of = self.rows.unbind()
         self.own_elements = self.own.of(self.full)
         self._whole, self._nothing = self.full[: self.numel].view(self.shape), self.full.new_empty(0)
         self._storage, self._nbytes = self.full.untyped_storage(), self.full.nbytes
@@ -165,8 +167,9 @@ class Shards:
         let_go: Tell | None = None,
         read_ahead: Tell | None = None,
         remote: bool | None = None,
+        exposed: tuple[Exposed, slice] | None = None,
     ) -> None:
-        self.own.live_at(source, master, let_go, read_ahead, remote)
+        self.own.live_at(source, master, let_go, read_ahead, remote, exposed)
 
     def cast(self, dtype: torch.dtype, device: torch.device) -> None:
         """Change the dtype and device of a parameter, which is put to rest."""

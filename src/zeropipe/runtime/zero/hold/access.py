@@ -83,6 +83,8 @@ class Trained:
         if what is What.GRADIENT:
             value = value * self.loss_scale()
             self.store.seen.add(self.index)  # else a step would leave it out, as one that nobody used
+        if what is What.MASTER:
+            self.partition.values.before_write()
         self.partition.put(shard, self.index, value, whole)
         if what is What.MASTER and whole:
             self.partition.values.write(self.index, value)

@@ -339,6 +339,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             for partition, apart in zip(self.partitions, state["apart"], strict=True):
                 partition.state.set_apart(apart)
         for partition, master in zip(self.partitions, state["fp32_masters"], strict=True):
+            partition.values.before_write()
             partition.master.detach().copy_(master)
             partition.values.publish()
         if self.options.scaler is not None and state["loss_scaler"] is not None:

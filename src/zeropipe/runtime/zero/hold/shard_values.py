@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from zeropipe.comm.collectives import Work, all_gather
+from zeropipe.comm.collectives import Work, all_gather, expose
 from zeropipe.comm.group import Group
 from zeropipe.layout.buckets import Bucket, Span, cut_buckets
 from zeropipe.layout.flat import FlatShards, Piece, flat_shards
@@ -60,8 +60,19 @@ class ShardValues:
         wide = offload.policy.master_dtype(self.dtype)
         self.copy: torch.Tensor | None = None  # 1D, as the master
         remote = offload.is_remote(self.device)
+        # Where the ranks share a host they read each other's masters where those lie.
+        self._exposed = None
+        if (
+            self.device.type == "cpu"
+            and not offload.has_files
+            and offload.gathers_read_masters(self.dtype, self.device)
+        ):
+            self._exposed = expose(numel, wide, self.group, GATHER)
         with moving([shards.source for shards in self.cut]) as values:
-            master = offload.state(numel, wide, self.device, self.local_layout.numel)
+            if self._exposed is not None:
+                master = self._exposed.own
+            else:
+                master = offload.state(numel, wide, self.device, self.local_layout.numel)
             if not offload.gathers_read_masters(self.dtype, self.device):
                 self.copy = offload.source(numel, self.dtype, self.device, self.local_layout.numel)
             for shards, segment, value in zip(self.cut, self.segments, values, strict=True):
@@ -72,7 +83,8 @@ class ShardValues:
                     offload.copy(source, value, self.device)
                 ahead = offload.read_ahead if remote else None
                 let_go = offload.let_go if offload.has_files else stays
-                shards.live_at(source, None if self.copy is None else piece, let_go, ahead, remote)
+                exposed = None if self._exposed is None else (self._exposed, segment.room)
+                shards.live_at(source, None if self.copy is None else piece, let_go, ahead, remote, exposed)
                 del value
         STREAMS.of(self.device).host_turn()  # what the copies read is gone from here on
         self.master = torch.nn.Parameter(master)
@@ -196,12 +208,18 @@ class ShardValues:
         if shards.state is State.WHOLE:
             shards.renewed()[: flat.numel()].copy_(flat)
 
+    def before_write(self) -> None:
+        if self._exposed is not None:
+            self._exposed.before_write()
+
     def refresh_master(self) -> None:
+        self.before_write()
         if self.copy is not None:
             self._offload.copy(self.master.detach(), self.copy, self.device)
             STREAMS.of(self.device).host_turn()
 
     def take_edits(self, sure: bool = False) -> None:
+        self.before_write()  # this begins a step, and what is found is written
         # Only what stays gathered can have been written to; what a ``GatheredParameters`` holds is left to that.
         gathered = self._gathered()
         if self._blind:
@@ -275,7 +293,8 @@ class ShardValues:
             self._point()
 
     def move_master(self, move: Move) -> None:
-        self.master.data = move(self.master.data)
+        self.before_write()
+        self.master.data, self._exposed = move(self.master.data), None
         self._point()
 
     def _point(self) -> None:

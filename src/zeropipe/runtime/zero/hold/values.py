@@ -202,6 +202,9 @@ class FlatValues:
         """Parameter ``index``'s master was set to ``value`` (its shape): let the value be that too."""
         self._value(index).copy_(value.detach())
 
+    def before_write(self) -> None:
+        """The master is about to be written: return when nobody reads it any more."""
+
     def refresh_master(self) -> None:
         """Take the master anew from the values, after somebody wrote those (a loaded state dict, an edit)."""
         if not self.master_is_values:
