@@ -3,6 +3,7 @@
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
+ROLLUP = Path("/proc/self/smaps_rollup")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): writing 5 sets the peak (VmHWM) back to what is resident now
 
@@ -12,17 +13,22 @@ def reset_peak() -> None:
 
 
 def resident() -> int:
-    """Bytes resident now."""
-    return _field("VmRSS")
+    """Bytes resident now; of memory that processes share each its part."""
+    return _field("VmRSS") - _shared_elsewhere()
 
 
 def peak_resident() -> int:
-    """The most bytes resident at once since `reset_peak`."""
-    return _field("VmHWM")
+    """The most bytes resident at once since `reset_peak`, if as much was shared then as now."""
+    return _field("VmHWM") - _shared_elsewhere()
 
 
-def _field(name: str) -> int:
-    for line in STATUS.read_text().splitlines():
+def _shared_elsewhere() -> int:
+    """What other processes have of the shared memory that is resident here, so that all together count it once."""
+    return _field("RssShmem") - _field("Pss_Shmem", ROLLUP)
+
+
+def _field(name: str, file: Path = STATUS) -> int:
+    for line in file.read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{STATUS} has no {name}")
+    raise RuntimeError(f"{file} has no {name}")

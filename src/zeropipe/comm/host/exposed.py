@@ -66,7 +66,17 @@ def expose(numel: int, dtype: torch.dtype, group: Group, channel: int) -> Expose
     finally:
         if descriptor >= 0:
             os.close(descriptor)
-    return Exposed(tuple(every), own, talk) if own is not None and all(can) else None
+    if own is None or not all(can):
+        return None
+    for memory in every:
+        if memory is not own:
+            ONE_SIDED.borrow(memory)
+    return Exposed(tuple(every), own, talk)
+
+
+def borrowed() -> int:
+    """Bytes of other ranks' memory that this process has mapped: resident here as well, and there once."""
+    return ONE_SIDED.borrowed
 
 
 def _mapped(pid: int, number: int, numel: int, dtype: torch.dtype, shared: bool) -> torch.Tensor:

@@ -69,6 +69,7 @@ class OneSided:
         self.checks = (
             False  # whether who reads finds out that it was written to meanwhile; costs as much as reading
         )
+        self.borrowed = 0  # bytes of others' memory that are mapped here, which their owners count
         self._peers: dict[int, Peer] = {}  # by rank of the world
         self._thread: threading.Thread | None = None
         self._begin_anew()
@@ -123,6 +124,14 @@ class OneSided:
     def peers_of(self, group: Group) -> dict[int, Peer]:
         """By member, of a group whose members have mapped each other's pages."""
         return {m: self._peers[rank] for m, rank in enumerate(group.ranks) if m != group.rank}
+
+    def borrow(self, memory: torch.Tensor) -> None:
+        """``memory`` is another rank's, mapped here."""
+        self.borrowed += memory.nbytes
+        weakref.finalize(memory.untyped_storage(), self._give_back, memory.nbytes)
+
+    def _give_back(self, nbytes: int) -> None:
+        self.borrowed -= nbytes
 
     def meet(
         self,

@@ -30,6 +30,7 @@ import torch
 
 from zeropipe.comm.agreement import together
 from zeropipe.comm.group import world
+from zeropipe.comm.host.exposed import borrowed
 from zeropipe.comm.record import SEAM, Event
 from zeropipe.errors import ConfigError
 from zeropipe.reporting.drawing import write
@@ -221,8 +222,13 @@ def _memory(device: torch.device) -> dict[str, int]:
         text = Path("/proc/self/status").read_text()
     except OSError:
         return {}
-    rows = dict(line.split(":", 1) for line in text.splitlines() if line.startswith(("VmRSS", "VmHWM")))
-    return {name: int(rows[key].split()[0]) * 1024 for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
+    rows = dict(
+        line.split(":", 1) for line in text.splitlines() if line.startswith(("VmRSS", "VmHWM", "RssShmem"))
+    )
+    nbytes = {key: int(value.split()[0]) * 1024 for key, value in rows.items()}
+    # What ranks of one host read in each other's memory is resident in all of them, and counts where it is.
+    others = min(borrowed(), nbytes["RssShmem"])
+    return {"now": nbytes["VmRSS"] - others, "peak": nbytes["VmHWM"] - others}
 
 
 def _plain(value: Any) -> Any:
