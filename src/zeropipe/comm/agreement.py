@@ -27,13 +27,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
 from zeropipe.comm.group import Group
 from zeropipe.comm.host.giving_up import give_up
-from zeropipe.comm.host.near import NOTE_BYTES, TEXT_BYTES, NearTalk, NearWord, near, packed, parted
+from zeropipe.comm.host.near import NOTE_BYTES, TEXT_BYTES, NearTalk, NearWord, Relay, near, packed, parted
 from zeropipe.comm.messages import WORDS, peers, start, tag_of
 from zeropipe.comm.native import all_gather_object
 from zeropipe.comm.record import SEAM, Call, Work
@@ -107,14 +107,6 @@ def _met(word: Word | NearWord) -> int:
     work.wait()
     assert work.lowest_note is not None
     return work.lowest_note
-
-
-class Relay(Protocol):
-    """What a member owes its peers once all have said the same word: the second hop of a gather."""
-
-    def begin(self) -> None: ...
-    def abort(self) -> None:
-        """Let the peers know that nothing will come."""
 
 
 class Talk:

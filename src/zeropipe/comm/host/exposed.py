@@ -38,8 +38,8 @@ class Exposed:
 
 def expose(numel: int, dtype: torch.dtype, group: Group, channel: int) -> Exposed | None:
     """Memory of ``numel`` elements (zeros) of each member, read in the order of ``channel``; None where the members
-    share no host, or one of them cannot map it. Collective."""
-    talk = TALKS.on_board(group, channel) if numel else None
+    share no host or gather in hops between several, or one of them cannot map it. Collective."""
+    talk = TALKS.on_board(group, channel) if numel and group.hops is None else None
     if talk is None:
         return None
     nbytes, descriptor, own = numel * dtype.itemsize, -1, None

@@ -59,23 +59,30 @@ def parted(group: Group, mine: str, peer: int, theirs: bytes) -> DesyncError:
     )
 
 
-class Relays(Protocol):
-    """What a member owes its peers once all have said the same word (``agreement.py``): inside a host nothing."""
+class Relay(Protocol):
+    """What a member owes its peers once all have said the same word: the second hop of a gather."""
 
     def begin(self) -> None: ...
-    def abort(self) -> None: ...
+    def abort(self) -> None:
+        """Let the peers know that nothing will come."""
 
 
 class NearWord:
     """One word of this rank, and those of the others to compare it with."""
 
-    __slots__ = ("index", "limit", "lowest_note", "note", "said", "talk", "text")
+    __slots__ = ("index", "limit", "lowest_note", "note", "relay", "said", "talk", "text")
 
     def __init__(
-        self, talk: NearTalk, text: str, note: int, patience: timedelta | None, index: int, said: bytes
+        self,
+        talk: NearTalk,
+        text: str,
+        note: int,
+        patience: timedelta | None,
+        relay: Relay | None,
+        index: int,
     ) -> None:
         self.talk, self.text, self.note = talk, text, note
-        self.limit, self.index, self.said = patience, index, said
+        self.limit, self.relay, self.index, self.said = patience, relay, index, packed(text)
         self.lowest_note: int | None = None  # once compared
 
     def meet(self) -> int:
@@ -104,14 +111,14 @@ class NearTalk:
     # ---- words ----
 
     def say(
-        self, text: str, note: int = 0, patience: timedelta | None = None, relay: Relays | None = None
+        self, text: str, note: int = 0, patience: timedelta | None = None, relay: Relay | None = None
     ) -> NearWord:
-        """Tell every member what is about to be done. Waits only for one who is ``RING`` words behind."""
-        said = packed(text)
-        word = NearWord(self, text, note, patience, self._said, said)
+        """Tell every member what is about to be done; ``relay`` begins when the words are found equal. Waits only for
+        one who is ``RING`` words behind."""
+        word = NearWord(self, text, note, patience, relay, self._said)
         if not self._has_room():
             self._wait(self._has_room, patience)
-        self._mine.say(said + note.to_bytes(NOTE_BYTES))
+        self._mine.say(word.said + note.to_bytes(NOTE_BYTES))
         self._said += 1
         self._unmet.append(word)
         self._tell_read()
@@ -129,13 +136,23 @@ class NearTalk:
             except DesyncError:
                 raise
             except BaseException:
+                for one in self._unmet:
+                    if one.relay is not None:
+                        one.relay.abort()
                 self._unmet.clear()
                 raise
             self._met = max(self._met, first.index + 1)
         return word.lowest_note
 
     def hand_on(self, patience: timedelta) -> None:
-        """Nobody waits for what this rank would hand on."""
+        """What this rank owes in gathers that it has started, once every member has started them. Never raises."""
+        last = next((word for word in reversed(self._unmet) if word.relay is not None), None)
+        if last is None:
+            return
+        for word in self._unmet:
+            word.limit = patience
+        with suppress(Exception):
+            self.meet(last)
 
     def since_parting(self, label: str) -> str:
         """``label``, such that nothing under it meets what was sent before the members last went different ways."""
@@ -156,9 +173,11 @@ class NearTalk:
                 self._part()
                 raise parted(self.group, word.text, member, theirs[:TEXT_BYTES])
             lowest = min(lowest, int.from_bytes(theirs[TEXT_BYTES:]))
-        word.lowest_note = lowest
         self._unmet.popleft()
         self._mine.head[HEARD] = word.index + 1
+        if word.relay is not None:
+            word.relay.begin()
+        word.lowest_note = lowest
         return True
 
     def _part(self) -> None:
