@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 from collections.abc import Iterator
@@ -10,10 +11,20 @@ import pytest
 import torch
 
 from zeropipe.comm.group import SELF
+from zeropipe.comm.host.board import LINE, RING, Page, Place, own_page
 from zeropipe.comm.host.one_sided import OneSided
 from zeropipe.comm.host.reading import CUT, GONE, PUBLISHED, Memory, Peer, Word, circle_of
 
 TAG = 7
+
+
+def page() -> tuple[Page, Page]:
+    """As the rank has it that writes it, and as its peer has it."""
+    made, number = own_page()
+    try:
+        return made, Page(mmap.mmap(number, 0, prot=mmap.PROT_READ))
+    finally:
+        os.close(number)
 
 
 class Ends:
@@ -24,14 +35,14 @@ class Ends:
         here, there = socket.socketpair()
         for line in (here, there):
             line.setblocking(False)
-        self.peer, self.other = Peer(1, os.getpid(), here), Peer(0, os.getpid(), there)
+        (mine, mine_read), (theirs, theirs_read) = page(), page()
+        self.peer = Peer(1, os.getpid(), here, theirs_read, mine.take(1, LINE), 0)
+        self.other = Peer(0, os.getpid(), there, mine_read, theirs.take(0, LINE), 1)
         self.host._peers = {1: self.peer}
         self.host._memory = Memory()
 
     def run(self) -> None:
-        self.host.listen(self.peer)
-        while self.host._ready:
-            self.host._ready.popleft().run()
+        self.host.progress()
 
 
 @pytest.fixture
@@ -75,3 +86,64 @@ def test_what_was_read_of_a_process_that_is_gone_is_no_value(ends: Ends, gone: b
         ends.run()
         reading.wait()
         assert torch.equal(wanted, sent)
+
+
+def test_a_line_without_room_keeps_words_in_their_order(ends: Ends) -> None:
+    """More than it has room for, several times over, and heard in parts."""
+    said, heard = range(3 * RING * 4 + 7), []
+    for number in said:
+        ends.other.tell(Word(PUBLISHED, number=number))
+    assert ends.other.is_full
+    while ends.peer.has_news:
+        heard += [word.number for word in ends.peer.hear()]
+        ends.other.flush()
+    assert not ends.other.is_full
+    assert heard == list(said)
+
+
+# Places: what one rank says in one talk.
+
+
+def test_a_word_is_heard_of_this_epoch_and_of_the_last() -> None:
+    """A rank that parts goes on at once; who has not come to the difference still finds the words before it."""
+    written, read = page()
+    place, word = written.take(5, 2), lambda text: text.encode().ljust(192)
+    for epoch in range(3):
+        for index in range(RING // 2 - 3):
+            assert (place.word(epoch, index) is None) and place.said(epoch) == index
+            place.say(word(f"{epoch} {index}"))
+        found = read.find(5, 2)
+        assert found is not None
+        for past in (epoch - 1, epoch):
+            if past >= 0:
+                assert all(
+                    found.word(past, index) == word(f"{past} {index}") for index in range(RING // 2 - 3)
+                )
+        assert found.word(epoch + 1, 0) is None  # that nobody has begun
+        assert not found.has_read(epoch, 1) and found.has_read(epoch, 0)
+        place.part()
+        assert found.has_read(epoch, 10**6)  # what was to be read before the ranks parted is given up
+        assert found.said(epoch) == 0
+
+
+def test_talks_have_places_of_their_own_and_are_found_by_who_reads() -> None:
+    written, read = page()
+    assert read.find(1, 0) is None
+    places = {key: written.take(*key) for key in [(1, 0), (1, 1), (2**64 - 1, 0), (3, LINE)]}
+    for count, place in enumerate(places.values()):
+        for _ in range(count):
+            place.say(b"x" * 192)
+    for count, key in enumerate(places):
+        found = read.find(*key)
+        assert isinstance(found, Place) and found.said(0) == count
+        assert written.take(*key) is places[key]
+    assert read.find(4, 0) is None
+
+
+def test_who_reads_a_page_cannot_write_it() -> None:
+    written, read = page()
+    written.take(1, 0)
+    found = read.find(1, 0)
+    assert found is not None
+    with pytest.raises(TypeError):
+        found.say(b"x" * 192)
