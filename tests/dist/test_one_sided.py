@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import random
@@ -24,7 +25,11 @@ from tests.helpers.data import gpt_batch
 from tests.helpers.models import TinyGPT, build
 from tests.helpers.pool import PerRank, Pools
 from tests.helpers.train import config, train
+from tests.helpers.zero3 import Stack, engine_of
+from zeropipe import zero
 from zeropipe.comm import collectives as comm
+from zeropipe.comm.agreement import meet
+from zeropipe.comm.collectives import expose
 from zeropipe.comm.group import new_group, world
 from zeropipe.comm.host.choosing import VARIABLE, choose_transport
 from zeropipe.comm.host.one_sided import LEAST, ONE_SIDED
@@ -33,17 +38,24 @@ from zeropipe.comm.record import record
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 
 SOON = 5.0  # s in which every rank has its error; its group waits for 1 s, and this machine is busy
-BY_MESSAGES = 2**62
 KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64]
 
 
 @contextmanager
-def least(nbytes: int) -> Iterator[None]:
-    before, ONE_SIDED.least = ONE_SIDED.least, nbytes
-    try:
+def by_messages() -> Iterator[None]:
+    """Words and tensors go by gloo, as between hosts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONE_SIDED, "least", 2**62)
+        patch.setattr(ONE_SIDED, "within", lambda group: False)
         yield
-    finally:
-        ONE_SIDED.least = before
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Who reads compares what it has read with what was published."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONE_SIDED, "checks", True)
+        yield
 
 
 def values(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -74,9 +86,8 @@ def everything(rank: int, size: int, numel: int, dtype: torch.dtype) -> list[tor
 
 def both_ways(rank: int, size: int, numel: int, dtype: torch.dtype) -> bool:
     assert ONE_SIDED.within(world())
-    with least(1):
-        found = everything(rank, size, numel, dtype)
-    with least(BY_MESSAGES):
+    found = everything(rank, size, numel, dtype)
+    with by_messages():
         expected = everything(rank, size, numel, dtype)
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -89,13 +100,9 @@ def test_the_bits_are_those_of_messages(pool: Pools, size: int, dtype: torch.dty
         assert all(pool(size).run(both_ways, numel, dtype))
 
 
-def trained(rank: int, size: int, stage: int, nbytes: int) -> dict[str, Any]:
-    ONE_SIDED.checks = True
-    try:
-        with least(nbytes):
-            return train(rank, size, partial(build, TinyGPT), gpt_batch, config(stage, size, gas=2), 3)
-    finally:
-        ONE_SIDED.checks = False
+def trained(rank: int, size: int, stage: int, way: Any) -> dict[str, Any]:
+    with way():
+        return train(rank, size, partial(build, TinyGPT), gpt_batch, config(stage, size, gas=2), 3)
 
 
 # Who is found.
@@ -134,7 +141,9 @@ def test_a_rank_that_may_not_read_goes_by_messages_and_the_others_do_not(pool: P
     assert [o.value for o in outcomes] == [(False, [1], ""), (False, [0], ""), (False, [], "")], outcomes
 
 
-@pytest.mark.parametrize(("way", "near"), [("messages", []), ("native", []), ("one_sided", [1]), ("auto", [1]), ("", [])])
+@pytest.mark.parametrize(
+    ("way", "near"), [("messages", []), ("native", []), ("one_sided", [1]), ("auto", [1]), ("", [1])]
+)
 def test_the_variable_forces_one(pool: Pools, tmp_path: Any, way: str, near: list[int]) -> None:
     outcomes = pool(2).run_faulty(begin_anew, way, False, str(tmp_path))
     assert outcomes[0].value == (bool(near), near, ""), outcomes
@@ -189,7 +198,7 @@ def agreed(rank: int, size: int, way: str, folder: str) -> list[str]:
     return [event.label for event in events]
 
 
-@pytest.mark.parametrize(("way", "said"), [("", 0), ("messages", 0), ("native", 0), ("auto", 3)])
+@pytest.mark.parametrize(("way", "said"), [("", 3), ("messages", 0), ("native", 0), ("auto", 3)])
 def test_no_word_is_needed_where_nobody_asks_for_it(pool: Pools, tmp_path: Any, way: str, said: int) -> None:
     outcomes = pool(2).run_faulty(agreed, way, str(tmp_path))
     assert [o.value for o in outcomes] == [["transports"] * said] * 2, outcomes
@@ -205,24 +214,66 @@ def initialized(rank: int, size: int, way: str) -> str:
 
 
 def test_ranks_that_ask_for_different_ways_learn_it_from_initialize(pool: Pools) -> None:
+    outcomes = pool(2).run_faulty(initialized, PerRank(["", "messages"]))
+    assert all(f"{VARIABLE}: rank 1 has 'messages'" in o.value for o in outcomes), outcomes
+
+
+def test_unset_is_auto(pool: Pools) -> None:
     outcomes = pool(2).run_faulty(initialized, PerRank(["", "auto"]))
-    assert all(f"{VARIABLE}: rank 1 has 'auto'" in o.value for o in outcomes), outcomes
+    assert [o.value for o in outcomes] == ["", ""], outcomes
 
 
-def files_in_memory(rank: int, size: int) -> list[str]:
+def named_memory(rank: int, size: int) -> tuple[list[str], list[str]]:
+    """What this process has mapped or open that has a name in some file system in memory, and the shared memory that it
+    has without one."""
     assert both_ways(rank, size, 70_001, torch.float32)
+    exposed = expose(1000, torch.float32, world(), 1)
+    assert exposed is not None
     with open("/proc/self/maps") as maps:
-        mapped = [line.split()[-1] for line in maps if "/dev/shm" in line or "memfd" in line]
-    opened: list[str] = []
+        there = [line.split(maxsplit=5)[5].strip() for line in maps if "/dev/shm" in line or "memfd" in line]
+    named: list[str] = []
     for number in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # that of the listing itself is gone
-            opened.append(os.readlink(f"/proc/self/fd/{number}"))
-    return mapped + [name for name in opened if "/dev/shm" in name or "memfd" in name]
+            name = os.readlink(f"/proc/self/fd/{number}")
+            if "/dev/shm" in name or "memfd" in name:
+                there.append(name)
+                if os.stat(f"/proc/self/fd/{number}").st_nlink:
+                    named.append(name)
+    return named + [name for name in there if "/dev/shm" in name], there
 
 
 def test_there_is_no_file_that_a_kill_could_leave(pool: Pools) -> None:
-    """Nor one that a container's small /dev/shm could have no room for."""
-    assert pool(2).run(files_in_memory) == [[], []]
+    """Nor one that a container's small /dev/shm could have no room for: the memory of words and of masters is of no
+    file system that somebody has mounted, and is gone with those who have it mapped."""
+    for named, there in pool(2).run(named_memory):
+        assert named == []
+        assert set(there) == {"/memfd:zeropipe words (deleted)", "/memfd:zeropipe shards (deleted)"}
+
+
+def let_go_of(rank: int, size: int) -> list[int]:
+    """How often memory of masters is mapped: while an engine has it, and after that has gone."""
+
+    def mapped() -> int:
+        gc.collect()
+        with open("/proc/self/maps") as maps:
+            return sum("zeropipe shards" in line for line in maps)
+
+    counts = [mapped()]
+    for _ in range(2):
+        engine = engine_of(Stack(2), 3, size)
+        counts.append(mapped())
+        engine.destroy()
+        zero.unshard_module(engine.module)
+        del engine
+        counts.append(mapped())
+    return counts
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_memory_that_masters_lay_in_goes_with_the_engine(pool: Pools, size: int) -> None:
+    for before, here, after, again, end in pool(size).run(let_go_of):
+        assert here - before == again - after == size
+        assert after == end == before
 
 
 def forked(rank: int, size: int) -> bool:
@@ -245,7 +296,6 @@ def test_a_forked_child_takes_no_part(pool: Pools) -> None:
 def change_too_soon(rank: int, size: int) -> str:
     g, tensor = world(), torch.ones(100_000)
     ONE_SIDED.checks = True
-    ONE_SIDED.least = 1
     try:
         if rank == 0:
             work = comm.send(tensor, 1, g, async_op=True)
@@ -269,19 +319,14 @@ def test_values_that_change_before_they_are_read_are_found(pool: Pools) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_no_stage_writes_what_others_still_read(pool: Pools, stage: int) -> None:
     for size in (2, 3):
-        found = pool(size).run(trained, stage, 1)
-        expected = pool(size).run(trained, stage, BY_MESSAGES)
+        found = pool(size).run(trained, stage, checked)
+        expected = pool(size).run(trained, stage, by_messages)
         for one, other in zip(found, expected, strict=True):
             assert one["losses"] == other["losses"]
             assert all(torch.equal(one["weights"][n], other["weights"][n]) for n in other["weights"])
 
 
 def late_reader(rank: int, size: int) -> float:
-    with least(1):
-        return _late_reader(rank, size)
-
-
-def _late_reader(rank: int, size: int) -> float:
     """A send is over when it was read, and not before; a receive that is asked for is read whatever its rank does."""
     g, tensor = world(), torch.full((100_000,), float(rank))
     if rank == 0:
@@ -308,7 +353,6 @@ def full_line(rank: int, size: int) -> bool:
     """Rank 1 does not hear for a while, rank 0 says more than the line has room for, and then says nothing more."""
     g = new_group([1, 0], timedelta(seconds=5))  # in their order it would be the world
     assert g is not None
-    ONE_SIDED.least = 1
     peer, many, hears = ONE_SIDED.peer(g, 1 - g.rank, 1), 600, threading.Event()
     assert peer is not None
     if rank == 1:
@@ -338,7 +382,7 @@ def test_words_that_a_line_had_no_room_for_leave_as_soon_as_it_has(pool: Pools) 
 
 
 def without_grad(rank: int, size: int) -> float:
-    with least(1), torch.inference_mode():
+    with torch.inference_mode():
         tensor = torch.ones(5000)
         comm.all_reduce(tensor, world())
     return float(tensor.sum())
@@ -354,7 +398,6 @@ def wordless(rank: int, size: int) -> str:
     def fail(self: Memory, *args: int) -> None:
         raise MemoryError
 
-    ONE_SIDED.least = 1
     if rank == 1:
         Memory.read = fail  # type: ignore[method-assign]
     try:
@@ -370,20 +413,16 @@ def test_a_read_that_fails_without_a_text_is_no_value(pool: Pools) -> None:
     assert outcomes[0].value, outcomes
 
 
-def piped(rank: int, size: int, folder: str, nbytes: int) -> dict[str, Any]:
-    ONE_SIDED.checks = True
-    try:
-        with least(nbytes):
-            save(rank, size, folder, 2, 1, "1f1b", True)
-            return load(rank, size, folder, 2, 1, "1f1b", True)
-    finally:
-        ONE_SIDED.checks = False
+def piped(rank: int, size: int, folder: str, way: Any) -> dict[str, Any]:
+    with way():
+        save(rank, size, folder, 2, 1, "1f1b", True)
+        return load(rank, size, folder, 2, 1, "1f1b", True)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_pipelines_and_their_checkpoints(pool: Pools, tmp_path: Any, size: int) -> None:
-    found = pool(size).run(piped, str(tmp_path / "here"), 1, timeout=90)
-    expected = pool(size).run(piped, str(tmp_path / "there"), BY_MESSAGES, timeout=90)
+    found = pool(size).run(piped, str(tmp_path / "here"), checked, timeout=90)
+    expected = pool(size).run(piped, str(tmp_path / "there"), by_messages, timeout=90)
     for one, other in zip(found, expected, strict=True):
         assert one["losses"] == other["losses"]
         for kind in ("masters", "moments"):
@@ -410,7 +449,7 @@ def step_for_ever(rank: int, size: int, how: str, victim: int, delay: float, sta
     assert g is not None
     choose_transport(g)
     shard, whole = torch.ones(30_000), torch.ones(30_000 * size)
-    ONE_SIDED.least = 1
+    exposed = expose(30_000, torch.float32, g, 1) if stage else None
     if rank == victim:
         threading.Timer(delay, fail).start()
     try:
@@ -423,7 +462,13 @@ def step_for_ever(rank: int, size: int, how: str, victim: int, delay: float, sta
             works.append(comm.reduce_scatter(shard, whole, g, op="avg", async_op=True))
             for work in works:
                 work.wait()
-            if stage:
+            if exposed is not None:
+                meet("forward", g, channel=1)
+                exposed.talk.promise()
+                rows = whole.view(size, -1).unbind()
+                comm.read_exposed(rows, exposed.every, exposed.talk, label="shard", early=True)
+                exposed.before_write()
+                exposed.own.add_(1)
                 comm.all_reduce(whole, g)
     except CommunicationError as error:
         return f"told: {error}"

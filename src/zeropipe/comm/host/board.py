@@ -20,7 +20,7 @@ RING = 128  # words of one talk that a rank may be ahead of the slowest
 WORD_BYTES = 192
 _HEAD_BYTES = 128
 _PLACE_BYTES = _HEAD_BYTES + RING * WORD_BYTES
-_PLACES = 1024  # no memory before they are taken
+_PLACES = 2**14  # no memory before they are taken
 _PAGE_BYTES = _PLACES * _PLACE_BYTES
 _CIRCLE, _TAKEN, EPOCH, START, BEFORE, COUNT, HEARD, READ, STABLE = range(9)
 
