@@ -137,6 +137,20 @@ def test_nobody_else_can_open_them_and_the_last_rank_takes_them_away(tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_a_last_life_of_one_copy_leaves_nothing_of_those_before(tmp_path: Path) -> None:
+    """What they had made is kept until every rank has a copy of this life, and was left where that had only one."""
+    shelf, ranks = Shelf(tmp_path, 0), range(2)
+    shelf.open()
+    for token in ("a" * 12, "b" * 12):
+        for rank in ranks:
+            shelf.slot(token, rank, 0).begin(100)
+    shelf.end("a" * 12, 0, 2)  # the other one died at its end
+    for rank in ranks:
+        assert len(list(shelf.folder.iterdir())) > 4
+        shelf.end("b" * 12, rank, 2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_new_run_removes_what_is_provably_left_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,9 +129,9 @@ class Shelf:
             (self.folder / f"ended.{self._engine}.{token}.{rank}").touch(mode=0o600)
             ended = [path for path in self._files(_ENDED) if f".{token}." in path.name]
             if len(ended) >= ranks:
-                for path in [*self._files(_FILE), *ended]:
-                    if f".{token}." in path.name:
-                        _unlink(path)
+                # Those of lives before this one too, which may have been too short for ``keep_only``.
+                for path in [*self._files(_FILE), *self._files(_ENDED)]:
+                    _unlink(path)
                 _clear(self.folder, only_empty=True)
 
     def _files(self, pattern: re.Pattern[str]) -> list[Path]:
