@@ -31,10 +31,11 @@ from zeropipe.comm import collectives as comm
 from zeropipe.comm.agreement import meet
 from zeropipe.comm.collectives import expose
 from zeropipe.comm.group import new_group, world
+from zeropipe.comm.host.board import RING
 from zeropipe.comm.host.choosing import VARIABLE, choose_transport
 from zeropipe.comm.host.one_sided import LEAST, ONE_SIDED
 from zeropipe.comm.host.reading import Memory
-from zeropipe.comm.record import record
+from zeropipe.comm.record import SEAM, record
 from zeropipe.errors import CommunicationError, DesyncError, UsageError
 
 SOON = 5.0  # s in which every rank has its error; its group waits for 1 s, and this machine is busy
@@ -427,6 +428,48 @@ def test_pipelines_and_their_checkpoints(pool: Pools, tmp_path: Any, size: int) 
         assert one["losses"] == other["losses"]
         for kind in ("masters", "moments"):
             assert all(torch.equal(one[kind][name], other[kind][name]) for name in other[kind])
+
+
+# Waiting for who reads, and for who is behind.
+
+
+def wait_on_the_board(rank: int, size: int, way: str) -> tuple[str, str]:
+    """What rank 0 is told that waits for the others in vain, and what it is said to wait for meanwhile."""
+    g = new_group(list(reversed(range(size))), timedelta(seconds=1))  # in their order it would be the world
+    assert g is not None
+    exposed = expose(1000, torch.float32, g, 1)
+    assert exposed is not None
+    rows = torch.empty(size, 1000).unbind()
+    works = [
+        comm.read_exposed(rows, exposed.every, exposed.talk, label="layer 1", async_op=True)
+        for _ in range(1 + rank)
+    ]
+    works[0].wait()
+    if rank:
+        time.sleep(2.5)  # it wants to read once more, and does not
+        return "", ""
+    awaited: list[str] = []
+    threading.Timer(0.5, lambda: awaited.append(str(SEAM.awaited))).start()
+    try:
+        if way == "write":
+            comm.read_exposed(rows, exposed.every, exposed.talk, label="layer 1", async_op=True)
+            exposed.before_write()
+        for number in range(2 * RING):
+            exposed.talk.say(f"word {number}")
+    except CommunicationError as error:
+        return str(error), awaited[0]
+    return "", ""
+
+
+@pytest.mark.parametrize(("way", "what"), [("write", "a write to what others read"), ("words", "word 1")])
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_wait_on_the_board_names_itself(pool: Pools, size: int, way: str, what: str) -> None:
+    outcomes = pool(size).run_faulty(wait_on_the_board, way)
+    told, awaited = outcomes[0].value
+    assert awaited.startswith(f"[rank 0] {what}") and awaited.endswith(f"(with ranks {[*range(size)]})"), (
+        outcomes
+    )
+    assert told.startswith(f"{awaited} did not complete: Timed out waiting"), outcomes
 
 
 # Ranks that fail.

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Protocol
@@ -34,6 +35,7 @@ from zeropipe.comm.host.board import BEFORE, COUNT, EPOCH, HEARD, READ, RING, ST
 from zeropipe.comm.host.giving_up import give_up
 from zeropipe.comm.host.one_sided import ONE_SIDED
 from zeropipe.comm.host.reading import GONE, LATE, circle_of, naps
+from zeropipe.comm.record import Work
 from zeropipe.errors import DesyncError
 
 NOTE_BYTES = 8
@@ -114,10 +116,10 @@ class NearTalk:
         self, text: str, note: int = 0, patience: timedelta | None = None, relay: Relay | None = None
     ) -> NearWord:
         """Tell every member what is about to be done; ``relay`` begins when the words are found equal. Waits only for
-        one who is ``RING`` words behind."""
+        one who is ``RING`` words behind; raises CommunicationError where that takes too long."""
         word = NearWord(self, text, note, patience, relay, self._said)
         if not self._has_room():
-            self._wait(self._has_room, patience)
+            self._wait_by_name(text, self._has_room, patience)
         self._mine.say(word.said + note.to_bytes(NOTE_BYTES))
         self._said += 1
         self._unmet.append(word)
@@ -235,7 +237,7 @@ class NearTalk:
             )
 
         if said and not read():
-            self._wait(read, None)
+            self._wait_by_name("a write to what others read", read, None)
 
     def will_read(self, word: NearWord) -> None:
         """Others do not write to what is read by ``word`` before ``read`` is over."""
@@ -289,6 +291,12 @@ class NearTalk:
 
     # ---- waiting ----
 
+    def _wait_by_name(self, what: str, ready: Callable[[], bool], limit: timedelta | None) -> None:
+        """``_wait`` where no work is waited for. Raises CommunicationError that names ``what``."""
+        group = self.group
+        named = f"[rank {group.ranks[group.rank]}] {what} (with ranks {list(group.ranks)})"
+        Work(named).after(_Until(partial(self._wait, ready, limit))).wait()
+
     def _wait(self, ready: Callable[[], bool], limit: timedelta | None) -> None:
         """Return when ``ready``. Raises RuntimeError, with gloo's words, where a member has gone before, the group was
         cut, or ``limit`` (None: the group's) has passed."""
@@ -308,6 +316,17 @@ class NearTalk:
         if not ready():  # what was said last counts
             give_up(self.group, error)
             raise RuntimeError(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Until:
+    """What a work waits for in place of words."""
+
+    wait: Callable[[], None]
+
+    def meet(self) -> int:
+        self.wait()
+        return 0
 
 
 def near(group: Group) -> bool:
