@@ -70,7 +70,7 @@ def leave(
     # [4] Who goes away with an error has its last word in the sequence, which differs from any other: whoever comes to
     # that place hears it instead of waiting. It must outlive its sending, and who says it may not.
     talk = TALKS.of(group, channel)
-    word = talk.say(what)
+    word = talk.leave(what)
     SEAM.keep(word)
     if patience is not None:
         talk.hand_on(patience)
@@ -127,6 +127,10 @@ class Talk:
         word = Word(self, text, note, patience, relay)
         self._unmet.append(word)
         return word
+
+    def leave(self, text: str) -> Word:
+        """Say the last word of a rank that goes away with an error."""
+        return self.say(text)
 
     def meet(self, word: Word) -> int:
         """The lowest of the members' notes on ``word``, once it and all words before it are found equal."""

@@ -51,7 +51,7 @@ class Place:
         head[EPOCH] += 1
 
     def word(self, epoch: int, index: int) -> bytes | None:
-        """The word ``index`` of ``epoch``; None where it has not been said yet."""
+        """The word ``index`` of ``epoch``, which is this one's or the last; None where it has not been said yet."""
         head = self.head
         while True:
             now = head[EPOCH]
@@ -132,13 +132,13 @@ class Page:
 
     def find(self, circle: int, channel: int) -> Place | None:
         """Another rank's; None before it has taken one."""
-        while (circle, channel) not in self._places and self._looked < _PLACES:
-            place = Place(self._view, self._looked)
+        while (circle, channel) not in self._places and (at := self._looked) < _PLACES:
+            place = Place(self._view, at)
             taken = place.head[_TAKEN]
             if not taken:
                 return None
             self._places[place.head[_CIRCLE], taken - 1] = place
-            self._looked += 1
+            self._looked = at + 1  # two threads may be here, and find the same
         return self._places.get((circle, channel))
 
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,9 +100,11 @@ def read_exposed(
     ``all_gather`` of these does, with the same words. ``early``: those who have promised need not have come as far."""
     call = Call("all_gather", talk.group, label, async_op, channel=talk.channel, guarded=True, note=note)
     call.check(outputs[0]).enter(sum([output.nbytes for output in outputs]))
-    word = talk.say(label, note)
-    talk.will_read(word)
-    return Work(call).after(_Read(talk, word, early, list(outputs), list(sources))).under(call)
+    word = talk.say(label, note, copy=partial(torch._foreach_copy_, list(outputs), list(sources)))
+    work = Work(call).after(_Read(talk, word, early)).under(call)
+    if not async_op:
+        talk.drain()  # who has waited for it may write to what it exposes, by hand
+    return work
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,11 +114,6 @@ class _Read:
     talk: NearTalk
     word: NearWord
     early: bool
-    outputs: list[torch.Tensor]
-    sources: list[torch.Tensor]
 
     def meet(self) -> int:
-        return self.talk.read(self.word, self.early, self._copy)
-
-    def _copy(self) -> None:
-        torch._foreach_copy_(self.outputs, self.sources)
+        return self.talk.read(self.word, self.early)

@@ -16,16 +16,18 @@ have promised not to write to what they expose (``promise``, right after they ha
 [2] Who wants to write withdraws, and waits until all have read whatever goes by the words that it has said itself
     (``drain``). Who is further waits for this rank by [1], so everybody has read all that is before the write.
 [3] Without a promise a read waits until all have come to its word: the order of messages.
+    Whoever waits has read what he may: others wait for that, to write as well or without him.
 [4] So nobody waits for a rank that waits for it: by [2] the writer has said its words and has nothing more to give, by
     [1] and [3] the reader waits for a word, which the owner says at the latest when it has written.
+[5] Words are compared once all have said theirs. So where they differ all come to that word, and are never further than
+    one such parting apart. Who has parted waits for no reader of before: that one sees it, and uses nothing.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Protocol
@@ -35,8 +37,8 @@ from zeropipe.comm.host.board import BEFORE, COUNT, EPOCH, HEARD, READ, RING, ST
 from zeropipe.comm.host.giving_up import give_up
 from zeropipe.comm.host.one_sided import ONE_SIDED
 from zeropipe.comm.host.reading import GONE, LATE, circle_of, naps
-from zeropipe.comm.record import Work
-from zeropipe.errors import DesyncError
+from zeropipe.comm.record import SEAM, did_not_complete
+from zeropipe.errors import CommunicationError, DesyncError
 
 NOTE_BYTES = 8
 TEXT_BYTES = WORD_BYTES - NOTE_BYTES  # of a label its end, which tells layers apart
@@ -72,7 +74,7 @@ class Relay(Protocol):
 class NearWord:
     """One word of this rank, and those of the others to compare it with."""
 
-    __slots__ = ("index", "limit", "lowest_note", "note", "relay", "said", "talk", "text")
+    __slots__ = ("epoch", "index", "is_read", "limit", "lowest_note", "note", "relay", "said", "talk", "text")
 
     def __init__(
         self,
@@ -81,11 +83,13 @@ class NearWord:
         note: int,
         patience: timedelta | None,
         relay: Relay | None,
-        index: int,
+        place: tuple[int, int],
     ) -> None:
-        self.talk, self.text, self.note = talk, text, note
-        self.limit, self.relay, self.index, self.said = patience, relay, index, packed(text)
+        self.talk, self.text, self.note, self.limit, self.relay = talk, text, note, patience, relay
+        self.epoch, self.index = place
+        self.said = packed(text)
         self.lowest_note: int | None = None  # once compared
+        self.is_read = False  # what goes by it
 
     def meet(self) -> int:
         return self.talk.meet(self)
@@ -108,29 +112,48 @@ class NearTalk:
         self._said = 0
         self._met = 0  # words up to the last that was waited for
         self._unmet: deque[NearWord] = deque()  # said here and not compared yet, oldest first
-        self._reads: deque[NearWord] = deque()  # reads that are not over, oldest first
+        self._reads: dict[NearWord, Callable[[], None]] = {}  # those that are not over, oldest first
+        self._untold: DesyncError | None = None  # found where it could not be raised
 
     # ---- words ----
 
     def say(
-        self, text: str, note: int = 0, patience: timedelta | None = None, relay: Relay | None = None
+        self,
+        text: str,
+        note: int = 0,
+        patience: timedelta | None = None,
+        relay: Relay | None = None,
+        copy: Callable[[], None] | None = None,
     ) -> NearWord:
         """Tell every member what is about to be done; ``relay`` begins when the words are found equal. Waits only for
-        one who is ``RING`` words behind; raises CommunicationError where that takes too long."""
-        word = NearWord(self, text, note, patience, relay, self._said)
+        one who is ``RING`` words behind.
+
+        ``copy``, out of what the others expose, is what ``read`` will do: before that none of them writes to it.
+        """
+        if self._untold is not None:
+            raise self._given_up(text)
         if not self._has_room():
-            self._wait_by_name(text, self._has_room, patience)
+            with self._waiting(f"room to say '{text}'"):
+                self._wait(self._makes_room, patience)
+        word = NearWord(self, text, note, patience, relay, (self.partings, self._said))
+        if copy is not None:
+            self._reads[word] = copy  # before it is said: nobody may take it for read in between
         self._mine.say(word.said + note.to_bytes(NOTE_BYTES))
         self._said += 1
         self._unmet.append(word)
         self._tell_read()
         return word
 
+    def leave(self, text: str) -> NearWord:
+        """Say the last word of a rank that goes away with an error."""
+        self._untold = None  # its own error says more
+        return self.say(text)
+
     def meet(self, word: NearWord) -> int:
         """The lowest of the members' notes on ``word``, once it and all words before it are found equal."""
         while word.lowest_note is None:
-            if not self._unmet:
-                raise DesyncError(f"'{word.text}' was given up: ranks had gone different ways before it")
+            if word.epoch != self.partings:
+                raise self._given_up(word.text)
             first = self._unmet[0]
             try:
                 if not self._compare(first):
@@ -141,7 +164,6 @@ class NearTalk:
                 for one in self._unmet:
                     if one.relay is not None:
                         one.relay.abort()
-                self._unmet.clear()
                 raise
             self._met = max(self._met, first.index + 1)
         return word.lowest_note
@@ -165,21 +187,24 @@ class NearTalk:
 
     def _compare(self, word: NearWord) -> bool:
         """Compare the oldest word with everybody's; False where somebody has not said it yet. Raises DesyncError."""
-        lowest = word.note
+        every: dict[int, bytes] = {}
         for member in self._peers:
             place = self._place(member)
             theirs = None if place is None else place.word(self.partings, word.index)
             if theirs is None:
                 return False
+            every[member] = theirs
+        for member, theirs in every.items():
             if theirs[:TEXT_BYTES] != word.said:
                 self._part()
                 raise parted(self.group, word.text, member, theirs[:TEXT_BYTES])
-            lowest = min(lowest, int.from_bytes(theirs[TEXT_BYTES:]))
         self._unmet.popleft()
         self._mine.head[HEARD] = word.index + 1
         if word.relay is not None:
             word.relay.begin()
-        word.lowest_note = lowest
+        word.lowest_note = min(
+            [word.note, *(int.from_bytes(theirs[TEXT_BYTES:]) for theirs in every.values())]
+        )
         return True
 
     def _part(self) -> None:
@@ -189,7 +214,21 @@ class NearTalk:
         self._said = self._met = 0
         self._unmet.clear()
         self._reads.clear()
+        self._untold = None
         self._mine.part()
+
+    def _given_up(self, text: str) -> DesyncError:
+        error, self._untold = self._untold, None
+        return error or DesyncError(f"'{text}' was given up: ranks had gone different ways before it")
+
+    def _makes_room(self) -> bool:
+        # Who is behind may wait for room, too: it has it once this rank has compared.
+        self._compare_said()
+        return self._has_room()
+
+    def _compare_said(self) -> None:
+        while self._unmet and self._compare(self._unmet[0]):
+            pass
 
     def _has_room(self) -> bool:
         """Whether the oldest word in the ring has been heard by all."""
@@ -227,58 +266,77 @@ class NearTalk:
         self._mine.head[STABLE] = 0
 
     def drain(self) -> None:
-        """Withdraw, and return when all others have read what goes by the words that this rank has said."""
+        """Withdraw, and return when all others have read what goes by the words that this rank has said.
+
+        Where those differ this rank is told by its next word: here it may be on its way to repair what went wrong.
+        """
         self.withdraw()
-        epoch, said = self.partings, self._said
+        if not self._said:
+            return
+        with self._waiting("others to read what is about to be written"):
+            try:
+                if self._unmet:
+                    self.meet(self._unmet[-1])
+                self._take_compared()
+            except DesyncError as error:
+                self._untold = error
+                return
+            if not self._is_read():
+                self._wait(self._is_read, None)
 
-        def read() -> bool:
-            return all(
-                place is not None and place.has_read(epoch, said) for place in map(self._place, self._peers)
-            )
+    def _is_read(self) -> bool:
+        places = map(self._place, self._peers)
+        return all(place is not None and place.has_read(self.partings, self._said) for place in places)
 
-        if said and not read():
-            self._wait_by_name("a write to what others read", read, None)
-
-    def will_read(self, word: NearWord) -> None:
-        """Others do not write to what is read by ``word`` before ``read`` is over."""
-        self._reads.append(word)
-        self._tell_read()
-
-    def read(self, word: NearWord, early: bool, copy: Callable[[], None]) -> int:
-        """``copy`` out of what the others expose; ``early``: whoever of them has promised need not have come to
-        ``word``. Returns the lowest note known."""
+    def read(self, word: NearWord, early: bool) -> int:
+        """Do what was to be done by ``word``; ``early``: whoever of the others has promised need not have come to it.
+        Returns the lowest note known."""
+        if word.is_read:  # in ``drain``
+            return self.meet(word)
+        if word not in self._reads:
+            raise self._given_up(word.text)
         try:
             if not early:
                 self.withdraw()
             promise = self._mine.head[STABLE]
             if promise and self._have_promised(promise):
-                copy()
+                self._reads[word]()
                 note = self._glance()
                 if note + _AHEAD < word.note:
-                    note = self.meet(
-                        word
-                    )  # so that gradients do not pile up which the others have not come to
+                    note = self.meet(word)  # else gradients pile up which the others have not come to
                 if self._have_promised(promise):
+                    word.is_read = True
                     return note
             note = self.meet(word)
-            copy()
+            self._take(word)
             return note
         finally:
-            with suppress(ValueError):
-                self._reads.remove(word)
+            self._reads.pop(word, None)
             self._tell_read()
+
+    def _take(self, word: NearWord) -> None:
+        """Read what goes by a word that all have said."""
+        self._reads[word]()
+        if any(self._places[member].head[EPOCH] != word.epoch for member in self._peers):
+            self.meet(self._unmet[-1])  # raises, by [5]
+        word.is_read = True
+        del self._reads[word]
+        self._tell_read()
+
+    def _take_compared(self) -> None:
+        for word in [word for word in self._reads if word.lowest_note is not None]:
+            self._take(word)
 
     def _have_promised(self, promise: int) -> bool:
         places = map(self._place, self._peers)
         return all(place is not None and place.head[STABLE] == promise for place in places)
 
     def _tell_read(self) -> None:
-        self._mine.head[READ] = self._reads[0].index if self._reads else self._said
+        self._mine.head[READ] = next(iter(self._reads)).index if self._reads else self._said
 
     def _glance(self) -> int:
         """Compare what has been said by now; the lowest of the others' last notes, 0 where they are behind."""
-        while self._unmet and self._compare(self._unmet[0]):
-            pass
+        self._compare_said()
         return min(map(self._last_note, self._peers))
 
     def _last_note(self, member: int) -> int:
@@ -291,11 +349,20 @@ class NearTalk:
 
     # ---- waiting ----
 
-    def _wait_by_name(self, what: str, ready: Callable[[], bool], limit: timedelta | None) -> None:
-        """``_wait`` where no work is waited for. Raises CommunicationError that names ``what``."""
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        """Raises CommunicationError where what is waited for in here cannot come."""
         group = self.group
-        named = f"[rank {group.ranks[group.rank]}] {what} (with ranks {list(group.ranks)})"
-        Work(named).after(_Until(partial(self._wait, ready, limit))).wait()
+        said = f"[rank {group.ranks[group.rank]}] {what} (with ranks {list(group.ranks)})"
+        before = SEAM.wait_for(said)
+        try:
+            yield
+        except (DesyncError, CommunicationError):
+            raise
+        except RuntimeError as error:
+            raise did_not_complete(said, error) from error
+        finally:
+            SEAM.wait_for(before)
 
     def _wait(self, ready: Callable[[], bool], limit: timedelta | None) -> None:
         """Return when ``ready``. Raises RuntimeError, with gloo's words, where a member has gone before, the group was
@@ -306,6 +373,7 @@ class NearTalk:
             if ready():
                 return
             ONE_SIDED.progress()  # others wait for what this rank has asked for
+            self._take_compared()
             error = ONE_SIDED.why_cut(self._circle)
             if not error and any(peer.gone for peer in self._peers.values()):
                 error = GONE
@@ -316,17 +384,6 @@ class NearTalk:
         if not ready():  # what was said last counts
             give_up(self.group, error)
             raise RuntimeError(error)
-
-
-@dataclass(frozen=True, slots=True)
-class _Until:
-    """What a work waits for in place of words."""
-
-    wait: Callable[[], None]
-
-    def meet(self) -> int:
-        self.wait()
-        return 0
 
 
 def near(group: Group) -> bool:

@@ -159,6 +159,8 @@ class Checkpoints:
         if self.group.imagined:
             return None
         self._settle()
+        if parts.sharded is not None:
+            parts.sharded.before_write()
         # [1] What can be read in place is: masters, moments, and what of the module no code takes part in.
         into = translate.local_state(parts, saving=False)
         if custom is not None:

@@ -123,6 +123,12 @@ class Peers:
         if talk is not None:
             talk.withdraw()
 
+    def drain(self) -> None:
+        """Return when nobody reads any more what this rank is about to write to shards."""
+        talk = TALKS.on_board(self.group, GATHER)
+        if talk is not None:
+            talk.drain()
+
     def tell(self, error: BaseException, where: str) -> None:
         """Tell the peers, who would wait for this rank, that it has raised; they may have, too."""
         if self._told or self.silent:

@@ -71,6 +71,7 @@ class OwnShard:
         self.dtype = dtype
         self.lay_out(self.name, self.group)
         away = self.kind is ZeroParamType.REMOTE  # what offload placed stays there
+        self.exposed, self.theirs = None, []
         self.source = self.source.to(self.source.device if away else device, dtype)
 
     def of(self, full: torch.Tensor) -> torch.Tensor:  # 1D, shard_numel

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from zeropipe.comm.collectives import expose
 from zeropipe.comm.group import Group
 from zeropipe.comm.leases import LEASES
 from zeropipe.config.schema_zero import ZeroOptimization
@@ -25,7 +26,7 @@ from zeropipe.runtime.zero.gather.whole import GatheredParameters
 from zeropipe.runtime.zero.hold.offload import Offload
 from zeropipe.runtime.zero.hold.reducer import Reducer
 from zeropipe.runtime.zero.marks import hide_external_parameters, leaf_modules
-from zeropipe.runtime.zero.param import Need, carry, is_trained
+from zeropipe.runtime.zero.param import GATHER, Need, carry, is_trained
 from zeropipe.runtime.zero.replication import Replication
 from zeropipe.streams import STREAMS
 from zeropipe.tensor.memory import FreedMemory
@@ -96,6 +97,10 @@ class ShardedModel:
         reducer.serve(conductor=self.coordinator)
         self.coordinator.reductions = reducer
 
+    def before_write(self) -> None:
+        """Shards are about to be written where they lie: return when no rank reads them any more."""
+        self.coordinator.peers.drain()
+
     def end_backward(self) -> None:
         """A whole backward is over."""
         self.coordinator.end_backward()
@@ -114,6 +119,9 @@ class ShardedModel:
         for shards in self.persistent:
             shards.stay(False)
             shards.release_if_idle()
+        for shards in self.shards:
+            if shards.own.exposed is not None:
+                shards.live_at(shards.source.clone(), None)
         if self._offload is not None:
             self._offload.close()
         LEASES.drop(self)
@@ -129,22 +137,32 @@ class ShardedModel:
                 pass
 
     def place(self, offload: Offload) -> None:
-        """Put the shards that no optimizer holds where the policy wants what gathers read."""
+        """Put the shards that no optimizer holds where the policy wants what gathers read, or where the ranks of one
+        host read each other's; collective."""
         self._offload = offload
         by_dtype: dict[torch.dtype, list[Shards]] = {}
         for shards in self.shards:
             kept = shards.own.master is not None or is_trained(shards.param)
-            if not kept and offload.is_remote(shards.full.device):
+            if not kept and (offload.is_remote(shards.full.device) or shards.full.device.type == "cpu"):
                 by_dtype.setdefault(shards.dtype, []).append(shards)
         # One place for all of a dtype: one pinned block, or one file, instead of one for each parameter.
         for dtype, members in by_dtype.items():
+            device = members[0].full.device
             layout = flat_shards(((s.name, (s.shard_numel,), "") for s in members), 1)
-            flat = offload.source(layout.numel, dtype, members[0].full.device)
+            if offload.is_remote(device):
+                exposed, flat = None, offload.source(layout.numel, dtype, device)
+            elif (exposed := expose(layout.numel, dtype, self.group, GATHER)) is not None:
+                flat = exposed.own
+            else:
+                continue
             for index, shards in enumerate(members):
-                piece = flat[slice(*layout.tensor_range(index))]
-                offload.copy(piece, shards.source, shards.full.device)
-                shards.live_at(piece, None, offload.let_go, offload.read_ahead, remote=True)
-            STREAMS.of(members[0].full.device).host_turn()
+                room = slice(*layout.tensor_range(index))
+                offload.copy(flat[room], shards.source, device)
+                if exposed is None:
+                    shards.live_at(flat[room], None, offload.let_go, offload.read_ahead, remote=True)
+                else:
+                    shards.live_at(flat[room], None, exposed=(exposed, room))
+            STREAMS.of(device).host_turn()
 
     def _persist(self, zero: ZeroOptimization) -> list[Shards]:
         """Gather the small parameters once and for all, as far as the model's threshold allows."""

@@ -209,6 +209,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if self._progress.update is None and not self._decide(self._progress):
             return result
         assert self._progress.update is not None
+        for partition in self.partitions:
+            partition.values.before_write()
         self._progress.update.run()
         self.forget_step()
         if self.options.scaler is not None:

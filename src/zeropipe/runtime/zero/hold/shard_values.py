@@ -219,7 +219,7 @@ class ShardValues:
             STREAMS.of(self.device).host_turn()
 
     def take_edits(self, sure: bool = False) -> None:
-        self.before_write()  # this begins a step, and what is found is written
+        self.before_write()  # what is found is written
         # Only what stays gathered can have been written to; what a ``GatheredParameters`` holds is left to that.
         gathered = self._gathered()
         if self._blind:
@@ -293,9 +293,12 @@ class ShardValues:
             self._point()
 
     def move_master(self, move: Move) -> None:
-        self.before_write()
-        self.master.data, self._exposed = move(self.master.data), None
-        self._point()
+        before = self.master.data
+        moved = move(before)
+        if moved is not before:
+            self.before_write()
+            self.master.data, self._exposed = moved, None
+            self._point()
 
     def _point(self) -> None:
         """Let gathers read where the masters, or their copies, lie now."""
