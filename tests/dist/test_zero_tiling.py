@@ -63,7 +63,7 @@ def _train(
     def watched(self: Shards) -> None:
         nonlocal peak
         finish(self)
-        peak = max(peak, sum(s.numel for s in shards if s.status is not ZeroParamStatus.NOT_AVAILABLE))
+        peak = max(peak, sum(s.numel for s in shards if s.state.status is not ZeroParamStatus.NOT_AVAILABLE))
 
     Shards.finish_gather = watched  # type: ignore[method-assign]
     try:

@@ -229,21 +229,30 @@ class Talks:
     """The talks of this process. Process groups belong to the process, and so does this."""
 
     def __init__(self) -> None:
-        # By ranks, channel, which process group of these ranks, and whether they talk on a board.
-        self._talks: dict[tuple[tuple[int, ...], int, object, bool], Talk | NearTalk] = {}
+        # By ranks, channel, and which process group of these ranks.
+        self._talks: dict[tuple[tuple[int, ...], int, object], Talk] = {}
+        self._near: dict[tuple[tuple[int, ...], int, object], NearTalk] = {}  # of those that share a host
 
     def of(self, group: Group, channel: int) -> Talk | NearTalk:
         """The one talk of this process group on ``channel``, whoever asks."""
+        talk = self.on_board(group, channel)
+        if talk is not None:
+            return talk
         group = group.speaking or group
-        key = group.ranks, channel, group.started, near(group)
+        key = group.ranks, channel, group.started
         if key not in self._talks:
-            self._talks[key] = (NearTalk if key[-1] else Talk)(group, channel)
+            self._talks[key] = Talk(group, channel)
         return self._talks[key]
 
     def on_board(self, group: Group, channel: int) -> NearTalk | None:
-        """The same, where the members share a host."""
-        talk = self.of(group, channel) if group.size > 1 and group.speaks else None
-        return talk if isinstance(talk, NearTalk) else None
+        """The same, where the members share a host; None where they do not."""
+        speaking = group.speaking
+        if speaking is None or group.size == 1 or not near(speaking):
+            return None
+        key = speaking.ranks, channel, speaking.started
+        if key not in self._near:
+            self._near[key] = NearTalk(speaking, channel)
+        return self._near[key]
 
 
 TALKS = Talks()

@@ -48,7 +48,7 @@ def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor``, whose memory nobody has written to yet: on a host in pages of 2 MiB, where the system gives them to
     who asks (Linux's transparent huge pages)."""
     # A tenth of the time of who reads it from another process, who looks up each page, and some of everybody's else.
-    first = -(-tensor.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
+    first = tensor.data_ptr() + (_LARGE_PAGE - tensor.data_ptr() % _LARGE_PAGE) % _LARGE_PAGE
     nbytes = (tensor.data_ptr() + tensor.nbytes - first) // _LARGE_PAGE * _LARGE_PAGE
     if tensor.device.type == "cpu" and nbytes > 0:
         with suppress(OSError, TypeError, AttributeError):

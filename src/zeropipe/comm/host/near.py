@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol
 
 from zeropipe.comm.group import Group
@@ -46,6 +46,7 @@ _AHEAD = 2  # reductions that a rank may have started before the slowest, when i
 _NO_LIMIT = 1e9  # s
 
 
+@lru_cache(maxsize=2**12)
 def packed(text: str) -> bytes:
     return text.encode()[-TEXT_BYTES:].ljust(TEXT_BYTES)
 
@@ -93,6 +94,10 @@ class NearWord:
 
     def meet(self) -> int:
         return self.talk.meet(self)
+
+    def be_met(self, limit: timedelta) -> None:
+        """From now on whoever waits for it waits for so long."""
+        self.limit = limit
 
 
 class NearTalk:
@@ -174,7 +179,7 @@ class NearTalk:
         if last is None:
             return
         for word in self._unmet:
-            word.limit = patience
+            word.be_met(patience)
         with suppress(Exception):
             self.meet(last)
 

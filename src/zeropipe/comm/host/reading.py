@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Protocol
 from zlib import crc32
@@ -46,7 +47,11 @@ class Word:
 
 def circle_of(group: Group) -> int:
     """A number of ``group``, the same on all members and no other's; what is kept of it outlives its process group."""
-    name = "" if group.pg is None else str(group.pg.group_name)
+    return _number_of("" if group.pg is None else str(group.pg.group_name))
+
+
+@lru_cache(maxsize=2**12)
+def _number_of(name: str) -> int:
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
 
 
@@ -255,6 +260,7 @@ class Peer:
     wanted: dict[Key, deque[Reading]] = field(default_factory=dict)
     arrived: dict[Key, deque[Source]] = field(default_factory=dict)
     _count: int = 0
+    _place: Place | None = None  # where it says its words to this rank, once it is there
     _unsaid: deque[bytes] = field(default_factory=deque)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -326,7 +332,9 @@ class Peer:
         return self.gone
 
     def _theirs(self) -> Place | None:
-        return self.page.find(self.me, LINE)
+        if self._place is None:
+            self._place = self.page.find(self.me, LINE)
+        return self._place
 
 
 def crc_of(tensor: torch.Tensor, before: int = 0) -> int:

@@ -238,7 +238,7 @@ def show_loaded_shards(parts: Parts) -> None:
     held = _held(parts)
     for param in parts.module.parameters():
         shards = shards_of(param)
-        if shards is not None and id(param) not in held and shards.status is ZeroParamStatus.AVAILABLE:
+        if shards is not None and id(param) not in held and shards.state.status is ZeroParamStatus.AVAILABLE:
             settled = shards.settled().view(-1)
             shards.renewed()[: settled.numel()].copy_(settled)
 

@@ -95,7 +95,7 @@ def _row(name: str, param: torch.nn.Parameter) -> ParameterRow:
     here = shards.source.nbytes + shards.full.untyped_storage().nbytes()
     whole, spare = shards.numel * shards.full.element_size(), shards.layout.padding
     layout = f"{shards.layout.num_shards} x {shards.shard_numel}" + (f" (pad {spare})" if spare else "")
-    cut = shards.own.kind, shards.status, layout, shards.group.ranks, shards.persist
+    cut = shards.own.kind, shards.state.status, layout, shards.group.ranks, shards.persist
     return ParameterRow(name, tuple(shards.shape), shards.dtype, shards.numel, here, whole, trained, *cut)
 
 

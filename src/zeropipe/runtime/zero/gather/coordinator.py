@@ -11,26 +11,23 @@ comes after such a meeting, so that every peer is on its way to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from zeropipe.comm.agreement import TALKS, leave_all, meet
+from zeropipe.comm.agreement import meet
 from zeropipe.comm.group import Group
-from zeropipe.errors import CommunicationError, DesyncError, UsageError
+from zeropipe.errors import UsageError
 from zeropipe.runtime.zero.gather.edits import join
 from zeropipe.runtime.zero.gather.fetch_plan import Budget, Phase, Recorder, Step, Visit
 from zeropipe.runtime.zero.gather.own_shard import start_gathers
 from zeropipe.runtime.zero.gather.shards import Hold, Shards, begin_uses, end_uses
 from zeropipe.runtime.zero.param import GATHER, State
+from zeropipe.runtime.zero.peers import Peers
 
-# For peers to come to where this rank raised an error, so that it can hand on what they will then wait for.
-PATIENCE = timedelta(seconds=30)
 # Elements that backward used without a gather in which ranks hear of each other.
 REDUCTIONS_COMPARED_EVERY = 2**21
 
@@ -77,69 +74,6 @@ class Reductions(Protocol):
     @property
     def progress(self) -> int: ...
     def reached_by_all(self, progress: int) -> None: ...
-
-
-class Peers:
-    """The ranks that run the same model, and what this one has told them."""
-
-    def __init__(self, group: Group, everyone: Group) -> None:
-        self.group = group
-        self.circles = [group] if everyone == group else [group, everyone]
-        self.silent = 0  # contexts in which they need not agree on what they run
-        self._told: list[Callable[[], int]] = []  # an error told to the peers: whether they have the same
-        self._parted = False  # the last meeting ended in an error, of which everyone knows
-
-    @contextmanager
-    def silence(self) -> Iterator[None]:
-        """While every parameter is held whole, ranks need not agree on what they run."""
-        self.silent += 1
-        try:
-            yield
-        finally:
-            self.silent -= 1
-
-    def meet(self, what: str, note: int) -> int:
-        """Go on when every rank is about to do ``what``; returns the lowest note. DesyncError when one is not."""
-        told, self._told, self._parted = self._told, [], False
-        for same in told:
-            same()
-        for circle in self.circles:
-            try:
-                note = min(note, meet(what, circle, channel=GATHER, note=note))
-            except DesyncError:
-                self._parted = circle is self.circles[-1]
-                raise
-        return note
-
-    def promise(self) -> None:
-        """All have met: until ``withdraw`` this rank writes to no shard, so that the others may read them at any
-        time."""
-        talk = None if self.silent else TALKS.on_board(self.group, GATHER)
-        if talk is not None:
-            talk.promise()
-
-    def withdraw(self) -> None:
-        talk = TALKS.on_board(self.group, GATHER)
-        if talk is not None:
-            talk.withdraw()
-
-    def drain(self) -> None:
-        """Return when nobody reads any more what this rank is about to write to shards."""
-        talk = TALKS.on_board(self.group, GATHER)
-        if talk is not None:
-            talk.drain()
-
-    def tell(self, error: BaseException, where: str) -> None:
-        """Tell the peers, who would wait for this rank, that it has raised; they may have, too."""
-        if self._told or self.silent:
-            return
-        # A DesyncError heard in a gather is known among those who share the shards, a broken gather as well (in two
-        # hops, only on one node); one heard in the last circle that met, in all.
-        met = self.circles if self._parted and isinstance(error, DesyncError) else self.circles[:1]
-        if isinstance(error, CommunicationError) and self.group.hops is not None:
-            met = []
-        said = f"{type(error).__name__} raised in {where}"
-        self._told = leave_all(said, error, self.circles, met, channel=GATHER, patience=PATIENCE)
 
 
 class Coordinator:

@@ -92,7 +92,7 @@ class ShardedParameter(torch.nn.Parameter):
 
     @property
     def ds_status(self) -> ZeroParamStatus:
-        return self._shards.status
+        return self._shards.state.status
 
     @property
     def ds_shape(self) -> torch.Size:

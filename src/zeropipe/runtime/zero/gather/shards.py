@@ -24,7 +24,7 @@ from zeropipe.errors import UsageError
 from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.zero.gather.edits import OwnWrites
 from zeropipe.runtime.zero.gather.own_shard import Gather, OwnShard, Tell, start_gathers
-from zeropipe.runtime.zero.param import Need, State, ZeroParamStatus, check_transition
+from zeropipe.runtime.zero.param import Need, State, check_transition
 
 DATA: Any = torch.Tensor.data  # type: ignore[misc]  # what reads and sets it without telling anybody
 
@@ -113,7 +113,7 @@ class Shards:
         """Make ``full``, without memory, and show that nothing is here."""
         # Its views are made once: to make them for each gather would be half the work of a small layer.
         self.full = torch.empty(self.layout.padded_numel, dtype=self.dtype, device=device)
-        self.rows = self.full.view(self.group.size, self.shard_numel)  # by rank
+        self.rows = self.full.view(self.group.size, self.shard_numel)  # by rank; each of these:
         self.row_of = self.rows.unbind()
         self.own_elements = self.own.of(self.full)
         self._whole, self._nothing = self.full[: self.numel].view(self.shape), self.full.new_empty(0)
@@ -144,10 +144,6 @@ class Shards:
     @property
     def source(self) -> torch.Tensor:  # 1D, shard_numel
         return self.own.source
-
-    @property
-    def status(self) -> ZeroParamStatus:
-        return self.state.status
 
     @property
     def gathered(self) -> bool:
@@ -260,7 +256,7 @@ class Shards:
         if asked is not None and known is asked and value is not None:
             return value
         self.finish_gather()
-        whole = self.full[: self.numel].clone().view(self.shape) if self.gathered else self.settled()
+        whole = self._whole.clone() if self.gathered else self.settled()
         with suppress(TypeError):  # a plain dict cannot be told apart from a later one
             self._asked = (weakref.ref(asked), weakref.ref(whole))
         return whole

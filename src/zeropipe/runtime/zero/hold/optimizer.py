@@ -341,9 +341,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             for partition, apart in zip(self.partitions, state["apart"], strict=True):
                 partition.state.set_apart(apart)
         for partition, master in zip(self.partitions, state["fp32_masters"], strict=True):
-            partition.values.before_write()
-            partition.master.detach().copy_(master)
-            partition.values.publish()
+            partition.take_master(master)
         if self.options.scaler is not None and state["loss_scaler"] is not None:
             self.options.scaler.load_state_dict(state["loss_scaler"])
 
@@ -388,9 +386,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             else:
                 values = FlatValues(names, members, self._group, self.policy)
             moments = self.policy.state_dtype(values.dtype) if self._elementwise else None
-            partition = Partition(
-                names, members, index, values, self.offload, self.optimizer, self._flat, moments
-            )
+            home = self.offload, self.optimizer
+            partition = Partition(names, members, index, values, *home, self._flat, moments)
             partition.state.adopt()
             self.partitions.append(partition)
             masters += partition.stepped

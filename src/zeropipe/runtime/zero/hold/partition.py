@@ -109,6 +109,12 @@ class Partition:
             place.copy_(value.detach().reshape(-1)[piece.start : piece.start + piece.numel])
         self.offload.let_go(place)
 
+    def take_master(self, master: torch.Tensor) -> None:
+        """Let ``master`` (1D, as this one) be the values, on every rank, each of which calls this."""
+        self.values.before_write()
+        self.master.detach().copy_(master)
+        self.values.publish()
+
     def new_state(self, dtype: torch.dtype) -> torch.Tensor:
         """Zeros for one kind of optimizer state, as the master and where that lives."""
         dtype = self.kept_dtype(dtype)
