@@ -293,11 +293,8 @@ class ShardValues:
             self._point()
 
     def move_master(self, move: Move) -> None:
-        before = self.master.data
-        moved = move(before)
-        if moved is not before:
-            self.before_write()
-            self.master.data, self._exposed = moved, None
+        if self._exposed is None:  # else it is in host memory, and others read it there
+            self.master.data = move(self.master.data)
             self._point()
 
     def _point(self) -> None:
