@@ -187,9 +187,9 @@ def a_unit_computes_before_its_gather_has_arrived() -> Any:
 def the_end_of_a_gather_is_marked_before_its_copy() -> Any:
     begin = Gather.__init__
 
-    def marked_early(self: Gather, members: Any, note: int) -> None:
+    def marked_early(self: Gather, members: Any, *how: Any) -> None:
         early = STREAMS.of(members[0].full.device).mark()
-        begin(self, members, note)
+        begin(self, members, *how)
         self._filled = early
 
     return patch.object(Gather, "__init__", marked_early)
