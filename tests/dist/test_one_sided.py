@@ -33,6 +33,7 @@ from zeropipe.comm.collectives import expose
 from zeropipe.comm.group import new_group, world
 from zeropipe.comm.host.board import RING
 from zeropipe.comm.host.choosing import VARIABLE, choose_transport
+from zeropipe.comm.host.near import NearTalk
 from zeropipe.comm.host.one_sided import LEAST, ONE_SIDED
 from zeropipe.comm.host.reading import Memory
 from zeropipe.comm.record import SEAM, record
@@ -148,6 +149,46 @@ def test_a_rank_that_may_not_read_goes_by_messages_and_the_others_do_not(pool: P
 def test_the_variable_forces_one(pool: Pools, tmp_path: Any, way: str, near: list[int]) -> None:
     outcomes = pool(2).run_faulty(begin_anew, way, False, str(tmp_path))
     assert outcomes[0].value == (bool(near), near, ""), outcomes
+
+
+def mixed(rank: int, size: int, blind: bool, folder: str, way: Any, zero_config: dict[str, Any]) -> Any:
+    """Trains at stage 3 in a world of which only some share a memory; how many values were read in place."""
+    begin_anew(rank, size, "auto", blind, folder)
+    settings = config(3, size, gas=2, zero_optimization={"stage": 3, **zero_config})
+    with way(), record() as events, pytest.MonkeyPatch.context() as patch:
+        exposed: list[str] = []
+        found = NearTalk.read
+
+        def read(self: NearTalk, word: Any, early: bool) -> int:
+            exposed.append(word.text)
+            return found(self, word, early)
+
+        patch.setattr(NearTalk, "read", read)
+        trained = train(rank, size, partial(build, TinyGPT), gpt_batch, settings, 3)
+    assert any(event.op == "all_gather" for event in events)
+    return trained["losses"], trained["weights"], len(exposed)
+
+
+def test_a_world_of_several_hosts_trains_the_same_and_shards_inside_a_host_are_read_in_place(
+    pool: Pools, tmp_path: Any
+) -> None:
+    """Whoever may not read stands for a rank of another host: of four, two that share their memory and two that do not,
+    with shards among all, and among either two (MiCS)."""
+    nothing = {"stage3_param_persistence_threshold": 0}
+    for number, zero_config in enumerate([nothing, {**nothing, "mics_shard_size": 2}]):
+        results = []
+        for way in (checked, by_messages):
+            folder = tmp_path / f"{number} {way.__name__}"
+            folder.mkdir()
+            blind = PerRank([False, False, True, True])
+            outcomes = pool(4).run_faulty(mixed, blind, str(folder), way, zero_config)
+            results.append([outcome.value for outcome in outcomes])
+            assert all(outcome.kind == "result" for outcome in outcomes), outcomes
+        for found, expected in zip(*results, strict=True):
+            assert found[0] == expected[0]
+            assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
+        assert [bool(value[2]) for value in results[0]] == [bool(number), bool(number), False, False]
+        assert not any(value[2] for value in results[1])
 
 
 @pytest.mark.parametrize(

@@ -124,15 +124,19 @@ def _choose(group: Group, known: bool) -> None:
             "tensors go by messages between ranks %d and %d%s: on other hosts, or their memory may not be read",
             *(one, other, more),
         )
-    near = {group.ranks[m]: (*line, pages[m]) for m, line in lines.items()}
-    ONE_SIDED.meet(group, memory, near, whole)
+    ways = {group.ranks[m]: (*line, pages[m]) for m, line in lines.items()}
+    near = {
+        group.ranks[m]: frozenset(group.ranks[n] for n in (m, *found) if n == m or m in read[n])
+        for m, found in enumerate(read)
+    }
+    ONE_SIDED.meet(group, memory, ways, near)
 
 
 def _settle(group: Group, way: str) -> None:
     """Nobody reads anybody's memory."""
     if way == "native":
         carry_by(Native())
-    ONE_SIDED.meet(group, None, {}, False)
+    ONE_SIDED.meet(group, None, {}, {rank: frozenset([rank]) for rank in group.ranks})
 
 
 def _check(ways: list[str], group: Group) -> None:

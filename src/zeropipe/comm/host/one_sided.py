@@ -79,8 +79,9 @@ class OneSided:
         self._lock = threading.Lock()
         self._hears = threading.RLock()  # so that words are taken in in their order
         self._world: Callable[[], object] = lambda: None  # the one that this is about
-        # Ranks who know each other; whether all share a host.
-        self._met: list[tuple[frozenset[int], bool]] = []
+        # Of ranks who know each other: with whom each shares its memory, itself among them.
+        self._met: list[Mapping[int, frozenset[int]]] = []
+        self._within: dict[tuple[int, ...], bool] = {}  # what that says of groups that were asked for
         self._page: tuple[Page, int] | None = None  # where this rank says its words, and the descriptor
         self._broken: dict[int, str] = {}  # groups that were cut, and why
         self._ready: deque[Reading] = deque()
@@ -107,11 +108,18 @@ class OneSided:
 
     def met(self, group: Group) -> bool:
         """Whether all members have told each other what they can do; the same on all of them."""
-        return self._here and any(ranks.issuperset(group.ranks) for ranks, _ in self._met)
+        return self._here and any(met.keys() >= set(group.ranks) for met in self._met)
 
     def within(self, group: Group) -> bool:
         """Whether all members read each other's memory; the same on all of them."""
-        return self._here and any(whole and ranks.issuperset(group.ranks) for ranks, whole in self._met)
+        if not self._here:
+            return False
+        found = self._within.get(group.ranks)
+        if found is None:
+            ranks, nobody = group.ranks, frozenset[int]()
+            found = any(all(met.get(rank, nobody).issuperset(ranks) for rank in ranks) for met in self._met)
+            self._within[ranks] = found
+        return found
 
     def own_page(self) -> tuple[Page, int] | None:
         """Where this rank says its words, and the descriptor by which others map it; None where that cannot be."""
@@ -138,13 +146,14 @@ class OneSided:
         group: Group,
         memory: Memory | None,
         lines: Mapping[int, tuple[int, socket.socket, Page]],
-        whole: bool,
+        near: Mapping[int, frozenset[int]],
     ) -> None:
         """The members have told each other: ``lines`` has the process, the line and the page of each, by rank, with
-        whom this one shares its memory; ``whole``: all do."""
+        whom this one shares its memory; ``near`` says of every member whose it shares, and is the same on all."""
         self._be_here()
         self._memory = memory or self._memory
-        self._met.append((frozenset(group.ranks), whole))
+        self._met.append(near)
+        self._within.clear()
         for _, line, _ in lines.values():
             line.setblocking(False)
         # Another object: the thread may be going through this one. Who is known already keeps the line that he has.
