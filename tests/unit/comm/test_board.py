@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from zeropipe.comm.group import Group
 from zeropipe.comm.host import board, near
-from zeropipe.comm.host.board import Page, Place
+from zeropipe.comm.host.board import LINE, Line, Page, Place
 from zeropipe.comm.host.near import NearTalk, NearWord
 from zeropipe.errors import DesyncError
 
-CHANNEL, RING, ELEMENTS = 1, 4, 3
+CHANNEL, RING, ELEMENTS, PLACES = 1, 4, 3, 8
 
 
 class Stuck(Exception):
@@ -105,7 +105,7 @@ class World:
 
     def __init__(self, ranks: int, seed: int) -> None:
         self.baton = Baton(ranks, seed)
-        memories = [mmap.mmap(-1, board._PAGE_BYTES) for _ in range(ranks)]
+        memories = [mmap.mmap(-1, PLACES * board._PLACE_BYTES) for _ in range(ranks)]
         self.pages = [Page(memory) for memory in memories]
         seen = [Page(memory) for memory in memories]  # by the others
         self.peers = [SimpleNamespace(page=page, gone=False) for page in seen]
@@ -313,3 +313,45 @@ def test_who_reads_has_what_the_owner_had_at_the_same_word(
         differs = segment.leaver in every
         heard = {rank for rank, one in every.items() if number in one.told}
         assert heard == (set(every) - ({segment.leaver} if segment.leaves else set()) if differs else set())
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(0, 2**20))
+def test_a_line_loses_no_word(bursts: list[int], seed: int) -> None:
+    """Where it has no room the words wait at who says them (``Peer.tell``)."""
+    world = World(2, seed)
+    heard: list[bytes] = []
+    sent = [number.to_bytes(48) for number in range(sum(bursts))]
+    with world.shared(ring=1):  # four words of 48 bytes
+
+        def work(rank: int) -> None:
+            place, nap = world.pages[rank].take(1 - rank, LINE), world.baton.naps(0, lambda: None)
+            line, left = Line(place, 48), list(sent)
+            while (left if rank == 0 else len(heard) < len(sent)) and next(nap, True) is None:
+                theirs = world.peers[1 - rank].page.find(rank, LINE)
+                if rank == 0:
+                    while left and line.room(theirs) > 0:
+                        line.say(left.pop(0))
+                elif theirs is not None and line.has_news(theirs):
+                    found = line.hear(theirs)
+                    heard.extend(found[at : at + 48] for at in range(0, len(found), 48))
+
+        world.run(work)
+    assert heard == sent
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**20))
+def test_two_threads_find_all_places_of_a_page(seed: int) -> None:
+    world = World(2, seed)
+    with world.shared():
+
+        def work(thread: int) -> None:
+            for circle in range(6):
+                mine = world.pages[0].take(circle, CHANNEL) if thread == 0 else None
+                found = (world.peers[0].page.find(circle, CHANNEL) for _ in range(5000))
+                place = next((place for place in found if place is not None), None)
+                assert place is not None
+                assert mine is None or place.head._words == mine.head._words  # type: ignore[attr-defined]
+
+        world.run(work)

@@ -157,7 +157,7 @@ class NearTalk:
     def meet(self, word: NearWord) -> int:
         """The lowest of the members' notes on ``word``, once it and all words before it are found equal."""
         while word.lowest_note is None:
-            if word.epoch != self.partings:
+            if word.epoch != self.partings or not self._unmet:
                 raise self._given_up(word.text)
             first = self._unmet[0]
             try:

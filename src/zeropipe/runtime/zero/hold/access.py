@@ -53,8 +53,6 @@ class Trained:
         shard = self._shard(what)
         if shard is None:
             return None
-        if what is What.MASTER and not whole:
-            self.partition.values.before_write()  # as whoever gets it may
         part = self.partition.values.full(shard, self.index) if whole else self._local(shard)
         if what is What.GRADIENT:
             return part.float() / self.loss_scale()

@@ -219,7 +219,6 @@ class ShardValues:
             STREAMS.of(self.device).host_turn()
 
     def take_edits(self, sure: bool = False) -> None:
-        self.before_write()  # what is found is written
         # Only what stays gathered can have been written to; what a ``GatheredParameters`` holds is left to that.
         gathered = self._gathered()
         if self._blind:
