@@ -142,7 +142,7 @@ class ShardedModel:
         self._offload = offload
         by_dtype: dict[torch.dtype, list[Shards]] = {}
         for shards in self.shards:
-            kept = shards.own.master is not None or is_trained(shards.param)
+            kept = shards.own.master is not None or is_trained(shards.param) or shards.own.exposed is not None
             if not kept and (offload.is_remote(shards.full.device) or shards.full.device.type == "cpu"):
                 by_dtype.setdefault(shards.dtype, []).append(shards)
         # One place for all of a dtype: one pinned block, or one file, instead of one for each parameter.
