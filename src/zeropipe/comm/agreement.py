@@ -70,7 +70,7 @@ def leave(
     # [4] Who goes away with an error has its last word in the sequence, which differs from any other: whoever comes to
     # that place hears it instead of waiting. It must outlive its sending, and who says it may not.
     talk = TALKS.of(group, channel)
-    word = talk.leave(what)
+    word = talk.leave(what, patience)
     SEAM.keep(word)
     if patience is not None:
         talk.hand_on(patience)
@@ -128,8 +128,8 @@ class Talk:
         self._unmet.append(word)
         return word
 
-    def leave(self, text: str) -> Word:
-        """Say the last word of a rank that goes away with an error."""
+    def leave(self, text: str, patience: timedelta | None) -> Word:
+        """Say the last word of a rank that goes away with an error; never waits."""
         return self.say(text)
 
     def meet(self, word: Word) -> int:

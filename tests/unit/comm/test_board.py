@@ -274,7 +274,7 @@ def run_one(rank: Rank, program: list[Segment]) -> None:
             for at, op in enumerate(segment.ops):
                 if rank.rank == segment.leaver and at == segment.at:
                     if segment.leaves:
-                        left = rank.talk.leave(f"rank {rank.rank} raised at {number}, {at}")
+                        left = rank.talk.leave(f"rank {rank.rank} raised at {number}, {at}", None)
                         break
                     rank.talk.meet(rank.talk.say(f"something else at {number}, {at}"))
                 rank.do(op, (number, at))

@@ -149,10 +149,12 @@ class NearTalk:
         self._tell_read()
         return word
 
-    def leave(self, text: str) -> NearWord:
-        """Say the last word of a rank that goes away with an error."""
+    def leave(self, text: str, patience: timedelta | None) -> NearWord:
+        """Say the last word of a rank that goes away with an error. Waits, for so long, as ``say`` does."""
         self._untold = None  # its own error says more
-        return self.say(text)
+        word = self.say(text, patience=patience)
+        word.limit = None
+        return word
 
     def meet(self, word: NearWord) -> int:
         """The lowest of the members' notes on ``word``, once it and all words before it are found equal."""
