@@ -4,22 +4,23 @@
 
     rank 0 (has the values)                            rank 1 (wants them)
     publish   "tag, 4 MiB at 0x7f..."  ----------->    read   once it was asked for: from there to where it is wanted,
-              the values stay as they are                     or added to a sum, by the reader's thread
+              the values stay as they are                     or added to a sum
     wait      (drain)                  <-----------    "have read your number 12"
               they may be written again
 
-Nothing is copied in order to be sent, and there is no shared memory that could be too small or be left behind:
-``process_vm_readv`` reads any memory of a process of the same user. Words go on sockets that no file system knows and
-that the kernel closes with their process, so that a rank which is killed is noticed at once.
+Nothing is copied in order to be sent: ``process_vm_readv`` reads any memory of a process of the same user. Words are
+stored on the board (``board.py``). Beside it each pair has a socket that no file system knows: by it a rank is called,
+and the kernel closes it with its process, so that a rank which is killed is noticed at once.
 
 It keeps the contract of gloo's messages, so whoever sends and receives need not know of it: by pair, group and tag they
 match in order; a wait that takes too long raises, and ends what the group has under way, on all its members.
 
 [1] A rank may write what it has published once the peer has said that it has read it, and ``wait`` waits for that. So
     no step and no schedule has an order of its own to keep because of this transport.
-[2] What was asked for is read by the thread, whatever the rank itself waits for meanwhile. So a ``wait`` for a peer
-    ends as soon as that has asked for its part: what does not deadlock by messages does not deadlock here.
-[3] A word never waits for room, and a thread that reads never waits for a word: no rank waits but in ``wait``.
+[2] What was asked for and is there is read by whoever waits for anything (``progress``), and by a thread where a peer
+    that is about to sleep calls (``call``), whatever the rank itself does meanwhile. So a ``wait`` for a peer ends soon
+    after that has asked for its part: what does not deadlock by messages does not deadlock here.
+[3] A word never waits for room, and who reads never waits for a word: no rank waits but in ``wait``.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ _SOON = 5  # ms
 
 
 class OneSided:
-    """The ranks that read this one's memory, as this one theirs, and the thread that reads. Process groups belong to
-    the process, and so does this."""
+    """The ranks that read this one's memory, as this one theirs, and the thread that they call. Process groups belong
+    to the process, and so does this."""
 
     def __init__(self) -> None:
         self.least = LEAST
@@ -229,7 +230,8 @@ class OneSided:
         tag: int,
         use: Callable[[Sequence[Source]], None],
     ) -> Reading:
-        """Call ``use``, in the reader's thread, with what each of ``peers`` publishes next (``nbytes`` each)."""
+        """Call ``use``, in the thread that makes progress, with what each of ``peers`` publishes next (``nbytes``
+        each)."""
         reading, last = Reading(self, group, peers, nbytes, use), False
         key = reading.circle, tag
         with self._lock:
@@ -258,6 +260,7 @@ class OneSided:
             for rank in ranks:
                 if rank in self._peers:
                     self._peers[rank].tell(Word(CUT, circle=circle))
+                    self._peers[rank].call()
                     self._push(self._peers[rank])
             self._break(circle, why)
 
