@@ -29,7 +29,9 @@ test: $(STAMP) check  ## everything: lint, types, architecture, unit and multi-p
 	$(BIN)/python -m pytest tests/unit tests/architecture -m "process and not soak"
 	$(BIN)/python -m pytest tests -m "not soak" --ignore=tests/unit --ignore=tests/architecture $(ARGS)
 	ZEROPIPE_TRANSPORT=messages $(BIN)/python -m pytest tests/dist/test_comm_collectives.py \
-		tests/dist/test_comm_faults.py tests/dist/test_data_parallel.py tests/dist/test_zero_gather.py
+		tests/dist/test_comm_faults.py tests/dist/test_data_parallel.py tests/dist/test_zero_gather.py \
+		tests/dist/test_comm_agree.py tests/dist/test_meetings.py tests/dist/test_zero_two_hops.py \
+		tests/faults/test_zero3_divergence.py
 
 check: $(STAMP)  ## lint, types, architecture, pure unit tests: under a minute
 	$(BIN)/ruff check .
