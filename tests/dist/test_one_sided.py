@@ -23,7 +23,7 @@ import torch.distributed as dist
 from tests.dist.test_pipe_checkpoint import load, save
 from tests.helpers.data import gpt_batch
 from tests.helpers.models import TinyGPT, build
-from tests.helpers.pool import PerRank, Pools
+from tests.helpers.pool import PerRank, Pools, point
 from tests.helpers.train import config, train
 from tests.helpers.zero3 import Stack, engine_of
 from zeropipe import zero
@@ -290,6 +290,41 @@ def test_there_is_no_file_that_a_kill_could_leave(pool: Pools) -> None:
     for named, there in pool(2).run(named_memory):
         assert named == []
         assert set(there) == {"/memfd:zeropipe words (deleted)", "/memfd:zeropipe shards (deleted)"}
+
+
+LARGE = 2**26  # bytes
+
+
+def shared_memory() -> int:
+    """Bytes of this host's memory that is nobody's alone."""
+    with open("/proc/meminfo") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Shmem:"))
+
+
+def expose_much(rank: int, size: int) -> int:
+    before = shared_memory()
+    comm.barrier(world())
+    exposed = expose(LARGE // 4, torch.float32, world(), 1)
+    assert exposed is not None
+    exposed.own.fill_(1)
+    comm.barrier(world())
+    made = shared_memory() - before
+    comm.barrier(world())
+    point("exposed")
+    return made
+
+
+def test_no_memory_is_left_by_a_kill(pool: Pools) -> None:
+    before = shared_memory()
+    outcomes = pool(2).run_faulty(expose_much, kill={0: "exposed", 1: "exposed"})
+    assert [outcome.kind for outcome in outcomes] == ["died", "died"], outcomes
+    for made in pool(2).run(expose_much):
+        assert made > 1.5 * LARGE, "what is measured below"
+    pool(2).close()
+    end = time.monotonic() + SOON
+    while shared_memory() > before + LARGE // 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert shared_memory() < before + LARGE // 2
 
 
 def let_go_of(rank: int, size: int) -> list[int]:
