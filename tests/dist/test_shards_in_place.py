@@ -22,7 +22,7 @@ from zeropipe.comm.host.near import NearTalk
 from zeropipe.runtime.zero.gather.shards import shards_of
 from zeropipe.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, safe_set_full_fp32_param
 
-DELAY = 0.003  # s
+DELAY = 0.002  # s
 
 
 @contextmanager
@@ -108,10 +108,10 @@ def written(rank: int, world: int, late: int) -> Any:
     return found
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_a_write_changes_nothing_of_what_was_read_before(pool, world):
+@pytest.mark.parametrize(("world", "slowest"), [(2, (0, 1)), (3, (1,))])
+def test_a_write_changes_nothing_of_what_was_read_before(pool, world, slowest):
     reference = None
-    for late in (0, 1):
+    for late in slowest:
         for found in pool(world).run(written, late):
             reference = reference or found
             for expected, seen in zip(reference, found, strict=True):
