@@ -3,6 +3,10 @@
 It has no name and is no file of any mount (``memfd_create``), so that no container's small ``/dev/shm`` limits it and
 nothing is left of it when the last process that has mapped it has ended, however that ends. When it may be read and
 written ``near.py`` says.
+
+Who writes to it by hand (a master in ``optimizer.param_groups``) drains nothing. He need not after a step, a backward
+that reduces, a forward without gradients, and whatever gathers and returns: all ranks have read before, as all meet
+there, or drain in his place.
 """
 
 from __future__ import annotations
