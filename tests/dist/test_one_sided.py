@@ -548,6 +548,36 @@ def test_a_wait_on_the_board_names_itself(pool: Pools, size: int, way: str, what
     assert told.startswith(f"{awaited} did not complete: Timed out waiting"), outcomes
 
 
+def note_that_is_heard(rank: int, size: int) -> int | None:
+    """Rank 0 reads while the others have come to a meeting after that, which has a note of its own kind."""
+    g = world()
+    exposed = expose(1000, torch.float32, g, 1)
+    assert exposed is not None
+    talk, rows = exposed.talk, torch.empty(size, 1000).unbind()
+    meet("forward", g, channel=1)
+    talk.promise()
+    comm.barrier(g)
+    if rank == 0:
+        comm.barrier(g)
+    work = comm.read_exposed(
+        rows, exposed.every, talk, label="layer", note=2, early=True, async_op=True
+    )
+    work.wait()
+    end = talk.say("end of backward", 9)
+    if rank:
+        comm.barrier(g)
+    end.meet()
+    exposed.before_write()
+    return work.lowest_note
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_notes_of_meetings_are_none_of_reads(pool: Pools, size: int) -> None:
+    """A rank took "nothing was written", which others said at the end of backward, for the number of reductions that
+    they had started, and waited for one that they start after it."""
+    assert pool(size).run(note_that_is_heard)[0] in (0, 2)
+
+
 # Ranks that fail.
 
 ENDS = ["killed", "stopped", "raising", "slow"]

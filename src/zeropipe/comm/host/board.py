@@ -3,7 +3,7 @@
 Each rank has one *page*, which it alone writes and the others read. A *place* in it is its part of one talk (a group
 and a channel, ``near.py``), or what it says to one other rank about memory (``Line``)::
 
-    place    | circle, channel | epoch, start, before, count | heard | read | stable | words: a ring of RING |
+    place    | circle, channel | epoch, start, before, count | heard | read | stable | note | words: a ring |
 
 A word is written first, and then how many there are: who sees the count sees the word. Counts begin anew when ranks
 have parted (an *epoch*); ``start`` and ``before`` say where this epoch and the last one begin in the ring. That a store
@@ -22,7 +22,7 @@ _HEAD_BYTES = 128
 _PLACE_BYTES = _HEAD_BYTES + RING * WORD_BYTES
 _PLACES = 2**14  # no memory before they are taken
 _PAGE_BYTES = _PLACES * _PLACE_BYTES
-_CIRCLE, _TAKEN, EPOCH, START, BEFORE, COUNT, HEARD, READ, STABLE = range(9)
+_CIRCLE, _TAKEN, EPOCH, START, BEFORE, COUNT, HEARD, READ, STABLE, NOTE = range(10)
 
 
 def orders_stores() -> bool:
@@ -38,16 +38,18 @@ class Place:
         self.head = page[at : at + _HEAD_BYTES].cast("Q")  # whole words: a store of one is seen whole
         self.words = page[at + _HEAD_BYTES : at + _PLACE_BYTES]
 
-    def say(self, word: bytes) -> None:
+    def say(self, word: bytes, note: int = 0) -> None:
+        """``note``: what holds of this rank until it says the next word."""
         at = self.head[COUNT] % RING * WORD_BYTES
         self.words[at : at + WORD_BYTES] = word
+        self.head[NOTE] = note
         self.head[COUNT] += 1
 
     def part(self) -> None:
         """Begin an epoch."""
         head = self.head
         head[BEFORE], head[START] = head[START], head[COUNT]
-        head[HEARD] = head[READ] = head[STABLE] = 0
+        head[HEARD] = head[READ] = head[STABLE] = head[NOTE] = 0
         head[EPOCH] += 1
 
     def word(self, epoch: int, index: int) -> bytes | None:
@@ -65,10 +67,6 @@ class Place:
             word = None if at >= end else bytes(self.words[place : place + WORD_BYTES])
             if head[EPOCH] == now:  # else it has parted meanwhile
                 return word
-
-    def said(self, epoch: int) -> int:
-        """How many words of ``epoch`` it has said; of one that is over, none."""
-        return self.head[COUNT] - self.head[START] if self.head[EPOCH] == epoch else 0
 
     def has_read(self, epoch: int, count: int) -> bool:
         """Whether it has read all that goes by the first ``count`` words of ``epoch``."""

@@ -33,7 +33,19 @@ from functools import lru_cache, partial
 from typing import Protocol
 
 from zeropipe.comm.group import Group
-from zeropipe.comm.host.board import BEFORE, COUNT, EPOCH, HEARD, READ, RING, STABLE, START, WORD_BYTES, Place
+from zeropipe.comm.host.board import (
+    BEFORE,
+    COUNT,
+    EPOCH,
+    HEARD,
+    NOTE,
+    READ,
+    RING,
+    STABLE,
+    START,
+    WORD_BYTES,
+    Place,
+)
 from zeropipe.comm.host.giving_up import give_up
 from zeropipe.comm.host.one_sided import ONE_SIDED
 from zeropipe.comm.host.reading import GONE, LATE, circle_of, naps
@@ -143,7 +155,7 @@ class NearTalk:
         word = NearWord(self, text, note, patience, relay, (self.partings, self._said))
         if copy is not None:
             self._reads[word] = copy  # before it is said: nobody may take it for read in between
-        self._mine.say(word.said + note.to_bytes(NOTE_BYTES))
+        self._mine.say(word.said + note.to_bytes(NOTE_BYTES), 0 if copy is None else note)
         self._said += 1
         self._unmet.append(word)
         self._tell_read()
@@ -342,17 +354,16 @@ class NearTalk:
         self._mine.head[READ] = next(iter(self._reads)).index if self._reads else self._said
 
     def _glance(self) -> int:
-        """Compare what has been said by now; the lowest of the others' last notes, 0 where they are behind."""
+        """Compare what has been said by now; the lowest of the others' last notes on reads, 0 where they meet."""
         self._compare_said()
         return min(map(self._last_note, self._peers))
 
     def _last_note(self, member: int) -> int:
+        # Notes of meetings mean other things. And who has met says none before it reads again, so that this is of no
+        # word before the last that was met, after which counts may have begun anew.
         place = self._place(member)
-        last = 0 if place is None else place.said(self.partings)
-        if place is None or last <= self._met:
-            return 0
-        word = place.word(self.partings, last - 1)
-        return 0 if word is None else int.from_bytes(word[TEXT_BYTES:])
+        note = 0 if place is None else place.head[NOTE]
+        return note if place is not None and place.head[EPOCH] == self.partings else 0
 
     # ---- waiting ----
 
