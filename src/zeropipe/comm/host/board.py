@@ -68,6 +68,11 @@ class Place:
             if head[EPOCH] == now:  # else it has parted meanwhile
                 return word
 
+    def last_note(self, epoch: int) -> int:
+        """What it said with its last word; 0 where that is of another epoch."""
+        note = self.head[NOTE]
+        return note if self.head[EPOCH] == epoch else 0
+
     def has_read(self, epoch: int, count: int) -> bool:
         """Whether it has read all that goes by the first ``count`` words of ``epoch``."""
         now = self.head[EPOCH]

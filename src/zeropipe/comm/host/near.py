@@ -33,19 +33,7 @@ from functools import lru_cache, partial
 from typing import Protocol
 
 from zeropipe.comm.group import Group
-from zeropipe.comm.host.board import (
-    BEFORE,
-    COUNT,
-    EPOCH,
-    HEARD,
-    NOTE,
-    READ,
-    RING,
-    STABLE,
-    START,
-    WORD_BYTES,
-    Place,
-)
+from zeropipe.comm.host.board import BEFORE, COUNT, EPOCH, HEARD, READ, RING, STABLE, START, WORD_BYTES, Place
 from zeropipe.comm.host.giving_up import give_up
 from zeropipe.comm.host.one_sided import ONE_SIDED
 from zeropipe.comm.host.reading import GONE, LATE, circle_of, naps
@@ -356,14 +344,10 @@ class NearTalk:
     def _glance(self) -> int:
         """Compare what has been said by now; the lowest of the others' last notes on reads, 0 where they meet."""
         self._compare_said()
-        return min(map(self._last_note, self._peers))
-
-    def _last_note(self, member: int) -> int:
-        # Notes of meetings mean other things. And who has met says none before it reads again, so that this is of no
+        # Notes of meetings mean other things. And who has met says none before it reads again, so that none is of a
         # word before the last that was met, after which counts may have begun anew.
-        place = self._place(member)
-        note = 0 if place is None else place.head[NOTE]
-        return note if place is not None and place.head[EPOCH] == self.partings else 0
+        places = map(self._place, self._peers)
+        return min([0 if place is None else place.last_note(self.partings) for place in places])
 
     # ---- waiting ----
 
