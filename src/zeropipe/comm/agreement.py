@@ -33,7 +33,17 @@ import torch
 
 from zeropipe.comm.group import Group
 from zeropipe.comm.host.giving_up import give_up
-from zeropipe.comm.host.near import NOTE_BYTES, TEXT_BYTES, NearTalk, NearWord, Relay, near, packed, parted
+from zeropipe.comm.host.near import (
+    NOTE_BYTES,
+    TEXT_BYTES,
+    NearTalk,
+    NearWord,
+    Relay,
+    last_owed,
+    near,
+    packed,
+    parted,
+)
 from zeropipe.comm.messages import WORDS, peers, start, tag_of
 from zeropipe.comm.native import all_gather_object
 from zeropipe.comm.record import SEAM, Call, Work
@@ -159,14 +169,11 @@ class Talk:
         """What this rank owes in gathers that it has started, once every member has started them. Never raises."""
         # [5] A second hop is sent only when the first has arrived: by whatever this rank next waits for on the channel,
         # which compares the gather's word on its way. A rank that will wait for nothing more does it here.
-        last = next((word for word in reversed(self._unmet) if word.relay is not None), None)
-        if last is None:
-            return
-        for word in self._unmet:
-            word.limit = (patience,)
-        SEAM.keep(*self._unmet)
-        with suppress(Exception):
-            self.meet(last)
+        last = last_owed(self._unmet, patience)
+        if last is not None:
+            SEAM.keep(*self._unmet)
+            with suppress(Exception):
+                self.meet(last)
 
     def since_parting(self, label: str) -> str:
         """``label``, such that nothing under it meets what was sent before the members last went different ways: of a
@@ -183,7 +190,7 @@ class Word:
         self.talk = talk
         self.text = text
         self.relay = relay
-        self.limit = () if patience is None else (patience,)
+        self._limit = () if patience is None else (patience,)
         self.lowest_note: int | None = None  # once compared
         self._note = note
 
@@ -201,11 +208,14 @@ class Word:
     def meet(self) -> int:
         return self.talk.meet(self)
 
+    def be_met(self, limit: timedelta) -> None:
+        self._limit = (limit,)
+
     def compare(self) -> None:
         """Wait for this word of every member. Raises DesyncError for a peer that says another."""
         try:
             for handle in self._handles:
-                handle.wait(*self.limit)
+                handle.wait(*self._limit)
         except RuntimeError as error:
             give_up(self.talk.group, str(error))
             raise

@@ -16,8 +16,6 @@ from contextlib import contextmanager, suppress
 import torch
 
 _FREED_AT_ONCE = 8 * 2**20  # bytes freed before it is worth the walk through the heap
-_LARGE_PAGE = 2 * 2**20  # bytes
-_MADV_HUGEPAGE = 14
 
 
 class FreedMemory:
@@ -42,18 +40,6 @@ class FreedMemory:
         self._freed = 0
         if self._trim is not None:
             self._trim(ctypes.c_size_t(0))
-
-
-def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor``, whose memory nobody has written to yet: on a host in pages of 2 MiB, where the system gives them to
-    who asks (Linux's transparent huge pages)."""
-    # A tenth of the time of who reads it from another process, who looks up each page, and some of everybody's else.
-    first = tensor.data_ptr() + (_LARGE_PAGE - tensor.data_ptr() % _LARGE_PAGE) % _LARGE_PAGE
-    nbytes = (tensor.data_ptr() + tensor.nbytes - first) // _LARGE_PAGE * _LARGE_PAGE
-    if tensor.device.type == "cpu" and nbytes > 0:
-        with suppress(OSError, TypeError, AttributeError):
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(nbytes), _MADV_HUGEPAGE)
-    return tensor
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import mmap
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -86,6 +87,33 @@ def test_what_was_read_of_a_process_that_is_gone_is_no_value(ends: Ends, gone: b
         ends.run()
         reading.wait()
         assert torch.equal(wanted, sent)
+
+
+@pytest.mark.parametrize("moment", ["take", "listen", "has_ended"])
+def test_a_call_is_not_lost_to_who_reads_meanwhile(ends: Ends, moment: str) -> None:
+    """A rank that reads looks whether its peer has ended, and so may take what that calls with: then it hears what that
+    has called for, or nobody would, as this rank may compute for long after. Else the thread is called."""
+    first, second, sent = torch.zeros(10), torch.zeros(10), torch.ones(10)
+    readings = [ends.host.read(wanted, ends.peer, SELF, TAG) for wanted in (first, second)]
+    publish(ends, sent)
+    ends.host.listen(ends.peer)
+    owner = ends.peer if moment == "has_ended" else ends.host
+    plain = getattr(owner, moment)
+
+    def says_more(*args: object) -> object:
+        done = plain(*args)
+        setattr(owner, moment, plain)
+        publish(ends, sent)
+        ends.other.call()
+        return done
+
+    setattr(owner, moment, says_more)
+    ends.run()
+    with suppress(BlockingIOError):
+        if ends.peer.line.recv(1):
+            ends.run()
+    assert all(reading.is_completed() for reading in readings)
+    assert torch.equal(second, sent)
 
 
 def test_a_line_without_room_keeps_words_in_their_order(ends: Ends) -> None:

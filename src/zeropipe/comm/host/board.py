@@ -16,8 +16,9 @@ import mmap
 import os
 import platform
 
+from zeropipe.comm.host.words import WORD_BYTES
+
 RING = 128  # words of one talk that a rank may be ahead of the slowest
-WORD_BYTES = 192
 _HEAD_BYTES = 128
 _PLACE_BYTES = _HEAD_BYTES + RING * WORD_BYTES
 _PLACES = 2**14  # no memory before they are taken

@@ -29,47 +29,18 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import lru_cache, partial
-from typing import Protocol
+from functools import partial
 
 from zeropipe.comm.group import Group
-from zeropipe.comm.host.board import BEFORE, COUNT, EPOCH, HEARD, READ, RING, STABLE, START, WORD_BYTES, Place
+from zeropipe.comm.host.board import BEFORE, COUNT, EPOCH, HEARD, READ, RING, STABLE, START, Place
 from zeropipe.comm.host.giving_up import give_up
 from zeropipe.comm.host.one_sided import ONE_SIDED
-from zeropipe.comm.host.reading import GONE, LATE, circle_of, naps
+from zeropipe.comm.host.reading import GONE, LATE, circle_of, naps, seconds_of
+from zeropipe.comm.host.words import NOTE_BYTES, TEXT_BYTES, Relay, last_owed, packed, parted
 from zeropipe.comm.record import SEAM, did_not_complete
 from zeropipe.errors import CommunicationError, DesyncError
 
-NOTE_BYTES = 8
-TEXT_BYTES = WORD_BYTES - NOTE_BYTES  # of a label its end, which tells layers apart
 _AHEAD = 2  # reductions that a rank may have started before the slowest, when it reads without waiting
-_NO_LIMIT = 1e9  # s
-
-
-@lru_cache(maxsize=2**12)
-def packed(text: str) -> bytes:
-    return text.encode()[-TEXT_BYTES:].ljust(TEXT_BYTES)
-
-
-def parted(group: Group, mine: str, peer: int, theirs: bytes) -> DesyncError:
-    """The error where member ``peer`` says ``theirs`` and this rank ``mine``."""
-    other = theirs.decode(errors="replace").strip()
-    return DesyncError(
-        f"ranks went different ways: this one is at '{mine}', rank {group.ranks[peer]} is at '{other}'",
-        rank=group.ranks[group.rank],
-        expected="the same modules in the same order on every rank",
-        found=f"'{mine}' here and '{other}' there",
-        fix="make control flow equal on all ranks, or mark the module around both with "
-        "set_z3_leaf_modules so that it is gathered whole",
-    )
-
-
-class Relay(Protocol):
-    """What a member owes its peers once all have said the same word: the second hop of a gather."""
-
-    def begin(self) -> None: ...
-    def abort(self) -> None:
-        """Let the peers know that nothing will come."""
 
 
 class NearWord:
@@ -96,7 +67,6 @@ class NearWord:
         return self.talk.meet(self)
 
     def be_met(self, limit: timedelta) -> None:
-        """From now on whoever waits for it waits for so long."""
         self.limit = limit
 
 
@@ -177,13 +147,10 @@ class NearTalk:
 
     def hand_on(self, patience: timedelta) -> None:
         """What this rank owes in gathers that it has started, once every member has started them. Never raises."""
-        last = next((word for word in reversed(self._unmet) if word.relay is not None), None)
-        if last is None:
-            return
-        for word in self._unmet:
-            word.be_met(patience)
-        with suppress(Exception):
-            self.meet(last)
+        last = last_owed(self._unmet, patience)
+        if last is not None:
+            with suppress(Exception):
+                self.meet(last)
 
     def since_parting(self, label: str) -> str:
         """``label``, such that nothing under it meets what was sent before the members last went different ways."""
@@ -256,9 +223,7 @@ class NearTalk:
     def _place(self, member: int) -> Place | None:
         place = self._places.get(member)
         if place is None:
-            page = self._peers[member].page
-            assert page is not None
-            place = page.find(self._circle, self.channel)
+            place = self._peers[member].page.find(self._circle, self.channel)
             if place is not None:
                 self._places[member] = place
         return place
@@ -369,8 +334,7 @@ class NearTalk:
     def _wait(self, ready: Callable[[], bool], limit: timedelta | None) -> None:
         """Return when ``ready``. Raises RuntimeError, with gloo's words, where a member has gone before, the group was
         cut, or ``limit`` (None: the group's) has passed."""
-        limit = limit or self.group.timeout
-        seconds = _NO_LIMIT if limit is None else limit.total_seconds()
+        seconds = seconds_of(limit, self.group)
         for _ in naps(seconds, lambda: ONE_SIDED.call(self.group.ranks)):
             if ready():
                 return

@@ -244,7 +244,8 @@ class OneSided:
         if error:
             reading.end(error)
         elif last:
-            reading.run()
+            self._ready.append(reading)
+            self.progress()
         return reading
 
     def take(self, source: Source, to: torch.Tensor, first: int = 0) -> None:

@@ -117,8 +117,7 @@ class Transfer:
         if not self._over:
             self.host.progress()
         if not self._over:
-            limit = limit or self.group.timeout
-            seconds = _NO_LIMIT if limit is None else limit.total_seconds()
+            seconds = seconds_of(limit, self.group)
             for _ in naps(seconds, lambda: self.host.call(self.group.ranks)):
                 self.host.progress()
                 if self._over:
@@ -131,6 +130,12 @@ class Transfer:
 
     def is_completed(self) -> bool:
         return self._over
+
+
+def seconds_of(limit: timedelta | None, group: Group) -> float:
+    """Seconds that a member of ``group`` waits: ``limit``, None: the group's."""
+    limit = limit or group.timeout
+    return _NO_LIMIT if limit is None else limit.total_seconds()
 
 
 def naps(seconds: float, before: Callable[[], None]) -> Iterator[None]:
@@ -212,12 +217,13 @@ class Reading(Transfer):
                 self._read(self._use, sources)
             except Exception as reason:
                 error = str(reason) or type(reason).__name__
+        # The number of a process that has ended may be another's by now. Looked at before what was said: who calls has
+        # said before what he calls for, and this may take the call in place of the thread.
+        ended = [peer for peer in self._peers if peer.has_ended()]
         # A peer that gives up on this says so before it touches what it has published: then this hears it here.
         for peer in self._peers:
             self.host.listen(peer)
-        error = error or self.host.why_cut(self.circle)
-        if not error and any(peer.has_ended() for peer in self._peers):
-            error = GONE  # its number may be another process's by now
+        error = error or self.host.why_cut(self.circle) or (GONE if ended else "")
         if error:
             self.host.cut(self.circle, self.group.ranks, error)
         else:

@@ -24,7 +24,7 @@ from zeropipe.layout.flat import FlatShards, Piece, flat_shards
 from zeropipe.runtime.zero.hold.offload import Move
 from zeropipe.runtime.zero.hold.policy import Policy
 from zeropipe.streams import STREAMS
-from zeropipe.tensor.memory import in_large_pages, moving
+from zeropipe.tensor.memory import moving
 
 # Why 16 elements: a cache line of fp32. torch's fused CPU steps handle the last numel % 16 elements in a scalar loop
 # whose rounding differs by an ulp; a whole number of lines leaves no such rest, so that where the shards are cut
@@ -315,9 +315,7 @@ def take_edited(master: torch.Tensor, values: torch.Tensor) -> None:
 def _flatten(params: Sequence[torch.nn.Parameter], layout: FlatShards) -> torch.Tensor:
     """Move the parameters into one buffer."""
     with moving(params) as values:
-        flat = in_large_pages(
-            torch.empty(layout.padded_numel, dtype=params[0].dtype, device=params[0].device)
-        )
+        flat = torch.empty(layout.padded_numel, dtype=params[0].dtype, device=params[0].device)
         flat[layout.numel :].zero_()
         for index, (param, value) in enumerate(zip(params, values, strict=True)):
             view = flat[slice(*layout.tensor_range(index))].view(value.shape)
