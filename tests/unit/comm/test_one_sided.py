@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -87,6 +88,28 @@ def test_what_was_read_of_a_process_that_is_gone_is_no_value(ends: Ends, gone: b
         ends.run()
         reading.wait()
         assert torch.equal(wanted, sent)
+
+
+def test_an_interrupt_in_the_middle_of_a_read_is_raised_and_told(ends: Ends) -> None:
+    wanted, sent = torch.zeros(10), torch.ones(10)
+    reading = ends.host.read(wanted, ends.peer, SELF, TAG)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ends.host.take = interrupt  # type: ignore[method-assign]
+    publish(ends, sent)
+    ends.host.cut = partial(_tell, ends)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        ends.run()
+    assert [word.said for word in ends.other.hear()] == [CUT]
+    with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
+        reading.wait()
+
+
+def _tell(ends: Ends, circle: int, ranks: object, why: str) -> None:
+    """``cut`` of a group of both, which ``SELF`` is not."""
+    OneSided.cut(ends.host, circle, (0, 1), why)
 
 
 @pytest.mark.parametrize("moment", ["take", "listen", "has_ended"])

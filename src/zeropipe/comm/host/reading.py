@@ -210,13 +210,15 @@ class Reading(Transfer):
     def run(self) -> None:
         """Read, and say so."""
         error, sources = "", [self._sources[peer.of_world] for peer in self._peers]
+        interrupt: BaseException | None = None
         with self._running:
             if self._use is None:
                 return
             try:
                 self._read(self._use, sources)
-            except Exception as reason:
+            except BaseException as reason:
                 error = str(reason) or type(reason).__name__
+                interrupt = None if isinstance(reason, Exception) else reason
         # The number of a process that has ended may be another's by now. Looked at before what was said: who calls has
         # said before what he calls for, and this may take the call in place of the thread.
         ended = [peer for peer in self._peers if peer.has_ended()]
@@ -230,6 +232,8 @@ class Reading(Transfer):
             for source in sources:
                 source.peer.tell(Word(READ, number=source.word.number))
         self.end(error)
+        if interrupt is not None:
+            raise interrupt  # Ctrl-C is this thread's; the members have been told, who would wait
 
     def _read(self, use: Callable[[Sequence[Source]], None], sources: Sequence[Source]) -> None:
         odd = next((source for source in sources if source.word.nbytes != self._nbytes), None)
