@@ -53,7 +53,6 @@ def basics() -> Names:
     x, y = batch()
     (x1, y1), (x2, y2) = batch(), batch()
     batches = [batch() for _ in range(2)]
-    Path("config.json").write_text(json.dumps(CONFIG))
     names = {"model": Model(), "batches": batches, "x": x, "y": y, "x1": x1, "y1": y1, "x2": x2, "y2": y2}
     return names | {"zeropipe": zeropipe, "torch": torch, "rank": dist.get_rank(), "loss_of": F.mse_loss}
 
@@ -85,8 +84,6 @@ def stage_3() -> Names:
     names, config = basics(), CONFIG | {"zero_optimization": {"stage": 3}}
     model = Model()
     smaller = nn.Linear(WIDTH, 4)
-    if names["rank"] == 0:
-        torch.save(model.state_dict(), "pytorch_model.bin")
     for module in (model, smaller):
         zeropipe.zero.Init(module=module, config_dict_or_path=config)
     pair = {"a": model.head.weight, "b": smaller.weight, "n": 4}
@@ -170,6 +167,7 @@ def test_every_block_of_a_page_runs_in_a_process_alone(tmp_path, name):
 
 @pytest.mark.parametrize("name", sorted(WITH_PYTHON.keys() - ALONE))
 def test_every_block_of_a_page_runs(pool, tmp_path, name):
-    folder = os.fspath(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))  # before any rank can read it
+    torch.save(Model().state_dict(), tmp_path / "pytorch_model.bin")
     world = 4 if name == "pipeline.md" else 2
-    assert pool(world).run(run_page, WITH_PYTHON[name], folder)[0] > 0
+    assert pool(world).run(run_page, WITH_PYTHON[name], os.fspath(tmp_path))[0] > 0
