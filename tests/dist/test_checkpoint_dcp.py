@@ -88,8 +88,8 @@ def fsdp_goes_on(rank: int, world: int, folder: str) -> list[float]:
 
 @pytest.mark.parametrize(("ranks", "stage"), [(3, 2), (1, 1), (2, 3)])
 def test_from_fsdp_and_back(pool: Any, tmp_path: Path, ranks: int, stage: int) -> None:
-    from zeropipe.checkpoint.sources.dcp import write_dcp
     from zeropipe.checkpoint.loader import open_source
+    from zeropipe.checkpoint.sources.dcp import write_dcp
 
     expected = pool(2).run(fsdp_saves, str(tmp_path / "fsdp"))[0]
     assert len(list((tmp_path / "fsdp").glob("*.distcp"))) == 2  # both ranks wrote shards

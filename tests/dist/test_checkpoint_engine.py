@@ -17,7 +17,6 @@ import zeropipe
 from tests.helpers.checkpointing import make_engine, pieces, train, weights, whole
 from tests.helpers.models import NastyModel, build
 from zeropipe.checkpoint.save.files import load_torch
-from zeropipe.checkpoint.loader import open_source
 from zeropipe.errors import CheckpointError, DesyncError
 from zeropipe.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -1,4 +1,4 @@
-"""``load_checkpoint`` gives a module what ``load_state_dict`` would: hooks, overrides and state of its own take part."""
+"""``load_checkpoint`` gives a module what ``load_state_dict`` would: hooks, overrides, state of its own take part."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import zeropipe
 from tests.helpers.models import build
 from tests.helpers.stateful import OLD_SPECTRAL, STATEFUL, WIDTH, Packed, model_of
 from zeropipe.checkpoint.convert import convert
-from zeropipe.checkpoint.sources.dcp import write_dcp
 from zeropipe.checkpoint.loader import open_source
-from zeropipe.checkpoint.sources.universal import write_universal
+from zeropipe.checkpoint.sources.dcp import write_dcp
 from zeropipe.checkpoint.sources.parallel import weights
+from zeropipe.checkpoint.sources.universal import write_universal
 from zeropipe.errors import CheckpointError
 from zeropipe.pipe import PipelineModule
 from zeropipe.utils import safe_get_full_fp32_param
@@ -65,7 +65,9 @@ def differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
     odd = [key for key in {*left, *right} if key not in left or key not in right]
     for key in left.keys() & right.keys():
         a, b = left[key], right[key]
-        same = torch.equal(a, b) and a.dtype == b.dtype if torch.is_tensor(a) else a == b and type(a) is type(b)
+        same = (
+            torch.equal(a, b) and a.dtype == b.dtype if torch.is_tensor(a) else a == b and type(a) is type(b)
+        )
         odd += [] if same else [key]
     return odd
 
@@ -113,7 +115,9 @@ def crossed(
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_a_module_gets_what_load_state_dict_gives_it(pool: Any, tmp_path: Path, pair: tuple[int, int]) -> None:
+def test_a_module_gets_what_load_state_dict_gives_it(
+    pool: Any, tmp_path: Path, pair: tuple[int, int]
+) -> None:
     """Hooks did not run, extra state was saved and never read back, and what overrides made of values was lost."""
     names = [name for name in NAMES if not (3 in pair and name in OLD_SPECTRAL)]
     assert pool(2).run(crossed, str(tmp_path), pair, names, {}) == [{}, {}]
@@ -166,7 +170,11 @@ def upgraded(rank: int, world: int, folder: str, stage: int, extra: dict[str, An
         new.load_checkpoint(folder)
         value = values(new)["0.weight"].float()
         wrong += [] if torch.equal(value, right.to(value.dtype).to(new_dtype(extra)).float()) else ["value"]
-        wrong += [] if torch.equal(masters(new)[0].to(new_dtype(extra)), right.to(new_dtype(extra))) else ["master"]
+        wrong += (
+            []
+            if torch.equal(masters(new)[0].to(new_dtype(extra)), right.to(new_dtype(extra)))
+            else ["master"]
+        )
         new.save_checkpoint(folder)
     return wrong
 

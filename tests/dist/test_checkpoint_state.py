@@ -19,8 +19,8 @@ from torch.optim import lr_scheduler as schedules
 import zeropipe
 from tests.helpers.models import build
 from zeropipe.checkpoint.convert import convert
-from zeropipe.checkpoint.sources.dcp import write_dcp
 from zeropipe.checkpoint.loader import open_source
+from zeropipe.checkpoint.sources.dcp import write_dcp
 from zeropipe.checkpoint.sources.universal import write_universal
 from zeropipe.errors import CheckpointError
 
@@ -196,7 +196,9 @@ def assert_same(found: dict[Any, Any], right: dict[Any, Any]) -> None:
     assert found.keys() == right.keys()
     for key, value in right.items():
         assert type(found[key]) is type(value), key
-        assert np.array_equal(found[key], value) if isinstance(value, np.ndarray) else found[key] == value, key
+        assert np.array_equal(found[key], value) if isinstance(value, np.ndarray) else found[key] == value, (
+            key
+        )
 
 
 def kept(rank: int, world: int, folder: str) -> Any:

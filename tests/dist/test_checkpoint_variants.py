@@ -10,8 +10,7 @@ import torch
 
 import zeropipe
 from tests.helpers.checkpointing import Pieces, assert_same_state, make_engine, pieces, train, whole
-from zeropipe.checkpoint.convert import compare
-from zeropipe.checkpoint.convert import convert
+from zeropipe.checkpoint.convert import compare, convert
 from zeropipe.checkpoint.loader import open_source
 
 # A name: ranks and the ``zero_optimization`` section; FILES stands for a folder.

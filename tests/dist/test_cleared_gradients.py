@@ -1,4 +1,4 @@
-"""Gradients that the user cleared, edited or scaled between backward and step: done, or an error that says what to call."""
+"""Gradients that the user cleared, edited or scaled between backward and step: done, or an error with the call."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ CLEARS: dict[str, Clear] = {
 }
 
 
-def start(stage: int | None, world: int, gas: int = 1, **extra: Any) -> tuple[Any, nn.Module, torch.optim.Optimizer]:
+def start(
+    stage: int | None, world: int, gas: int = 1, **extra: Any
+) -> tuple[Any, nn.Module, torch.optim.Optimizer]:
     model = build(Pair)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if stage is None:
@@ -164,7 +166,9 @@ def edited(rank: int, world: int, edit: str, extra: dict[str, Any]) -> list[str]
                 EDITS[edit](model)
                 engine.step()
             for name, value in values(model, stage).items():
-                torch.testing.assert_close(value.to(dtype), right[name], rtol=2e-2 if extra else 1e-6, atol=1e-3 if extra else 1e-7)
+                torch.testing.assert_close(
+                    value.to(dtype), right[name], rtol=2e-2 if extra else 1e-6, atol=1e-3 if extra else 1e-7
+                )
             found.append("right")
         except UsageError as error:
             assert "safe_set_full_grad" in str(error) and ("weight" in str(error) or "bias" in str(error))
@@ -204,7 +208,7 @@ def seen_in_hooks(rank: int, world: int) -> None:
         seen: dict[str, int] = {}
         for name, param in model.named_parameters():
 
-            def look(p: torch.Tensor, name: str = name) -> None:
+            def look(p: torch.Tensor, name: str = name, seen: dict[str, int] = seen) -> None:
                 assert p.grad is not None and p.grad.abs().sum() >= 0
                 seen[name] = seen.get(name, 0) + 1
                 if name == "body.bias":

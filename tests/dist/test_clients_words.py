@@ -107,7 +107,9 @@ def reshaped(rank: int, world: int) -> None:
             engine = engine_of(Clientlike(), stage, world)
             step(engine)
             change(engine.module)
-            with pytest.raises(UsageError, match=r"'embed.weight' .*resize_token_embeddings\(\).*Fix: .*destroy"):
+            with pytest.raises(
+                UsageError, match=r"'embed.weight' .*resize_token_embeddings\(\).*Fix: .*destroy"
+            ):
                 step(engine)
             engine.destroy()
     engine = engine_of(Clientlike(), 3, world)

@@ -168,7 +168,13 @@ def for_gpus_alone() -> Group:
 def check_runs(rank: int, size: int, beside: bool = False) -> None:
     """A run of a flat is reduced as its cuts are, and gathers that begin together are gathers."""
     g, shard = LEASES.with_lanes(for_gpus_alone() if beside else world(), 2), 7
-    for start, stop in [(0, shard * size), (0, 5), (3, shard * size - 2), (shard, 2 * shard), (shard + 2, shard + 2)]:
+    for start, stop in [
+        (0, shard * size),
+        (0, 5),
+        (3, shard * size - 2),
+        (shard, 2 * shard),
+        (shard + 2, shard + 2),
+    ]:
         for channel, op in ((0, "sum"), (2, "avg")):
             inputs = [data(r, stop - start, "float32", key=start) for r in range(size)]
             run = comm.Run(inputs[rank].clone(), start, shard)

@@ -19,7 +19,9 @@ from zeropipe.comm.summary import CommsLog, Tally
 mlp = partial(build, MLP)
 
 
-def counted(rank: int, world: int, section: dict[str, Any]) -> tuple[dict[tuple[str, int], int], list[Tally], Any]:
+def counted(
+    rank: int, world: int, section: dict[str, Any]
+) -> tuple[dict[tuple[str, int], int], list[Tally], Any]:
     SEAM.log.reset()
     try:
         with record() as events:
@@ -47,14 +49,20 @@ def test_every_collective_is_counted_with_its_bytes_and_time(pool):
 
 
 def test_only_what_was_named_and_nothing_unless_asked_for(pool):
-    for _, tallies, _ in pool(2).run(counted, {"enabled": True, "prof_all": False, "prof_ops": ["all_reduce"]}):
+    for _, tallies, _ in pool(2).run(
+        counted, {"enabled": True, "prof_all": False, "prof_ops": ["all_reduce"]}
+    ):
         assert {one.op for one in tallies} == {"all_reduce"}
     for _, tallies, lines in pool(2).run(counted, {"enabled": False}):
         assert tallies == [] and len(lines) == 1
 
 
 def test_operations_may_be_named_as_deepspeeds_configurations_do(pool):
-    named = {"enabled": True, "prof_all": False, "prof_ops": ["reduce_scatter_tensor", "all_gather_into_tensor"]}
+    named = {
+        "enabled": True,
+        "prof_all": False,
+        "prof_ops": ["reduce_scatter_tensor", "all_gather_into_tensor"],
+    }
     for _, tallies, _ in pool(2).run(counted, named):
         assert {one.op for one in tallies} == {"reduce_to_owners", "all_gather"}
 

@@ -15,7 +15,9 @@ from zeropipe.compat import optimizers, ranks, tools
 from zeropipe.errors import UsageError
 from zeropipe.utils import groups
 
-KINDS = {name for name in optimizers.__all__ if name[0].isupper() and "Optim" in name and name != "DummyOptim"}
+KINDS = {
+    name for name in optimizers.__all__ if name[0].isupper() and "Optim" in name and name != "DummyOptim"
+}
 EXPECTED = {
     (0, "fp32"): set(),
     (0, "bf16"): {"BF16_Optimizer"},
@@ -44,7 +46,9 @@ def test_the_optimizer_is_told_by_stage_and_dtype(pool):
 
 
 def test_nobody_builds_one_by_hand():
-    with pytest.raises(AttributeError, match=r"DeepSpeedZeroOptimizer is not built by hand.*deepspeed.initialize"):
+    with pytest.raises(
+        AttributeError, match=r"DeepSpeedZeroOptimizer is not built by hand.*deepspeed.initialize"
+    ):
         optimizers.DeepSpeedZeroOptimizer(None)
     assert optimizers.DummyOptim([torch.nn.Parameter(torch.ones(1))]).param_groups[0]["params"]
 
@@ -88,7 +92,9 @@ def test_tools_over_ranks(pool, world):
 def masters(rank: int, world: int, folder: str) -> None:
     settings = {"load_from_fp32_weights": False}
     for precision in ({}, {"bf16": {"enabled": True}}):
-        engine = zeropipe.initialize(model=build(MLP), config=config(1, world, zero_optimization=settings, **precision))[0]
+        engine = zeropipe.initialize(
+            model=build(MLP), config=config(1, world, zero_optimization=settings, **precision)
+        )[0]
         engine.save_checkpoint(folder)
         if not precision:
             assert engine.load_checkpoint(folder)[0] is not None  # in fp32 the weights are the masters

@@ -1,4 +1,4 @@
-"""Which dtype everything has in a 16-bit run: what is trained is cast, what a model keeps on purpose stays, bit for bit."""
+"""Which dtype everything has in a 16-bit run: what is trained is cast, what a model keeps on purpose stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine tells the model's forward in each step (lengths, layers to keep), and data drawn by difficulty, resumed."""
+"""What an engine tells the model's forward in each step (lengths, layers to keep), and data drawn by difficulty."""
 
 from __future__ import annotations
 
@@ -108,7 +108,9 @@ def refused(rank: int, world: int) -> list[str]:
     texts = []
     for name, section in (("curriculum_learning", LENGTH), ("progressive_layer_drop", {})):
         with pytest.raises(ConfigError) as caught:
-            zeropipe.initialize(model=nn.Linear(2, 2), config=config(1, world, **{name: {"enabled": True, **section}}))
+            zeropipe.initialize(
+                model=nn.Linear(2, 2), config=config(1, world, **{name: {"enabled": True, **section}})
+            )
         texts.append(str(caught.value))
     return texts
 
@@ -151,7 +153,12 @@ def drawn(rank: int, world: int, folder: str, stop: int) -> list[int]:
     }  # fmt: skip
     learning = {"enabled": True, "curriculum_metrics": {"size": metric}}
     settings = config(
-        1, 4, data_efficiency={"enabled": True, "data_sampling": {"enabled": True, "curriculum_learning": learning}}
+        1,
+        4,
+        data_efficiency={
+            "enabled": True,
+            "data_sampling": {"enabled": True, "curriculum_learning": learning},
+        },
     )
     settings["train_micro_batch_size_per_gpu"] = 4 // world
     data = torch.utils.data.TensorDataset(torch.arange(24.0).view(24, 1))

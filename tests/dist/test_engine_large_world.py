@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ast import literal_eval
-from pathlib import Path
 
 import pytest
 
@@ -126,7 +125,11 @@ def test_a_communicator_for_each_channel_and_one_call_for_a_unit_or_a_bucket(ste
     # In each of two passes 10 units run forward and backward; all of them would be prefetched for backward, and stay.
     assert [len(gathers), len(reductions), len(norms)] == [2 * 10, 2, 1]
     # A unit of one parameter is gathered by itself.
-    assert {op.partition(" of ")[0] for op, _, _ in gathers} <= {"all_gather", "all_gather_single", "all_gather_into_tensor"}
+    assert {op.partition(" of ")[0] for op, _, _ in gathers} <= {
+        "all_gather",
+        "all_gather_single",
+        "all_gather_into_tensor",
+    }
     assert sum(op.startswith("all_gather of") for op, _, _ in gathers) >= 2 * 7
     assert {op for op, _, _ in reductions} <= {"reduce_scatter_single", "reduce_scatter_tensor"}
 

@@ -83,7 +83,7 @@ def chained(rank: int, world: int) -> list[Any]:
             config=config(stage, world, fp16={"enabled": True, "loss_scale": 4.0}),
         )
         x = torch.randn(4, 16, generator=generator(rank)).half().requires_grad_()
-        for backward in (lambda loss: head.scale(loss).backward(), head.backward):
+        for backward in (lambda loss, head=head: head.scale(loss).backward(), head.backward):
             x.grad = None
             backward(head(encoder(x)).float().square().mean())
             results.append(

@@ -331,7 +331,9 @@ def test_a_record_of_each_rank_and_its_page(pool, tmp_path, stage):
     for one in run.ranks:
         assert [row["step"] for row in one.steps] == [1, 2, 3, 4]
         assert [row["samples"] for row in one.steps] == [4, 8, 12, 16]
-        assert all(row["loss"] > 0 and row["grad_norm"] > 0 and sum(row["sent"].values()) for row in one.steps)
+        assert all(
+            row["loss"] > 0 and row["grad_norm"] > 0 and sum(row["sent"].values()) for row in one.steps
+        )
         assert [row["tag"] for row in one.saves] == ["global_step3"]
         names = [name for name, _, _ in one.phases[0]["phases"]]
         assert names == ["forward", "backward", "step"] * 2
@@ -343,7 +345,9 @@ def test_a_record_of_each_rank_and_its_page(pool, tmp_path, stage):
 
 def in_a_pipeline(rank: int, world: int, folder: str) -> None:
     settings = config(1, 1, gas=4, report={"folder": folder})
-    module = PipelineModule([torch.nn.Linear(8, 8) for _ in range(4)], num_stages=2, loss_fn=torch.nn.MSELoss())
+    module = PipelineModule(
+        [torch.nn.Linear(8, 8) for _ in range(4)], num_stages=2, loss_fn=torch.nn.MSELoss()
+    )
     engine, *_ = zeropipe.initialize(model=module, config=settings)
     data = iter([(torch.ones(1, 8), torch.zeros(1, 8))] * 12)
     for _ in range(3):
@@ -391,9 +395,8 @@ def full_disk(rank: int, world: int, folder: str) -> tuple[int, list[str]]:
     try:
         engine, *_ = zeropipe.initialize(model=mlp(), config=config(1, world, report={"folder": folder}))
         if rank == 0:
-            full = Path("/dev/full").open("w")
             engine.report.recorder._file.close()
-            engine.report.recorder._file = full
+            engine.report.recorder._file = Path("/dev/full").open("w")  # noqa: SIM115  # the recorder closes it
         for step in range(3):
             engine.backward(engine(*mlp_batch(step, rank, 0)))
             engine.step()

@@ -1,4 +1,4 @@
-"""``GatheredParameters(..., modifier_rank=r)`` gives every rank and the masters the modifier's values, at every stage."""
+"""``GatheredParameters(..., modifier_rank=r)`` gives all ranks and masters the modifier's values, at every stage."""
 
 from __future__ import annotations
 

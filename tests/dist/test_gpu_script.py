@@ -1,4 +1,4 @@
-"""`make gpu DEVICE=cpu`: the script for a machine with a GPU works here, in what it measures and in what it leaves out."""
+"""`make gpu DEVICE=cpu`: the script for a machine with a GPU works here: what it measures and what it leaves out."""
 
 from __future__ import annotations
 

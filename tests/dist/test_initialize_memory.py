@@ -1,10 +1,9 @@
-"""``initialize`` takes the model's bytes and one tensor more, beside what the engine then holds: in resident memory, and
-on a device, where an allocation is whole at once."""
+"""``initialize`` takes the model's bytes and one tensor more, beside what the engine then holds: in resident memory,
+and on a device, where an allocation is whole at once."""
 
 from __future__ import annotations
 
 import ctypes
-import resource
 import weakref
 from collections.abc import Callable
 from pathlib import Path

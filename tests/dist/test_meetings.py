@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.counts.counting import Counting
 from torch import nn
 
 import zeropipe
-from benchmarks.counts.counting import Counting
 from tests.dist.pipe_models import batches, loss_of, specs
 from tests.helpers.meetings import as_on_device, either, meetings
 from tests.helpers.models import build
@@ -86,7 +86,9 @@ def met(rank: int, world: int, stage: int, cases: list[tuple[dict[str, Any], int
 def test_a_step_meets_the_host_once_where_it_may_be_skipped_and_never_else(
     native_pool: Pools, stage: int
 ) -> None:
-    cases = [(c if stage == 3 else {k: v for k, v in c.items() if k != "zero_optimization"}, n) for c, n in CASES]
+    cases = [
+        (c if stage == 3 else {k: v for k, v in c.items() if k != "zero_optimization"}, n) for c, n in CASES
+    ]
     for of_rank in native_pool(2).run(met, stage, cases):
         assert [len(who) for who in of_rank] == [most for _, most in cases], repr(of_rank)
 
@@ -100,7 +102,9 @@ def test_no_optimizer_meets_the_host(native_pool: Pools, stage: int) -> None:
         assert of_rank == [[]] * len(OPTIMIZERS)
 
 
-def unused(rank: int, world: int, stage: int, afar: bool) -> tuple[list[list[str]], dict[str, torch.Tensor], list[float]]:
+def unused(
+    rank: int, world: int, stage: int, afar: bool
+) -> tuple[list[list[str]], dict[str, torch.Tensor], list[float]]:
     """Meetings by step, the weights and the norms of a model that does not use all of itself."""
     engine = engine_of(build(Odd), stage, world, **CLIP)
     found, norms = [], []
@@ -219,7 +223,10 @@ def test_a_frozen_part_costs_one_meeting_and_may_be_set_free(native_pool: Pools,
     for found, values in native_pool(2).run(frozen, stage):
         # A second look at the sums, with what woke; what ranks then say to each other are the host's own objects, and
         # the order of new buckets is learned once.
-        once = [[who for who in of_step if "native.py" not in who and "reducer.py" not in who] for of_step in found]
+        once = [
+            [who for who in of_step if "native.py" not in who and "reducer.py" not in who]
+            for of_step in found
+        ]
         assert [len(who) for who in once] == [1, 1, 2, 1], found
         start = dict(build(Odd).named_parameters())
         assert not torch.equal(values["sometimes.weight"], start["sometimes.weight"])

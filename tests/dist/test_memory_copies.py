@@ -83,9 +83,7 @@ def test_sizes_change_and_the_bits_are_those_of_a_checkpoint(
     for number, ranks in enumerate((4, 3)):
         pool(ranks).run(dies, folder, stage, precision)
         others = 3 if ranks == 4 else 4
-        memory, disk = (
-            pool(others).run(goes_on, folder, stage, precision, kind) for kind in (True, False)
-        )
+        memory, disk = (pool(others).run(goes_on, folder, stage, precision, kind) for kind in (True, False))
         for (told, (_, held, after)), (on_disk, (_, wanted, losses)) in zip(memory, disk, strict=True):
             assert told[:2] == (5 * number + 3, "memory"), told
             assert on_disk[:2] == (5 * number + 3, "disk"), on_disk
@@ -216,7 +214,9 @@ def destroys_while_an_error_passes(rank: int, world: int, folder: str) -> tuple[
     return left, len(os.listdir(folder))
 
 
-def test_an_engine_that_is_destroyed_while_an_error_passes_keeps_its_copies(pool: Pools, tmp_path: Path) -> None:
+def test_an_engine_that_is_destroyed_while_an_error_passes_keeps_its_copies(
+    pool: Pools, tmp_path: Path
+) -> None:
     """``finally: engine.destroy()`` took away what the next life of the run goes on from."""
     assert pool(2).run(destroys_while_an_error_passes, str(tmp_path)) == [(True, 0)] * 2
 
@@ -320,7 +320,14 @@ def test_a_copy_that_fails_leaves_the_one_before(pool: Pools, tmp_path: Path) ->
 
 
 def of_hosts(
-    rank: int, world: int, folder: str, hosts: list[str], stage: int, steps: int, precision: str = "fp32", **memory: Any
+    rank: int,
+    world: int,
+    folder: str,
+    hosts: list[str],
+    stage: int,
+    steps: int,
+    precision: str = "fp32",
+    **memory: Any,
 ) -> Any:
     """Go on from what is there, on hosts of such names, and die."""
     with pytest.MonkeyPatch.context() as patch:
@@ -346,15 +353,20 @@ def lose(folders: Sequence[Path], *ranks: int) -> None:
 def test_one_host_may_be_lost_and_the_next_one_has_its_pieces(
     pool: Pools, tmp_path: Path, stage: int, precision: str
 ) -> None:
-    undisturbed = [losses for _, losses, _ in pool(4).run(
-        of_hosts, str(tmp_path / "a"), ["a", "a", "b", "b"], stage, 8, precision
-    )]
+    undisturbed = [
+        losses
+        for _, losses, _ in pool(4).run(
+            of_hosts, str(tmp_path / "a"), ["a", "a", "b", "b"], stage, 8, precision
+        )
+    ]
     for lost in (0, 2):
         folder = str(tmp_path / f"lost {lost}")
         first = pool(4).run(of_hosts, folder, ["a", "a", "b", "b"], stage, 4, precision)
         lose([place for *_, place in first], lost)
         # A new host in its place, then all on one.
-        second = pool(4).run(of_hosts, folder, ["a", "a", "c", "c"] if lost else ["c", "c", "b", "b"], stage, 2, precision)
+        second = pool(4).run(
+            of_hosts, folder, ["a", "a", "c", "c"] if lost else ["c", "c", "b", "b"], stage, 2, precision
+        )
         third = pool(4).run(of_hosts, folder, ["a"] * 4 if lost else ["b"] * 4, stage, 2, precision)
         for rank in range(4):
             assert second[rank][0][:2] == (4, "memory"), second[rank][0]

@@ -1,5 +1,5 @@
-"""Copies in memory of whatever an engine may hold: modules with state of their own, pipelines, 1-bit optimizers, offload,
-MiCS. What goes on from memory goes on as from the checkpoint on disk of the same step."""
+"""Copies in memory of whatever an engine may hold: modules with state of their own, pipelines, 1-bit optimizers,
+offload, MiCS. What goes on from memory goes on as from the checkpoint on disk of the same step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from tests.helpers.pool import Pools
 from tests.helpers.stateful import OLD_SPECTRAL, STATEFUL
 from zeropipe.runtime.resilience.copies import ENGINES
 
-Make = Callable[[int, dict[str, Any]], tuple[Any, Callable[[int], list[float]]]]  # (seed, section): (engine, train)
+Make = Callable[
+    [int, dict[str, Any]], tuple[Any, Callable[[int], list[float]]]
+]  # (seed, section): (engine, train)
 
 
 @contextmanager
@@ -60,7 +62,9 @@ def same(make: Make, folder: str) -> list[str]:
     return different if losses == others else [*different, f"losses {losses} {others}"]
 
 
-def stateful(rank: int, world: int, folder: str, names: list[str], stage: int, extra: dict[str, Any]) -> list[str]:
+def stateful(
+    rank: int, world: int, folder: str, names: list[str], stage: int, extra: dict[str, Any]
+) -> list[str]:
     wrong = []
     for number, name in enumerate(names):
 
@@ -75,7 +79,11 @@ def stateful(rank: int, world: int, folder: str, names: list[str], stage: int, e
 @pytest.mark.parametrize(
     ("stage", "extra", "names"),
     [
-        (1, {"bf16": {"enabled": True}}, ("the root", "BatchNorm", "weight_norm", "renamed", "extra state, bytes")),
+        (
+            1,
+            {"bf16": {"enabled": True}},
+            ("the root", "BatchNorm", "weight_norm", "renamed", "extra state, bytes"),
+        ),
         pytest.param(3, {}, ("packed", "assigned", "derived"), marks=pytest.mark.soak),
         *(pytest.param(stage, {}, tuple(STATEFUL), marks=pytest.mark.soak) for stage in (0, 3)),
         pytest.param(1, {"bf16": {"enabled": True}}, tuple(STATEFUL), marks=pytest.mark.soak),
@@ -85,7 +93,9 @@ def test_modules_with_state_of_their_own(
     pool: Pools, tmp_path: Path, stage: int, extra: dict[str, Any], names: tuple[str, ...]
 ) -> None:
     known = [n for n in names if stage < 3 or n not in OLD_SPECTRAL]
-    known = [n for n in known if not extra or n not in ("parametrized orthogonal", "FakeQuantize")]  # fp32 alone
+    known = [
+        n for n in known if not extra or n not in ("parametrized orthogonal", "FakeQuantize")
+    ]  # fp32 alone
     assert pool(2).run(stateful, str(tmp_path), known, stage, extra, timeout=120.0) == [[], []]
 
 
@@ -129,7 +139,11 @@ def compressed(rank: int, world: int, folder: str, kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[] if k in ("1-bit adam, stage 1", "0/1 adam, apart") else pytest.mark.soak) for k in PIECES]
+    "kind",
+    [
+        pytest.param(k, marks=[] if k in ("1-bit adam, stage 1", "0/1 adam, apart") else pytest.mark.soak)
+        for k in PIECES
+    ],
 )
 def test_what_1_bit_optimizers_owe(pool: Pools, tmp_path: Path, kind: str) -> None:
     assert pool(2).run(compressed, kind_folder(tmp_path), kind) == [[], []]

@@ -20,7 +20,7 @@ WIDTH = 16
 
 
 class Positions(nn.Module):
-    """A table of positions in a buffer, added to activations; attention, convolution, recurrence and norms behind it."""
+    """A table of positions in a buffer, added to activations; attention, convolution, recurrence, norms behind it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,11 @@ class Positions(nn.Module):
         h = h + self.attention(h, key=h, value=h + self.table)[0] + self.layer(h)
         h = self.conv(h + self.table) + self.lstm(h + self.table)[0]
         flat = (h + self.table)[:, 0]
-        flat = self.groups(flat) + self.batch(flat) + self.instance((flat + self.table)[..., None].expand(-1, -1, 3))[..., 0]
+        flat = (
+            self.groups(flat)
+            + self.batch(flat)
+            + self.instance((flat + self.table)[..., None].expand(-1, -1, 3))[..., 0]
+        )
         return self.loss(flat.to(x.dtype), torch.arange(len(flat), device=x.device))
 
 
@@ -54,7 +58,11 @@ class Wide(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.router, self.gru = nn.Linear(WIDTH, WIDTH), nn.GRU(WIDTH, WIDTH)
-        self.norm, self.groups, self.batch = nn.LayerNorm(WIDTH), nn.GroupNorm(2, WIDTH), nn.BatchNorm1d(WIDTH)
+        self.norm, self.groups, self.batch = (
+            nn.LayerNorm(WIDTH),
+            nn.GroupNorm(2, WIDTH),
+            nn.BatchNorm1d(WIDTH),
+        )
 
     def prepared(self, half: torch.dtype) -> Wide:
         self.to(half)

@@ -46,7 +46,9 @@ def in_flight(rank: int, world: int) -> list[tuple[int, int]]:
     return steps
 
 
-def test_reductions_are_retired_in_the_middle_of_backward_where_ranks_have_no_words(native_pool: Pools) -> None:
+def test_reductions_are_retired_in_the_middle_of_backward_where_ranks_have_no_words(
+    native_pool: Pools,
+) -> None:
     """They were all kept until its end: a GPU held every gradient of the model."""
     for _, (started, most) in native_pool(3).run(in_flight):
         assert started == 6 * DEPTH + 1  # a bucket for each parameter

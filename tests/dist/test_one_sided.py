@@ -6,8 +6,6 @@ import errno
 import gc
 import logging
 import os
-import random
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -537,7 +535,10 @@ def wait_on_the_board(rank: int, size: int, way: str) -> tuple[str, str]:
     return "", ""
 
 
-@pytest.mark.parametrize(("way", "what"), [("write", "others to read what is about to be written"), ("words", "room to say 'word 128'")])
+@pytest.mark.parametrize(
+    ("way", "what"),
+    [("write", "others to read what is about to be written"), ("words", "room to say 'word 128'")],
+)
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_wait_on_the_board_names_itself(pool: Pools, size: int, way: str, what: str) -> None:
     outcomes = pool(size).run_faulty(wait_on_the_board, way)
@@ -559,9 +560,7 @@ def note_that_is_heard(rank: int, size: int) -> int | None:
     comm.barrier(g)
     if rank == 0:
         comm.barrier(g)
-    work = comm.read_exposed(
-        rows, exposed.every, talk, label="layer", note=2, early=True, async_op=True
-    )
+    work = comm.read_exposed(rows, exposed.every, talk, label="layer", note=2, early=True, async_op=True)
     work.wait()
     end = talk.say("end of backward", 9)
     if rank:

@@ -188,7 +188,11 @@ def many_tensors(rank: int, size: int, node_size: int) -> list[torch.Tensor]:
     exchange = Exchange(SPECS, Topology(world(), node_size), torch.device("cpu"))
     exchange.hide(mask == 0)
     worker_error, server_error = exchange.errors().values()
-    assert worker_error.numel() == exchange.ranges["worker_error"][1] - exchange.ranges["worker_error"][0] == exchange.layout.padded_numel // node_size
+    assert (
+        worker_error.numel()
+        == exchange.ranges["worker_error"][1] - exchange.ranges["worker_error"][0]
+        == exchange.layout.padded_numel // node_size
+    )
     total, wanted = torch.zeros(356, dtype=torch.float64), torch.zeros(356, dtype=torch.float64)
     for step in range(4):
         values = values_of(rank, 356, step)

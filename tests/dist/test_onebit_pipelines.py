@@ -17,8 +17,8 @@ from tests.dist.test_pipe_combinations import SlicedMLP
 from tests.helpers.pool import Pools
 from zeropipe.layout.flat import FlatShards
 from zeropipe.runtime.fp16.onebit.rank_state import groups_of
-from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.layers import LayerSpec
+from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.topology import PipeModelDataParallelTopology
 
 

@@ -104,8 +104,12 @@ def test_the_plan_is_what_is_sent(
         sizes=(sizes,),
     )
     planned = plan(*phases_of(name, options), job)
-    assert {row.phase.value: row.rounds for row in planned.rows} == {p: waits for p, (waits, _) in found.items()}
+    assert {row.phase.value: row.rounds for row in planned.rows} == {
+        p: waits for p, (waits, _) in found.items()
+    }
     for row in planned.rows:
-        assert row.bytes == pytest.approx(found[row.phase.value][1], abs=0.501)  # it is a whole number of bytes
+        assert row.bytes == pytest.approx(
+            found[row.phase.value][1], abs=0.501
+        )  # it is a whole number of bytes
     assert planned.sum("bytes") == pytest.approx(total, abs=0.501 * len(found))
     assert planned.sum("rounds") == STEPS

@@ -1,6 +1,6 @@
-"""What no batch has used, or hardly any: compressed optimizers neither move nor throw it, in any phase, also on resume.
+"""What no batch has used, or hardly any: compressed optimizers neither move nor throw it, in any phase, nor on resume.
 
-A bit cannot say "zero". An element that never had a gradient used to get a momentum of plus or minus its tensor's scale,
+A bit cannot say "zero": an element that never had a gradient got a momentum of plus or minus its tensor's scale,
 which lay there until a dense step divided it by sqrt(0) + eps.
 """
 

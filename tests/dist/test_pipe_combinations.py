@@ -12,8 +12,8 @@ import zeropipe
 from tests.dist.pipe_models import BASE_SEED, VOCAB, WIDTH, Head, batches, loss_of, specs
 from tests.dist.test_pipe_engine import MICRO, config, engine_of
 from zeropipe.comm.collectives import all_reduce
-from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.layers import LayerSpec
+from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.topology import PipeModelDataParallelTopology
 
 SLICED = 1e-5  # relative; slices sum over the inner dim in two parts

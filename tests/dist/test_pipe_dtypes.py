@@ -33,7 +33,12 @@ class Table(nn.Module):
 def layers(kind: str) -> list[nn.Module]:
     """16-bit layers, then nothing but fp32 norms; or a table at the end of the first stage."""
     if kind == "table":
-        return [build(nn.Linear, WIDTH, WIDTH), Table(), build(nn.Linear, WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)]
+        return [
+            build(nn.Linear, WIDTH, WIDTH),
+            Table(),
+            build(nn.Linear, WIDTH, WIDTH),
+            nn.BatchNorm1d(WIDTH),
+        ]
     norms = [nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)]
     return [*(build(nn.Linear, WIDTH, WIDTH, seed=s).bfloat16() for s in range(2)), *norms]
 
@@ -49,7 +54,9 @@ def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def run(rank: int, world: int, kind: str, stages: int, stage: int) -> tuple[float, dict[str, str]]:
     torch.manual_seed(0)
-    module = PipelineModule(copy.deepcopy(layers(kind)), num_stages=stages, loss_fn=mean_square, partition_method="uniform")
+    module = PipelineModule(
+        copy.deepcopy(layers(kind)), num_stages=stages, loss_fn=mean_square, partition_method="uniform"
+    )
     engine = zeropipe.initialize(model=module, config=config(stage, world // stages, gas=MICRO, **BF16))[0]
     loss: Any = [engine.train_batch(iter(data())).item() for _ in range(2)][-1]
     found = {name: str(t.dtype) for name, t in (*module.named_parameters(), *module.named_buffers())}

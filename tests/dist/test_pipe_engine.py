@@ -12,8 +12,8 @@ import torch
 import zeropipe
 from tests.dist.pipe_models import BASE_SEED, batches, loss_of, plain, specs
 from zeropipe.comm.record import record
-from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.layers import LayerSpec
+from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.topology import PipeDataParallelTopology
 
 STEPS, LONG, MICRO, LINE = 6, 20, 4, 16

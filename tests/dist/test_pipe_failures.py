@@ -61,7 +61,9 @@ def retried(
     for at in (MICRO + 3, 10**6):
         layers = specs(blocks=6)
         layers[place] = LayerSpec(Fails, where, at, error)
-        engine = engine_of(pp, world // pp, layers, config(stage), partition_method="uniform", schedule=schedule)
+        engine = engine_of(
+            pp, world // pp, layers, config(stage), partition_method="uniform", schedule=schedule
+        )
         losses = []
         for step in range(3):
             data = data_of(step, engine.grid.data_parallel_id, world // pp)
@@ -85,7 +87,9 @@ def retried(
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("place", "where"), [(1, "forward"), (1, "backward"), (6, "forward"), (6, "backward")])
+@pytest.mark.parametrize(
+    ("place", "where"), [(1, "forward"), (1, "backward"), (6, "forward"), (6, "backward")]
+)
 def test_a_layer_that_raises_once_leaves_nothing_half_done(pool, schedule, place, where):
     """Every such error stopped the engine for good, although no message need be lost."""
     found = pool(2).run(retried, place, schedule, 0, where, ValueError)
@@ -124,7 +128,11 @@ def data_fails(rank: int, world: int, how: str) -> list[str]:
 def test_data_that_ends_early_or_raises_stops_one_batch_on_all_ranks(pool, how):
     """The engine was of no more use afterwards, although nothing had been computed."""
     found = pool(3).run(data_fails, how)
-    wrong = {"short": "ended inside a step", "short on one rank": "ended inside a step", "raises": "cannot be read"}
+    wrong = {
+        "short": "ended inside a step",
+        "short on one rank": "ended inside a step",
+        "raises": "cannot be read",
+    }
     assert wrong[how] in found[2][1]
     assert found[1][0] == "CommunicationError"
     assert (found[0][0] == "CommunicationError") == (how == "short on one rank")
@@ -212,7 +220,9 @@ def test_a_term_that_is_no_number_is_named(pool):
 
 def left_over(rank: int, world: int) -> None:
     engine = engine_of(2, 1, specs(blocks=3), config())
-    engine.clock.micro_steps = MICRO + 1  # as a checkpoint says that was taken in the middle of an accumulation
+    engine.clock.micro_steps = (
+        MICRO + 1
+    )  # as a checkpoint says that was taken in the middle of an accumulation
     before = [p.detach().clone() for p in engine.module.parameters()]
     engine.train_batch(iter(batches(MICRO)))
     assert engine.global_steps == 1
@@ -274,7 +284,13 @@ def in_place(rank: int, world: int) -> None:
                 with torch.no_grad():
                     want = F.mse_loss(nn.Sequential(*layers)(x), x)
                 engine = engine_of(
-                    2, 1, layers, config(stage), loss_fn=F.mse_loss, schedule=schedule, partition_method="uniform"
+                    2,
+                    1,
+                    layers,
+                    config(stage),
+                    loss_fn=F.mse_loss,
+                    schedule=schedule,
+                    partition_method="uniform",
                 )
                 assert torch.equal(engine.train_batch(iter([(x, x)] * MICRO)), want)
                 engine.eval_batch(iter([(x, x)] * MICRO))

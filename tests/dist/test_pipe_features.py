@@ -15,8 +15,8 @@ import zeropipe
 from tests.dist.pipe_models import BASE_SEED, SEQ, VOCAB, WIDTH, Block, Head, batches, loss_of, plain, specs
 from tests.dist.test_pipe_engine import MICRO, config, data_of, engine_of, reference
 from zeropipe.errors import CommunicationError, ConfigError, UsageError
-from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.layers import LayerSpec
+from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 
 
@@ -114,7 +114,9 @@ def shape_changes(rank: int, world: int) -> str:
     engine = engine_of(2, 1, CARRIERS, config())
     with pytest.raises((UsageError, CommunicationError)) as caught:
         engine.train_batch(iter(masked(3, [5, 5, 3, 5])))
-    engine.train_batch(iter(masked(3, [3] * 4)))  # no message was lost, and the next batch tells its shapes anew
+    engine.train_batch(
+        iter(masked(3, [3] * 4))
+    )  # no message was lost, and the next batch tells its shapes anew
     return str(caught.value)
 
 

@@ -18,10 +18,9 @@ from tests.dist.test_pipe_engine import config, data_of
 from tests.helpers.referee import assert_bitwise
 from zeropipe import utils
 from zeropipe.errors import DesyncError, UsageError
-from zeropipe.runtime.pipe.topology import PipelineParallelGrid
-from zeropipe.runtime.pipe.module import PipelineModule
 from zeropipe.runtime.pipe.layers import LayerSpec
-from zeropipe.runtime.pipe.topology import PipeDataParallelTopology
+from zeropipe.runtime.pipe.module import PipelineModule
+from zeropipe.runtime.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid
 
 STEPS = 3
 BF16 = {"bf16": {"enabled": True}}

@@ -137,13 +137,17 @@ def functions(rank: int, world: int) -> None:
     expect = {0: CommunicationError, 1: ZeroDivisionError}[rank]
     for function, kind in ((nothing, (UsageError, CommunicationError)), (raises, expect)):
         mine._INSTRUCTION_MAP = {**Timed._INSTRUCTION_MAP, words.ForwardPass: function}
-        with pytest.raises(kind, match=r"came back without it.*_exec_forward_pass|failed in this batch|failed before|mine"):
+        with pytest.raises(
+            kind, match=r"came back without it.*_exec_forward_pass|failed in this batch|failed before|mine"
+        ):
             mine.train_batch(feed(mine, 1))
         assert mine.global_steps == 1
     del mine._INSTRUCTION_MAP
     assert torch.equal(mine.train_batch(feed(mine, 1)), ours.train_batch(feed(ours, 1)))
     assert_bitwise(whole(mine.module), whole(ours.module))
-    with pytest.raises(UsageError, match=r"_exec_forward_pass was called where the schedule has no ForwardPass"):
+    with pytest.raises(
+        UsageError, match=r"_exec_forward_pass was called where the schedule has no ForwardPass"
+    ):
         mine._exec_forward_pass(0)
     for engine in (ours, mine):
         engine.destroy()

@@ -140,7 +140,9 @@ def test_copies_stay_equal_in_16_bits(pool, stage, accumulate):
 def strange(rank: int, world: int) -> None:
     spec = TiedLayerSpec("k", nn.Linear, W, W, tied_weight_attr=["weight", "wieght"])
     with pytest.raises(UsageError, match=r"'k': Linear\.wieght is not a parameter"):
-        engine_of(2, 1, [spec, LayerSpec(nn.Linear, W, W), LayerSpec(nn.Linear, W, W)], config(), loss_fn=loss_of)
+        engine_of(
+            2, 1, [spec, LayerSpec(nn.Linear, W, W), LayerSpec(nn.Linear, W, W)], config(), loss_fn=loss_of
+        )
 
 
 def test_a_tied_attribute_that_is_no_parameter_is_named_on_every_rank(pool):

@@ -1,4 +1,4 @@
-"""Users' backwards in a pipeline: every schedule, with SGD (Adam would hide a factor), has the bits of plain PyTorch."""
+"""Users' backwards in a pipeline: every schedule, with SGD (Adam hides a factor), has the bits of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -140,7 +140,9 @@ def contained(rank: int, world: int) -> None:
         want = plain_steps(nn.Sequential(*deepcopy(layers)))
         engine = engine_of(layers, world, schedule, stage=0)
         batches = iter(data())
-        assert [engine.train_batch(batches).item() for _ in range(STEPS)] == [a.item() for a in want], schedule
+        assert [engine.train_batch(batches).item() for _ in range(STEPS)] == [a.item() for a in want], (
+            schedule
+        )
         engine.destroy()
 
 

@@ -75,7 +75,19 @@ class Net(nn.Module):
         return made[kind]() if kind in made else out.square().mean() + aux
 
 
-KINDS = "tensor tuple dict namedtuple dataclass object output attribute list nothing second".split()
+KINDS = [
+    "tensor",
+    "tuple",
+    "dict",
+    "namedtuple",
+    "dataclass",
+    "object",
+    "output",
+    "attribute",
+    "list",
+    "nothing",
+    "second",
+]
 
 
 def loss_of(call: Callable[..., Any], net: Net, x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -190,9 +202,11 @@ def true_gradients(rank: int, world: int) -> None:
                 for one, value in zip(found, right, strict=True):
                     assert torch.equal(one, value)
                 assert all(p.grad is None for p in engine.module.parameters())
-                torch.testing.assert_close(torch.func.grad(lambda y: engine(y, "tensor"))(x), of_input)
                 torch.testing.assert_close(
-                    torch.func.vmap(torch.func.grad(lambda y: engine(y, "tensor")))(x),
+                    torch.func.grad(lambda y, engine=engine: engine(y, "tensor"))(x), of_input
+                )
+                torch.testing.assert_close(
+                    torch.func.vmap(torch.func.grad(lambda y, engine=engine: engine(y, "tensor")))(x),
                     torch.func.vmap(torch.func.grad(lambda y: net(y, "tensor")))(x),
                 )
             else:  # no error either, although nothing scaled this loss
@@ -204,7 +218,7 @@ def refused_transform(rank: int, world: int) -> None:
     engine = start(3, world, 1, "fp32")
     x = torch.randn(3, 6, generator=generator(rank))
     with pytest.raises(UsageError, match=r"functorch.*Fix"):
-        torch.func.grad(lambda y: engine(y, "tensor"))(x)
+        torch.func.grad(lambda y, engine=engine: engine(y, "tensor"))(x)
     engine.backward(engine(x, "tensor"))
     engine.step()
     engine.destroy()
@@ -232,10 +246,15 @@ def one_through_another(rank: int, world: int, stage: int) -> None:
         start_d, start_g = build(nn.Linear, 4, 16), build(nn.Linear, 16, 4, seed=1)
         z = torch.randn(8, 16, generator=generator(rank)).to(dtype)
         d = zeropipe.initialize(model=build(nn.Linear, 4, 16), config=config(stage, world, **for_d))[0]
-        g = zeropipe.initialize(model=build(nn.Linear, 16, 4, seed=1), config=config(stage, world, **for_g))[0]
+        g = zeropipe.initialize(model=build(nn.Linear, 16, 4, seed=1), config=config(stage, world, **for_g))[
+            0
+        ]
         for backward in (g.backward, lambda loss, g=g: g.scale(loss).backward()):
             backward(d(g(z)).float().square().mean())
-            found = zeropipe.utils.safe_get_full_grad(d.module.weight), zeropipe.utils.safe_get_full_grad(g.module.weight)
+            found = (
+                zeropipe.utils.safe_get_full_grad(d.module.weight),
+                zeropipe.utils.safe_get_full_grad(g.module.weight),
+            )
             d.zero_grad()
             g.zero_grad()
             for peer in range(world):
@@ -249,7 +268,9 @@ def one_through_another(rank: int, world: int, stage: int) -> None:
             start_d.zero_grad()
             start_g.zero_grad()
             for one, value in zip(found, want, strict=True):
-                torch.testing.assert_close(one, value, rtol=1e-2, atol=1e-4)  # a wrong factor is off by 2 at least
+                torch.testing.assert_close(
+                    one, value, rtol=1e-2, atol=1e-4
+                )  # a wrong factor is off by 2 at least
         d.destroy()
         g.destroy()
 
@@ -283,7 +304,14 @@ def reductions(rank: int, world: int, stage: int) -> list[list[Any]]:
                     loss.backward() if plain else engine.backward(loss)
                     engine.step()
             found.append([e.bytes for e in events if e.label == "gradients"])
-            found.append([p.item() for p in [zeropipe.utils.safe_get_full_fp32_param(q).sum() for q in engine.module.parameters()]])
+            found.append(
+                [
+                    p.item()
+                    for p in [
+                        zeropipe.utils.safe_get_full_fp32_param(q).sum() for q in engine.module.parameters()
+                    ]
+                ]
+            )
             engine.destroy()
     return found
 
@@ -362,7 +390,9 @@ def interrupted(rank: int, world: int, stage: int, plain: bool) -> None:
                 for number in range(gas):
                     micro(step, number)
                     engine.step()
-            weights = {n: zeropipe.utils.safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters()}
+            weights = {
+                n: zeropipe.utils.safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters()
+            }
             runs.append(weights)
             engine.destroy()
     for once, again in zip(runs[:2], runs[2:], strict=True):

@@ -39,7 +39,9 @@ def one_step(engine: object, step: int, rank: int) -> None:
 
 
 def refused(rank: int, world: int, stage: int, change: Callable[[Stack], None], alone: bool) -> str:
-    engine = engine_of(Stack(2), stage, world, zero_optimization={"stage3_param_persistence_threshold": 10**6})
+    engine = engine_of(
+        Stack(2), stage, world, zero_optimization={"stage3_param_persistence_threshold": 10**6}
+    )
     one_step(engine, 0, rank)
     head = engine.module.head.weight
     if rank == 0 or not alone:
@@ -96,7 +98,9 @@ def goes_on(rank: int, world: int) -> None:
     model.more = nn.Linear(16, 16)  # whose training is the user's own affair
     one_step(engine, 3, rank)
     model.blocks[1].down.bias = None
-    with pytest.raises(UsageError, match="'blocks.1.down.bias' are trained .* trains 'more.weight', 'more.bias'"):
+    with pytest.raises(
+        UsageError, match=r"'blocks\.1\.down\.bias' are trained .* trains 'more\.weight', 'more\.bias'"
+    ):
         one_step(engine, 4, rank)
     engine.zero_grad()
     del model.more

@@ -93,7 +93,9 @@ def _optimizer(name: str, **params: Any) -> dict[str, Any]:
 )
 def test_other_optimizers_and_the_dense_phase_of_the_compressed_ones(pool, optimizer, stages):
     configs = [settings(stage, 6, **optimizer) for stage in stages]
-    one_of_all([result for world in (1, 3) for rank in pool(world).run(train, configs, STEPS) for result in rank])
+    one_of_all(
+        [result for world in (1, 3) for rank in pool(world).run(train, configs, STEPS) for result in rank]
+    )
 
 
 def _compressed(rank: int, world: int) -> str:
@@ -121,7 +123,9 @@ def _frozen_for_a_while(rank: int, world: int, stage: int, bf16: bool) -> list[s
 
 @pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, True), (2, True), (3, False)])
 def test_a_layer_that_is_frozen_for_a_while(pool, stage, bf16):
-    one_of_all([tuple(found) for world in (1, 2, 3) for found in pool(world).run(_frozen_for_a_while, stage, bf16)])
+    one_of_all(
+        [tuple(found) for world in (1, 2, 3) for found in pool(world).run(_frozen_for_a_while, stage, bf16)]
+    )
 
 
 def test_fp16_overflows_alike(pool):
@@ -191,7 +195,10 @@ def _looks(rank: int, world: int, stages: list[int], looks: bool) -> list[str]:
 
 def test_forwards_without_gradients_do_not_show(pool):
     plain = pool(1).run(_looks, [0], False)[0]
-    one_of_all(plain + [text for world in (1, 2, 3) for rank in pool(world).run(_looks, [0, 3], True) for text in rank])
+    one_of_all(
+        plain
+        + [text for world in (1, 2, 3) for rank in pool(world).run(_looks, [0, 3], True) for text in rank]
+    )
 
 
 def _misuses(rank: int, world: int) -> list[str]:
@@ -222,7 +229,9 @@ def test_a_step_that_is_not_whole_is_refused_and_begins_anew(pool):
         for found in run:
             assert len(found) == 6
             assert all("Fix: " in text for text in found[:5])
-    one_of_all([found[5] for run in runs for found in run] + [pool(1).run(train, [settings(1, 4)], 1)[0][0][0]])
+    one_of_all(
+        [found[5] for run in runs for found in run] + [pool(1).run(train, [settings(1, 4)], 1)[0][0][0]]
+    )
 
 
 def _forgets(rank: int, world: int, stage: int) -> str:
@@ -273,7 +282,11 @@ def test_slots_that_are_forgotten_in_the_middle_of_a_step_are_an_error(pool, sta
 def _logged(rank: int, world: int, folder: str) -> list[str]:
     csv = {"enabled": True, "output_path": folder, "job_name": f"on{world}"}
     train(rank, world, [settings(1, 6, csv_monitor=csv)], 3)
-    return [p.read_text() for p in sorted(Path(folder).glob(f"on{world}/**/*train_loss*.csv"))] if rank == 0 else []
+    return (
+        [p.read_text() for p in sorted(Path(folder).glob(f"on{world}/**/*train_loss*.csv"))]
+        if rank == 0
+        else []
+    )
 
 
 def test_the_reported_loss_is_that_of_all_slots(pool, tmp_path):

@@ -22,8 +22,8 @@ from tests.helpers.referee import assert_bitwise
 from tests.helpers.train import config
 from tests.helpers.zero3 import whole
 from zeropipe.checkpoint.convert import convert
-from zeropipe.checkpoint.sources.dcp import write_dcp
 from zeropipe.checkpoint.loader import open_source
+from zeropipe.checkpoint.sources.dcp import write_dcp
 from zeropipe.checkpoint.sources.universal import write_universal
 
 BEFORE, AFTER = 5, 4  # steps until the checkpoint, and from it on

@@ -100,7 +100,11 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "unfused 2": (2, UNFUSED, {}),
     "sgd fp16 0": (0, SGD, FP16),
     "sgd fp16 sums in fp32, 2": (2, SGD, FP16 | {"data_types": {"grad_accum_dtype": "fp32"}}),
-    "rmsprop bf16 1": (1, {"type": "RMSprop", "params": {"lr": 0.01, "momentum": 0.5}}, {"bf16": {"enabled": True}}),
+    "rmsprop bf16 1": (
+        1,
+        {"type": "RMSprop", "params": {"lr": 0.01, "momentum": 0.5}},
+        {"bf16": {"enabled": True}},
+    ),
     "lamb 1": (1, {"type": "Lamb", "params": {"lr": 0.01}}, {}),
     "muon 2": (2, {"type": "Muon", "params": {"lr": 0.01}}, {}),
     "clipped 3": (3, ADAMW, {"gradient_clipping": 0.01} | FP16),
@@ -153,10 +157,18 @@ def fit(
         for number, partition in enumerate(inner.partitions)
         for key in sorted(partition.state.keys())
     }
-    counts = [partition.state.shared(i) for partition in inner.partitions for i in range(len(partition.params))]
+    counts = [
+        partition.state.shared(i) for partition in inner.partitions for i in range(len(partition.params))
+    ]
     shown = [repr({k: float(v) for k, v in (one or {}).items()}) for one in counts]
     masters = {str(n): partition.master.detach().clone() for n, partition in enumerate(inner.partitions)}
-    facts = (engine.get_global_grad_norm(), engine.get_lr(), engine.global_steps, engine.global_samples, shown)
+    facts = (
+        engine.get_global_grad_norm(),
+        engine.get_lr(),
+        engine.global_steps,
+        engine.global_samples,
+        shown,
+    )
     ended = (whole(engine.module), {k: v.clone() for k, v in state.items()}, masters, facts)
     engine.destroy()
     return ended, count, raised
@@ -172,7 +184,11 @@ def every(
     for at in range(1, count + 1, stride):
         ours, _, raised = fit(rank, world, case, folder, kind, at, step_at)
         for what, a, b in zip(("weights", "state", "masters", "facts"), ours, right, strict=True):
-            same = a == b if what == "facts" else a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in b)
+            same = (
+                a == b
+                if what == "facts"
+                else a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in b)
+            )
             if not same or not raised:
                 wrong.append((at, what if raised else "nothing raised"))
     return wrong
@@ -284,7 +300,7 @@ def _raise(*args: Any) -> Any:
 
 
 def given_up(rank: int, world: int) -> None:
-    """After a raise before anything was stepped, zero_grad gives the step up; after a part was, only a retry goes on."""
+    """After a raise before anything was stepped, zero_grad gives the step up; after that only a retry goes on."""
     engine = engine_of("plain 0", world, "")
     before = whole(engine.module)
     engine.backward(engine(torch.ones(4, 16), True))

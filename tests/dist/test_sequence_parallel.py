@@ -330,7 +330,10 @@ def _said(rank: int, world: int, how: str) -> tuple[int, list[int], list[float]]
     ]
     import torch.distributed as dist
 
-    assert dist.get_process_group_ranks(groups._get_sequence_parallel_group()) == [rank // 2 * 2, rank // 2 * 2 + 1]
+    assert dist.get_process_group_ranks(groups._get_sequence_parallel_group()) == [
+        rank // 2 * 2,
+        rank // 2 * 2 + 1,
+    ]
     seen = [float(x[0, 0]) for x, _ in loader]
     engine.destroy()
     initialize_sequence_parallel(1)
@@ -347,7 +350,9 @@ def test_who_may_say_how_sequences_are_divided(pool, how: str):
         assert sizes == [2, 2, rank % 2, 2, rank // 2]
 
 
-@pytest.mark.parametrize(("queries", "keys", "ranks"), [(8, 2, 4), (6, 6, 4), (4, 1, 3), (12, 4, 8), (5, 5, 5)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "ranks"), [(8, 2, 4), (6, 6, 4), (4, 1, 3), (12, 4, 8), (5, 5, 5)]
+)
 def test_each_query_head_meets_its_key_head(queries: int, keys: int, ranks: int):
     plan = Heads(queries, keys, ranks)
     q = torch.arange(1, queries + 1).view(1, -1, 1)

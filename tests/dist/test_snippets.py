@@ -38,7 +38,11 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.norm, self.head = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.body, self.norm, self.head = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
 
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         out = self.head(self.norm(self.body(x)))
@@ -118,7 +122,9 @@ def monitoring() -> Names:
 
     section = {"enabled": True, "output_path": "csv"}
     names = {"config": parse_config(CONFIG | {"csv_monitor": section}), "step": 3}
-    return basics() | names | {"block": nn.Linear(WIDTH, WIDTH), "h": torch.randn(4, WIDTH, requires_grad=True)}
+    return (
+        basics() | names | {"block": nn.Linear(WIDTH, WIDTH), "h": torch.randn(4, WIDTH, requires_grad=True)}
+    )
 
 
 GIVEN: dict[str, Callable[[], Names]] = {
@@ -136,9 +142,7 @@ GIVEN: dict[str, Callable[[], Names]] = {
     "zero.md": stage_3,
     "pipeline.md": pipelines,
 }
-WITH_PYTHON = {
-    page.name: page for page in PAGES if any(block.language == "python" for block in blocks(page))
-}
+WITH_PYTHON = {page.name: page for page in PAGES if any(block.language == "python" for block in blocks(page))}
 
 
 def run_page(rank: int, world: int, page: Path, folder: str) -> int:

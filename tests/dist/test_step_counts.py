@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from benchmarks.counts.counting import Counting, Counts
+
 from tests.helpers.meetings import PARTS, as_on_device
 from tests.helpers.models import build
 from tests.helpers.pool import Pools
@@ -41,7 +41,9 @@ def of_plain(depth: int, dtype: torch.dtype) -> Figures:
     return figures({"forward": forward, "backward": backward, "step": step})
 
 
-def of_engine(rank: int, world: int, stage: int, depth: int, extra: dict[str, Any], micro_steps: int = 1) -> Figures:
+def of_engine(
+    rank: int, world: int, stage: int, depth: int, extra: dict[str, Any], micro_steps: int = 1
+) -> Figures:
     engine = engine_of(build(Stack, depth), stage, world, **extra)
     dtype = next(engine.module.parameters()).dtype
 
@@ -62,7 +64,9 @@ def of_engine(rank: int, world: int, stage: int, depth: int, extra: dict[str, An
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_starts_few_kernels_beside_those_of_the_model(native_pool: Pools, stage: int, dtype: str) -> None:
+def test_a_step_starts_few_kernels_beside_those_of_the_model(
+    native_pool: Pools, stage: int, dtype: str
+) -> None:
     """A bucket was filled by a copy for each parameter, and the norm took nine small kernels."""
     plain = of_plain(2, torch.float32 if dtype == "fp32" else torch.bfloat16)
     units = 3 * 2 + 1
@@ -73,8 +77,8 @@ def test_a_step_starts_few_kernels_beside_those_of_the_model(native_pool: Pools,
         gathers = units if stage == 3 else 0
         assert more["forward"] <= gathers
         assert more["backward"] <= gathers + 4
-        # The norm (2), what ranks sum (2), its root (1), a copy of the step count, which a step that raised needs (1); in
-        # 16 bits gradients are cast (1) and, where gathers do not read masters, values rounded (1).
+        # The norm (2), what ranks sum (2), its root (1), a copy of the step count, which a step that raised needs
+        # (1); in 16 bits gradients are cast (1) and, where gathers do not read masters, values rounded (1).
         assert more["step"] <= (6 if dtype == "fp32" else 8)
         assert sum(ours[part]["meetings"] for part in PARTS) == 0
 

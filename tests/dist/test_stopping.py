@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import zeropipe
 from tests.helpers import survivor
@@ -105,8 +103,13 @@ def test_one_rank_is_asked_and_all_end_at_the_same_step(
 
 
 ODD = {
-    "compressed": {"optimizer": {"type": "OnebitAdam", "params": {"lr": 0.01, "freeze_step": 1}}, "scheduler": None},
-    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 32}},  # no step is taken, and the run ends all the same
+    "compressed": {
+        "optimizer": {"type": "OnebitAdam", "params": {"lr": 0.01, "freeze_step": 1}},
+        "scheduler": None,
+    },
+    "fp16": {
+        "fp16": {"enabled": True, "initial_scale_power": 32}
+    },  # no step is taken, and the run ends all the same
     "slots": {"reproducible": {"slots": 4}, "gradient_accumulation_steps": None},
 }
 
@@ -227,10 +230,14 @@ def leaves_early(rank: int, world: int, folder: str) -> Any:
                 break
         return f"{run.resumed.source} {sorted(run.state.items())}"
 
-    return zeropipe.run(train, folder, save_every=1, keep=2), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    return zeropipe.run(train, folder, save_every=1, keep=2), signal.getsignal(
+        signal.SIGTERM
+    ) == signal.SIG_DFL
 
 
-def test_a_loop_that_is_left_early_is_saved_and_what_train_returns_is_returned(pool: Pools, tmp_path: Path) -> None:
+def test_a_loop_that_is_left_early_is_saved_and_what_train_returns_is_returned(
+    pool: Pools, tmp_path: Path
+) -> None:
     assert pool(2).run(leaves_early, str(tmp_path)) == [("nothing [('best', 1), ('seen', 2)]", True)] * 2
     assert (tmp_path / "latest").read_text() == "global_step3"
     assert sorted(path.name for path in tmp_path.glob("global_step*")) == ["global_step2", "global_step3"]

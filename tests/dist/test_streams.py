@@ -141,9 +141,11 @@ def train_nasty(rank: int, world: int, name: str, folder: str) -> Values:
 
 def compared_nasty(rank: int, world: int, name: str, folder: str) -> list[str]:
     expected, zeros = train_nasty(rank, world, name, folder), Files.zeros
-    with stand_in(native=world > 1) as device:
-        with patch.object(Files, "zeros", lambda *args: device.host_memory(zeros(*args))):
-            values = train_nasty(rank, world, name, folder)
+    with (
+        stand_in(native=world > 1) as device,
+        patch.object(Files, "zeros", lambda *args: device.host_memory(zeros(*args))),
+    ):
+        values = train_nasty(rank, world, name, folder)
     assert_bitwise(values, expected)
     return list(device.findings)
 
@@ -160,7 +162,9 @@ Plant = Callable[[], Any]
 PLANTS: dict[str, tuple[Plant, str, int, bool, int, str]] = {}
 
 
-def plant(place: str, found: str, gas: int = 1, bf16: bool = False, world: int = 1) -> Callable[[Plant], Plant]:
+def plant(
+    place: str, found: str, gas: int = 1, bf16: bool = False, world: int = 1
+) -> Callable[[Plant], Plant]:
     def keep(make: Plant) -> Plant:
         PLANTS[make.__name__] = make, place, gas, bf16, world, found
         return make

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ NOTHING_PERSISTS = {"stage3_param_persistence_threshold": 0}
 def train3(rank: int, world: int, factory: Any, make: Any, settings: dict[str, Any], steps: int) -> Any:
     """As ``train``; the weights are whole."""
     import zeropipe
-    from zeropipe.utils import safe_get_full_fp32_param
 
     engine, _, _, _ = zeropipe.initialize(model=factory(), config=settings)
     losses = []

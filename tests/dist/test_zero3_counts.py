@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from zeropipe.runtime.zero.gather.shards import shards_of
-
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from tests.helpers.launch import ROOT, python
 from tests.helpers.zero3 import Block, Stack, engine_of, gathered, whole, x_batch
 from zeropipe.comm.record import Event, inject, record
 from zeropipe.runtime.zero.gather.fetch_plan import show_plan
+from zeropipe.runtime.zero.gather.shards import shards_of
 
 NAMES = ("norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "down.bias")
 BYTES = {"norm.weight": 64, "norm.bias": 64, "up.weight": 2048, "up.bias": 128, "down.weight": 2048}

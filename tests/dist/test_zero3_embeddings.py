@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from zeropipe.runtime.zero.gather.shards import shards_of
-
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from tests.helpers.data import generator
 from tests.helpers.zero3 import assert_as_stage, engine_of, gathered
 from zeropipe.comm.record import record
 from zeropipe.errors import UnavailableParameterError
+from zeropipe.runtime.zero.gather.shards import shards_of
 
 VOCABULARY, WIDTH = 24, 16
 

@@ -225,7 +225,9 @@ def test_a_leaf_module_is_one_unit(pool):
 
 def test_leaves_are_marked_by_name_and_by_suffix():
     model = Leafy()
-    found, missing = utils.set_z3_leaf_modules_by_name(model, ["blocks.0", "blok.1"], raise_if_not_found=False)
+    found, missing = utils.set_z3_leaf_modules_by_name(
+        model, ["blocks.0", "blok.1"], raise_if_not_found=False
+    )
     assert found == [model.blocks[0]] == utils.get_z3_leaf_modules(model) and missing == ["blok.1"]
     assert utils.set_z3_leaf_modules_by_suffix(model, ["s.0"], flag=False) == ([model.blocks[0]], [])
     assert utils.get_z3_leaf_modules(model) == []
@@ -257,7 +259,9 @@ def unwrapped(rank: int, world: int) -> None:
 
 
 def test_a_model_unwrapped_for_generation_is_whole(pool):
-    assert homes_of("runtime.zero") == homes_of("zero") == "zeropipe.runtime.zero.gather.sharded_model:unsharded"
+    assert (
+        homes_of("runtime.zero") == homes_of("zero") == "zeropipe.runtime.zero.gather.sharded_model:unsharded"
+    )
     pool(2).run(unwrapped)
 
 

@@ -100,7 +100,11 @@ class Critic(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Softplus(), nn.Linear(WIDTH, WIDTH)
+            nn.Linear(WIDTH, WIDTH),
+            nn.Tanh(),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Softplus(),
+            nn.Linear(WIDTH, WIDTH),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,9 @@ def fit(rank: int, world: int, zero: dict[str, Any], raises_at: int | None) -> d
 
 
 @pytest.mark.parametrize(
-    "zero", [{}, {"mics_shard_size": 1}, {"stage3_max_reuse_distance": 10**9}], ids=["all", "replicas", "kept"]
+    "zero",
+    [{}, {"mics_shard_size": 1}, {"stage3_max_reuse_distance": 10**9}],
+    ids=["all", "replicas", "kept"],
 )
 def test_a_pass_that_raised_at_any_collective_can_be_run_again(pool, zero):
     expected = pool(2).run(fit, zero, None)[0]

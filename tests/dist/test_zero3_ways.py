@@ -27,7 +27,9 @@ class Out(nn.Module):
 
     def forward(self, x: torch.Tensor, box: Any = None) -> Any:
         if self.how in ("list", "dict", "keyword"):
-            box["out" if self.how == "dict" else slice(0)] = x @ self.a if self.how == "dict" else [x @ self.a]
+            box["out" if self.how == "dict" else slice(0)] = (
+                x @ self.a if self.how == "dict" else [x @ self.a]
+            )
             return x @ self.b
         if self.how == "list alone":
             box.append(x @ self.a)
@@ -63,7 +65,9 @@ class Ways(nn.Module):
         if other is None:
             other = box["out"] if self.how == "dict" else box[0]
         # The other one first in backward: it is not what the module returned.
-        return self.last(torch.tanh(other.square()) if result is None else torch.tanh(other.square()) * result)
+        return self.last(
+            torch.tanh(other.square()) if result is None else torch.tanh(other.square()) * result
+        )
 
 
 WAYS = ["list", "dict", "keyword", "list alone", "attribute", "attribute list", "view"]
@@ -112,10 +116,14 @@ def hooked_loss(engine: Any, step: int, rank: int) -> torch.Tensor:
     """Hooks of a client's, added after initialize and anew in every step."""
     module = engine.module
     handles = [
-        module[2].register_forward_hook(lambda mod, args, out: out + mod.weight.detach().sum() + mod.bias.data),
+        module[2].register_forward_hook(
+            lambda mod, args, out: out + mod.weight.detach().sum() + mod.bias.data
+        ),
         module[2].register_forward_hook(lambda mod, args, out: out * mod.weight.norm()),
         module[0].register_forward_pre_hook(lambda mod, args: (args[0] * mod.bias.detach(),), prepend=True),
-        module[0].register_full_backward_hook(lambda mod, into, out: tuple(g if g is None else 2 * g for g in into)),
+        module[0].register_full_backward_hook(
+            lambda mod, into, out: tuple(g if g is None else 2 * g for g in into)
+        ),
     ]
     out = engine(x_batch(step, rank))
     for handle in handles:
@@ -163,10 +171,10 @@ def input_without(engine: Any, step: int, rank: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("loss", [input_with_gradient, input_without])
 @pytest.mark.parametrize("which", [None, Experts, Marked], ids=["no leaf", "a leaf", "the root a leaf"])
-def test_a_module_whose_input_autograd_has_no_node_of_keeps_its_parameters_through_backward(pool, which, loss):
+def test_a_module_whose_input_autograd_has_no_node_of_keeps_its_parameters_through_backward(
+    pool, which, loss
+):
     assert_as_stage_0(pool, partial(Marked, which), loss)
-
-
 
 
 def penalty_gathered(engine: Any, step: int, rank: int) -> torch.Tensor:

@@ -101,7 +101,9 @@ def loss_of(model: Any, step: int, rank: int) -> torch.Tensor:
 def trained(
     rank: int, world: int, factory: Any, args: tuple[Any, ...], stage: int, extra: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    engine = engine_of(build(factory, *args), stage, world, zero_optimization=extra.get("zero", {}), **_rest(extra))
+    engine = engine_of(
+        build(factory, *args), stage, world, zero_optimization=extra.get("zero", {}), **_rest(extra)
+    )
     for step in range(3):
         engine.backward(loss_of(engine, step, rank))
         engine.step()

@@ -18,9 +18,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from tests.helpers.models import build
 from tests.helpers.referee import assert_bitwise
-from zeropipe.errors import UnavailableParameterError
 from tests.helpers.zero3 import engine_of, settings, x_batch
 from zeropipe import zero
+from zeropipe.errors import UnavailableParameterError
 
 
 class Symmetric(nn.Module):
@@ -85,7 +85,9 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "orthogonal cayley": partial(parametrizations.orthogonal, orthogonal_map="cayley"),
     "orthogonal matrix_exp": partial(parametrizations.orthogonal, orthogonal_map="matrix_exp"),
     "orthogonal without base": partial(parametrizations.orthogonal, use_trivialization=False),
-    "orthogonal removed": lambda m: parametrize.remove_parametrizations(parametrizations.orthogonal(m), "weight"),
+    "orthogonal removed": lambda m: parametrize.remove_parametrizations(
+        parametrizations.orthogonal(m), "weight"
+    ),
     "symmetric": registered(Symmetric),
     "symmetric left": lambda m: parametrize.remove_parametrizations(
         registered(Symmetric)(m), "weight", leave_parametrized=False

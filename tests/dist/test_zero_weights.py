@@ -53,7 +53,11 @@ def values(seed: int = 5) -> dict[str, torch.Tensor]:
     """Another state of an ``Odd`` than its constructor's, without the second name of the tied pair."""
     torch.manual_seed(seed)
     state = {
-        name: torch.rand_like(tensor) if tensor.is_floating_point() else ~tensor if tensor.dtype == torch.bool else tensor + 3
+        name: torch.rand_like(tensor)
+        if tensor.is_floating_point()
+        else ~tensor
+        if tensor.dtype == torch.bool
+        else tensor + 3
         for name, tensor in Odd().state_dict().items()
         if name != "head.weight"
     }
@@ -80,7 +84,9 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def built(rank: int, world: int, weights: Any, config: Any = None, meta: bool = False) -> dict[str, torch.Tensor]:
+def built(
+    rank: int, world: int, weights: Any, config: Any = None, meta: bool = False
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(rank)
     if meta:
         with torch.device("meta"):
@@ -200,12 +206,13 @@ def test_what_is_missing_keeps_the_constructors_value_and_is_named(pool, tmp_pat
     torch.manual_seed(0)  # rank 0's
     expected = plain(state)
     for found, said in pool(2).run(built_and_said, str(folder)):
-        same({k: v for k, v in found.items() if k not in ("pair", "blocks.1.weight")}, {k: v for k, v in expected.items() if k not in ("pair", "blocks.1.weight")})
+        same(
+            {k: v for k, v in found.items() if k not in ("pair", "blocks.1.weight")},
+            {k: v for k, v in expected.items() if k not in ("pair", "blocks.1.weight")},
+        )
         assert torch.equal(found["pair"], expected["pair"])
         assert torch.equal(found["blocks.1.weight"], expected["blocks.1.weight"])
-        assert said == [
-            "zero.Init: 2 names have no weights: blocks.1.weight, pair; 1 keys are unused: other"
-        ]
+        assert said == ["zero.Init: 2 names have no weights: blocks.1.weight, pair; 1 keys are unused: other"]
 
 
 def built_and_said(rank: int, world: int, weights: str) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -230,7 +237,9 @@ def test_mixed_precision_on_purpose_stays(pool, tmp_path):
 
 def build_mixed(rank: int, world: int, weights: str) -> tuple[dict[str, torch.dtype], torch.Tensor]:
     with zeropipe.zero.Init(config_dict_or_path=BF16, weights=weights):
-        model = nn.ModuleDict({"wide": nn.Linear(8, 8, bias=False), "narrow": nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)})
+        model = nn.ModuleDict(
+            {"wide": nn.Linear(8, 8, bias=False), "narrow": nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)}
+        )
     state = whole(model)
     return {name: value.dtype for name, value in state.items()}, state["wide.weight"]
 
@@ -279,7 +288,11 @@ def twice(folder: Path, state: dict[str, torch.Tensor]) -> None:
     [
         (cut, CheckpointError, "model-00002-of-00003.safetensors is cut before the end of"),
         (lost, CheckpointError, "expected 3 files, found no model-00002-of-00003.safetensors"),
-        (shaped, CheckpointError, r"key 'frozen' of \S+.safetensors; expected shape \(5, 3\), found \(5, 4\)"),
+        (
+            shaped,
+            CheckpointError,
+            r"key 'frozen' of \S+.safetensors; expected shape \(5, 3\), found \(5, 4\)",
+        ),
         (coded, CheckpointError, "key 'frozen' of .* found torch.int8. Fix: "),
         (foreign, UsageError, "no key of the weights is a name of the Odd"),
         (garbled, CheckpointError, "model.safetensors is cut, or no safetensors file"),

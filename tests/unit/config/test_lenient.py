@@ -121,4 +121,4 @@ def test_public_configurations_that_deepspeed_takes(under_the_name: None) -> Non
         try:
             parse_config(entry["config"])
         except ConfigError as error:
-            assert "is not offered" in str(error) or "max_grad_norm" in str(error), error  # noqa: PT017
+            assert "is not offered" in str(error) or "max_grad_norm" in str(error), error
