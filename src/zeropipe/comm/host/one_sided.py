@@ -67,9 +67,8 @@ class OneSided:
 
     def __init__(self) -> None:
         self.least = LEAST
-        self.checks = (
-            False  # whether who reads finds out that it was written to meanwhile; costs as much as reading
-        )
+        # Whether who reads finds out that it was written to meanwhile; costs as much as reading.
+        self.checks = False
         self.borrowed = 0  # bytes of others' memory that are mapped here, which their owners count
         self._peers: dict[int, Peer] = {}  # by rank of the world
         self._thread: threading.Thread | None = None
