@@ -118,8 +118,12 @@ class Search:
         """``choice`` was found to fit, and a better look says that it does not."""
         name = choice if choice.cut else choice.family
         family = self._families[name]
-        family.fits = -1
-        self._enter(name, family.sizes.index(choice), seen)
+        place = family.sizes.index(choice)
+        # What was seen of smaller ones stands, until one of them is looked at better.
+        family.fits = max(
+            (i for i, one in family.seen.items() if i < place and one.needed <= self._memory), default=-1
+        )
+        self._enter(name, place, seen)
 
     def _enter(self, name: Choice, place: int, seen: Seen) -> None:
         family = self._families[name]

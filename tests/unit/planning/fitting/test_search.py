@@ -59,6 +59,35 @@ def test_it_finds_what_looking_at_everything_finds(seed: int, ranks: int, share:
             assert one.seconds <= fits[found]
 
 
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([2, 4]),
+    st.floats(0.1, 1.2),
+    st.sampled_from([8, 24]),
+    st.floats(1, 1.4),
+)
+def test_what_a_better_look_refuses_is_passed_over(
+    seed: int, ranks: int, share: float, batch: int, more: float
+) -> None:
+    """As ``fit`` does: the cheap look sees too little, and what it finds is looked at again."""
+    every = Space(batch * ranks, ranks, node=4).choices()
+    memory, look = int(1100 * share), World(seed, ranks)
+
+    def better(choice: Choice) -> Seen:
+        seen = look(choice)
+        return replace(seen, needed=int(more * seen.needed))
+
+    fits = {one: seen.seconds for one in every if (seen := better(one)).needed <= memory}
+    look.looks = 0
+    search = Search(every, memory, look)
+    while (found := search.run()) is not None and (seen := better(found)).needed > memory:
+        search.refuse(found, seen)
+    assert look.looks <= 2 * len(every)
+    assert (found is None) == (not fits)
+    if found is not None:
+        assert fits[found] == pytest.approx(min(fits.values()))
+
+
 def test_it_looks_at_few() -> None:
     every = Space(64 * 16, 16, node=8).choices()
     looks = []
