@@ -3,9 +3,9 @@
     python -m benchmarks.fit.run [--cases 20] [--train 4] [--first SEED]
 
 Each case is a random small GPT on two CPU ranks, a global batch, and a limit on memory between the least and the most
-that any choice needs. Brute force rehearses every choice, with all of its micro-steps; ``zeropipe.fit`` is given the
-limit alone. Of ``--train`` cases the configuration that it chose is then trained by two real processes whose private
-memory may grow by that limit and no more (RLIMIT_DATA).
+that any choice needs. Brute force rehearses every choice on both ranks, with all of its micro-steps;
+``zeropipe.fit`` is given the limit alone. Of ``--train`` cases the configuration that it chose is then trained by two
+real processes whose private memory may grow by that limit and no more (RLIMIT_DATA).
 """
 
 import argparse
@@ -66,7 +66,7 @@ def one(seed: int, train: bool) -> dict[str, Any]:
 
         every = {}
         for choice in Space(batch, RANKS, KNOWN["cpu"].ranks_per_node, offload=(NONE,)).choices():
-            every[choice] = rehearse_all(program(choice), RANKS, device=str(device), ranks=(0,))
+            every[choice] = rehearse_all(program(choice), RANKS, device=str(device))
         needs = sorted(plan.needed for plan in every.values())
         limit = chance.randint(needs[0], needs[-1])
         fits = {choice: plan.seconds.total for choice, plan in every.items() if plan.needed <= limit}
