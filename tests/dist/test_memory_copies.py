@@ -196,6 +196,21 @@ def test_a_run_that_ends_well_leaves_nothing(pool: Pools, tmp_path: Path) -> Non
     assert pool(2).run(lives, str(tmp_path)) == [[], []]
 
 
+def has_nothing_left_to_do(rank: int, world: int, folder: str) -> tuple[Any, int]:
+    engine = engine_of(folder, 1, "fp32")
+    found = engine.resume()
+    engine.destroy()
+    everyone_is_here()
+    return (found.step, found.source), len(os.listdir(folder))
+
+
+def test_a_life_that_makes_no_copy_takes_away_what_it_has_gone_on_from(pool: Pools, tmp_path: Path) -> None:
+    """A rank was killed after the last step; who came back had nothing to do, and left the copies behind."""
+    pool(2).run(dies, str(tmp_path / "all"), 1, "fp32")
+    shutil.rmtree(tmp_path / "all" / "disk")
+    assert pool(2).run(has_nothing_left_to_do, str(tmp_path / "all")) == [((3, "memory"), 0)] * 2
+
+
 def destroys_while_an_error_passes(rank: int, world: int, folder: str) -> tuple[bool, int]:
     engine = engine_of(folder, 1, "fp32")
     with pytest.raises(ZeroDivisionError):

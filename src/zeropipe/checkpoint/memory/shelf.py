@@ -125,6 +125,8 @@ class Shelf:
     def end(self, token: str, rank: int, ranks: int) -> None:
         """``rank`` has come to its end; the last of as many ``ranks`` as this host has takes all pieces away."""
         # Not each its own: where another rank dies at its end, the run goes on from what is there.
+        if not _is_ours(self.folder):  # nothing was ever kept
+            return
         with suppress(OSError):
             (self.folder / f"ended.{self._engine}.{token}.{rank}").touch(mode=0o600)
             ended = [path for path in self._files(_ENDED) if f".{token}." in path.name]

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from zeropipe.checkpoint.memory.pieces import Packed, Seal, Slot, pack
-from zeropipe.checkpoint.memory.shelf import SHARED, Shelf, command
+from zeropipe.checkpoint.memory.shelf import SHARED, Shelf, command, host_of
 from zeropipe.checkpoint.memory.state import share_of
 from zeropipe.checkpoint.save.records import LocalState
 from zeropipe.comm.collectives import all_gather_object
@@ -126,6 +126,7 @@ class Copies:
         # Where they lie, once it is asked for.
         self._wanted = self._every > 0 and not self._group.imagined
         self._shelf: Shelf | None = None
+        self._token = ""  # of this life's pieces; the same on all ranks
 
         # From the first copy on.
         self._life: _Life | None = None
@@ -143,10 +144,15 @@ class Copies:
         if self._wanted and self._shelf is None:
             # Which engine of a process this is all ranks must say alike, and one may not have let go of another yet.
             # Launchers give ranks other words: those of the first count for all.
-            told = all_gather_object((ENGINES.free, command()), self._group, label="copies of which engine")
-            number, root = max(free for free, _ in told), self._parts.config.checkpoint.memory.folder
+            root = Path(self._parts.config.checkpoint.memory.folder or SHARED)
+            mine = ENGINES.free, command(), secrets.token_hex(6), host_of(root)
+            told = all_gather_object(mine, self._group, label="copies of which engine")
+            number, (_, asked, self._token, _) = max(free for free, *_ in told), told[0]
             ENGINES.take(number, self)
-            self._shelf = Shelf(Path(root or SHARED), number, told[0][1])
+            shelf = self._shelf = Shelf(root, number, asked)
+            # From here on: a life that has nothing left to do makes no copy, and those before it have left theirs.
+            token, rank, neighbours = self._token, self._group.rank, [h for *_, h in told].count(shelf.host)
+            ENGINES.at_end(token, lambda: shelf.end(token, rank, neighbours))
         return self._shelf if self._wanted else None
 
     def keep(self, client_state: Mapping[str, Any]) -> None:
@@ -191,8 +197,7 @@ class Copies:
     def outlive(self) -> int:
         """This process ends and the run goes on: what it has kept stays. The step of that, 0 where there is none."""
         self.settle()
-        if self._life is not None:
-            ENGINES.forget(self._life.token)
+        ENGINES.forget(self._token)
         step = self._parts.clock.global_steps
         return 0 if self._life is None else step - step % self._every
 
@@ -200,8 +205,8 @@ class Copies:
         """The engine is destroyed; may be called again."""
         self.settle()
         # In a ``finally`` that an error passes the run has not come to its end well: how the process ends decides.
-        if self._life is not None and sys.exc_info()[0] is None:
-            ENGINES.end(self._life.token)
+        if sys.exc_info()[0] is None:
+            ENGINES.end(self._token)
         self._stop()
 
     # What they are made of.
@@ -214,15 +219,13 @@ class Copies:
             last = max((seal.attempt for _, seal in shelf.found()), default=0)
         except (OSError, UsageError) as reason:
             fault = str(reason)
-        everyone = all_gather_object(
-            (shelf.host, last, secrets.token_hex(6), 2 * nbytes, fault), group, label="copies begin"
-        )
+        everyone = all_gather_object((shelf.host, last, 2 * nbytes, fault), group, label="copies begin")
         fault = next((text for *_, text in everyone if text), "")
         hosts, count = [host for host, *_ in everyone], self._parts.config.checkpoint.memory.copies
         # Its own ranks' pieces, and those of others that they keep.
         kept = [rank for rank, host in enumerate(hosts) if host == shelf.host]
         kept += [r for r in range(len(hosts)) if shelf.host in {hosts[k] for k in keepers(hosts, r, count)}]
-        here = [everyone[rank][3] for rank in kept]
+        here = [everyone[rank][2] for rank in kept]
         if not fault and sum(here) > (free := shelf.room()):
             fault = describe(
                 f"copies in memory have no room in {shelf.root}",
@@ -236,7 +239,7 @@ class Copies:
         if fault:
             self._stop()
             raise UsageError(fault)
-        rank, token, neighbours = group.rank, everyone[0][2], hosts.count(shelf.host)
+        rank, token, neighbours = group.rank, self._token, hosts.count(shelf.host)
         slots = shelf.slot(token, rank, 0), shelf.slot(token, rank, 1)
         guests = Guests(with_words(group), shelf, token, hosts, count)
         self._life = _Life(shelf, 1 + max(last for _, last, *_ in everyone), token, slots, guests)
