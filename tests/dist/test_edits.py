@@ -198,7 +198,7 @@ def converted(rank: int, world: int, stage: int) -> None:
     x = x_batch(0, rank)
     for convert in ("half", "bfloat16", "double"):
         with pytest.raises(UsageError, match=r"is trained in torch.float32 on cpu and cannot become .* Fix:"):
-            getattr(engine.module, convert)()
+            getattr(engine.module, convert)()  # at stage 3 this is refused, else the next forward
             engine(x)
         engine.module.float()
         before = whole(engine.module)  # rounded by now; the next step trains them

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import mmap
 import os
 import threading
 import time
@@ -225,6 +226,35 @@ def test_that_it_goes_by_messages_is_said_once(pool: Pools, tmp_path: Any) -> No
     outcomes = pool(2).run_faulty(turned_away, str(tmp_path))
     assert [len(o.value) for o in outcomes] == [1, 0], outcomes
     assert "by messages between ranks 0 and 1:" in outcomes[0].value[0]
+
+
+def lacks(rank: int, size: int, what: str, folder: str) -> Any:
+    """Of rank 1 the system refuses ``what``, as where its descriptors or threads are used up."""
+
+    def refuses(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def starts(thread: threading.Thread) -> None:
+        if thread.name == "zeropipe reader":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    start = threading.Thread.start
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            places = {"pipe": (os, "pipe"), "memfd": (os, "memfd_create"), "mmap": (mmap, "mmap")}
+            if what == "thread":
+                patch.setattr(threading.Thread, "start", starts)
+            else:
+                patch.setattr(*places[what], refuses)
+        return begin_anew(rank, size, "auto", False, folder)
+
+
+@pytest.mark.parametrize("what", ["pipe", "thread", "memfd", "mmap"])
+def test_where_one_rank_lacks_what_it_takes_all_go_by_messages(pool: Pools, tmp_path: Any, what: str) -> None:
+    """A rank that had found out after the others counted on it raised alone, and they waited."""
+    outcomes = pool(2).run_faulty(lacks, what, str(tmp_path))
+    assert [o.value for o in outcomes] == [(False, [], "")] * 2, outcomes
 
 
 def agreed(rank: int, size: int, way: str, folder: str) -> list[str]:

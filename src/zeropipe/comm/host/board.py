@@ -149,8 +149,12 @@ class Page:
 def own_page() -> tuple[Page, int]:
     """A page of this process, and the descriptor by which others map it. Raises OSError."""
     number = os.memfd_create("zeropipe words")
-    os.ftruncate(number, _PAGE_BYTES)
-    return Page(mmap.mmap(number, _PAGE_BYTES)), number
+    try:
+        os.ftruncate(number, _PAGE_BYTES)
+        return Page(mmap.mmap(number, _PAGE_BYTES)), number
+    except OSError:  # mmap keeps a descriptor of its own, for which there may be no room
+        os.close(number)
+        raise
 
 
 def page_of(pid: int, number: int) -> Page:

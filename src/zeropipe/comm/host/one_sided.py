@@ -90,9 +90,7 @@ class OneSided:
         self._woken = self._wakes = -1  # the ends of a pipe
 
     def _leave(self) -> None:
-        for end in (self._woken, self._wakes):
-            if end >= 0:
-                os.close(end)
+        self._close_pipe()
         for peer in self._peers.values():
             peer.line.close()
         if self._page is not None:
@@ -122,12 +120,19 @@ class OneSided:
         return found
 
     def own_page(self) -> tuple[Page, int] | None:
-        """Where this rank says its words, and the descriptor by which others map it; None where that cannot be."""
+        """Where this rank says its words, and the descriptor by which others map it; None where that cannot be. With it
+        comes all else that a rank needs of its system: what it lacks it must lack before the others count on it."""
         self._be_here()
-        if self._page is None and orders_stores():
-            with suppress(OSError, AttributeError):
-                self._page = own_page()
-        return self._page
+        if not orders_stores():
+            return None
+        with suppress(
+            OSError, AttributeError, RuntimeError
+        ):  # no descriptor is left, no such call, no thread
+            if self._thread is None:
+                self._begin_thread()
+            self._page = self._page or own_page()
+            return self._page
+        return None
 
     def peers_of(self, group: Group) -> dict[int, Peer]:
         """By member, of a group whose members have mapped each other's pages."""
@@ -166,14 +171,10 @@ class OneSided:
                 if rank not in self._peers
             }
             self._peers = self._peers | made
-        if self._peers and self._thread is None:
-            self._woken, self._wakes = os.pipe()
-            os.set_blocking(self._wakes, False)
-            # A daemon, so that one that the kernel never lets go does not keep the process.
-            self._thread = threading.Thread(target=self._run, name="zeropipe reader", daemon=True)
-            self._thread.start()
-            atexit.register(self.close)
-        self._wake()
+        if self._peers:
+            self._wake()
+        else:
+            self._end_thread()
 
     def _be_here(self) -> None:
         """Forget another world than this."""
@@ -182,16 +183,40 @@ class OneSided:
             assert dist.group.WORLD is not None
             self._world = weakref.ref(dist.group.WORLD)
 
-    def close(self) -> None:
-        """End the thread and the lines: what is under way fails, here and there."""
+    def _begin_thread(self) -> None:
+        """Raises OSError or RuntimeError, with nothing begun."""
+        self._woken, self._wakes = os.pipe()
+        os.set_blocking(self._wakes, False)
+        # A daemon, so that one that the kernel never lets go does not keep the process.
+        self._thread = threading.Thread(target=self._run, name="zeropipe reader", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._thread = None
+            self._close_pipe()
+            raise
+        atexit.register(self.close)
+
+    def _end_thread(self) -> None:
         thread, self._thread = self._thread, None
         if thread is not None:
             self._wake()
             thread.join(_PATIENCE)
+            self._close_pipe()
+            atexit.unregister(self.close)
+
+    def _close_pipe(self) -> None:
+        ends, self._woken, self._wakes = (self._woken, self._wakes), -1, -1
+        for end in ends:
+            if end >= 0:
+                os.close(end)
+
+    def close(self) -> None:
+        """End the thread and the lines: what is under way fails, here and there."""
+        self._end_thread()
         for peer in self._peers.values():
             self._lose(peer)
         self._leave()
-        atexit.unregister(self.close)
 
     # ---- the words of the seam ----
 
