@@ -55,9 +55,9 @@ from zeropipe.comm.host.reading import (
     Word,
     crc_of,
 )
+from zeropipe.comm.host.thread import Waiting
 
 LEAST = 1  # bytes that do not go by messages
-_PATIENCE = 5.0  # seconds for the thread to end
 _SOON = 5  # ms
 
 
@@ -71,7 +71,7 @@ class OneSided:
         self.checks = False
         self.borrowed = 0  # bytes of others' memory that are mapped here, which their owners count
         self._peers: dict[int, Peer] = {}  # by rank of the world
-        self._thread: threading.Thread | None = None
+        self._thread: Waiting | None = None
         self._begin_anew()
         os.register_at_fork(after_in_child=self._leave)  # no thread there, and the lines are the parent's
 
@@ -87,10 +87,10 @@ class OneSided:
         self._ready: deque[Reading] = deque()
         self._memory: Memory | None = None
         self._peers = {}
-        self._woken = self._wakes = -1  # the ends of a pipe
 
     def _leave(self) -> None:
-        self._close_pipe()
+        if self._thread is not None:
+            self._thread.forget()
         for peer in self._peers.values():
             peer.line.close()
         if self._page is not None:
@@ -125,11 +125,11 @@ class OneSided:
         self._be_here()
         if not orders_stores():
             return None
-        with suppress(
-            OSError, AttributeError, RuntimeError
-        ):  # no descriptor is left, no such call, no thread
+        # No descriptor is left, no such call, no thread.
+        with suppress(OSError, AttributeError, RuntimeError):
             if self._thread is None:
-                self._begin_thread()
+                self._thread = Waiting(self._run)
+                atexit.register(self.close)
             self._page = self._page or own_page()
             return self._page
         return None
@@ -171,10 +171,10 @@ class OneSided:
                 if rank not in self._peers
             }
             self._peers = self._peers | made
-        if self._peers:
-            self._wake()
-        else:
+        if not self._peers:
             self._end_thread()
+        elif self._thread is not None:
+            self._thread.wake()
 
     def _be_here(self) -> None:
         """Forget another world than this."""
@@ -183,33 +183,11 @@ class OneSided:
             assert dist.group.WORLD is not None
             self._world = weakref.ref(dist.group.WORLD)
 
-    def _begin_thread(self) -> None:
-        """Raises OSError or RuntimeError, with nothing begun."""
-        self._woken, self._wakes = os.pipe()
-        os.set_blocking(self._wakes, False)
-        # A daemon, so that one that the kernel never lets go does not keep the process.
-        self._thread = threading.Thread(target=self._run, name="zeropipe reader", daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError:
-            self._thread = None
-            self._close_pipe()
-            raise
-        atexit.register(self.close)
-
     def _end_thread(self) -> None:
         thread, self._thread = self._thread, None
         if thread is not None:
-            self._wake()
-            thread.join(_PATIENCE)
-            self._close_pipe()
+            thread.end()
             atexit.unregister(self.close)
-
-    def _close_pipe(self) -> None:
-        ends, self._woken, self._wakes = (self._woken, self._wakes), -1, -1
-        for end in ends:
-            if end >= 0:
-                os.close(end)
 
     def close(self) -> None:
         """End the thread and the lines: what is under way fails, here and there."""
@@ -314,16 +292,16 @@ class OneSided:
             if rank in self._peers:
                 self._peers[rank].call()
 
-    def _run(self) -> None:
-        while self._thread is not None:
+    def _run(self, thread: Waiting) -> None:
+        while not thread.ending:
             here = {peer.line.fileno(): peer for peer in list(self._peers.values()) if not peer.has_left}
             poll = select.poll()
-            for number in (self._woken, *here):
+            for number in (thread.woken, *here):
                 poll.register(number, select.POLLIN)
             # Who has words that a line had no room for looks whether it has.
             full = any(peer.is_full for peer in here.values())
             for number, _ in poll.poll(_SOON if full else None):
-                if number == self._woken:
+                if number == thread.woken:
                     os.read(number, 2**12)
                 elif here[number].has_ended():
                     self.listen(here[number])  # its last words
@@ -385,13 +363,9 @@ class OneSided:
 
     def _push(self, peer: Peer) -> None:
         """Let the thread see to words that the line to ``peer`` has no room for."""
-        if peer.is_full:
-            self._wake()
-
-    def _wake(self) -> None:
-        if self._wakes >= 0:
-            with suppress(OSError):
-                os.write(self._wakes, b"x")
+        thread = self._thread
+        if peer.is_full and thread is not None:
+            thread.wake()
 
 
 ONE_SIDED = OneSided()
