@@ -4,6 +4,7 @@
     python -m benchmarks.pipeline.run --ranks 4 --rounds 1
     python -m benchmarks.pipeline.run --peer-python /path/to/environment-with-deepspeed/bin/python
 
+All cut the model in the same places, but those named ``:profile``, where zeropipe cuts it by what it measures.
 Writes results.md and results.json beside this file (or to --out).
 """
 
@@ -37,6 +38,8 @@ CONTENDERS = [
     "zeropipe_zb-h1",
     "zeropipe_interleaved-zb",
     "zeropipe_zbv",
+    "zeropipe_1f1b:profile",
+    "zeropipe_zbv:profile",
     "deepspeed_1f1b",
 ]
 TIME_LIMIT = 600  # seconds for one contender in one round
@@ -104,7 +107,7 @@ def table(
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, rows in found.items():
-        schedule = name.partition("_")[2]
+        schedule = name.partition("_")[2].partition(":")[0]
         relative = [one["seconds"] / base[one["round"]] for one in rows if one["round"] in base]
         bubbles = [one["bubble"] for one in rows if one["bubble"] is not None]
         plan = simulate(make_schedule(schedule, ranks, micro_batches, default_chunks(schedule)))

@@ -36,7 +36,10 @@ def main() -> None:
     memory.reset_peak()
     before = memory.resident()
     torch.manual_seed(0)
-    step, bubble = BUILD[system](size, schedule, args.micro_batches)
+    # After a colon: zeropipe cuts by itself, by a partition method.
+    schedule, _, method = schedule.partition(":")
+    more = {"method": method} if method else {}
+    step, bubble = BUILD[system](size, schedule, args.micro_batches, **more)
     seconds = []
     for number in range(args.warm_up + args.steps):
         data = [batch(size, number * args.micro_batches + m, CPU) for m in range(args.micro_batches)]
@@ -80,7 +83,9 @@ def config(micro_batch: int, micro_batches: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def zeropipe_step(size: Size, schedule: str, micro_batches: int) -> tuple[Step, Callable[[], float | None]]:
+def zeropipe_step(
+    size: Size, schedule: str, micro_batches: int, method: str | None = None
+) -> tuple[Step, Callable[[], float | None]]:
     import zeropipe
     from zeropipe.pipe import LayerSpec, PipelineModule
 
@@ -89,8 +94,9 @@ def zeropipe_step(size: Size, schedule: str, micro_batches: int) -> tuple[Step, 
         [LayerSpec(kind, size) for kind in classes(size)],
         num_stages=ranks,
         loss_fn=loss,
-        partition_method=cut(size, ranks * CHUNKS.get(schedule, 1)),
+        partition_method=method or cut(size, ranks * CHUNKS.get(schedule, 1)),
         schedule=schedule,
+        sample_input=torch.zeros(size.micro_batch, size.context, dtype=torch.int64),
     )
     engine, *_ = zeropipe.initialize(model=module, config=config(size.micro_batch, micro_batches))
 
@@ -167,7 +173,7 @@ BUILD = {"zeropipe": zeropipe_step, "torch": torch_step, "deepspeed": deepspeed_
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("contender", help="SYSTEM_SCHEDULE, such as zeropipe_zbv")
+    parser.add_argument("contender", help="SYSTEM_SCHEDULE, such as zeropipe_zbv, or zeropipe_zbv:profile")
     parser.add_argument("--size", choices=SIZES, default="34M")
     parser.add_argument("--micro-batch", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, default=8)

@@ -278,6 +278,28 @@ def test_mistakes_name_the_way_out(pool):
     pool(2).run(misuse)
 
 
+def given_and_measured(rank: int, world: int) -> tuple[tuple[int, ...], int]:
+    given = [
+        nn.Linear(8, 8),
+        nn.BatchNorm1d(8),
+        *(nn.Linear(8, 8) for _ in range(3)),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(8, 256)),
+    ]
+    before = {name: value.clone() for name, value in nn.Sequential(*given).state_dict().items()}
+    module = PipelineModule(
+        given, num_stages=2, schedule="zbv", partition_method="profile", sample_input=torch.randn(4, 8) + 3
+    )
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    return module.bounds, len(module.state_dict())
+
+
+def test_measuring_layers_leaves_them_as_they_were(pool):
+    (bounds, first), (other, second) = pool(2).run(given_and_measured)
+    assert bounds == other
+    assert len(bounds) == 5
+    assert first + second == 2 * 4 + 5 + 4  # of Linear, BatchNorm and spectral_norm, each on one rank
+
+
 def own_schedule(rank: int, world: int) -> None:
     """The user's own plan: 1F1B written down, and a config that chooses among equal cuts."""
     layers = specs(blocks=3)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, combinations, pairwise
+from math import comb
+
+_ALL = 3000  # cuts that are all looked at
 
 
 def cut_balanced(weights: Sequence[int], parts: int) -> tuple[int, ...]:
@@ -43,6 +46,50 @@ def cut_balanced(weights: Sequence[int], parts: int) -> tuple[int, ...]:
     for k in range(parts, 0, -1):
         bounds.append(origin[k][bounds[-1]])
     return tuple(reversed(bounds))
+
+
+def cut_for_owners(weights: Sequence[int], owners: Sequence[int]) -> tuple[int, ...]:
+    """Bounds of ``len(owners)`` non-empty runs of ``weights``, part i for ``owners[i]``, who may have several.
+
+    The heaviest owner is as light as can be found, then the heaviest part, then the sums of squares of both: exact for
+    up to 3000 possible cuts; beyond, none of the moves below makes it better, and it is at least as light as
+    `cut_balanced`, where they begin. Raises ValueError as that does.
+
+    ::
+
+        weights  0 1 1 1 1 1 1 1 1 1.4      a move: from one part to another, with all bounds between them
+        owners   [0  |1  |1    |0      ]    0 1 1|1 1|1 1|1 1 1.4   owner 0: 5.4    owner 1: 4
+                                            0 1 1|1 1 1|1 1|1 1.4   owner 0: 4.4    owner 1: 5
+    """
+    best, count, parts = cut_balanced(weights, len(owners)), len(weights), len(owners)
+    if len(set(owners)) == parts:
+        return best
+    sums = list(accumulate(weights, initial=0))
+
+    def price(bounds: Sequence[int]) -> tuple[int, int, int, int]:
+        loads = dict.fromkeys(owners, 0)
+        sizes = [sums[b] - sums[a] for a, b in pairwise(bounds)]
+        for owner, size in zip(owners, sizes, strict=True):
+            loads[owner] += size
+        return max(loads.values()), max(sizes), sum(x * x for x in loads.values()), sum(x * x for x in sizes)
+
+    if comb(count - 1, parts - 1) <= _ALL:
+        return min(((0, *inner, count) for inner in combinations(range(1, count), parts - 1)), key=price)
+    paid = price(best)
+    while better := next((moved for moved in _moved(best) if price(moved) < paid), None):
+        best, paid = better, price(better)
+    return best
+
+
+def _moved(bounds: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """The cuts in which one weight more is in one part, and one less in another."""
+    parts = len(bounds) - 1
+    for first in range(1, parts):
+        for last in range(first, parts):
+            for step in (-1, 1):
+                moved = (*bounds[:first], *(b + step for b in bounds[first : last + 1]), *bounds[last + 1 :])
+                if moved[first - 1] < moved[first] and moved[last] < moved[last + 1]:
+                    yield moved
 
 
 def cut_evenly(count: int, parts: int) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """Which layers a stage gets."""
 
+from itertools import pairwise
+
 import pytest
 from torch import nn
 
@@ -26,18 +28,28 @@ FACTS = [
     ],
 )
 def test_methods(method, bounds):
-    found = partition(method, len(FACTS), 2, lambda: FACTS)
+    found = partition(method, len(FACTS), [0, 1], lambda: FACTS)
     if method == "type:^(embedding|head)$":
         assert 1 <= found[1] <= 7  # anywhere between the two is as good
     else:
         assert found == bounds
 
 
+def test_what_a_rank_has_in_all_of_its_stages_counts():
+    """Of a V: the ends of the model, with the heavier head, are on one rank."""
+    weights = [0, *[100] * 8, 140]
+    facts = [LayerFacts("Layer", profile=weight) for weight in weights]
+    found = partition("profile", len(facts), [0, 1, 1, 0], lambda: facts)
+    first, *_, last = [sum(weights[a:b]) for a, b in pairwise(found)]
+    assert (first + last, sum(weights) - first - last) == (440, 500)
+    assert max(sum(weights[a:b]) for a, b in pairwise(found)) == 300
+
+
 def test_uniform_does_not_weigh_layers():
     def never():
         raise AssertionError
 
-    assert partition("uniform", 3, 2, never) == (0, 2, 3)
+    assert partition("uniform", 3, [0, 1], never) == (0, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +66,7 @@ def test_uniform_does_not_weigh_layers():
 )
 def test_mistakes(method, stages, words):
     with pytest.raises(ConfigError) as caught:
-        partition(method, len(FACTS), stages, lambda: FACTS)
+        partition(method, len(FACTS), range(stages), lambda: FACTS)
     for word in words:
         assert word in str(caught.value)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,7 +17,7 @@ from zeropipe.comm.collectives import broadcast_object
 from zeropipe.comm.group import world
 from zeropipe.errors import ConfigError, UsageError
 from zeropipe.given import Tree
-from zeropipe.layout.balance import cut_balanced, cut_evenly
+from zeropipe.layout.balance import cut_evenly, cut_for_owners
 
 STATE_BYTES = 16  # of an fp32 parameter under Adam: value, gradient and two moments
 _ROUNDS = 3  # of a measured forward, of which the quickest counts
@@ -165,10 +166,27 @@ def _measure(layers: Sequence[Any], value: Any, rank: int) -> list[LayerFacts]:
             # ranks; elsewhere they end with the first parameters that are whole.
             if rank and module is not None and any(not hasattr(p, "ds_numel") for p in module.parameters()):
                 return []
-            saved, value, seconds = _run(bind(layer, module), value)
+            with _buffers_kept(module):
+                saved, value, seconds = _run(bind(layer, module), value)
             memory = _numel(module) * STATE_BYTES + saved
             found.append(LayerFacts(_name(layer), _numel(module), memory, int(seconds * 1e9)))
     return found
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module | None) -> Iterator[None]:
+    """A layer that the user has built is trained afterwards: running statistics begin where they were."""
+    owners = module.modules() if module is not None else ()
+    kept = [
+        (owner, name, buffer, buffer.clone())
+        for owner in owners
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for owner, name, buffer, before in kept:
+            setattr(owner, name, buffer.copy_(before))
 
 
 def _name(layer: Any) -> str:
@@ -222,12 +240,17 @@ Bounds = tuple[int, ...]
 
 
 def partition(
-    method: str | Sequence[int], num_layers: int, stages: int, facts: Callable[[], Sequence[LayerFacts]]
+    method: str | Sequence[int],
+    num_layers: int,
+    owners: Sequence[int],
+    facts: Callable[[], Sequence[LayerFacts]],
 ) -> Bounds:
-    """Bounds of ``stages`` runs of layers. ``facts`` is called only by methods that weigh layers.
+    """Bounds of the stages, of which number i is on the pipeline rank ``owners[i]``; what a rank has in all counts.
+    ``facts`` is called only by methods that weigh layers.
 
     Raises `ConfigError` where there are too few layers, an unknown method, or bounds that do not fit.
     """
+    stages = len(owners)
     if num_layers < stages:
         raise ConfigError(
             "a pipeline stage would be empty",
@@ -250,9 +273,9 @@ def partition(
     if name == "uniform":
         return cut_evenly(num_layers, stages)
     if name == "type":
-        return cut_balanced(_matches(pattern, facts(), stages), stages)
+        return cut_for_owners(_matches(pattern, facts(), stages), owners)
     if name in ("parameters", "memory", "profile"):
-        return cut_balanced([getattr(one, name) for one in facts()], stages)
+        return cut_for_owners([getattr(one, name) for one in facts()], owners)
     raise ConfigError("unknown partition_method", expected=METHODS, found=repr(method))
 
 

@@ -95,7 +95,8 @@ class PipelineModule(nn.Module):
                     found=type(layer).__name__,
                 )
         facts = partial(weigh, layers, partition_method, sample_input)
-        self.bounds: Bounds = partition(partition_method, len(layers), self.total_stages, facts)
+        owners = [self.placement.rank(stage, self.num_stages) for stage in range(self.total_stages)]
+        self.bounds: Bounds = partition(partition_method, len(layers), owners, facts)
 
         # The list that the user gave, and what this rank has built of it, by the number of the layer.
         self._given: list[Any] = list(layers)
