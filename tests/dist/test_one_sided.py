@@ -9,7 +9,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from tests.dist.test_pipe_checkpoint import load, save
 from tests.helpers.data import gpt_batch
@@ -393,6 +394,45 @@ def forked(rank: int, size: int) -> bool:
 
 def test_a_forked_child_takes_no_part(pool: Pools) -> None:
     assert all(pool(2).run(forked))
+
+
+def asked_in_a_child(rank: int, size: int, stage: int) -> list[str]:
+    torch.manual_seed(0)
+    engine = engine_of(nn.Linear(8, 8), stage, size)
+    calls: list[Callable[[], object]] = [lambda: comm.all_reduce(torch.ones(9), world(), label="metrics")]
+    if stage == 3:
+        calls.append(engine.module.state_dict)
+    texts = []
+    for call in calls:
+        receives, sends = os.pipe()
+        child = os.fork()
+        if not child:
+            text = "no error"
+            try:
+                call()
+            except UsageError as error:
+                text = str(error)
+            finally:
+                os.write(sends, text.encode())
+                os._exit(0)
+        os.close(sends)
+        with os.fdopen(receives) as told:
+            texts.append(told.read())
+        os.waitpid(child, 0)
+    engine.backward(engine(torch.ones(1, 8)).sum())  # of which nothing is wrong afterwards
+    engine.step()
+    engine.destroy()
+    return texts
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_collective_in_a_forked_child_is_an_error_and_the_ranks_go_on(pool: Pools, stage: int) -> None:
+    for rank, texts in enumerate(pool(2).run(asked_in_a_child, stage)):
+        assert "all_reduce 'metrics'" in texts[0]
+        for text in texts:
+            assert f"[rank {rank}]" in text
+            assert "forked" in text
+            assert "before the fork" in text
 
 
 # When memory may be written again.

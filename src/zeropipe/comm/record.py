@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -250,12 +251,25 @@ class Seam:
         # For who asks whether this process still moves: how many calls there were, and what is waited for right now.
         self.calls = 0
         self.awaited: Call | str | None = None
+        self._of_parent: object | None = None  # in the child of a fork: the world that is its parent's
+        os.register_at_fork(after_in_child=self._disown)
+
+    def _disown(self) -> None:
+        self._of_parent = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
     def keep(self, *works: object) -> None:
         """Let ``works``, which nobody will wait for, keep their buffers while the process lasts."""
         self._kept += works
 
     def remember(self, call: Call) -> None:
+        """Raises UsageError in the child of a fork: what it says on its parent's connections breaks them."""
+        if self._of_parent is not None and call.group.size > 1 and self._of_parent is dist.group.WORLD:
+            raise UsageError(
+                f"{call} in a process that was forked from that rank",
+                expected="collectives in the process that started its process group",
+                found=f"process {os.getpid()}, a child of it",
+                fix="call it before the fork and hand the result on, or start processes by multiprocessing's 'spawn'",
+            )
         self.calls += 1
         self._lately.append(call)
 

@@ -1,8 +1,9 @@
 """Reads and writes one parameter's whole fp32 value, gradient or optimizer state, whatever is sharded.
 
 The ``full`` functions are collective: every rank of the data-parallel group calls them, in the same order. The
-``local`` ones touch only this rank's piece. Gradients are in true units (averaged, without the loss scale) and
-exist between backward and step.
+``local`` ones touch only this rank's piece, and are collective too where others have what follows from it: a gradient
+may have to be reduced first, and a value that was set is published. Gradients are in true units (averaged, without the
+loss scale) and exist between backward and step.
 """
 
 from __future__ import annotations
